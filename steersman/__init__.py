@@ -1,0 +1,6 @@
+"""Steersman: from human feedback to a chatbot that answers the way people prefer.
+
+This package is the shared core. It imports no torch and neither `services` nor `training`.
+"""
+
+__version__ = "0.1.0"

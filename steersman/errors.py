@@ -1,0 +1,175 @@
+"""The one tree of errors, mapped once to gRPC status codes, HTTP statuses and exit codes.
+
+    SteersmanError
+    ├── InvalidArgumentError      a request or value is wrong
+    │   ├── ConfigError           a manifest or configuration field is wrong
+    │   ├── DataError             a row of a data file is wrong
+    │   └── ChecksumError         bytes are not what their checksum says
+    ├── FailedPreconditionError   the request is right, the state is not (yet)
+    ├── NotFoundError
+    ├── ConflictError             another writer, another version
+    ├── UnauthenticatedError
+    ├── PermissionDeniedError
+    ├── RateLimitedError          try again after `retry_after` seconds
+    ├── UnavailableError          a service is not there
+    ├── DeadlineError
+    ├── CancelledError
+    ├── StorageError              disk full, bucket refused
+    └── InternalError
+
+A message is one sentence (or two): the field, file or row; the reason; the mend.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import grpc
+
+
+class SteersmanError(Exception):
+    """Base of every error that Steersman raises on purpose."""
+
+    grpc_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
+    http_status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
+    # The `type` of an error in the OpenAI shape.
+    openai_type: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, *, details: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details or {}
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidArgumentError(SteersmanError):
+    grpc_code = grpc.StatusCode.INVALID_ARGUMENT
+    http_status = 400
+    exit_code = 2
+    openai_type = "invalid_request_error"
+
+
+class ConfigError(InvalidArgumentError):
+    """A field of a manifest or configuration is wrong."""
+
+
+class DataError(InvalidArgumentError):
+    """A row of a data file is wrong; the message begins with `file:line`."""
+
+
+class ChecksumError(InvalidArgumentError):
+    grpc_code = grpc.StatusCode.DATA_LOSS
+
+
+class FailedPreconditionError(SteersmanError):
+    grpc_code = grpc.StatusCode.FAILED_PRECONDITION
+    http_status = 409
+    exit_code = 3
+    openai_type = "invalid_request_error"
+
+
+class NotFoundError(SteersmanError):
+    grpc_code = grpc.StatusCode.NOT_FOUND
+    http_status = 404
+    exit_code = 4
+    openai_type = "not_found_error"
+
+
+class ConflictError(SteersmanError):
+    grpc_code = grpc.StatusCode.ABORTED
+    http_status = 409
+    exit_code = 5
+    openai_type = "conflict_error"
+
+
+class UnauthenticatedError(SteersmanError):
+    grpc_code = grpc.StatusCode.UNAUTHENTICATED
+    http_status = 401
+    exit_code = 6
+    openai_type = "authentication_error"
+
+
+class PermissionDeniedError(SteersmanError):
+    grpc_code = grpc.StatusCode.PERMISSION_DENIED
+    http_status = 403
+    exit_code = 7
+    openai_type = "permission_error"
+
+
+class RateLimitedError(SteersmanError):
+    grpc_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    http_status = 429
+    exit_code = 8
+    openai_type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, details: dict[str, Any] | None = None) -> None:
+        super().__init__(message, details=details)
+        self.retry_after = retry_after
+
+
+class UnavailableError(SteersmanError):
+    grpc_code = grpc.StatusCode.UNAVAILABLE
+    http_status = 503
+    exit_code = 9
+
+
+class DeadlineError(SteersmanError):
+    grpc_code = grpc.StatusCode.DEADLINE_EXCEEDED
+    http_status = 504
+    exit_code = 10
+
+
+class CancelledError(SteersmanError):
+    grpc_code = grpc.StatusCode.CANCELLED
+    http_status = 499
+    exit_code = 130
+
+
+class StorageError(SteersmanError):
+    grpc_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    http_status = 507
+    exit_code = 11
+
+
+class InternalError(SteersmanError):
+    grpc_code = grpc.StatusCode.INTERNAL
+    http_status = 500
+    exit_code = 1
+
+
+_FROM_GRPC: dict[grpc.StatusCode, type[SteersmanError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
+    grpc.StatusCode.DATA_LOSS: ChecksumError,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.ALREADY_EXISTS: ConflictError,
+    grpc.StatusCode.ABORTED: ConflictError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: RateLimitedError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.CANCELLED: CancelledError,
+}
+
+
+def from_grpc(error: grpc.RpcError, service: str) -> SteersmanError:
+    """Turns a client-side gRPC error into the error of the tree, naming the service."""
+    code = error.code()
+    cls = _FROM_GRPC.get(code, InternalError)
+    return cls(f"{service}: {error.details() or code.name}", details={"grpc_code": code.name, "service": service})
+
+
+def all_error_types() -> list[type[SteersmanError]]:
+    """Every class of the tree, for tests that walk the mappings."""
+    found: list[type[SteersmanError]] = []
+    queue: list[type[SteersmanError]] = [SteersmanError]
+    while queue:
+        cls = queue.pop()
+        found.append(cls)
+        queue.extend(cls.__subclasses__())
+    return found
