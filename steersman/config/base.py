@@ -1,0 +1,165 @@
+"""Reading and checking configuration.
+
+A configuration is a frozen pydantic model. Its fields are the only home of defaults; a YAML file is
+a sparse overlay; `--set a.b=c` goes on top. Keys are camelCase in YAML, as everywhere in Kubernetes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
+
+from steersman.errors import ConfigError
+
+
+class FrozenModel(BaseModel):
+    """Base of every configuration model: immutable, unknown keys refused, docstrings as descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=to_camel,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads one YAML mapping; ConfigError names the file and, for a syntax error, the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); it must be UTF-8 text") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold a mapping of keys to values, not {type(data).__name__}")
+    return data
+
+
+def dump_yaml(model: BaseModel) -> str:
+    """The complete configuration, defaults included, as YAML that loads to the same model."""
+    return yaml.safe_dump(model.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Applies `a.b=c` overrides to plain data; values are read as YAML.
+
+    A list element is addressed by its number, or, where the elements are mappings with one key
+    (stages), by that key: `spec.stages.rl.steps=3`.
+    """
+    for override in overrides:
+        path, separator, value = override.partition("=")
+        if not separator or not path:
+            raise ConfigError(f"--set {override}: must have the form a.b=value")
+        keys = path.split(".")
+        node: Any = data
+        for position, key in enumerate(keys[:-1]):
+            node = _descend(node, key, ".".join(keys[: position + 1]))
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {override}: the value is not valid YAML; put it in quotes") from None
+        if isinstance(node, list):
+            index = _list_index(node, keys[-1], path)
+            if not keys[-1].isdigit():
+                node[index] = {keys[-1]: parsed}
+            else:
+                node[index] = parsed
+        else:
+            node[keys[-1]] = parsed
+    return data
+
+
+def _descend(node: Any, key: str, path: str) -> Any:
+    if isinstance(node, list):
+        index = _list_index(node, key, path)
+        child = node[index]
+        if not key.isdigit():
+            if child[key] is None:
+                child[key] = {}
+            return child[key]
+        return child
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {path}: {path.rpartition('.')[0]} is a plain value and has no fields")
+    if node.get(key) is None:
+        node[key] = {}
+    return node[key]
+
+
+def _list_index(node: list[Any], key: str, path: str) -> int:
+    if key.isdigit():
+        if int(key) >= len(node):
+            raise ConfigError(f"--set {path}: the list has {len(node)} elements, there is no number {key}")
+        return int(key)
+    for index, element in enumerate(node):
+        if isinstance(element, dict) and key in element:
+            return index
+    raise ConfigError(f"--set {path}: the list has no element '{key}'")
+
+
+def load_model(cls: type[M], data: dict[str, Any], source: str) -> M:
+    """Validates plain data; ConfigError lists every wrong field with reason and mend.
+
+    Args:
+        cls: the model.
+        data: keys in camelCase.
+        source: what the data was read from, for the message.
+    """
+    try:
+        return cls.model_validate(data, by_alias=True, by_name=False)
+    except ValidationError as error:
+        problems = [_explain(cls, problem) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+
+
+def _explain(cls: type[BaseModel], problem: Any) -> str:
+    location = ".".join(str(part) for part in problem["loc"]) or "the document"
+    if problem["type"] == "extra_forbidden":
+        known = _field_names(cls, problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.6)
+        hint = f"did you mean '{close[0]}'?" if close else f"known fields: {', '.join(sorted(known))}"
+        return f"{location} is not a known field ({hint})"
+    if problem["type"] == "missing":
+        return f"{location} is missing; add it"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    shown = problem.get("input")
+    if isinstance(shown, (str, int, float, bool)) and problem["type"] != "value_error":
+        return f"{location} is {shown!r}: {message}"
+    return f"{location}: {message}"
+
+
+def _field_names(cls: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """Aliases of the fields of the model at `path`, or of none where the path leaves the models."""
+    schema = cls.model_json_schema(by_alias=True)
+    node: dict[str, Any] = schema
+    for part in path:
+        node = _resolve(schema, node)
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+    return list(_resolve(schema, node).get("properties", {}))
+
+
+def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    for option in node.get("anyOf", []):
+        if "$ref" in option:
+            node = option
+            break
+    if "$ref" in node:
+        return schema["$defs"][node["$ref"].rpartition("/")[2]]
+    return node

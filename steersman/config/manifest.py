@@ -1,0 +1,654 @@
+"""The `AlignmentRun` manifest: one document for this machine and for a cluster.
+
+`steersman run -f run.yaml` executes it here; `kubectl apply -f run.yaml` makes the controller
+execute the same stages as Jobs. The schema of the CRD is generated from these models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
+from steersman.errors import ConfigError
+
+API_VERSION = "steersman.dev/v1alpha1"
+KIND = "AlignmentRun"
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Metadata(FrozenModel):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,51}[a-z0-9])?$")]
+    """Names the run and its folder; a DNS label."""
+    namespace: str | None = None
+    """Kubernetes namespace; ignored by `steersman run`."""
+    labels: dict[str, str] = {}
+    """Kubernetes labels."""
+    annotations: dict[str, str] = {}
+    """Kubernetes annotations."""
+
+
+class Lora(FrozenModel):
+    """Low-rank adaptation (Hu et al. 2021) through PEFT."""
+
+    rank: Positive = 16
+    """Rank of the update."""
+    alpha: PositiveFloat = 32.0
+    """Scale of the update: alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the first factor. Keep 0 for reinforcement learning."""
+    target_modules: str | list[str] = "all-linear"
+    """PEFT target modules."""
+    use_dora: bool = False
+    """Weight-decomposed adaptation (DoRA, Liu et al. 2024)."""
+    quantize_4bit: bool = False
+    """QLoRA: the frozen weights in 4-bit NF4 (needs a CUDA device and bitsandbytes)."""
+
+
+class ModelSpec(FrozenModel):
+    base: str = "smollm2-135m-instruct"
+    """A folder in Hugging Face format, a hub id, or the embedded default `smollm2-135m-instruct`."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    precision: Precision = "auto"
+    """Arithmetic of the matrix products. `auto` measures which is faster on this hardware."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run."""
+    threads: NonNegative = 0
+    """CPU threads of each process; 0 means all cores."""
+
+
+class DataSplits(FrozenModel):
+    train: str
+    """JSONL file, relative to the manifest."""
+    validation: str | None = None
+    """JSONL file; None: no validation during training."""
+    heldout: str | None = None
+    """JSONL file that only evaluation reads."""
+
+
+class DemoData(FrozenModel):
+    """The synthetic ERP customer-service data that the project brings along."""
+
+    demonstrations: Positive = 420
+    """Training demonstrations."""
+    preferences: Positive = 320
+    """Training preference pairs."""
+    prompts: Positive = 400
+    """Prompts for reinforcement learning."""
+    heldout_prompts: Positive = 96
+    """Held-out prompts for evaluation."""
+
+
+class DataSpec(FrozenModel):
+    demo: DemoData | None = None
+    """Generate the demo's data instead of reading files."""
+    demonstrations: DataSplits | None = None
+    """Rows `{"messages": [...]}`."""
+    preferences: DataSplits | None = None
+    """Rows `{"prompt": [...], "chosen": [...], "rejected": [...]}` with optional `margin`."""
+    prompts: DataSplits | None = None
+    """Rows `{"prompt": [...]}`."""
+    feedback: DataSplits | None = None
+    """Rows `{"prompt": [...], "completion": [...], "label": bool}` (thumbs)."""
+    aspects: DataSplits | None = None
+    """Rows `{"prompt": [...], "completion": [...], "aspects": {...}}`."""
+
+
+class Optimizer(FrozenModel):
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Decay after warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the steps that warm up."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient clipping by global norm."""
+
+
+class SftStage(FrozenModel):
+    """Supervised fine-tuning through TRL, the loss on assistant tokens only."""
+
+    lora: Lora | None = Lora()
+    """None (`null`): full fine-tuning."""
+    optimizer: Optimizer = Optimizer(learning_rate=4e-4)
+    """AdamW."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the data."""
+    max_steps: Positive | None = None
+    """Ends earlier."""
+    batch_size: Positive = 16
+    """Conversations an optimizer step."""
+    micro_batch_size: Positive = 8
+    """Conversations a forward pass."""
+    max_length: Positive = 1024
+    """Longer conversations are refused, never cut silently."""
+    gradient_checkpointing: bool = False
+    """Trades time for memory."""
+
+
+class RewardModelStage(FrozenModel):
+    """Reward model through TRL with the pairwise ranking loss."""
+
+    name: str = "preference"
+    """Name of the scorer; several reward models in one run need different names."""
+    base: str | None = None
+    """Backbone; None: the policy's base model. An encoder (RoBERTa-style) works as well."""
+    init_from: Literal["base", "sft"] = "sft"
+    """Weights to start from when the backbone is the policy's."""
+    objective: Literal["pairwise", "binary", "aspects"] = "pairwise"
+    """Pairwise ranking, preferred / not preferred, or regression on several aspects."""
+    margin: bool = False
+    """Llama 2, equation 2: the rows' `margin` is subtracted from the reward difference."""
+    center_rewards: NonNegativeFloat = 0.01
+    """Weight of the auxiliary loss that keeps rewards centered (Eisenstein et al. 2023); 0: off."""
+    aspects: dict[str, float] = {}
+    """Weight of every aspect in the reward; only for the objective `aspects`."""
+    ensemble: Positive = 1
+    """Number of models trained with different seeds."""
+    ensemble_mode: Literal["mean", "worst"] = "mean"
+    """How an ensemble's values become one reward."""
+    lora: Lora | None = Lora()
+    """None (`null`): full fine-tuning."""
+    optimizer: Optimizer = Optimizer(learning_rate=5e-4)
+    """AdamW."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the data."""
+    max_steps: Positive | None = None
+    """Ends earlier."""
+    batch_size: Positive = 16
+    """Pairs an optimizer step."""
+    micro_batch_size: Positive = 8
+    """Pairs a forward pass."""
+    max_length: Positive = 1024
+    """Longer conversations are refused."""
+    gradient_checkpointing: bool = False
+    """Trades time for memory."""
+
+
+class VerifiableReward(FrozenModel):
+    """A reward that is computed, not learned."""
+
+    name: str
+    """Name under which the reward is registered: `exact-facts`, `regex`, `json-schema`, `http`, `demo-rubric` ..."""
+    weight: float = 1.0
+    """Weight in the sum."""
+    options: dict[str, Any] = {}
+    """Options of that reward, for example `pattern` of `regex`."""
+
+
+class RewardMix(FrozenModel):
+    model_weight: float = 1.0
+    """Weight of the trained reward models."""
+    verifiable: list[VerifiableReward] = []
+    """Rewards mixed in; each is reported apart."""
+
+
+class Generation(FrozenModel):
+    max_new_tokens: Positive = 48
+    """Token limit of an answer."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; log-probabilities have it applied everywhere."""
+    top_p: Probability = 1.0
+    """Nucleus sampling. The losses need 1."""
+    top_k: NonNegative = 0
+    """Top-k sampling; 0: off. The losses need 0."""
+
+
+class KlController(FrozenModel):
+    """Adaptive KL coefficient as in lm-human-preferences."""
+
+    target: PositiveFloat = 6.0
+    """KL a sample, in nats."""
+    horizon: Positive = 10_000
+    """Samples over which the coefficient adapts."""
+
+
+class Critic(FrozenModel):
+    kind: Literal["rewardModel", "valueHead"] = "rewardModel"
+    """A separate model initialised from the reward model, or a head on the policy's trunk."""
+    learning_rate: PositiveFloat = 1e-4
+    """Of the separate critic, or of the value head."""
+    coefficient: PositiveFloat = 0.1
+    """Weight of the value loss where policy and critic share the trunk."""
+    clip: NonNegativeFloat = 0.2
+    """Value clipping range; 0: off."""
+    warmup_steps: NonNegative = 0
+    """Steps in which only the critic learns."""
+
+
+class PpoSpec(FrozenModel):
+    """What belongs to PPO alone (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+    critic: Critic = Critic()
+    """Where values come from."""
+    gamma: Probability = 1.0
+    """Discount."""
+    lam: Probability = 0.95
+    """Lambda of the generalized advantage estimation (GAE)."""
+    ptx_coefficient: NonNegativeFloat = 0.0
+    """PPO-ptx (InstructGPT): weight of the language-model loss on demonstrations; 0: off."""
+    whiten_rewards: bool = False
+    """Whiten the per-token rewards before GAE."""
+
+
+class RlStage(FrozenModel):
+    """Online reinforcement learning against the policy, reward and reference services."""
+
+    algorithm: Literal["ppo", "rloo", "grpo", "dr-grpo", "reinforce"] = "ppo"
+    """How advantages are estimated."""
+    ppo: PpoSpec | None = None
+    """Options of PPO; refused with every other algorithm."""
+    lora: Lora | None = Lora()
+    """None (`null`): full fine-tuning."""
+    optimizer: Optimizer = Optimizer(learning_rate=1e-4, schedule="constant", warmup_ratio=0.0)
+    """Adam with eps 1e-5."""
+    steps: Positive = 24
+    """Batches of samples."""
+    prompts_per_step: Positive = 12
+    """Prompts a batch."""
+    samples_per_prompt: Positive = 4
+    """Samples of each prompt; the critic-free methods need at least 2."""
+    epochs: Positive = 1
+    """Passes over a batch."""
+    minibatches: Positive = 1
+    """Optimizer steps a pass."""
+    micro_batch_tokens: Positive = 4096
+    """Tokens a forward pass; changes memory and speed, never the result."""
+    generation: Generation = Generation()
+    """How samples are drawn."""
+    reward: RewardMix = RewardMix()
+    """What is rewarded."""
+    kl_coefficient: NonNegativeFloat = 0.05
+    """Weight of the k1 KL to the reference in the per-token reward."""
+    adaptive_kl: KlController | None = None
+    """Adapts the coefficient; None: fixed."""
+    clip: PositiveFloat = 0.2
+    """Clipping range of the probability ratio."""
+    dual_clip: PositiveFloat | None = None
+    """Lower bound of the objective for negative advantages (Ye et al. 2020), above 1; None: off."""
+    whiten_advantages: bool = True
+    """Zero mean and unit variance over the global batch (PPO and REINFORCE)."""
+    score_clip: PositiveFloat | None = 5.0
+    """Scores are clipped to this absolute value; None: off."""
+    whiten_scores: bool = False
+    """Scores get zero mean and unit variance over the batch."""
+    missing_eos_penalty: NonNegativeFloat = 1.0
+    """Subtracted from the score of a sample that did not end by itself."""
+    mismatch_cap: PositiveFloat = 2.0
+    """Cap of the truncated importance weight between engine and trainer."""
+    stop_kl: PositiveFloat | None = None
+    """Ends a batch's update early when the mean KL to the sampling policy passes it; None: off."""
+    max_staleness: NonNegative = 0
+    """Batches that generation may run ahead; 0: strictly on-policy."""
+    max_failed_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of a batch that may lack a reward before the run pauses."""
+    checkpoint_every: Positive = 1
+    """Steps between checkpoints; a killed trainer repeats at most these."""
+    deterministic: bool = False
+    """Bit-equal repetition: deterministic kernels and a fixed composition of scoring batches."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RlStage:
+        if self.algorithm != "ppo" and self.ppo is not None:
+            raise ValueError(f"ppo.* (critic, GAE, ptx) has no meaning for {self.algorithm}; remove it")
+        if self.algorithm in ("rloo", "grpo", "dr-grpo") and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samplesPerPrompt must be at least 2 for {self.algorithm}, which compares a prompt's samples"
+            )
+        if self.generation.top_p < 1 or self.generation.top_k:
+            raise ValueError("generation.topP must be 1 and generation.topK 0: the losses need the whole distribution")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError("dualClip must be above 1")
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                "lora.dropout must be 0: dropout makes the trainer's policy differ from the sampling policy"
+            )
+        if self.minibatches > self.prompts_per_step:
+            raise ValueError("minibatches must not exceed promptsPerStep: the samples of a prompt stay together")
+        return self
+
+
+class RejectionSamplingStage(FrozenModel):
+    """Best of n by reward, fine-tune on the winners, in rounds (Llama 2, section 3.2.3)."""
+
+    rounds: Positive = 2
+    """Rounds of sampling and fine-tuning."""
+    prompts_per_round: Positive = 96
+    """Prompts a round."""
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """Samples of each prompt."""
+    keep_earlier_winners: bool = True
+    """Earlier rounds' best answers compete with the new ones (Llama 2's remedy against forgetting)."""
+    generation: Generation = Generation()
+    """How samples are drawn."""
+    reward: RewardMix = RewardMix()
+    """What is rewarded."""
+    lora: Lora | None = Lora()
+    """None (`null`): full fine-tuning."""
+    optimizer: Optimizer = Optimizer(learning_rate=2e-4)
+    """AdamW."""
+    epochs: PositiveFloat = 1.0
+    """Passes over a round's winners."""
+    batch_size: Positive = 16
+    """Conversations an optimizer step."""
+    micro_batch_size: Positive = 8
+    """Conversations a forward pass."""
+    max_failed_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of a round that may lack a reward before the run pauses."""
+
+
+class DpoStage(FrozenModel):
+    """Direct preference optimization through TRL (Rafailov et al. 2023) and its variants."""
+
+    loss: Literal["sigmoid", "ipo", "robust", "hinge"] = "sigmoid"
+    """TRL's `loss_type`."""
+    beta: PositiveFloat = 0.1
+    """Strength of the pull to the reference."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of flipped labels that `robust` assumes."""
+    lora: Lora | None = Lora()
+    """None (`null`): full fine-tuning."""
+    optimizer: Optimizer = Optimizer(learning_rate=1e-4)
+    """AdamW."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the data."""
+    max_steps: Positive | None = None
+    """Ends earlier."""
+    batch_size: Positive = 16
+    """Pairs an optimizer step."""
+    micro_batch_size: Positive = 8
+    """Pairs a forward pass."""
+    max_length: Positive = 1024
+    """Longer conversations are refused."""
+    gradient_checkpointing: bool = False
+    """Trades time for memory."""
+
+
+class KtoStage(FrozenModel):
+    """Kahneman-Tversky optimization through TRL (Ethayarajh et al. 2024) for thumbs up and down."""
+
+    beta: PositiveFloat = 0.1
+    """Strength of the pull to the reference."""
+    desirable_weight: PositiveFloat = 1.0
+    """Weight of the answers with thumbs up."""
+    undesirable_weight: PositiveFloat = 1.0
+    """Weight of the answers with thumbs down."""
+    lora: Lora | None = Lora()
+    """None (`null`): full fine-tuning."""
+    optimizer: Optimizer = Optimizer(learning_rate=1e-4)
+    """AdamW."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the data."""
+    max_steps: Positive | None = None
+    """Ends earlier."""
+    batch_size: Positive = 16
+    """Rows an optimizer step."""
+    micro_batch_size: Positive = 8
+    """Rows a forward pass."""
+    max_length: Positive = 1024
+    """Longer conversations are refused."""
+    gradient_checkpointing: bool = False
+    """Trades time for memory."""
+
+
+class EvaluateStage(FrozenModel):
+    """Base against SFT against the aligned model on held-out prompts."""
+
+    generation: Generation = Generation()
+    """How answers are drawn."""
+    samples_per_prompt: Positive = 1
+    """Answers to each prompt."""
+    max_prompts: Positive | None = None
+    """Use only the first prompts."""
+    gates: dict[Literal["reward", "rewardAccuracy", "noEos"], float] = {}
+    """Least gain in reward over SFT (lower end of the interval), least accuracy, largest share without end."""
+
+
+class Canary(FrozenModel):
+    steps: list[Annotated[int, Field(gt=0, le=100)]] = [10, 50, 100]
+    """Percent of the traffic, step by step."""
+    minutes_per_step: PositiveFloat = 30.0
+    """Time to watch before the next step."""
+    min_feedback: NonNegative = 20
+    """Judgements needed before a step is left."""
+    max_thumbs_down_increase: NonNegativeFloat = 0.05
+    """Rolls back when the candidate's share of thumbs down exceeds the champion's by more."""
+    max_error_rate: NonNegativeFloat = 0.02
+    """Rolls back when more requests fail."""
+    max_latency_ratio: PositiveFloat = 1.5
+    """Rolls back when the median latency exceeds the champion's by this factor."""
+    manual_approval: bool = False
+    """Wait for the annotation `steersman.dev/approve: "true"` before the first step."""
+
+
+class ReleaseStage(FrozenModel):
+    """Writes the merged model, registers it, and in a cluster releases it step by step."""
+
+    canary: Canary | None = None
+    """None: publish at once."""
+    inference_service: str | None = None
+    """KServe InferenceService that the controller patches."""
+
+
+class Stage(FrozenModel):
+    """One stage: a mapping with exactly one key."""
+
+    sft: SftStage | None = None
+    """Supervised fine-tuning."""
+    reward_model: RewardModelStage | None = None
+    """Reward model."""
+    rl: RlStage | None = None
+    """Online reinforcement learning."""
+    rejection_sampling: RejectionSamplingStage | None = None
+    """Best of n and fine-tuning."""
+    dpo: DpoStage | None = None
+    """Direct preference optimization."""
+    kto: KtoStage | None = None
+    """Kahneman-Tversky optimization."""
+    evaluate: EvaluateStage | None = None
+    """Comparison on held-out prompts."""
+    release: ReleaseStage | None = None
+    """Publication."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_means_defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: {} if value is None and len(data) == 1 else value for key, value in data.items()}
+        return data
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Stage:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a stage has exactly one key, here are {len(given)}; start a new list item for each stage"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_the_key_that_is_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+    @property
+    def kind(self) -> str:
+        """Name of the field that is set, for example `reward_model`."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def spec(self) -> FrozenModel:
+        return getattr(self, self.kind)
+
+
+class Resources(FrozenModel):
+    """Resources of the pods of a part, in Kubernetes notation; ignored by `steersman run`."""
+
+    cpu: str | None = None
+    """CPU request."""
+    memory: str | None = None
+    """Memory request and limit."""
+    gpus: NonNegative = 0
+    """GPUs of a pod (`nvidia.com/gpu`)."""
+
+
+class ServiceSpec(FrozenModel):
+    endpoints: list[str] = []
+    """host:port of running replicas; empty: the run starts its own."""
+    replicas: Positive = 1
+    """Replicas that the run starts."""
+    resources: Resources = Resources()
+    """Resources of a replica."""
+
+
+class PolicyServiceSpec(ServiceSpec):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Generation engine."""
+    max_context: Positive | None = None
+    """Longest prompt plus answer; None: the model's."""
+    kv_cache_tokens: Positive = 16_384
+    """Tokens that the KV cache holds for all running samples."""
+
+
+class RewardServiceSpec(ServiceSpec):
+    pass
+
+
+class ReferenceServiceSpec(ServiceSpec):
+    pass
+
+
+class ServicesSpec(FrozenModel):
+    policy: PolicyServiceSpec = PolicyServiceSpec()
+    """Generation."""
+    reward: RewardServiceSpec = RewardServiceSpec()
+    """Scoring."""
+    reference: ReferenceServiceSpec = ReferenceServiceSpec()
+    """Log-probabilities of the frozen reference."""
+    start_timeout_seconds: PositiveFloat = 300.0
+    """How long to wait until a service answers."""
+
+
+class Trainer(FrozenModel):
+    """The pods that train; ignored by `steersman run` except `workers`."""
+
+    workers: Positive = 1
+    """Ranks under torchrun (FSDP2)."""
+    resources: Resources = Resources()
+    """Resources of a worker."""
+    queue: str | None = None
+    """Kueue queue (`kueue.x-k8s.io/queue-name`)."""
+    backoff_limit: NonNegative = 3
+    """Retries of a stage's Job."""
+
+
+class RunSpec(FrozenModel):
+    seed: NonNegative = 17
+    """Everything random derives from it."""
+    model: ModelSpec = ModelSpec()
+    """The base model."""
+    data: DataSpec
+    """What is learned from."""
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    """Stages in the order of execution."""
+    services: ServicesSpec = ServicesSpec()
+    """The services that stages use."""
+    trainer: Trainer = Trainer()
+    """Where stages run."""
+    artifacts: str | None = None
+    """fsspec URL of the artifact store; None: the run's folder."""
+    suspend: bool = False
+    """Hold the run; only in a cluster."""
+    active_deadline_seconds: Positive | None = None
+    """Ends the run as failed; only in a cluster."""
+    ttl_seconds_after_finished: NonNegative | None = None
+    """Deletes a finished run; only in a cluster."""
+
+    @model_validator(mode="after")
+    def _stages_have_their_inputs(self) -> RunSpec:
+        kinds = [stage.kind for stage in self.stages]
+        for index, stage in enumerate(self.stages):
+            where = f"stages.{index}"
+            need = _DATA_OF_STAGE.get(stage.kind)
+            if stage.reward_model is not None and stage.reward_model.objective == "aspects":
+                need = "aspects"
+                if not stage.reward_model.aspects:
+                    raise ValueError(f"{where}.rewardModel.aspects is empty; give the weight of every aspect")
+            if need and self.data.demo is None and getattr(self.data, need) is None:
+                raise ValueError(f"{where} ({stage.kind}) needs data.{need}; add it or use data.demo")
+            if stage.kind in ("rl", "rejection_sampling"):
+                reward: RewardMix = stage.spec.reward  # type: ignore[attr-defined]
+                if "reward_model" not in kinds[:index] and not reward.verifiable and not self.services.reward.endpoints:
+                    raise ValueError(
+                        f"{where} ({stage.kind}) has nothing to reward: put a rewardModel stage before it, "
+                        "or list reward.verifiable, or give services.reward.endpoints"
+                    )
+            if stage.rl is not None and stage.rl.ppo is not None and stage.rl.ppo.ptx_coefficient:
+                if self.data.demo is None and self.data.demonstrations is None:
+                    raise ValueError(f"{where}.rl.ppo.ptxCoefficient needs data.demonstrations")
+            if stage.rl is not None and stage.rl.algorithm == "ppo" and "reward_model" not in kinds[:index]:
+                if (stage.rl.ppo or PpoSpec()).critic.kind == "rewardModel":
+                    raise ValueError(
+                        f"{where}.rl.ppo.critic.kind is rewardModel, but no rewardModel stage comes before; "
+                        "use kind: valueHead"
+                    )
+        names = [stage.reward_model.name for stage in self.stages if stage.reward_model is not None]
+        if len(set(names)) != len(names):
+            raise ValueError("two rewardModel stages have the same name; give each its own")
+        return self
+
+
+_DATA_OF_STAGE = {
+    "sft": "demonstrations",
+    "reward_model": "preferences",
+    "rl": "prompts",
+    "rejection_sampling": "prompts",
+    "dpo": "preferences",
+    "kto": "feedback",
+    "evaluate": "prompts",
+}
+
+
+class AlignmentRun(FrozenModel):
+    """A run from base model to released chatbot."""
+
+    api_version: Literal["steersman.dev/v1alpha1"]
+    """Version of this format."""
+    kind: Literal["AlignmentRun"]
+    """Kind of the document."""
+    metadata: Metadata
+    """Name and labels."""
+    spec: RunSpec
+    """What to do."""
+
+    def stage_names(self) -> list[str]:
+        """A unique folder name for every stage, in order: its kind, numbered from the second on."""
+        names: list[str] = []
+        for stage in self.spec.stages:
+            kind = stage.kind.replace("_", "-")
+            count = sum(
+                name == kind or (name.startswith(f"{kind}-") and name[len(kind) + 1 :].isdigit()) for name in names
+            )
+            names.append(kind if not count else f"{kind}-{count + 1}")
+        return names
+
+
+def load_manifest(path: Path, overrides: list[str] | None = None) -> AlignmentRun:
+    """Reads, overlays and checks a manifest; ConfigError in one sentence otherwise."""
+    data = apply_overrides(read_yaml(path), overrides or [])
+    if data.get("kind") != KIND or data.get("apiVersion") != API_VERSION:
+        raise ConfigError(
+            f"{path}: apiVersion must be {API_VERSION} and kind {KIND}, "
+            f"not {data.get('apiVersion')!r} and {data.get('kind')!r}"
+        )
+    return load_model(AlignmentRun, data, str(path))
