@@ -1,0 +1,1 @@
+"""The policy service: text generation and weight updates."""

@@ -1,0 +1,1 @@
+"""Generation engines: transformers (embedded default), vLLM and TGI."""

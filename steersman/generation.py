@@ -1,0 +1,188 @@
+"""Domain types of generation: what a policy engine is asked for and what it answers.
+
+Free of torch, so that the fake engine (`steersman.testing`), the servicer and clients share them.
+Token ids in, token ids out: nothing here knows text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from steersman.errors import InvalidArgumentError, SteersmanError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+LOGPROBS_NOTE = (
+    "float32 natural logarithm of the distribution at the sampling temperature (temperature 0: of the untempered "
+    "distribution), over the whole vocabulary: before top-k, top-p, minimum length and token constraints"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of a sample are drawn.
+
+    A sample ends with one of the engine's end-of-sequence tokens or of `stop_token_ids` (kept as its last token),
+    after `max_new_tokens`, or where the context ends. Neither kind of stop token is drawn before `min_new_tokens`.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    """1 means off."""
+    top_k: int = 0
+    """0 means off."""
+    seed: int = 0
+    """With the indices of prompt and sample and the position it fixes every random number of a sample."""
+    stop_token_ids: tuple[int, ...] = ()
+    """In addition to the model's own end-of-sequence tokens."""
+    min_new_tokens: int = 0
+    top_logprobs: int = 0
+    """Number of alternatives reported with every token event."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1"),
+            (self.temperature >= 0.0, "temperature", self.temperature, "0 (greedy) or positive"),
+            (0.0 < self.top_p <= 1.0, "top_p", self.top_p, "in (0, 1]"),
+            (self.top_k >= 0, "top_k", self.top_k, "0 (off) or positive"),
+            (0 <= self.seed < 2**64, "seed", self.seed, "an unsigned 64-bit integer"),
+            (
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                "min_new_tokens",
+                self.min_new_tokens,
+                f"between 0 and max_new_tokens ({self.max_new_tokens})",
+            ),
+            (self.top_logprobs >= 0, "top_logprobs", self.top_logprobs, "0 (off) or positive"),
+        )
+        for good, name, value, rule in checks:
+            if not good:
+                raise InvalidArgumentError(f"sampling.{name} is {value}, it must be {rule}")
+
+
+TokenConstraint = Callable[[int, int, Sequence[int]], np.ndarray | None]
+"""Called with (prompt index, sample index, token ids so far) before every token.
+
+Returns bool [V], true where a token is allowed (at least one), or None for no restriction. Runs on the engine's
+thread: it must be fast. An exception in it fails the request.
+"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerationRequest:
+    """`n` samples of every prompt. Admitted as one: in order of prompts, then samples."""
+
+    request_id: str
+    prompts: Sequence[np.ndarray]
+    """int32 [P] token ids each; no prompt is empty."""
+    params: SamplingParams
+    n: int = 1
+    """Samples a prompt; the prompt's prefix is computed once."""
+    stream: bool = False
+    """Send a `TokenEvent` for every token, too."""
+    constraint: TokenConstraint | None = None
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise InvalidArgumentError(f"n is {self.n}, it must be at least 1")
+        if not self.prompts:
+            raise InvalidArgumentError("prompts is empty, send at least one prompt")
+
+    def check(self, vocab_size: int, max_context: int) -> None:
+        """Raises InvalidArgumentError for a prompt that a model with these limits cannot continue."""
+        for index, prompt in enumerate(self.prompts):
+            if prompt.ndim != 1 or prompt.size == 0:
+                raise InvalidArgumentError(
+                    f"prompts[{index}] has shape {list(prompt.shape)}, send at least one token id"
+                )
+            if prompt.size >= max_context:
+                raise InvalidArgumentError(
+                    f"prompts[{index}] has {prompt.size} tokens, the model's context holds {max_context} "
+                    "with at least one new token; shorten the prompt"
+                )
+            low, high = int(prompt.min()), int(prompt.max())
+            if low < 0 or high >= vocab_size:
+                raise InvalidArgumentError(
+                    f"prompts[{index}] holds token id {low if low < 0 else high}, the vocabulary has {vocab_size}; "
+                    "use the tokenizer of the served model"
+                )
+        for token in self.params.stop_token_ids:
+            if not 0 <= token < vocab_size:
+                raise InvalidArgumentError(f"sampling.stop_token_ids holds {token}, the vocabulary has {vocab_size}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of a streamed sample."""
+
+    prompt_index: int
+    sample_index: int
+    token_id: int
+    logprob: float
+    weights_version: int
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), most likely first."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleFinished:
+    """A sample that came to its end. A cancelled one carries what it had."""
+
+    prompt_index: int
+    sample_index: int
+    token_ids: np.ndarray
+    """int32 [R], the stop token included."""
+    logprobs: np.ndarray
+    """float32 [R], see `LOGPROBS_NOTE`."""
+    finish_reason: FinishReason
+    weights_versions: tuple[int, ...]
+    """Every version that made a token of this sample, oldest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """The request broke; it is its last event. Samples reported before it are good."""
+
+    error: SteersmanError
+
+
+Event = TokenEvent | SampleFinished | RequestFailed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightsUpdate:
+    """New weights under a version."""
+
+    version: int
+    kind: Literal["full", "lora"]
+    tensors: Mapping[str, Any]
+    """Torch tensors. full: by transformers parameter name, any subset. lora: a PEFT adapter's state dict."""
+    adapter_config: Mapping[str, Any] | None = None
+    """PEFT's adapter_config.json; only for lora. The adapter lies on the weights that the engine was started with."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine serves and how busy it is."""
+
+    engine: str
+    model: str
+    vocab_size: int
+    max_context: int
+    """Tokens of prompt and response together."""
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    weights_version: int
+    running: int
+    """Samples that are being generated."""
+    waiting: int
+    """Samples that wait for a place."""
+    logprobs_note: str = LOGPROBS_NOTE
+    details: Mapping[str, float] = field(default_factory=dict)
+    """Engine-specific numbers, for example the use of the key-value cache."""

@@ -1,0 +1,1 @@
+"""Fakes and transports for tests of code that stands on Steersman."""
