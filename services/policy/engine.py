@@ -65,7 +65,7 @@ class Engine(Protocol):
         ...
 
     def cancel(self, handle: int) -> None:
-        """Ends the unfinished samples of a request as 'cancelled', before the next token. Unknown handles are ignored."""
+        """Ends a request's unfinished samples as 'cancelled' before the next token; unknown handles are ignored."""
         ...
 
     def load_weights(self, update: WeightsUpdate) -> float:
