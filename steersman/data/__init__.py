@@ -1,0 +1,1 @@
+"""Human feedback as data: row types, importers, agreement, releases and exports."""

@@ -1,0 +1,361 @@
+"""The row types of every data file, and reading and writing them as JSON lines.
+
+The shapes are TRL's conversational standard formats, so a file trains without conversion; what is known about a
+row (its origin, licence, tenant, verifiable facts ...) lies beside the conversation as further keys.
+
+    demonstration  {"messages": [...]}
+    preference     {"prompt": [...], "chosen": [...], "rejected": [...], "margin": 1.5}
+    feedback       {"prompt": [...], "completion": [...], "label": true}
+    aspects        {"prompt": [...], "completion": [...], "aspects": {"helpfulness": 4}}
+    prompt         {"prompt": [...]}
+
+A wrong row raises `DataError` with `file:line`, the field, the reason and the mend.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from steersman.errors import DataError
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+#: A line longer than this is never one training row; the reader names it and goes on behind it.
+MAX_LINE_BYTES = 64 * 1024 * 1024
+
+
+class Message(BaseModel):
+    """One turn of a conversation, in the shape that chat templates take."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Role
+    content: str
+    tool_calls: list[dict[str, Any]] | None = None
+    """OpenAI tool calls of an assistant turn."""
+    tool_call_id: str | None = None
+    """On a tool turn: the call that it answers."""
+    name: str | None = None
+
+    @property
+    def blank(self) -> bool:
+        """True when the turn says and does nothing."""
+        return not self.tool_calls and (not self.content or self.content.isspace())
+
+
+class Row(BaseModel):
+    """What every row may carry beside its conversation; other keys are kept as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    id: str | None = None
+    """Unique within the file."""
+    source: str | None = None
+    """Where the row came from: data set, project or application."""
+    licence: str | None = None
+    """SPDX identifier or name of the licence that the text is under."""
+    customer: str | None = None
+    """The tenant whose data this is; the key for deletion."""
+    consent: bool | None = None
+    """False: the person or tenant refused training; a release leaves the row out."""
+    facts: dict[str, Any] | None = None
+    """What a verifiable reward checks the answer against."""
+
+    def to_json(self) -> bytes:
+        """The row as one JSON line without its line end; keys that are None are left out."""
+        return orjson.dumps(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+    def turns(self) -> Iterator[Message]:
+        """Every message of the row, in reading order."""
+        for name in ("messages", "prompt", "chosen", "rejected", "completion"):
+            yield from getattr(self, name, ())
+
+
+class Demonstration(Row):
+    """A conversation to imitate (SFT)."""
+
+    messages: list[Message] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Demonstration:
+        _check_system_first("messages", self.messages)
+        _check_answer("messages", self.messages, starts_with_answer=False)
+        if not any(message.role == "user" for message in self.messages):
+            raise _wrong("messages", "no user turn; an answer needs a question")
+        return self
+
+
+class Prompt(Row):
+    """A conversation that waits for an answer."""
+
+    prompt: list[Message] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Prompt:
+        _check_system_first("prompt", self.prompt)
+        last = self.prompt[-1]
+        if last.role not in ("user", "tool"):
+            raise _wrong(
+                "prompt", f"the last turn is of role {last.role!r}; end the prompt with the user turn to be answered"
+            )
+        if last.blank:
+            raise _wrong("prompt", "the last user message is empty; remove the row or restore its text")
+        return self
+
+
+class Preference(Prompt):
+    """Two answers to one prompt; a person preferred `chosen`."""
+
+    chosen: list[Message] = Field(min_length=1)
+    rejected: list[Message] = Field(min_length=1)
+    margin: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """How much better `chosen` is (Llama 2, section 3.2.2), in the unit of its source."""
+    soft_label: float | None = Field(default=None, ge=0, le=1)
+    """Share of labelers who preferred `chosen`, where they disagreed."""
+
+    @model_validator(mode="after")
+    def _check_answers(self) -> Preference:
+        _check_answer("chosen", self.chosen)
+        _check_answer("rejected", self.rejected)
+        if self.chosen == self.rejected:
+            raise _wrong("rejected", "the same as chosen; remove the pair, it carries no preference")
+        return self
+
+
+class Feedback(Prompt):
+    """One answer with a thumb (KTO)."""
+
+    completion: list[Message] = Field(min_length=1)
+    label: bool = Field(strict=True)
+
+    @model_validator(mode="after")
+    def _check_answers(self) -> Feedback:
+        _check_answer("completion", self.completion)
+        return self
+
+
+class Aspects(Prompt):
+    """One answer with a rating for each aspect."""
+
+    completion: list[Message] = Field(min_length=1)
+    aspects: dict[str, float] = Field(min_length=1)
+    scales: dict[str, tuple[float, float]] | None = None
+    """Lowest and highest value of an aspect."""
+
+    @model_validator(mode="after")
+    def _check_answers(self) -> Aspects:
+        _check_answer("completion", self.completion)
+        for name, value in self.aspects.items():
+            low, high = (self.scales or {}).get(name, (float("-inf"), float("inf")))
+            if not low <= value <= high or value in (float("inf"), float("-inf")):
+                raise _wrong(
+                    "aspects", f"{name} is {value:g}, outside {low:g} to {high:g}; mend the rating or the scale"
+                )
+        return self
+
+
+RowT = TypeVar("RowT", bound=Row)
+
+#: The names that the command line and the manifest use.
+ROW_TYPES: dict[str, type[Row]] = {
+    "demonstration": Demonstration,
+    "preference": Preference,
+    "feedback": Feedback,
+    "aspects": Aspects,
+    "prompt": Prompt,
+}
+
+
+def row_type_of(data: dict[str, Any]) -> type[Row]:
+    """The row type that the keys of `data` belong to. Raises DataError when they fit none."""
+    if "chosen" in data or "rejected" in data:
+        return Preference
+    if "completion" in data:
+        return Aspects if "aspects" in data else Feedback
+    if "messages" in data:
+        return Feedback if "label" in data else Demonstration
+    if "prompt" in data:
+        return Prompt
+    raise DataError(
+        f"keys {sorted(data)} fit no row type; expected messages, or prompt with chosen/rejected/completion"
+    )
+
+
+def read_jsonl(path: str | os.PathLike[str], row_type: type[RowT]) -> Iterator[RowT]:
+    """Streams the rows of a JSON lines file (plain or gzip; a path or an fsspec URL).
+
+    Blank lines are passed over. Raises DataError at the first wrong row, and when the file is missing or holds
+    no row.
+    """
+    name = display_name(path)
+    found = False
+    for number, line in read_lines(path):
+        if isinstance(line, DataError):
+            raise line
+        yield parse_row(line, row_type, f"{name}:{number}")
+        found = True
+    if not found:
+        raise DataError(f"{name}: no rows; the file is empty")
+
+
+def parse_row(line: bytes, row_type: type[RowT], where: str) -> RowT:
+    """One JSON line as a row. `where` is the `file:line` that an error begins with."""
+    try:
+        return row_type.model_validate(orjson.loads(line))
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{where}: {describe_json_error(error, line)}") from None
+    except ValidationError as error:
+        raise DataError(f"{where}: {describe_validation_error(error)}", details={"where": where}) from None
+
+
+def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes | DataError]]:
+    """Yields (line number, line) with blank lines left out.
+
+    What cannot be read is yielded as a DataError in place of the line (an over-long line, then reading goes on; a
+    truncated or damaged gzip stream or a disk error, then it ends), so that an importer can count it.
+    """
+    name = display_name(path)
+    number = 0
+    with open_bytes(path) as stream:
+        while True:
+            try:
+                line = stream.readline(MAX_LINE_BYTES)
+                number += 1
+                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                        pass
+                    limit = MAX_LINE_BYTES // 2**20
+                    yield number, DataError(f"{name}:{number}: longer than {limit} MiB; split the row or remove it")
+                    continue
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                yield number + 1, DataError(f"{name}:{number + 1}: damaged gzip stream ({error}); fetch the file again")
+                return
+            except OSError as error:
+                yield number + 1, DataError(f"{name}:{number + 1}: cannot be read ({error.strerror or error})")
+                return
+            if not line:
+                return
+            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                line = line[3:]
+            if line.strip():
+                yield number, line
+
+
+@contextmanager
+def open_bytes(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Opens a local path or an fsspec URL for reading; gzip is recognised by its first two bytes."""
+    target = os.fspath(path)
+    raw: IO[bytes]
+    if "://" in target:
+        import fsspec
+
+        raw = fsspec.open(target, "rb").open()
+    else:
+        try:
+            raw = open(target, "rb")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            raise DataError(f"{target}: no such file; check the path") from None
+        except IsADirectoryError:
+            raise DataError(f"{target}: is a folder; name a file in it") from None
+    with raw:
+        magic = raw.read(2)
+        raw.seek(0)
+        if magic == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=raw) as unpacked:
+                yield unpacked  # type: ignore[misc]
+        else:
+            yield raw
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> tuple[int, str]:
+    """Writes rows to a local file (gzip when it ends in .gz) and returns their number and the file's SHA-256.
+
+    The file appears whole or not at all. The bytes depend on the rows only (gzip carries no time).
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    count = 0
+    try:
+        with open(partial, "wb") as raw:
+            sink: Any = gzip.GzipFile("", "wb", 6, raw, mtime=0) if target.suffix == ".gz" else raw
+            for row in rows:
+                sink.write(row.to_json() + b"\n")
+                count += 1
+            if sink is not raw:
+                sink.close()
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count, file_digest(target)
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def display_name(path: str | os.PathLike[str]) -> str:
+    """How messages call a file: its own name, short enough to read."""
+    return os.fspath(path).rsplit("/", 1)[-1]
+
+
+def describe_json_error(error: orjson.JSONDecodeError, line: bytes) -> str:
+    """Reason and mend of a line that is not JSON."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as encoding:
+        return f"not UTF-8 (byte {encoding.start + 1} is 0x{line[encoding.start]:02x}); save the file as UTF-8"
+    return f"not valid JSON ({error.msg} at column {error.colno}); mend or remove the line"
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """First finding of pydantic as `field: reason; mend`."""
+    first = error.errors(include_url=False)[0]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "steersman_row":
+        return first["msg"]
+    if first["type"] == "missing":
+        return f"{field}: missing; add it{more}"
+    if first["type"] == "too_short":
+        return f"{field}: empty list; add at least one message{more}"
+    value = repr(first["input"])
+    return f"{field or 'row'}: {first['msg'].lower()}, found {value[:60] + '...' if len(value) > 60 else value}{more}"
+
+
+def _wrong(field: str, reason: str) -> PydanticCustomError:
+    return PydanticCustomError("steersman_row", "{text}", {"text": f"{field}: {reason}"})
+
+
+def _check_system_first(field: str, messages: list[Message]) -> None:
+    for index, message in enumerate(messages):
+        if index and message.role == "system":
+            raise _wrong(f"{field}[{index}]", "a system turn after the first turn; move it to the front")
+
+
+def _check_answer(field: str, messages: list[Message], *, starts_with_answer: bool = True) -> None:
+    if starts_with_answer and messages[0].role != "assistant":
+        raise _wrong(field, f"begins with role {messages[0].role!r}; an answer begins with an assistant turn")
+    last = messages[-1]
+    if last.role != "assistant":
+        raise _wrong(field, f"ends with role {last.role!r}; the last turn must be the assistant's")
+    if last.blank:
+        raise _wrong(field, "assistant message is empty; remove the row or restore its text")
