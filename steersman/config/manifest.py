@@ -49,8 +49,8 @@ class Lora(FrozenModel):
     """PEFT target modules."""
     use_dora: bool = False
     """Weight-decomposed adaptation (DoRA, Liu et al. 2024)."""
-    quantize_4bit: bool = False
-    """QLoRA: the frozen weights in 4-bit NF4 (needs a CUDA device and bitsandbytes)."""
+    quantize: Literal["nf4"] | None = None
+    """QLoRA: the frozen weights in 4 bits (needs a CUDA device and bitsandbytes)."""
 
 
 class ModelSpec(FrozenModel):
@@ -304,7 +304,7 @@ class RlStage(FrozenModel):
             raise ValueError(f"ppo.* (critic, GAE, ptx) has no meaning for {self.algorithm}; remove it")
         if self.algorithm in ("rloo", "grpo", "dr-grpo") and self.samples_per_prompt < 2:
             raise ValueError(
-                f"samplesPerPrompt must be at least 2 for {self.algorithm}, which compares a prompt's samples"
+                f"samplesPerPrompt must be at least 2 for {self.algorithm}: it compares a prompt's samples"
             )
         if self.generation.top_p < 1 or self.generation.top_k:
             raise ValueError("generation.topP must be 1 and generation.topK 0: the losses need the whole distribution")
@@ -312,7 +312,7 @@ class RlStage(FrozenModel):
             raise ValueError("dualClip must be above 1")
         if self.lora is not None and self.lora.dropout:
             raise ValueError(
-                "lora.dropout must be 0: dropout makes the trainer's policy differ from the sampling policy"
+                "lora.dropout must be 0: the trainer's policy would differ from the sampled one"
             )
         if self.minibatches > self.prompts_per_step:
             raise ValueError("minibatches must not exceed promptsPerStep: the samples of a prompt stay together")
@@ -473,7 +473,7 @@ class Stage(FrozenModel):
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"a stage has exactly one key, here are {len(given)}; start a new list item for each stage"
+                f"a stage has exactly one key, not {len(given)}; start a list item for each stage"
             )
         return self
 
@@ -634,6 +634,7 @@ class AlignmentRun(FrozenModel):
     def stage_names(self) -> list[str]:
         """A unique folder name for every stage, in order: its kind, numbered from the second on."""
         names: list[str] = []
+        counts: dict[str, int] = {}
         for stage in self.spec.stages:
             kind = stage.kind.replace("_", "-")
             count = sum(
