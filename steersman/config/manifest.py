@@ -637,10 +637,8 @@ class AlignmentRun(FrozenModel):
         counts: dict[str, int] = {}
         for stage in self.spec.stages:
             kind = stage.kind.replace("_", "-")
-            count = sum(
-                name == kind or (name.startswith(f"{kind}-") and name[len(kind) + 1 :].isdigit()) for name in names
-            )
-            names.append(kind if not count else f"{kind}-{count + 1}")
+            counts[kind] = counts.get(kind, 0) + 1
+            names.append(kind if counts[kind] == 1 else f"{kind}-{counts[kind]}")
         return names
 
 
