@@ -1,0 +1,228 @@
+"""What every gRPC server of Steersman shares: health, reflection, errors, TLS, drain.
+
+grpc.health.v1 answers from the first moment and says SERVING only after `Server.ready()`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from steersman.config.base import FrozenModel
+from steersman.errors import ConfigError, SteersmanError
+
+log = logging.getLogger("steersman.rpc")
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+ERROR_DOMAIN = "steersman.dev"
+
+
+class Tls(FrozenModel):
+    """Files in PEM format; all paths are read when the server starts."""
+
+    cert: Path
+    """Certificate chain."""
+    key: Path
+    """Private key."""
+    client_ca: Path | None = None
+    """Clients must show a certificate of this authority (mTLS); None: any client."""
+
+
+class ServerConfig(FrozenModel):
+    host: str = "127.0.0.1"
+    """Address to listen on; `0.0.0.0` in a pod."""
+    tls: Tls | None = None
+    """None: plain text, for one machine or behind a mesh."""
+    drain_seconds: float = 30.0
+    """How long running calls may still take after SIGTERM."""
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    """Larger messages are refused with RESOURCE_EXHAUSTED."""
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Options that servers and clients must agree on."""
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def to_status(error: SteersmanError) -> grpc.Status:
+    """The rich gRPC status of an error: code, sentence, and an ErrorInfo with the details."""
+    info = error_details_pb2.ErrorInfo(
+        reason=type(error).__name__,
+        domain=ERROR_DOMAIN,
+        metadata={key: str(value) for key, value in error.details.items()},
+    )
+    detail = any_pb2.Any()
+    detail.Pack(info)
+    return rpc_status.to_status(
+        status_pb2.Status(code=error.grpc_code.value[0], message=error.message, details=[detail])
+    )
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns errors of the tree into their status; everything else into INTERNAL without a stack trace."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith("/grpc."):
+            return handler
+        method = handler_call_details.method
+
+        async def abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
+            if isinstance(error, SteersmanError):
+                await context.abort_with_status(to_status(error))
+            log.exception("%s failed", method, exc_info=error)
+            await context.abort(grpc.StatusCode.INTERNAL, f"{method}: internal error; the server's log has the cause")
+
+        def unary(function: Callable[..., Any]) -> Callable[..., Any]:
+            async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+                try:
+                    return await function(request, context)
+                except (asyncio.CancelledError, grpc.aio.AbortError):
+                    raise
+                except Exception as error:
+                    await abort(context, error)
+
+            return call
+
+        def stream(function: Callable[..., Any]) -> Callable[..., Any]:
+            async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+                try:
+                    async for response in function(request, context):
+                        yield response
+                except (asyncio.CancelledError, grpc.aio.AbortError):
+                    raise
+                except Exception as error:
+                    await abort(context, error)
+
+            return call
+
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(
+                unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(
+                stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(
+                unary(handler.stream_unary), handler.request_deserializer, handler.response_serializer
+            )
+        return handler
+
+
+class Server:
+    """One or more listeners with health and reflection, and an orderly end.
+
+    Usage:
+        server = Server(config, {50051: [(add_PolicyServiceServicer_to_server, servicer, "steersman.v1.PolicyService")]})
+        await server.start(); ...load...; server.ready(); await server.run_until_signal()
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        listeners: dict[int, Sequence[tuple[Callable[[Any, grpc.aio.Server], None], Any, str]]],
+        on_drain: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Args:
+        config: address, TLS, limits.
+        listeners: by port (0: any free one) the services to offer: registration function, servicer, full name.
+        on_drain: runs after the last call has ended.
+        """
+        self._config = config
+        self._on_drain = on_drain
+        self._health = health.aio.HealthServicer()
+        self._names: list[str] = []
+        self._servers: list[grpc.aio.Server] = []
+        self.ports: list[int] = []
+        for port, services in listeners.items():
+            server = grpc.aio.server(
+                interceptors=[ErrorInterceptor()],
+                options=[*channel_options(config.max_message_bytes), ("grpc.so_reuseport", 0)],
+            )
+            names = [name for _, _, name in services]
+            for register, servicer, _ in services:
+                register(servicer, server)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+            self._names.extend(names)
+            self._servers.append(server)
+            self.ports.append(self._bind(server, port))
+
+    def _bind(self, server: grpc.aio.Server, port: int) -> int:
+        address = f"{self._config.host}:{port}"
+        try:
+            if self._config.tls is None:
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, _server_credentials(self._config.tls))
+        except RuntimeError:
+            raise ConfigError(
+                f"{address} cannot be listened on; another process may use it, choose another port"
+            ) from None
+
+    async def start(self) -> None:
+        """Listens; health says NOT_SERVING."""
+        for name in ("", *self._names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        for server in self._servers:
+            await server.start()
+
+    async def ready(self) -> None:
+        """Health says SERVING from now on."""
+        for name in ("", *self._names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def run_until_signal(self) -> None:
+        """Waits for SIGTERM or SIGINT, then drains."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await stop.wait()
+        await self.drain()
+
+    async def drain(self) -> None:
+        """Refuses new calls, lets running ones end within `drain_seconds`, then closes."""
+        await self._health.enter_graceful_shutdown()
+        await asyncio.gather(*(server.stop(self._config.drain_seconds) for server in self._servers))
+        if self._on_drain is not None:
+            await self._on_drain()
+
+
+def _server_credentials(tls: Tls) -> grpc.ServerCredentials:
+    return grpc.ssl_server_credentials(
+        [(_read(tls.key, "tls.key"), _read(tls.cert, "tls.cert"))],
+        root_certificates=_read(tls.client_ca, "tls.clientCa") if tls.client_ca else None,
+        require_client_auth=tls.client_ca is not None,
+    )
+
+
+def _read(path: Path, field: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{field}: {path} cannot be read ({error.strerror}); check the path and its mode") from None
