@@ -1,0 +1,92 @@
+"""Pure tensor mathematics of alignment: no I/O, no configuration, no models. See docs/algorithms.md.
+
+segments    ragged batches: per-token tensors [T] beside `lengths` [N]
+logprobs    log-probabilities and entropies from hidden states, in chunks
+kl          k1, k2, k3 estimates; fixed and adaptive coefficient
+rewards     scores -> per-token or per-response rewards
+moments     global statistics and whitening
+advantages  GAE, RLOO, GRPO, REINFORCE
+losses      PPO, value, GRPO, RLOO, REINFORCE, PPO-ptx, each over a global denominator
+mismatch    engine against trainer: statistics and truncated importance weights
+stats       statistics that add up over micro-batches
+"""
+
+from training.algorithms.advantages import gae, grpo, reinforce, rloo, to_tokens
+from training.algorithms.kl import AdaptiveKL, FixedKL, KLController, KLEstimator, estimate_kl, k1, k2, k3
+from training.algorithms.logprobs import token_logprobs
+from training.algorithms.losses import (
+    PolicyStats,
+    ValueStats,
+    grpo_loss,
+    nll_loss,
+    ppo_policy_loss,
+    reinforce_loss,
+    rloo_loss,
+    value_loss,
+)
+from training.algorithms.mismatch import MismatchStats, mismatch_stats, truncated_importance_weights
+from training.algorithms.moments import Moments, whiten
+from training.algorithms.rewards import (
+    clip_scores,
+    penalize_missing_eos,
+    present,
+    scale_scores,
+    sequence_rewards,
+    token_rewards,
+)
+from training.algorithms.segments import (
+    broadcast,
+    last_indices,
+    reverse_discounted_sum,
+    segment_ids,
+    segment_mean,
+    segment_sum,
+    select,
+    starts,
+)
+from training.algorithms.stats import merge
+
+__all__ = [
+    "AdaptiveKL",
+    "FixedKL",
+    "KLController",
+    "KLEstimator",
+    "MismatchStats",
+    "Moments",
+    "PolicyStats",
+    "ValueStats",
+    "broadcast",
+    "clip_scores",
+    "estimate_kl",
+    "gae",
+    "grpo",
+    "grpo_loss",
+    "k1",
+    "k2",
+    "k3",
+    "last_indices",
+    "merge",
+    "mismatch_stats",
+    "nll_loss",
+    "penalize_missing_eos",
+    "ppo_policy_loss",
+    "present",
+    "reinforce",
+    "reinforce_loss",
+    "reverse_discounted_sum",
+    "rloo",
+    "rloo_loss",
+    "scale_scores",
+    "segment_ids",
+    "segment_mean",
+    "segment_sum",
+    "select",
+    "sequence_rewards",
+    "starts",
+    "to_tokens",
+    "token_logprobs",
+    "token_rewards",
+    "truncated_importance_weights",
+    "value_loss",
+    "whiten",
+]

@@ -1,0 +1,267 @@
+"""Losses of the policy and the critic on ragged tokens.
+
+Every loss takes `denominator`, the GLOBAL number of tokens (or samples, where its docstring says so) of the optimizer
+step, over all micro-batches and ranks, and returns sum / denominator. So the gradients of micro-batches ADD UP to the
+gradient of the whole batch, whatever the split, the order or the number of ranks. (Ranks: all-reduce by SUM. DDP and
+FSDP average instead; multiply the loss by the world size there.)
+
+Shapes: logprobs, advantages (per token), values, returns, weights are fp32 [T]; lengths int64 [N]; see `segments.py`.
+`old_logprobs` are those of the policy at the start of the optimizer epochs, under the trainer's own forward pass.
+`weights` are per-token factors that carry no gradient, such as `mismatch.truncated_importance_weights`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from steersman.errors import InvalidArgumentError
+from training.algorithms.kl import KLEstimator, estimate_kl
+from training.algorithms.segments import broadcast, segment_sum
+from training.algorithms.stats import max_of, sum_of, to_floats
+
+
+@dataclass(frozen=True)
+class PolicyStats:
+    """Sums over `count` ratios (tokens, or samples for `rloo_loss`); merge with `stats.merge`.
+
+    loss: numerator of the returned loss. clipped: ratios where the clipped term decided. approx_kl: half the squared
+    log-ratio (lm-human-preferences `approxkl`). ratio, ratio_max: pi / pi_old. kl: k3 or other estimate against the
+    reference where the loss has such a term. entropy: nats, over `tokens` tokens, where given.
+    """
+
+    count: float = 0.0
+    tokens: float = 0.0
+    loss: float = 0.0
+    clipped: float = 0.0
+    approx_kl: float = 0.0
+    ratio: float = 0.0
+    ratio_max: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+
+    def means(self) -> dict[str, float]:
+        """Means by metric name."""
+        count, tokens = max(self.count, 1.0), max(self.tokens, 1.0)
+        return {
+            "clip_fraction": self.clipped / count,
+            "approx_kl": self.approx_kl / count,
+            "ratio_mean": self.ratio / count,
+            "ratio_max": self.ratio_max,
+            "kl": self.kl / tokens,
+            "entropy": self.entropy / tokens,
+        }
+
+
+@dataclass(frozen=True)
+class ValueStats:
+    """Sums over `count` tokens. error: (V - return)^2; the rest are moments for the explained variance."""
+
+    count: float = 0.0
+    loss: float = 0.0
+    clipped: float = 0.0
+    error: float = 0.0
+    value: float = 0.0
+    returns: float = 0.0
+    returns_squared: float = 0.0
+
+    def means(self) -> dict[str, float]:
+        """Means by metric name; explained_variance is 1 - E[(V - R)^2] / Var[R] (lm-human-preferences)."""
+        count = max(self.count, 1.0)
+        variance = self.returns_squared / count - (self.returns / count) ** 2
+        return {
+            "value_loss": self.loss / count,
+            "value_clip_fraction": self.clipped / count,
+            "value_error": self.error / count,
+            "value_mean": self.value / count,
+            "return_mean": self.returns / count,
+            "explained_variance": 1.0 - self.error / count / variance if variance > 0.0 else 0.0,
+        }
+
+
+def ppo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    denominator: float,
+    clip_low: float = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coefficient: float = 0.0,
+) -> tuple[Tensor, PolicyStats]:
+    """Clipped surrogate (Schulman et al. 2017, eq. 7): sum_t max(-A r, -A clip(r, 1 - low, 1 + high)) / denominator.
+
+    r = exp(logprobs - old_logprobs). `clip_high` None means `clip_low` (a larger one is DAPO's clip-higher).
+    `dual_clip` c > 1 bounds the term by -A c where A < 0 (Ye et al. 2020, eq. 5). `entropy` [T] (see `logprobs.py`) is
+    counted, and with a coefficient, coefficient * entropy is taken off each token's loss.
+    """
+    terms, ratio, clipped = _clipped_surrogate(logprobs - old_logprobs, advantages, clip_low, clip_high, dual_clip)
+    if weights is not None:
+        terms = terms * weights.detach()
+    terms = terms - entropy_coefficient * entropy if entropy is not None and entropy_coefficient else terms
+    stats = _policy_stats(terms, ratio, clipped, logprobs - old_logprobs, tokens=logprobs.numel(), entropy=entropy)
+    return _divide(terms, denominator), stats
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, denominator: float, clip: float | None = 0.2
+) -> tuple[Tensor, ValueStats]:
+    """Squared error with clipped change (lm-human-preferences `vf_loss`): sum_t max(e, e_clipped) / 2 / denominator.
+
+    e = (V - R)^2 and e_clipped the same for V limited to old V +- clip. `clip` None switches the limit off.
+    """
+    error = (values - returns).square()
+    worst = error
+    if clip is not None:
+        limited = torch.clamp(values, old_values - clip, old_values + clip)
+        worst = torch.maximum(error, (limited - returns).square())
+    terms = 0.5 * worst
+    sums = to_floats(
+        sum_of(terms), sum_of(worst > error), sum_of(error), sum_of(values), sum_of(returns), sum_of(returns.square())
+    )
+    return _divide(terms, denominator), ValueStats(float(values.numel()), *sums)
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    denominator: float,
+    average: Literal["tokens", "samples"] = "tokens",
+    ref_logprobs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    clip_low: float = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """GRPO (DeepSeekMath eq. 3): PPO's clipped term with a group-relative advantage, plus beta * KL to the reference.
+
+    advantages fp32 [N], one a response. `average` and what the caller gives as `denominator` make the variants:
+
+        tokens,  global tokens              DAPO: every token counts the same (the default)
+        samples, global samples             GRPO as published: mean over tokens in a response, then over responses
+        tokens,  global samples * constant  Dr. GRPO: no length normalisation, constant = the longest response allowed
+
+    The KL term carries no `weights`. Reference implementation: TRL 1.16 `GRPOTrainer._compute_loss`.
+    """
+    log_ratio = logprobs - old_logprobs
+    terms, ratio, clipped = _clipped_surrogate(
+        log_ratio, broadcast(advantages, lengths), clip_low, clip_high, dual_clip
+    )
+    if weights is not None:
+        terms = terms * weights.detach()
+    kl = None
+    if ref_logprobs is not None:
+        kl = estimate_kl(logprobs, ref_logprobs, kl_estimator)
+        terms = terms + kl_coefficient * kl
+    if average == "samples":
+        terms = terms / broadcast(lengths.clamp(min=1), lengths)
+    stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), entropy=entropy, kl=kl)
+    return _divide(terms, denominator), stats
+
+
+def rloo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    denominator: float,
+    clip_low: float = 0.2,
+    clip_high: float | None = None,
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """RLOO: the whole response is one action; clipped surrogate on the sequence ratio, summed / global SAMPLES.
+
+    r_i = exp(sum_t logprobs - sum_t old_logprobs); advantages fp32 [N]. At r = 1 its gradient is REINFORCE's,
+    A_i * sum_t grad logprob_t (Ahmadian et al. 2024, eq. 6). Reference implementation: TRL 1.16
+    `RLOOTrainer._compute_loss`. An empty response has ratio 1 whatever the policy is: give it no advantage.
+    """
+    log_ratio = segment_sum(logprobs - old_logprobs, lengths)
+    terms, ratio, clipped = _clipped_surrogate(log_ratio, advantages, clip_low, clip_high, None)
+    stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), entropy=entropy)
+    return _divide(terms, denominator), stats
+
+
+def reinforce_loss(
+    logprobs: Tensor, advantages: Tensor, *, denominator: float, weights: Tensor | None = None
+) -> Tensor:
+    """REINFORCE (Williams 1992): -sum_t weight_t * A_t * logprob_t / denominator, no ratio and no clip; A is [T]."""
+    terms = -advantages.detach() * logprobs
+    return _divide(terms if weights is None else terms * weights.detach(), denominator)
+
+
+def nll_loss(logprobs: Tensor, *, denominator: float) -> Tensor:
+    """Language-model loss -sum_t logprob_t / denominator.
+
+    The term of PPO-ptx (InstructGPT eq. 2, gamma = 27.8 there): the caller adds gamma times this loss, taken on
+    pretraining text or demonstrations, with the global number of ITS tokens as denominator.
+    """
+    return _divide(-logprobs, denominator)
+
+
+def _clipped_surrogate(
+    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float | None, dual_clip: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss terms, ratio, bool where a clip decided), all of the shape of `log_ratio`."""
+    advantages = advantages.detach()
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    limited = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + (clip_low if clip_high is None else clip_high))
+    terms = torch.maximum(plain, limited)
+    clipped = limited > plain
+    if dual_clip is not None:
+        bound = torch.where(advantages < 0, -advantages * dual_clip, torch.inf)
+        clipped = clipped | (terms > bound)
+        terms = torch.minimum(terms, bound)
+    return terms, ratio, clipped
+
+
+def _policy_stats(
+    terms: Tensor,
+    ratio: Tensor,
+    clipped: Tensor,
+    log_ratio: Tensor,
+    *,
+    tokens: int,
+    entropy: Tensor | None = None,
+    kl: Tensor | None = None,
+) -> PolicyStats:
+    nothing = terms.new_zeros(())
+    loss, n_clipped, approx_kl, ratio_sum, ratio_max, kl_sum, entropy_sum = to_floats(
+        sum_of(terms),
+        sum_of(clipped),
+        sum_of(0.5 * log_ratio.square()),
+        sum_of(ratio),
+        max_of(ratio),
+        nothing if kl is None else sum_of(kl),
+        nothing if entropy is None else sum_of(entropy),
+    )
+    return PolicyStats(
+        count=float(ratio.numel()),
+        tokens=float(tokens),
+        loss=loss,
+        clipped=n_clipped,
+        approx_kl=approx_kl,
+        ratio=ratio_sum,
+        ratio_max=ratio_max,
+        kl=kl_sum,
+        entropy=entropy_sum,
+    )
+
+
+def _divide(terms: Tensor, denominator: float) -> Tensor:
+    if not denominator > 0:
+        raise InvalidArgumentError(f"the loss denominator must be the positive global count, got {denominator}")
+    return terms.sum() / denominator

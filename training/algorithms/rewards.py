@@ -1,0 +1,70 @@
+"""From scores (one number a response) to rewards (one number a token).
+
+A missing score is NaN. It is never read as 0: NaN passes through every score transformation here, and `token_rewards`
+refuses it, so the caller must have excluded the sample (`present`, then `segments.select`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from steersman.errors import InvalidArgumentError
+from training.algorithms.moments import Moments
+from training.algorithms.segments import check_lengths, last_indices, segment_sum
+
+
+def present(scores: Tensor, lengths: Tensor) -> Tensor:
+    """bool [N]: samples that can be trained on, i.e. whose score is there and whose response is not empty."""
+    return ~scores.isnan() & (lengths > 0)
+
+
+def penalize_missing_eos(
+    scores: Tensor, has_eos: Tensor, penalty: float, mode: Literal["subtract", "replace"] = "subtract"
+) -> Tensor:
+    """fp32 [N]: scores, made worse where the response did not end with EOS (`has_eos` is bool [N]).
+
+    `subtract`: score - penalty (TRL's `missing_eos_penalty`). `replace`: the score becomes -penalty whatever the reward
+    model said (summarize_from_feedback_details `penalty_reward_value` = -1). A missing score stays missing.
+    """
+    worse = scores - penalty if mode == "subtract" else torch.full_like(scores, -penalty)
+    return torch.where(has_eos | scores.isnan(), scores, worse)
+
+
+def clip_scores(scores: Tensor, low: float, high: float) -> Tensor:
+    """fp32 [N]: scores limited to [low, high]."""
+    return scores.clamp(low, high)
+
+
+def scale_scores(scores: Tensor, moments: Moments, *, center: bool = True, eps: float = 1e-8) -> Tensor:
+    """fp32 [N]: (score - mean) / std, or score / std with `center=False`.
+
+    `moments` are those of a reference set (stored with the reward model; Ziegler et al. 2019, section 2.1) or running
+    ones (`running + Moments.of(scores)`; Engstrom et al. 2020, section 3, divide by the running std and do not centre).
+    """
+    return (scores - moments.mean if center else scores) / max(moments.std, eps)
+
+
+def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coefficient: float) -> Tensor:
+    """fp32 [T]: r_t = -beta * kl_t, plus the score on the last real token of the response (its EOS if it has one).
+
+    Shapes: scores [N], kl [T] (see `kl.py`), lengths int64 [N]. An empty response gets no reward written anywhere.
+    Source: `compute_rewards` in lm-human-preferences train_policy.py; InstructGPT eq. 2.
+    Raises InvalidArgumentError if the score of a response that is not empty is missing.
+    """
+    check_lengths(kl, lengths)
+    filled = lengths > 0
+    if bool(scores[filled].isnan().any()):
+        raise InvalidArgumentError("a score is missing (NaN); exclude the sample before rewards are computed")
+    return (-kl_coefficient * kl).index_add(0, last_indices(lengths)[filled], scores[filled].to(kl.dtype))
+
+
+def sequence_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coefficient: float) -> Tensor:
+    """fp32 [N]: R = score - beta * sum_t kl_t, for the critic-free methods (RLOO: Ahmadian et al. 2024, section 3).
+
+    NaN (no reward) where the score is missing or the response is empty.
+    """
+    rewards = scores - kl_coefficient * segment_sum(kl, lengths).to(scores.dtype)
+    return torch.where(present(scores, lengths), rewards, torch.nan)
