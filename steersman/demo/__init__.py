@@ -1,0 +1,6 @@
+"""The demo's data: a seeded generator of synthetic ERP customer-service conversations, and the rubric that judges them."""
+
+from steersman.demo.generate import Manifest, Sizes, generate
+from steersman.demo.rubric import RubricScore, score
+
+__all__ = ["Manifest", "RubricScore", "Sizes", "generate", "score"]

@@ -1,0 +1,255 @@
+"""Writes the demo's data: demonstrations, judged comparisons and prompts of a simulated ERP customer service.
+
+Everything is derived from one seed with the standard library's generator, so the same seed gives the same bytes. The
+sets (train, validation, heldout) share neither a customer nor a wording of a question.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from steersman.demo.answers import answer, draw_style
+from steersman.demo.labelers import LABELERS, agreement, majority
+from steersman.demo.orderbook import ASKED, CUSTOMERS, TOPICS, Case, draw_case
+from steersman.demo.questions import SETS, ask
+from steersman.demo.rubric import score
+from steersman.errors import ConfigError
+
+LICENCE = "CC0-1.0 (generated)"
+SOURCE = "steersman.demo"
+CUSTOMER_SHARES = {"train": 0.65, "validation": 0.12, "heldout": 0.23}
+SAME_STYLE = 0.08
+"""Share of comparisons in which both candidates have the same manner; most of them become ties."""
+
+Row = dict[str, Any]
+
+
+class Sizes(BaseModel):
+    """Rows per file; prompts that repeat are redrawn, so very large sizes take longer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    demonstrations: int = Field(default=420, ge=0)
+    demonstrations_validation: int = Field(default=48, ge=0)
+    preferences: int = Field(default=320, ge=0)
+    preferences_validation: int = Field(default=60, ge=0)
+    preferences_heldout: int = Field(default=150, ge=0)
+    prompts: int = Field(default=400, ge=0)
+    prompts_heldout: int = Field(default=96, ge=0)
+
+
+class FileEntry(BaseModel):
+    """One written file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int
+    sha256: str
+
+
+class LengthBaseline(BaseModel):
+    """Accuracy of predicting the preferred answer by its length in characters; equal lengths count half."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    longer_wins: float
+    shorter_wins: float
+
+
+class Manifest(BaseModel):
+    """What was generated: written as `manifest.json` beside the data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int
+    sizes: Sizes
+    licence: str
+    synthetic: bool
+    files: dict[str, FileEntry]
+    length_baseline: dict[str, LengthBaseline]
+    """Per preference file."""
+    labeler_agreement: dict[str, float]
+    """Pairwise agreement and Fleiss' kappa over all judged comparisons, ties included."""
+    tie_share: float
+    """Share of judged comparisons that the majority called a tie; they are in `judgements.jsonl` only."""
+    rubric_of_demonstrations: float
+    """Mean rubric total of the training demonstrations: what imitation alone can reach."""
+
+
+def generate(out_dir: Path, seed: int, sizes: Sizes | None = None) -> Manifest:
+    """Write all files and `manifest.json` into `out_dir` (made if missing) and return the manifest."""
+    sizes = sizes or Sizes()
+    source = _Source(seed)
+    demonstrations = {
+        "train": source.demonstrations("train", sizes.demonstrations),
+        "validation": source.demonstrations("validation", sizes.demonstrations_validation),
+    }
+    judgements: list[Row] = []
+    preferences = {
+        "train": source.preferences("train", sizes.preferences, judgements),
+        "validation": source.preferences("validation", sizes.preferences_validation, judgements),
+        "heldout": source.preferences("heldout", sizes.preferences_heldout, judgements),
+    }
+    prompts = {
+        "train": source.prompts("train", sizes.prompts),
+        "heldout": source.prompts("heldout", sizes.prompts_heldout),
+    }
+    kinds = {"demonstrations": demonstrations, "preferences": preferences, "prompts": prompts}
+    files = {f"{kind}.{split}.jsonl": rows for kind, splits in kinds.items() for split, rows in splits.items()}
+    files["judgements.jsonl"] = judgements
+
+    out_dir.mkdir(parents=True, exist_ok=True)
+    verdicts = [row["verdicts"] for row in _by_item(judgements)]
+    manifest = Manifest(
+        seed=seed,
+        sizes=sizes,
+        licence=LICENCE,
+        synthetic=True,
+        files={name: _write(out_dir / name, rows) for name, rows in files.items()},
+        length_baseline={f"preferences.{split}": length_baseline(rows) for split, rows in preferences.items() if rows},
+        labeler_agreement=agreement(verdicts) if verdicts else {},
+        tie_share=round(sum(majority(row)[0] == "tie" for row in verdicts) / max(1, len(verdicts)), 4),
+        rubric_of_demonstrations=round(
+            sum(row["rubric"] for row in demonstrations["train"]) / max(1, len(demonstrations["train"])), 4
+        ),
+    )
+    (out_dir / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def length_baseline(preferences: Iterable[Mapping[str, Any]]) -> LengthBaseline:
+    """How well length alone predicts the preference."""
+    points = [
+        0.5 if len(chosen) == len(rejected) else float(len(chosen) > len(rejected))
+        for row in preferences
+        for chosen, rejected in [(row["chosen"][-1]["content"], row["rejected"][-1]["content"])]
+    ]
+    if not points:
+        raise ConfigError("length_baseline needs at least one preference row, got none.")
+    longer = sum(points) / len(points)
+    return LengthBaseline(longer_wins=round(longer, 4), shorter_wins=round(1 - longer, 4))
+
+
+class _Source:
+    """Draws rows; keeps the prompts that were used, so that no prompt occurs twice in the whole data set."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.used: set[tuple[str, str]] = set()
+        names = sorted(CUSTOMERS)
+        Random(f"{seed}/customers").shuffle(names)
+        train = round(CUSTOMER_SHARES["train"] * len(names))
+        validation = train + round(CUSTOMER_SHARES["validation"] * len(names))
+        self.customers = dict(zip(SETS, (names[:train], names[train:validation], names[validation:]), strict=True))
+
+    def _prompt(self, rng: Random, split: str, topic: str) -> tuple[Case, Row]:
+        """A case and the fields that every row shares."""
+        while True:
+            customer = rng.choice(self.customers[split])
+            case = draw_case(rng, customer, topic)
+            question, wording = ask(rng, case, split)
+            if (case.system, question) not in self.used:
+                self.used.add((case.system, question))
+                break
+        needed = case.value.split()[-1] if case.kind == "person" else case.value
+        row = {
+            "prompt": [{"role": "system", "content": case.system}, {"role": "user", "content": question}],
+            "topic": topic,
+            "customer": customer,
+            "wording": wording,
+            "facts": {"asked": case.asked, "kind": case.kind, "needed": [needed], "record": case.record},
+            "synthetic": True,
+            "source": SOURCE,
+            "licence": LICENCE,
+        }
+        return case, row
+
+    def _draw(self, kind: str, split: str) -> Iterable[tuple[str, Random, Case, Row]]:
+        """Endless rows of one file, the asked fields in turn so that every topic is covered evenly."""
+        rng = Random(f"{self.seed}/{kind}/{split}")
+        number = 0
+        while True:
+            order = [topic for topic in sorted(TOPICS) for _ in ASKED[topic]]
+            rng.shuffle(order)
+            for topic in order:
+                number += 1
+                case, row = self._prompt(rng, split, topic)
+                yield f"{kind}-{split}-{number:05d}", rng, case, row
+
+    def prompts(self, split: str, size: int) -> list[Row]:
+        return [
+            {"id": key, **row} for (key, _, _, row), _ in zip(self._draw("prompt", split), range(size), strict=False)
+        ]
+
+    def demonstrations(self, split: str, size: int) -> list[Row]:
+        rows = []
+        for (key, rng, case, row), _ in zip(self._draw("demonstration", split), range(size), strict=False):
+            style = draw_style(rng)
+            text = answer(rng, case, style)
+            prompt = row.pop("prompt")
+            rubric = score(prompt, text, row["facts"]).total
+            messages = [*prompt, {"role": "assistant", "content": text}]
+            rows.append({"id": key, "messages": messages, **row, "style": style, "rubric": rubric})
+        return rows
+
+    def preferences(self, split: str, size: int, judgements: list[Row]) -> list[Row]:
+        """Judge comparisons until `size` of them have a winner; every verdict is appended to `judgements`."""
+        rows: list[Row] = []
+        draws = iter(self._draw("comparison", split))
+        while len(rows) < size:
+            key, rng, case, row = next(draws)
+            styles, texts = _candidates(rng, case)
+            rubrics = [score(row["prompt"], text, row["facts"]) for text in texts]
+            votes = [labeler.compare(rng, *rubrics) for labeler in LABELERS]
+            judgements.extend(
+                {"item": key, "labeler": labeler.name, "verdict": vote, "a": texts[0], "b": texts[1]}
+                for labeler, vote in zip(LABELERS, votes, strict=True)
+            )
+            verdict, margin, level = majority(votes)
+            if verdict == "tie":
+                continue
+            win, lose = (0, 1) if verdict == "a" else (1, 0)
+            rows.append(
+                {
+                    "id": key,
+                    "prompt": row.pop("prompt"),
+                    "chosen": [{"role": "assistant", "content": texts[win]}],
+                    "rejected": [{"role": "assistant", "content": texts[lose]}],
+                    "margin": margin,
+                    "level": level,
+                    **row,
+                    "styles": {"chosen": styles[win], "rejected": styles[lose]},
+                    "rubric": {"chosen": rubrics[win].total, "rejected": rubrics[lose].total},
+                }
+            )
+        return rows
+
+
+def _candidates(rng: Random, case: Case) -> tuple[list[str], list[str]]:
+    """Manners and texts of two different answers."""
+    first = draw_style(rng)
+    same = rng.random() < SAME_STYLE
+    while True:
+        second = first if same else draw_style(rng)
+        if same or second != first:
+            texts = [answer(rng, case, first), answer(rng, case, second)]
+            if texts[0] != texts[1]:
+                return [first, second], texts
+
+
+def _by_item(judgements: Iterable[Row]) -> list[Row]:
+    items: dict[str, list[str]] = {}
+    for row in judgements:
+        items.setdefault(row["item"], []).append(row["verdict"])
+    return [{"item": item, "verdicts": verdicts} for item, verdicts in items.items()]
+
+
+def _write(path: Path, rows: list[Row]) -> FileEntry:
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(data)
+    return FileEntry(rows=len(rows), sha256=hashlib.sha256(data).hexdigest())
