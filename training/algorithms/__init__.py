@@ -1,14 +1,15 @@
 """Pure tensor mathematics of alignment: no I/O, no configuration, no models. See docs/algorithms.md.
 
-segments    ragged batches: per-token tensors [T] beside `lengths` [N]
-logprobs    log-probabilities and entropies from hidden states, in chunks
-kl          k1, k2, k3 estimates; fixed and adaptive coefficient
-rewards     scores -> per-token or per-response rewards
-moments     global statistics and whitening
-advantages  GAE, RLOO, GRPO, REINFORCE
-losses      PPO, value, GRPO, RLOO, REINFORCE, PPO-ptx, each over a global denominator
-mismatch    engine against trainer: statistics and truncated importance weights
-stats       statistics that add up over micro-batches
+segments       ragged batches: per-token tensors [T] beside `lengths` [N]
+logprobs       log-probabilities and entropies from hidden states, in chunks
+kl             k1, k2, k3 estimates; fixed and adaptive coefficient
+rewards        scores -> per-token or per-response rewards
+moments        global statistics and whitening
+advantages     GAE, RLOO, GRPO, REINFORCE
+losses         PPO, value, GRPO, RLOO, REINFORCE, PPO-ptx, each over a global denominator
+reward_losses  pairwise with margin and centering, binary, aspects
+mismatch       engine against trainer: statistics and truncated importance weights
+stats          statistics that add up over micro-batches
 """
 
 from training.algorithms.advantages import gae, grpo, reinforce, rloo, to_tokens
@@ -26,6 +27,13 @@ from training.algorithms.losses import (
 )
 from training.algorithms.mismatch import MismatchStats, mismatch_stats, truncated_importance_weights
 from training.algorithms.moments import Moments, whiten
+from training.algorithms.reward_losses import (
+    RewardStats,
+    aspect_loss,
+    binary_loss,
+    combine_aspects,
+    pairwise_loss,
+)
 from training.algorithms.rewards import (
     clip_scores,
     penalize_missing_eos,
@@ -54,9 +62,13 @@ __all__ = [
     "MismatchStats",
     "Moments",
     "PolicyStats",
+    "RewardStats",
     "ValueStats",
+    "aspect_loss",
+    "binary_loss",
     "broadcast",
     "clip_scores",
+    "combine_aspects",
     "estimate_kl",
     "gae",
     "grpo",
@@ -68,6 +80,7 @@ __all__ = [
     "merge",
     "mismatch_stats",
     "nll_loss",
+    "pairwise_loss",
     "penalize_missing_eos",
     "ppo_policy_loss",
     "present",

@@ -106,7 +106,7 @@ def ppo_policy_loss(
         terms = terms * weights.detach()
     terms = terms - entropy_coefficient * entropy if entropy is not None and entropy_coefficient else terms
     stats = _policy_stats(terms, ratio, clipped, logprobs - old_logprobs, tokens=logprobs.numel(), entropy=entropy)
-    return _divide(terms, denominator), stats
+    return divide(terms, denominator), stats
 
 
 def value_loss(
@@ -125,7 +125,7 @@ def value_loss(
     sums = to_floats(
         sum_of(terms), sum_of(worst > error), sum_of(error), sum_of(values), sum_of(returns), sum_of(returns.square())
     )
-    return _divide(terms, denominator), ValueStats(float(values.numel()), *sums)
+    return divide(terms, denominator), ValueStats(float(values.numel()), *sums)
 
 
 def grpo_loss(
@@ -168,7 +168,7 @@ def grpo_loss(
     if average == "samples":
         terms = terms / broadcast(lengths.clamp(min=1), lengths)
     stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), entropy=entropy, kl=kl)
-    return _divide(terms, denominator), stats
+    return divide(terms, denominator), stats
 
 
 def rloo_loss(
@@ -191,7 +191,7 @@ def rloo_loss(
     log_ratio = segment_sum(logprobs - old_logprobs, lengths)
     terms, ratio, clipped = _clipped_surrogate(log_ratio, advantages, clip_low, clip_high, None)
     stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), entropy=entropy)
-    return _divide(terms, denominator), stats
+    return divide(terms, denominator), stats
 
 
 def reinforce_loss(
@@ -199,7 +199,7 @@ def reinforce_loss(
 ) -> Tensor:
     """REINFORCE (Williams 1992): -sum_t weight_t * A_t * logprob_t / denominator, no ratio and no clip; A is [T]."""
     terms = -advantages.detach() * logprobs
-    return _divide(terms if weights is None else terms * weights.detach(), denominator)
+    return divide(terms if weights is None else terms * weights.detach(), denominator)
 
 
 def nll_loss(logprobs: Tensor, *, denominator: float) -> Tensor:
@@ -208,7 +208,7 @@ def nll_loss(logprobs: Tensor, *, denominator: float) -> Tensor:
     The term of PPO-ptx (InstructGPT eq. 2, gamma = 27.8 there): the caller adds gamma times this loss, taken on
     pretraining text or demonstrations, with the global number of ITS tokens as denominator.
     """
-    return _divide(-logprobs, denominator)
+    return divide(-logprobs, denominator)
 
 
 def _clipped_surrogate(
@@ -261,7 +261,8 @@ def _policy_stats(
     )
 
 
-def _divide(terms: Tensor, denominator: float) -> Tensor:
+def divide(terms: Tensor, denominator: float) -> Tensor:
+    """0-d: sum of all terms / denominator; raises InvalidArgumentError unless the denominator is above 0."""
     if not denominator > 0:
         raise InvalidArgumentError(f"the loss denominator must be the positive global count, got {denominator}")
     return terms.sum() / denominator

@@ -13,7 +13,7 @@ S = TypeVar("S")
 
 
 def merge(parts: Iterable[S]) -> S:
-    """One statistics object for all `parts` (one dataclass, at least one part): `*_max` fields by maximum, others by sum."""
+    """One statistics object for all `parts` (at least one): fields named `*_max` by maximum, the others by sum."""
     parts = list(parts)
     values: dict[str, Any] = {}
     for field in fields(parts[0]):  # type: ignore[arg-type]

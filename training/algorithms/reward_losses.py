@@ -1,0 +1,92 @@
+"""Losses of reward models. As in `losses.py` each takes the GLOBAL count as `denominator` and returns sum / count.
+
+N counts samples, P pairs, A aspects. Rewards and predictions are the raw outputs of the model, in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from steersman.errors import InvalidArgumentError
+from training.algorithms.losses import divide
+from training.algorithms.stats import sum_of, to_floats
+
+
+@dataclass(frozen=True)
+class RewardStats:
+    """Sums over `count` pairs or samples (aspect values for `aspect_loss`); merge with `stats.merge`.
+
+    correct: pairs in the right order or samples on the right side of 0, a tie counts one half. reward: chosen minus
+    rejected for pairs, else the prediction.
+    """
+
+    count: float = 0.0
+    loss: float = 0.0
+    correct: float = 0.0
+    reward: float = 0.0
+
+    def means(self) -> dict[str, float]:
+        """Means by metric name."""
+        count = max(self.count, 1.0)
+        return {"loss": self.loss / count, "accuracy": self.correct / count, "reward": self.reward / count}
+
+
+def pairwise_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    denominator: float,
+    margin: Tensor | None = None,
+    centering: float = 0.0,
+) -> tuple[Tensor, RewardStats]:
+    """Bradley-Terry ranking loss (Llama 2, eq. 1; with `margin`, eq. 2), summed over pairs / global pairs.
+
+        -log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2
+
+    chosen, rejected and margin are fp32 [P]. Llama 2's margins (table 27) are 1, 2/3, 1/3, 0 ("small") or 3, 2, 1, 0
+    ("large") from "significantly better" to "negligibly better". The second term keeps rewards around 0 (Eisenstein et
+    al. 2023, eq. 2; TRL's `center_rewards_coefficient`, 0.01 recommended there).
+    """
+    difference = chosen - rejected
+    terms = -F.logsigmoid(difference if margin is None else difference - margin)
+    if centering:
+        terms = terms + centering * (chosen + rejected).square()
+    sums = to_floats(sum_of(terms), sum_of(_heaviside(difference)), sum_of(difference))
+    return divide(terms, denominator), RewardStats(float(chosen.numel()), *sums)
+
+
+def binary_loss(logits: Tensor, preferred: Tensor, *, denominator: float) -> tuple[Tensor, RewardStats]:
+    """Binary cross-entropy of preferred (bool [N] True) against not preferred, on logits fp32 [N] / global samples."""
+    sign = torch.where(preferred, 1.0, -1.0).to(logits.dtype)
+    terms = -F.logsigmoid(sign * logits)
+    sums = to_floats(sum_of(terms), sum_of(_heaviside(sign * logits)), sum_of(logits))
+    return divide(terms, denominator), RewardStats(float(logits.numel()), *sums)
+
+
+def aspect_loss(predictions: Tensor, targets: Tensor, *, denominator: float) -> tuple[Tensor, RewardStats]:
+    """Squared error of several aspects (HelpSteer: Wang et al. 2023, section 3), summed over the values that exist.
+
+    predictions and targets are fp32 [N, A]; NaN in targets is an aspect that nobody rated, which adds neither loss nor
+    gradient. `denominator` is the global number of values that exist (`int((~targets.isnan()).sum())` added up).
+    """
+    if predictions.shape != targets.shape:
+        raise InvalidArgumentError(f"predictions {list(predictions.shape)} and targets {list(targets.shape)} differ")
+    exists = ~targets.isnan()
+    # Select before subtracting: NaN times a zero mask would still be a NaN gradient.
+    predicted, target = predictions[exists], targets[exists]
+    terms = (predicted - target).square()
+    loss, reward = to_floats(sum_of(terms), sum_of(predicted))
+    return divide(terms, denominator), RewardStats(float(predicted.numel()), loss, 0.0, reward)
+
+
+def combine_aspects(predictions: Tensor, weights: Tensor) -> Tensor:
+    """fp32 [N]: one reward from aspects [N, A] and their weights [A]; used as they are, not normalised."""
+    return predictions @ weights
+
+
+def _heaviside(values: Tensor) -> Tensor:
+    return torch.heaviside(values.detach(), values.new_tensor(0.5))
