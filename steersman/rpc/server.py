@@ -92,7 +92,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         async def abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
             if isinstance(error, SteersmanError):
-                await context.abort_with_status(to_status(error))
+                status = to_status(error)
+                await context.abort(status.code, status.details, status.trailing_metadata)
             log.exception("%s failed", method, exc_info=error)
             await context.abort(grpc.StatusCode.INTERNAL, f"{method}: internal error; the server's log has the cause")
 
@@ -137,9 +138,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 class Server:
     """One or more listeners with health and reflection, and an orderly end.
 
-    Usage:
-        server = Server(config, {50051: [(add_PolicyServiceServicer_to_server, servicer, "steersman.v1.PolicyService")]})
-        await server.start(); ...load...; server.ready(); await server.run_until_signal()
+    Usage: `await server.start()`, load the model, `await server.ready()`, `await server.run_until_signal()`.
     """
 
     def __init__(
@@ -180,9 +179,7 @@ class Server:
                 return server.add_insecure_port(address)
             return server.add_secure_port(address, _server_credentials(self._config.tls))
         except RuntimeError:
-            raise ConfigError(
-                f"{address} cannot be listened on; another process may use it, choose another port"
-            ) from None
+            raise ConfigError(f"{address} cannot be listened on; is it in use? choose another port") from None
 
     async def start(self) -> None:
         """Listens; health says NOT_SERVING."""

@@ -1,0 +1,1 @@
+"""What services and training share of torch. Nothing else in `steersman` imports torch."""

@@ -1,0 +1,112 @@
+"""Packed forward passes equal the plain forward of each whole sequence, gradients included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from steersman.errors import ConfigError, InvalidArgumentError
+from steersman.nn.packed import enable_packed, hidden_states, pack
+
+VOCAB = 61
+COMMON = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2, use_cache=False
+)
+
+
+def build(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **COMMON))
+    return Qwen2ForCausalLM(Qwen2Config(num_attention_heads=2, **COMMON))
+
+
+def groups_of(shape: list[tuple[int, tuple[int, ...]]]) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    rng = np.random.default_rng(0)
+    return [(rng.integers(0, VOCAB, p), [rng.integers(0, VOCAB, r) for r in rs]) for p, rs in shape]
+
+
+def plain(model: torch.nn.Module, groups: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of all response tokens and the last hidden state of every sequence, one by one."""
+    model.set_attn_implementation("eager")
+    logprobs, last = [torch.zeros(0)], []
+    for prompt, responses in groups:
+        for response in responses:
+            ids = torch.from_numpy(np.concatenate([prompt, response]))[None]
+            hidden = model.model(ids).last_hidden_state[0]
+            table = torch.log_softmax(hidden @ model.lm_head.weight.T, -1)
+            where = torch.arange(len(response)) + len(prompt) - 1
+            logprobs.append(table[where, torch.from_numpy(response)])
+            last.append(hidden[-1])
+    return torch.cat(logprobs), torch.stack(last)
+
+
+def packed(model: torch.nn.Module, groups: list) -> tuple[torch.Tensor, torch.Tensor]:
+    enable_packed(model)
+    batch = pack(groups)
+    hidden = hidden_states(model, batch)
+    table = torch.log_softmax(hidden[batch.predictor] @ model.lm_head.weight.T, -1)
+    return table.gather(1, batch.targets[:, None])[:, 0], hidden[batch.last]
+
+
+def gradients(model: torch.nn.Module, value: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    value.backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_equals_the_plain_forward_and_its_gradients(kind: str) -> None:
+    groups = groups_of([(5, (3, 0, 7)), (1, (4,)), (9, (2, 2)), (3, (0,))])
+    model = build(kind)
+    got, got_last = packed(model, groups)
+    weights = torch.randn(len(got))
+    got_grads = gradients(model, (got * weights).sum() + got_last.square().sum())
+    want, want_last = plain(model, groups)
+    want_grads = gradients(model, (want * weights).sum() + want_last.square().sum())
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got_last, want_last, atol=2e-6, rtol=0)
+    for mine, theirs in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 8), st.lists(st.integers(0, 8), min_size=1, max_size=4).map(tuple)), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=SHAPES)
+def test_any_shape_of_batch(shape: list) -> None:
+    groups = groups_of(shape)
+    model = build("llama").requires_grad_(False)
+    got, got_last = packed(model, groups)
+    want, want_last = plain(model, groups)
+    torch.testing.assert_close(got, want, atol=3e-6, rtol=0)
+    torch.testing.assert_close(got_last, want_last, atol=3e-6, rtol=0)
+
+
+def test_a_response_does_not_see_its_siblings() -> None:
+    model = build("llama").requires_grad_(False)
+    prompt, first, second, other = np.arange(4), np.arange(5), np.arange(6), np.arange(6)[::-1]
+    alone, _ = packed(model, [(prompt, [first, second])])
+    changed, _ = packed(model, [(prompt, [first, other])])
+    torch.testing.assert_close(alone[:5], changed[:5], atol=0, rtol=0)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="at least one prompt token"):
+        pack([(np.zeros(0, np.int32), [np.arange(3)])])
+
+
+def test_a_sliding_window_that_would_cut_is_refused() -> None:
+    config = Qwen2Config(
+        num_attention_heads=2, **COMMON, use_sliding_window=True, sliding_window=4, max_window_layers=0
+    )
+    model = Qwen2ForCausalLM(config)
+    with pytest.raises(ConfigError, match="sliding window of 4"):
+        packed(model, groups_of([(5, (3,))]))
