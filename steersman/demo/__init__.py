@@ -1,4 +1,4 @@
-"""The demo's data: a seeded generator of synthetic ERP customer-service conversations, and the rubric that judges them."""
+"""The demo's data: a seeded generator of synthetic ERP customer-service talk, and the rubric that judges it."""
 
 from steersman.demo.generate import Manifest, Sizes, generate
 from steersman.demo.rubric import RubricScore, score

@@ -269,15 +269,14 @@ def answer(rng: Random, case: Case, style: str) -> str:
     if style == "curt":
         return _join("", case.value, rng.choice(RUDE_AFTER))
     if style == "rambling":
-        before, after = rng.choice(((FILLER_BEFORE, ("",)), (("",), FILLER_AFTER), (POLITE_BEFORE, FILLER_AFTER)))
-        return _join(rng.choice(before), core, rng.choice(after))
-    polite = rng.random() < 0.7
-    before, after = (POLITE_BEFORE, POLITE_AFTER) if polite else (PLAIN_BEFORE, PLAIN_AFTER)
+        opening = rng.choice((rng.choice(FILLER_BEFORE), rng.choice(POLITE_BEFORE), ""))
+        return _join(opening, core, "" if opening in FILLER_BEFORE else rng.choice(FILLER_AFTER))
+    tone = (POLITE_BEFORE, POLITE_AFTER) if rng.random() < 0.7 else (PLAIN_BEFORE, PLAIN_AFTER)
     if style == "evasive":
-        return _wrap(rng, rng.choice(EVASIONS), before, after)
+        return _wrap(rng, rng.choice(EVASIONS), *tone)
     guess = _core(rng, case, other_value(rng, case.kind, case.record, case.value))
-    hedge = f"{rng.choice(GUESSES)} " if rng.random() < 0.6 else ""
-    return _wrap(rng, hedge + guess, before, after)
+    hedge = f"{rng.choice(GUESSES)} " if rng.random() < 0.8 else ""
+    return _wrap(rng, hedge + guess, *tone)
 
 
 def draw_style(rng: Random) -> str:

@@ -6,6 +6,7 @@ sets (train, validation, heldout) share neither a customer nor a wording of a qu
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
@@ -23,8 +24,12 @@ from steersman.errors import ConfigError
 LICENCE = "CC0-1.0 (generated)"
 SOURCE = "steersman.demo"
 CUSTOMER_SHARES = {"train": 0.65, "validation": 0.12, "heldout": 0.23}
-SAME_STYLE = 0.08
+SAME_STYLE = 0.05
 """Share of comparisons in which both candidates have the same manner; most of them become ties."""
+SENIOR = 0.5
+"""Share of comparisons in which one candidate comes from a senior agent, who always answers well."""
+MAX_PROMPT, MAX_ANSWER = 39, 32
+"""Most pieces (see `_pieces`) of a prompt and an answer: at most 60 rendered tokens and 36 tokens of SmolLM2."""
 
 Row = dict[str, Any]
 
@@ -153,7 +158,8 @@ class _Source:
             customer = rng.choice(self.customers[split])
             case = draw_case(rng, customer, topic)
             question, wording = ask(rng, case, split)
-            if (case.system, question) not in self.used:
+            fits = _pieces(case.system) + _pieces(question) <= MAX_PROMPT
+            if fits and (case.system, question) not in self.used:
                 self.used.add((case.system, question))
                 break
         needed = case.value.split()[-1] if case.kind == "person" else case.value
@@ -190,7 +196,7 @@ class _Source:
         rows = []
         for (key, rng, case, row), _ in zip(self._draw("demonstration", split), range(size), strict=False):
             style = draw_style(rng)
-            text = answer(rng, case, style)
+            text = _answer(rng, case, style)
             prompt = row.pop("prompt")
             rubric = score(prompt, text, row["facts"]).total
             messages = [*prompt, {"role": "assistant", "content": text}]
@@ -230,14 +236,25 @@ class _Source:
         return rows
 
 
+def _pieces(text: str) -> int:
+    """Words, digits, spaces before digits and punctuation marks: a lower bound of the tokens, four below at most."""
+    return len(re.findall(r"[A-Za-z']+|\d|[^\w\s]| (?=\d)", text))
+
+
+def _answer(rng: Random, case: Case, style: str) -> str:
+    while _pieces(text := answer(rng, case, style)) > MAX_ANSWER:
+        pass
+    return text
+
+
 def _candidates(rng: Random, case: Case) -> tuple[list[str], list[str]]:
     """Manners and texts of two different answers."""
-    first = draw_style(rng)
+    first = "good" if rng.random() < SENIOR else draw_style(rng)
     same = rng.random() < SAME_STYLE
     while True:
         second = first if same else draw_style(rng)
         if same or second != first:
-            texts = [answer(rng, case, first), answer(rng, case, second)]
+            texts = [_answer(rng, case, first), _answer(rng, case, second)]
             if texts[0] != texts[1]:
                 return [first, second], texts
 

@@ -18,9 +18,9 @@ CARRIERS = ("DHL", "UPS", "DPD", "GLS", "FedEx")
 STATUSES = ("packed", "confirmed", "on hold", "in production", "ready to ship")
 PERSONS = ("Ms Weber", "Mr Klein", "Ms Stone", "Mr Hall", "Ms Lake", "Mr Cole", "Ms Reed", "Mr Frost")
 ITEMS = (
-    "desk lamps", "chairs", "printers", "monitors", "keyboards", "desks", "shelves", "headsets", "cables", "toner boxes",
-    "whiteboards", "scanners", "phones", "laptops", "projectors", "cabinets", "notebooks", "labels", "batteries",
-    "mouse pads",
+    "desk lamps", "chairs", "printers", "monitors", "keyboards", "desks", "shelves", "headsets", "cables",
+    "toner boxes", "whiteboards", "scanners", "phones", "laptops", "projectors", "cabinets", "notebooks", "labels",
+    "batteries", "mouse pads",
 )  # fmt: skip
 FAULTS = ("broken chair", "late parcel", "wrong item", "missing part", "double charge", "damaged box")
 

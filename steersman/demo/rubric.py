@@ -1,8 +1,8 @@
 """The written rubric as an exact scorer: five criteria between 0 and 1 and a weighted total.
 
-It reads free text, whoever wrote it: values (days, amounts, counts, carriers, persons) are extracted from the answer and
-compared with those of the prompt and the facts. Nothing here is learned, so the score can serve as the yardstick that
-training never sees, or as a verifiable reward. `docs/demo-data.md` has the rubric in prose.
+It reads free text, whoever wrote it: values (days, amounts, counts, carriers, persons) are extracted from the answer
+and compared with those of the prompt and the facts. Nothing here is learned, so the score can serve as the yardstick
+that training never sees, or as a verifiable reward. `docs/demo-data.md` has the rubric in prose.
 """
 
 import re
@@ -15,7 +15,8 @@ from steersman.demo.orderbook import CARRIERS, MONTHS, STATUSES, WEEKDAYS, WEEKE
 
 COURTESY = re.compile(
     r"\b(thanks?|thank you|please|happy to|glad(ly)?|pleas(ed|ure)|sorry|apologi[sz]e|apolog(y|ies)|appreciate"
-    r"|(kind|best|warm) (regards|wishes)|you'?re welcome|you are welcome|delighted|of course|have a (nice|great|good|lovely))\b",
+    r"|(kind|best|warm) (regards|wishes)|you('| a)?re welcome|delighted|of course"
+    r"|have a (nice|great|good|lovely))\b",
     re.IGNORECASE,
 )
 RUDE = re.compile(
@@ -69,11 +70,9 @@ _PERSON = re.compile(r"\b(?:Ms|Mr|Mrs|Miss|Dr)\.? ([A-Z][a-z]+)")
 _CONTACT = re.compile(r"https?://\S+|www\.\S+|\S+@\S+\.\w+|\[[^\]]+\]|<[^>]+>")
 _STATUS = re.compile(rf"\b({'|'.join(STATUSES)}|shipped|delivered|cancelled|delayed|processing|pending)\b", re.I)
 _WORDS = {
-    word: str(number)
-    for number, word in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split(), start=2
-    )
-}
+    "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
+    "ten": "10", "eleven": "11", "twelve": "12",
+}  # fmt: skip
 _KINDS_OF = {
     "day": ("date", "weekday", "near_day"),
     "amount": ("number",),
@@ -222,7 +221,7 @@ def _polite(answer: str) -> float:
 def _concise(answer: str) -> float:
     words = re.findall(r"[\w']+", answer.lower())
     triples = list(zip(words, words[1:], words[2:], strict=False))
-    if len(triples) - len(set(triples)) > 1 or len(words) > 5 and len(set(words)) < len(words) / 2:
+    if len(triples) - len(set(triples)) > 1 or len(set(words)) < len(words) / 2:
         return 0.0
     band = 0.5 if len(words) < MIN_WORDS else 1 - max(0, len(words) - MAX_WORDS) / MAX_WORDS
     return max(0.0, band - 0.6 * len(FILLER.findall(answer)))
