@@ -144,7 +144,7 @@ def _block(lengths: np.ndarray, context: np.ndarray | None, prompt_lengths: np.n
     inverse = np.flatnonzero(real)
     own = np.broadcast_to(column[:, None] >= column, (len(lengths), width, width))
     if context is None:
-        mask = own
+        mask = own.copy()
     else:
         seen = np.arange(int(prompt_lengths.max())) < context[:, None]
         mask = np.concatenate([np.broadcast_to(seen[:, None], (len(lengths), width, seen.shape[1])), own], axis=2)
@@ -250,7 +250,9 @@ def enable_packed(model: nn.Module) -> None:
     """Switches a transformers model (PEFT-wrapped or not) to packed attention, in place."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(base, "_supports_attention_backend", False):
-        raise ConfigError(f"{type(base).__name__} does not support custom attention; use a decoder such as Llama or Qwen")
+        raise ConfigError(
+            f"{type(base).__name__} does not support custom attention; use a decoder such as Llama or Qwen"
+        )
     base.set_attn_implementation(PACKED_ATTENTION)  # type: ignore[operator]
 
 
