@@ -250,9 +250,7 @@ def enable_packed(model: nn.Module) -> None:
     """Switches a transformers model (PEFT-wrapped or not) to packed attention, in place."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(base, "_supports_attention_backend", False):
-        raise ConfigError(
-            f"{type(base).__name__} does not support custom attention; use a decoder such as Llama or Qwen"
-        )
+        raise ConfigError(f"{type(base).__name__} has no exchangeable attention; use a decoder such as Llama")
     base.set_attn_implementation(PACKED_ATTENTION)  # type: ignore[operator]
 
 

@@ -13,9 +13,13 @@ from steersman.errors import ConfigError, InvalidArgumentError
 from steersman.nn.packed import enable_packed, hidden_states, pack
 
 VOCAB = 61
-COMMON = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2, use_cache=False
-)
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def build(kind: str) -> torch.nn.Module:
@@ -62,16 +66,16 @@ def gradients(model: torch.nn.Module, value: torch.Tensor) -> list[torch.Tensor]
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_equals_the_plain_forward_and_its_gradients(kind: str) -> None:
     groups = groups_of([(5, (3, 0, 7)), (1, (4,)), (9, (2, 2)), (3, (0,))])
-    model = build(kind).double()
+    model = build(kind)
     got, got_last = packed(model, groups)
-    weights = torch.randn(len(got), dtype=torch.float64)
-    got_grads = gradients(model, (got * weights).sum() + got_last.square().sum())
+    weights = torch.randn(len(got))
+    got_grads = gradients(model, (got * weights).mean() + got_last.square().mean())
     want, want_last = plain(model, groups)
-    want_grads = gradients(model, (want * weights).sum() + want_last.square().sum())
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(got_last, want_last)
+    want_grads = gradients(model, (want * weights).mean() + want_last.square().mean())
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got_last, want_last, atol=2e-6, rtol=0)
     for mine, theirs in zip(got_grads, want_grads, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
 
 
 SHAPES = st.lists(
