@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -28,7 +29,8 @@ from transformers import (
 # ChatML as SmolLM2 and Qwen write it: a default system turn, a line end after every end-of-turn token.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -71,14 +73,14 @@ def tiny_tokenizer(*, pad_is_eos: bool = False, chat_template: str | None = CHAT
 VOCAB_SIZE = 4 + 256
 
 
-def _seeded(seed: int, build: type[PreTrainedModel], config: object) -> PreTrainedModel:
+def _seeded(seed: int, build: Any, config: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(config)  # type: ignore[arg-type]
+        model = build(config)
     return model.eval()
 
 
-def _decoder_sizes(hidden_size: int, layers: int, vocab_size: int, tie_word_embeddings: bool) -> dict[str, object]:
+def _decoder_sizes(hidden_size: int, layers: int, vocab_size: int, tie_word_embeddings: bool) -> dict[str, Any]:
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -106,7 +108,7 @@ def tiny_llama(
     config = LlamaConfig(**_decoder_sizes(hidden_size, layers, vocab_size, tie_word_embeddings))
     model = _seeded(seed, LlamaForCausalLM, config)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2], pad_token_id=3)
-    return model  # type: ignore[return-value]
+    return model
 
 
 def tiny_qwen2(
@@ -121,7 +123,7 @@ def tiny_qwen2(
     config = Qwen2Config(**_decoder_sizes(hidden_size, layers, vocab_size, tie_word_embeddings))
     model = _seeded(seed, Qwen2ForCausalLM, config)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2], pad_token_id=3)
-    return model  # type: ignore[return-value]
+    return model
 
 
 def tiny_llama_reward(
@@ -129,7 +131,7 @@ def tiny_llama_reward(
 ) -> LlamaForSequenceClassification:
     """A random decoder with a score head, as a reward model."""
     config = LlamaConfig(**_decoder_sizes(hidden_size, layers, vocab_size, True), num_labels=num_labels)
-    return _seeded(seed, LlamaForSequenceClassification, config)  # type: ignore[return-value]
+    return _seeded(seed, LlamaForSequenceClassification, config)
 
 
 def tiny_roberta_reward(
@@ -149,7 +151,7 @@ def tiny_roberta_reward(
         eos_token_id=2,
         pad_token_id=3,
     )
-    return _seeded(seed, RobertaForSequenceClassification, config)  # type: ignore[return-value]
+    return _seeded(seed, RobertaForSequenceClassification, config)
 
 
 def save_model_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:

@@ -1,0 +1,135 @@
+"""Folders that appear whole or not at all, and the hashes that prove what is in them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from steersman.data.records import file_digest
+from steersman.errors import ChecksumError, NotFoundError, SteersmanError, StorageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PARTIAL = ".partial-"
+
+
+@contextmanager
+def atomic_dir(final: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder beside `final` that becomes `final` when the block ends without an error.
+
+    Everything is flushed to disk before the rename. An existing `final` is replaced, and stays as it was when the
+    block fails. Leftovers of killed writers of the same `final` are removed.
+
+    Raises:
+        StorageError: the disk is full or refuses; the message says how much room is needed.
+    """
+    final = final.absolute()
+    partial = final.with_name(f".{final.name}{_PARTIAL}{secrets.token_hex(4)}")
+    with storage_errors(final, partial):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in final.parent.glob(f".{final.name}{_PARTIAL}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            for path in partial.rglob("*"):
+                _flush(path)
+            _flush(partial)
+            _swap(partial, final)
+            _flush(final.parent)
+        except BaseException as error:
+            if _is_full(error):
+                error.steersman_written = folder_size(partial)  # type: ignore[attr-defined]
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def storage_errors(target: Path, partial: Path | None = None) -> Iterator[None]:
+    """Turns a full disk or quota inside the block into one StorageError that names the target and the mend."""
+    try:
+        yield
+    except SteersmanError:
+        raise
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        written = getattr(error, "steersman_written", 0)
+        free = shutil.disk_usage(_existing_parent(target)).free
+        need = max(2 * written, 64 * 2**20) - free
+        raise StorageError(
+            f"disk full while saving {target}: free at least {max(need, 2**20) // 2**20} MiB "
+            "or set spec.artifacts to another place",
+            details={"path": str(target), "free_bytes": free},
+        ) from error
+
+
+def _is_full(error: BaseException) -> bool:
+    """True for ENOSPC, also where a library (safetensors, torch) carries it only in its text."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _FULL:
+            return True
+        text = str(seen)
+        if "No space left on device" in text or "os error 28" in text or "Disk quota exceeded" in text:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.exists())
+
+
+def _flush(path: Path) -> None:
+    if path.is_symlink():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap(partial: Path, final: Path) -> None:
+    if not final.exists():
+        os.rename(partial, final)
+        return
+    old = final.with_name(f".{final.name}{_PARTIAL}{secrets.token_hex(4)}")
+    os.rename(final, old)
+    try:
+        os.rename(partial, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def manifest_of_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 in hexadecimal of every file below `folder`, by its relative POSIX path, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def verify(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Checks that the files of a manifest are there and unchanged; further files are not looked at.
+
+    Raises:
+        NotFoundError: a file is missing.
+        ChecksumError: a file has other content.
+    """
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            raise NotFoundError(f"{path}: the file is missing; run the stage that writes it again")
+        if file_digest(path) != expected:
+            raise ChecksumError(f"{path}: the content has changed since it was written; run its stage again")

@@ -1,0 +1,121 @@
+"""Device, precision and threads: measured where it can be, decided in one place for services and training."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from steersman.errors import ConfigError, FailedPreconditionError
+
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# A change of arithmetic has to pay.
+_GAIN = 1.15
+
+
+def pick_device(device: str = "auto") -> str:
+    """`cpu` or `cuda`; FailedPreconditionError when CUDA is asked for and missing."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"model.device is {device!r}; use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FailedPreconditionError("model.device is cuda, but torch sees no CUDA device; use auto or cpu")
+    return device
+
+
+def pick_precision(precision: str = "auto", device: str = "cpu") -> Precision:
+    """Arithmetic of matrix products on a device.
+
+    `auto`: bf16 on a GPU that has it; on a CPU a benchmark of less than 100 ms decides, because some CPUs multiply
+    bf16 three times faster than fp32 (Zen 5, AMX) and others at half the speed.
+    """
+    if precision in ("fp32", "bf16"):
+        return precision  # type: ignore[return-value]
+    if precision != "auto":
+        raise ConfigError(f"model.precision is {precision!r}; use auto, fp32 or bf16")
+    if device != "cpu":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if cpu_bf16_gain() >= _GAIN else "fp32"
+
+
+@functools.cache
+def cpu_bf16_gain(size: int = 512) -> float:
+    """Speed of a bf16 matrix product relative to fp32 on this CPU."""
+    fp32, bf16 = _best_seconds([_product(torch.float32, size), _product(torch.bfloat16, size)])
+    return fp32 / bf16
+
+
+def _product(dtype: torch.dtype, size: int) -> Callable[[], Tensor]:
+    """A layer's product: activations [tokens, width] times a weight in the layout of nn.Linear."""
+    left = torch.ones(size, size, dtype=dtype)
+    weight = torch.ones(2 * size, size, dtype=dtype)
+    return lambda: torch.nn.functional.linear(left, weight)
+
+
+def _best_seconds(works: Sequence[Callable[[], object]], budget: float = 0.08) -> list[float]:
+    """Shortest run of each on one thread, within a shared budget in seconds.
+
+    In turns, the shortest, and one thread, because other processes on the machine only add time, not evenly, and
+    most of all where threads wait for one another.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for work in works:
+            work()
+        best, until = [float("inf")] * len(works), time.perf_counter() + budget
+        while time.perf_counter() < until:
+            for number, work in enumerate(works):
+                start = time.perf_counter()
+                work()
+                best[number] = min(best[number], time.perf_counter() - start)
+        return best
+    finally:
+        torch.set_num_threads(threads)
+
+
+def set_threads(threads: int = 0) -> int:
+    """Sets the CPU threads of this process and returns their number; 0: all cores that it may use."""
+    count = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    return count
+
+
+@functools.cache
+def use_fast_exact_matmul(size: int = 512) -> bool:
+    """Switches fp32 products on CPU to oneDNN (`matmul_precision("medium")`) where that is exact and faster.
+
+    MKL runs at half speed on AMD; oneDNN does not. But with AMX, "medium" rounds to bf16, so the error is measured
+    against float64 first. Returns whether it was switched. Where fp32 is to be reproduced on other hardware, leave it.
+    """
+    before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        return before == "medium"
+    product = _product(torch.float32, size)
+
+    def with_onednn() -> None:
+        torch.set_float32_matmul_precision("medium")
+        product()
+        torch.set_float32_matmul_precision(before)
+
+    slow, fast = _best_seconds([product, with_onednn])
+    torch.set_float32_matmul_precision("medium")
+    if slow / fast >= _GAIN and _relative_error(size) < 1e-6:
+        return True
+    torch.set_float32_matmul_precision(before)
+    return False
+
+
+def _relative_error(size: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, size, generator=generator) for _ in range(2))
+    exact: Tensor = left.double() @ right.double()
+    return float(((left @ right).double() - exact).abs().max() / exact.abs().max())
