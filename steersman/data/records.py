@@ -187,7 +187,7 @@ def row_type_of(data: dict[str, Any]) -> type[Row]:
     if "completion" in data:
         return Aspects if "aspects" in data else Feedback
     if "messages" in data:
-        return Feedback if "label" in data else Demonstration
+        return Demonstration
     if "prompt" in data:
         return Prompt
     raise DataError(
@@ -222,7 +222,20 @@ def parse_row(line: bytes, row_type: type[RowT], where: str) -> RowT:
         raise DataError(f"{where}: {describe_validation_error(error)}", details={"where": where}) from None
 
 
-def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes | DataError]]:
+class Position:
+    """How far into a file a reader is, for a progress bar."""
+
+    def __init__(self) -> None:
+        self.stream: IO[bytes] | None = None
+
+    def tell(self) -> int:
+        """Bytes consumed, before unpacking."""
+        return 0 if self.stream is None or self.stream.closed else self.stream.tell()
+
+
+def read_lines(
+    path: str | os.PathLike[str], position: Position | None = None
+) -> Iterator[tuple[int, bytes | DataError]]:
     """Yields (line number, line) with blank lines left out.
 
     What cannot be read is yielded as a DataError in place of the line (an over-long line, then reading goes on; a
@@ -230,7 +243,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes | Data
     """
     name = display_name(path)
     number = 0
-    with open_bytes(path) as stream:
+    with open_bytes(path, position) as stream:
         while True:
             try:
                 line = stream.readline(MAX_LINE_BYTES)
@@ -256,7 +269,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes | Data
 
 
 @contextmanager
-def open_bytes(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def open_bytes(path: str | os.PathLike[str], position: Position | None = None) -> Iterator[IO[bytes]]:
     """Opens a local path or an fsspec URL for reading; gzip is recognised by its first two bytes."""
     target = os.fspath(path)
     raw: IO[bytes]
@@ -271,6 +284,8 @@ def open_bytes(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             raise DataError(f"{target}: no such file; check the path") from None
         except IsADirectoryError:
             raise DataError(f"{target}: is a folder; name a file in it") from None
+    if position is not None:
+        position.stream = raw
     with raw:
         magic = raw.read(2)
         raw.seek(0)

@@ -1,0 +1,83 @@
+"""What counts as the same prompt or the same row, and deterministic splits that keep a prompt on one side."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+
+from steersman.errors import ConfigError
+
+_CONTENT = ("messages", "prompt", "chosen", "rejected", "completion", "label", "aspects")
+
+
+def normalise(text: str) -> str:
+    """Text without the differences that make no other question: case and white space."""
+    return " ".join(text.casefold().split())
+
+
+def group_key(row: Mapping[str, Any], by: str | None = None) -> str:
+    """The key that decides a row's split: its conversation's first question, or the metadata key `by`.
+
+    The first question, not the whole prompt, because data sets hold the same conversation cut off at several turns.
+    """
+    if by is not None:
+        return str(row.get(by, ""))
+    turns = row.get("messages") or row.get("prompt") or ()
+    first = next((turn["content"] for turn in turns if turn["role"] == "user"), "")
+    return normalise(first)
+
+
+def fingerprint(row: Mapping[str, Any]) -> int:
+    """64 bits over everything that training sees of a row; equal rows are duplicates."""
+    content = orjson.dumps([row.get(name) for name in _CONTENT])
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+class Splits:
+    """Assigns rows to named shares by a hash of their group: the same row lands on the same side in every run."""
+
+    def __init__(self, shares: Mapping[str, float], *, seed: int = 0, by: str | None = None) -> None:
+        if not shares or any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+            raise ConfigError(f"splits: shares {dict(shares)} must be positive and sum to 1, as train=0.9,test=0.1")
+        self.names = list(shares)
+        self._bounds = np.cumsum(list(shares.values())).tolist()
+        self._key = str(seed).encode()
+        self._by = by
+
+    def of(self, row: Mapping[str, Any]) -> str:
+        """The split of a row."""
+        return self.of_key(group_key(row, self._by))
+
+    def of_key(self, key: str) -> str:
+        digest = hashlib.blake2b(key.encode(), digest_size=8, key=self._key).digest()
+        point = int.from_bytes(digest, "little") / 2**64
+        return next(
+            (name for name, bound in zip(self.names, self._bounds, strict=True) if point < bound), self.names[-1]
+        )
+
+
+class SeenSet:
+    """A growing set of 64-bit fingerprints that costs 8 bytes each: a small hash set before a sorted array."""
+
+    def __init__(self, recent: int = 250_000) -> None:
+        self._recent: set[int] = set()
+        self._limit = recent
+        self._sorted = np.empty(0, np.uint64)
+
+    def add(self, value: int) -> bool:
+        """Adds a fingerprint; False when it was there already."""
+        if value in self._recent:
+            return False
+        at = int(self._sorted.searchsorted(np.uint64(value)))
+        if at < len(self._sorted) and int(self._sorted[at]) == value:
+            return False
+        self._recent.add(value)
+        if len(self._recent) >= self._limit:
+            fresh = np.fromiter(self._recent, np.uint64, len(self._recent))
+            self._sorted = np.sort(np.concatenate([self._sorted, fresh]))
+            self._recent.clear()
+        return True

@@ -1,0 +1,176 @@
+"""Import of any JSON lines, JSON, CSV or Parquet file with a column map.
+
+A map names, for each part of a row, the column that it comes from, or a template with columns in braces:
+
+    prompt=question  answer=best_answer                         -> demonstration
+    prompt=text                                                 -> prompt only
+    prompt=q  chosen=good  rejected=bad  margin=strength        -> preference
+    prompt=prompt  answer_a="response 1"  answer_b="response 2"
+        winner=label  with winners a=0, b=1, tie=2              -> preference, ties left out
+    prompt=q  answer=a  label=thumb                             -> feedback
+    prompt=q  answer=a  aspects.helpfulness=score               -> aspects
+    prompt="{0}\\nA. {1}\\nB. {2}"  answer=5  facts.answer=5      -> demonstration from a headerless CSV
+
+`system=`, `id=`, `customer=`, `source=`, `facts.NAME=` and `meta.NAME=` may stand beside each of them. A column that
+holds a list of messages is taken as it is. Without a map the file's rows must already have the canonical shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from steersman.data.formats import Converted, Converter, Format, ImportOptions, Skip, message
+from steersman.data.records import ROW_TYPES, Aspects, Demonstration, Feedback, Preference, Prompt, Row, row_type_of
+from steersman.errors import ConfigError, DataError
+
+_TARGETS = {
+    "prompt", "system", "answer", "chosen", "rejected", "answer_a", "answer_b", "winner", "label", "margin", "id",
+    "customer", "source", "messages",
+}  # fmt: skip
+_GROUPS = ("aspects.", "facts.", "meta.")
+_TRUE = {"1", "true", "yes", "up", "good", "like"}
+_FALSE = {"0", "false", "no", "down", "bad", "dislike"}
+
+
+@dataclass(frozen=True)
+class ColumnMap:
+    """Where the parts of a row come from."""
+
+    columns: Mapping[str, str]
+    winners: Mapping[str, str] = field(default_factory=lambda: {"a": "a", "b": "b", "tie": "tie"})
+    """For `winner`: the value that means a, b and tie."""
+
+    def __post_init__(self) -> None:
+        for target in self.columns:
+            if target not in _TARGETS and not target.startswith(_GROUPS):
+                known = ", ".join(sorted(_TARGETS)) + ", aspects.NAME, facts.NAME, meta.NAME"
+                raise ConfigError(f"column map: {target!r} is no part of a row; known are {known}")
+        self.row_type  # noqa: B018 - refuses a map that makes no row
+
+    @property
+    def row_type(self) -> type[Row]:
+        """The row type that the mapped parts make."""
+        have = set(self.columns)
+        if "messages" in have:
+            return Feedback if "label" in have else Demonstration
+        if "prompt" not in have:
+            raise ConfigError("column map: names no prompt; add prompt=COLUMN (or messages=COLUMN)")
+        if {"chosen", "rejected"} <= have or {"answer_a", "answer_b", "winner"} <= have:
+            return Preference
+        if have & {"chosen", "rejected", "answer_a", "answer_b", "winner"}:
+            raise ConfigError("column map: a preference needs chosen and rejected, or answer_a, answer_b and winner")
+        if "answer" not in have:
+            return Prompt
+        if any(target.startswith("aspects.") for target in have):
+            return Aspects
+        return Feedback if "label" in have else Demonstration
+
+
+def table_format(columns: ColumnMap) -> Format:
+    """The import format of a column map."""
+    return Format("table", columns.row_type, _converter(columns), None, "any file with a column map")
+
+
+def canonical_format(kind: str) -> Format:
+    """Rows that already have the canonical shape of `kind`."""
+    if kind not in ROW_TYPES:
+        raise ConfigError(f"--rows: {kind!r} is no row type; known are {', '.join(ROW_TYPES)}")
+    row_type = ROW_TYPES[kind]
+
+    def convert(record: dict[str, Any], options: ImportOptions) -> Converted:
+        found = row_type_of(record)
+        if found is not row_type:
+            raise DataError(f"a row of type {found.__name__.lower()}, expected {kind}; import it on its own")
+        yield record
+
+    return Format("steersman", row_type, convert, None, "canonical rows")
+
+
+def _converter(columns: ColumnMap) -> Converter:
+    parts = dict(columns.columns)
+    row_type = columns.row_type
+
+    def convert(record: dict[str, Any], options: ImportOptions) -> Converted:
+        row: dict[str, Any] = {}
+        for target in parts:
+            group, dot, name = target.partition(".")
+            if dot:
+                value = _value(record, parts[target])
+                if value is not None and value != "":
+                    row_group = row.setdefault(group, {}) if group != "meta" else row
+                    row_group[name] = float(value) if group == "aspects" else value
+            elif target in ("id", "customer", "source") and _value(record, parts[target]) is not None:
+                row[target] = str(_value(record, parts[target]))
+        if "messages" in parts:
+            messages = _messages(_value(record, parts["messages"]), "user")
+            if row_type is Demonstration:
+                yield row | {"messages": messages}
+            else:
+                label = _truth(_value(record, parts["label"]))
+                yield row | {"prompt": messages[:-1], "completion": messages[-1:], "label": label}
+            return
+        prompt = _messages(_value(record, parts["prompt"]), "user")
+        if parts.get("system") and _value(record, parts["system"]):
+            prompt = [message("system", _value(record, parts["system"])), *prompt]
+        answers: dict[str, Any] = {
+            target: _messages(_value(record, parts[target]), "assistant")
+            for target in ("answer", "chosen", "rejected", "answer_a", "answer_b")
+            if target in parts
+        }
+        if row_type is Preference:
+            yield _preference(record, columns, row | {"prompt": prompt}, answers)
+        elif row_type is Demonstration:
+            yield row | {"messages": prompt + answers["answer"]}
+        elif row_type is Prompt:
+            yield row | {"prompt": prompt}
+        else:
+            row |= {"prompt": prompt, "completion": answers["answer"]}
+            yield row | {"label": _truth(_value(record, parts["label"]))} if row_type is Feedback else row
+
+    return convert
+
+
+def _preference(
+    record: dict[str, Any], columns: ColumnMap, row: dict[str, Any], answers: dict[str, Any]
+) -> dict[str, Any] | Skip:
+    if "winner" in columns.columns:
+        value = str(_value(record, columns.columns["winner"])).strip()
+        winner = next((side for side, name in columns.winners.items() if name == value), None)
+        if winner == "tie":
+            return Skip("tie")
+        if winner is None:
+            raise DataError(f"winner is {value!r}; expected one of {', '.join(columns.winners.values())}")
+        order = ("answer_a", "answer_b") if winner == "a" else ("answer_b", "answer_a")
+    else:
+        order = ("chosen", "rejected")
+    row |= {"chosen": answers[order[0]], "rejected": answers[order[1]]}
+    if "margin" in columns.columns and _value(record, columns.columns["margin"]) not in (None, ""):
+        row["margin"] = float(_value(record, columns.columns["margin"]))
+    return row
+
+
+def _value(record: dict[str, Any], source: str) -> Any:
+    """A column's value, or a template filled with columns. Raises KeyError where a column is missing."""
+    if source in record:
+        return record[source]
+    if "{" in source:
+        return re.sub(r"\{([^{}]+)\}", lambda found: str(record[found[1]]), source)
+    raise KeyError(source)
+
+
+def _messages(value: Any, role: str) -> list[dict[str, Any]]:
+    if isinstance(value, list):
+        return value
+    return [message(role, "" if value is None else str(value).strip())]
+
+
+def _truth(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in _TRUE or text in _FALSE:
+        return text in _TRUE
+    raise DataError(f"label is {value!r}; expected true or false")
