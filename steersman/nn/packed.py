@@ -265,3 +265,18 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
         packed=batch.layout,
     )
     return output.last_hidden_state[0]
+
+
+def group_rows(
+    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
+) -> tuple[list[tuple[np.ndarray, list[np.ndarray]]], list[int]]:
+    """Groups rows with equal prompts for `pack`.
+
+    Returns:
+        The groups, and for every packed response the index of its row.
+    """
+    members: dict[bytes, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        members.setdefault(prompt.tobytes(), []).append(row)
+    groups = [(prompts[rows[0]], [responses[row] for row in rows]) for rows in members.values()]
+    return groups, [row for rows in members.values() for row in rows]

@@ -135,21 +135,25 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return handler
 
 
+Service = tuple[Callable[[Any, grpc.aio.Server], None], Any, str]
+"""Registration function, servicer, full name."""
+
+
 class Server:
     """One or more listeners with health and reflection, and an orderly end.
 
-    Usage: `await server.start()`, load the model, `await server.ready()`, `await server.run_until_signal()`.
+    `run` is the life of a service; tests call its steps one by one.
     """
 
     def __init__(
         self,
         config: ServerConfig,
-        listeners: dict[int, Sequence[tuple[Callable[[Any, grpc.aio.Server], None], Any, str]]],
+        listeners: Sequence[tuple[int, Sequence[Service]]],
         on_drain: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Args:
         config: address, TLS, limits.
-        listeners: by port (0: any free one) the services to offer: registration function, servicer, full name.
+        listeners: ports (0: any free one) and the services that each offers.
         on_drain: runs after the last call has ended.
         """
         self._config = config
@@ -158,7 +162,7 @@ class Server:
         self._names: list[str] = []
         self._servers: list[grpc.aio.Server] = []
         self.ports: list[int] = []
-        for port, services in listeners.items():
+        for port, services in listeners:
             server = grpc.aio.server(
                 interceptors=[ErrorInterceptor()],
                 options=[*channel_options(config.max_message_bytes), ("grpc.so_reuseport", 0)],
@@ -192,6 +196,15 @@ class Server:
         """Health says SERVING from now on."""
         for name in ("", *self._names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def run(self, load: Callable[[], Awaitable[Any]] | None = None) -> None:
+        """Listens, loads (health: NOT_SERVING meanwhile), serves until SIGTERM or SIGINT, drains."""
+        await self.start()
+        if load is not None:
+            await load()
+        await self.ready()
+        log.info("serving on %s", ", ".join(f"{self._config.host}:{port}" for port in self.ports))
+        await self.run_until_signal()
 
     async def run_until_signal(self) -> None:
         """Waits for SIGTERM or SIGINT, then drains."""

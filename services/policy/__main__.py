@@ -1,0 +1,40 @@
+"""`python -m services.policy --config FILE [--set a.b=c]`"""
+
+from __future__ import annotations
+
+import asyncio
+
+from services.policy.config import PolicyConfig
+from steersman.rpc.app import service_main
+from steersman.rpc.server import Server
+
+
+async def serve(config: PolicyConfig) -> None:
+    """Loads the engine while health says NOT_SERVING, then serves until a signal comes."""
+    from services.policy.build import build_engine, load_chat_format
+    from services.policy.servicer import PolicyServicer
+    from services.policy.weights import WeightsServicer
+    from steersman.v1 import policy_pb2_grpc, weights_pb2_grpc
+
+    engine = build_engine(config)
+    chat = await asyncio.to_thread(load_chat_format, config)
+
+    async def close() -> None:
+        await asyncio.to_thread(engine.close)
+
+    data = (
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server,
+        PolicyServicer(engine, chat),
+        "steersman.v1.PolicyService",
+    )
+    control = (
+        weights_pb2_grpc.add_WeightsServiceServicer_to_server,
+        WeightsServicer(engine, config),
+        "steersman.v1.WeightsService",
+    )
+    server = Server(config, [(config.port, [data]), (config.weights_port, [control])], on_drain=close)
+    await server.run(load=lambda: asyncio.to_thread(engine.start))
+
+
+if __name__ == "__main__":
+    service_main("policy", PolicyConfig, serve)

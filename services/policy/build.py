@@ -1,0 +1,43 @@
+"""From the configuration to an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from services.policy.chat import ChatFormat
+from services.policy.config import PolicyConfig
+from services.policy.engine import Engine
+from steersman.errors import ConfigError
+
+
+def model_folder(config: PolicyConfig) -> Path:
+    """The model's folder; the embedded default is unpacked when it is not there yet."""
+    from steersman.nn.prepare import resolve_model
+
+    return resolve_model(config.model)
+
+
+def load_chat_format(config: PolicyConfig) -> ChatFormat:
+    """The tokenizer of the served model."""
+    from steersman.nn.prepare import tokenizer_fingerprint
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(config))
+    return ChatFormat(tokenizer, tokenizer_fingerprint(tokenizer))
+
+
+def build_engine(config: PolicyConfig) -> Engine:
+    """The engine that the configuration names; its libraries are imported here and not before."""
+    if config.engine == "transformers":
+        from services.policy.engines.transformers_engine import TransformersEngine
+
+        return TransformersEngine(
+            model_folder(config),
+            name=config.model_name,
+            precision=config.precision,
+            device=config.device,
+            threads=config.threads,
+            max_context=config.max_context,
+            kv_cache_tokens=config.kv_cache_tokens,
+        )
+    raise ConfigError(f"engine {config.engine} is not available in this build; use transformers")

@@ -1,0 +1,230 @@
+"""Conversations on top of the token engine: chat template, incremental text, stop texts, tool calls."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from services.policy.engine import Engine, GenerationRequest, SampleFinished, TokenEvent
+from steersman.errors import FailedPreconditionError, InvalidArgumentError
+from steersman.v1 import common_pb2
+from steersman.v1 import policy_pb2 as pb
+
+_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+
+
+class ChatFormat:
+    """The tokenizer as the service needs it."""
+
+    def __init__(self, tokenizer: Any, fingerprint: str) -> None:
+        """Args:
+        tokenizer: a transformers tokenizer.
+        fingerprint: of its vocabulary, as `steersman.nn.prepare.tokenizer_fingerprint` gives it.
+        """
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+
+    def check_fingerprint(self, theirs: str) -> None:
+        """Refuses a caller with another vocabulary; an empty fingerprint is not checked."""
+        if theirs and theirs != self.fingerprint:
+            raise FailedPreconditionError(
+                f"the caller's tokenizer ({theirs[:12]}) is not the service's ({self.fingerprint[:12]}); "
+                "start both from the same model folder"
+            )
+
+    def encode(self, request: pb.PolicyServiceChatRequest) -> np.ndarray:
+        """Token ids int32 [P] of the rendered conversation, ready for the assistant's turn."""
+        if request.prompt:
+            return np.asarray(self.tokenizer(request.prompt)["input_ids"], dtype=np.int32)
+        if not request.messages:
+            raise InvalidArgumentError("messages is empty; send at least one message")
+        if self.tokenizer.chat_template is None:
+            raise FailedPreconditionError("the model has no chat template; use the completions API or another model")
+        tools = json.loads(request.tools_json) if request.tools_json else None
+        ids = self.tokenizer.apply_chat_template(
+            [_plain(message) for message in request.messages],
+            tools=tools,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        return np.asarray(ids, dtype=np.int32)
+
+    def text_of(self, token_id: int) -> str:
+        return self.tokenizer.decode([token_id])
+
+
+def _plain(message: common_pb2.Message) -> dict[str, Any]:
+    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.name:
+        plain["name"] = message.name
+    return plain
+
+
+@dataclass
+class TextStream:
+    """Turns token ids into text as they arrive; holds back incomplete characters and possible stop texts.
+
+    The two offsets are those of vLLM's and TGI's incremental detokenization: text is decoded from a few
+    tokens back, because a token's text depends on its neighbours.
+    """
+
+    tokenizer: Any
+    stop: Sequence[str] = ()
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    """Everything decoded, stop texts excluded."""
+    sent: int = 0
+    stopped: bool = False
+    _prefix: int = 0
+    _read: int = 0
+
+    def push(self, token_id: int) -> str:
+        """Adds a token and returns the new text that is certain."""
+        self.ids.append(token_id)
+        before = self._decode(self.ids[self._prefix : self._read])
+        now = self._decode(self.ids[self._prefix :])
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            self.text += now[len(before) :]
+            self._prefix, self._read = self._read, len(self.ids)
+        return self._emit(final=False)
+
+    def finish(self) -> str:
+        """The rest of the text."""
+        before = self._decode(self.ids[self._prefix : self._read])
+        self.text += self._decode(self.ids[self._prefix :])[len(before) :]
+        self._prefix = self._read = len(self.ids)
+        return self._emit(final=True)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _emit(self, final: bool) -> str:
+        if self.stopped:
+            return ""
+        hits = [
+            position for stop in self.stop if (position := self.text.find(stop, max(0, self.sent - len(stop)))) >= 0
+        ]
+        if hits:
+            self.stopped = True
+            self.text = self.text[: min(hits)]
+            end = len(self.text)
+        elif final:
+            end = len(self.text)
+        else:
+            end = len(self.text) - max((_overlap(self.text, stop) for stop in self.stop), default=0)
+        delta = self.text[self.sent : end]
+        self.sent = max(self.sent, end)
+        return delta
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def parse_tool_calls(text: str) -> list[common_pb2.ToolCall]:
+    """Calls in the `<tool_call>{"name":..., "arguments":{...}}</tool_call>` form; malformed ones are left as text."""
+    calls = []
+    for match in _TOOL_CALL.finditer(text):
+        try:
+            data = json.loads(match.group(1))
+            arguments = data.get("arguments", {})
+            name = data["name"]
+        except (ValueError, KeyError, AttributeError):
+            continue
+        calls.append(
+            common_pb2.ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", name=str(name), arguments=json.dumps(arguments))
+        )
+    return calls
+
+
+async def answer(
+    engine: Engine, chat: ChatFormat, request: pb.PolicyServiceChatRequest
+) -> AsyncIterator[pb.PolicyServiceChatResponse]:
+    """Streams the choices of one conversation."""
+    from services.policy.constrain import json_constraint
+    from services.policy.servicer import FINISH_REASONS, events_of, sampling_params
+
+    prompt = chat.encode(request)
+    count = request.n or 1
+    info = engine.info()
+    constraint = json_constraint(chat.tokenizer, request.json_schema, info) if request.json_schema else None
+    generation = GenerationRequest(
+        request_id=str(uuid.uuid4()),
+        prompts=[prompt],
+        params=sampling_params(request.sampling, request.top_logprobs),
+        n=count,
+        stream=True,
+        constraint=constraint,
+    )
+    streams = [TextStream(chat.tokenizer, tuple(request.stop)) for _ in range(count)]
+    ended: set[int] = set()
+    async for event in events_of(engine, generation):
+        if not isinstance(event, (TokenEvent, SampleFinished)) or event.sample_index in ended:
+            continue
+        index = event.sample_index
+        stream = streams[index]
+        if isinstance(event, TokenEvent):
+            delta = stream.push(event.token_id)
+            response = pb.PolicyServiceChatResponse(
+                choice_index=index,
+                delta=delta,
+                tokens=[_token(chat, event)],
+                prompt_tokens=len(prompt),
+                completion_tokens=len(stream.ids),
+                weights_version=event.weights_version,
+            )
+            if not stream.stopped:
+                yield response
+                continue
+            response.finish_reason = common_pb2.FINISH_REASON_STOP
+        else:
+            response = pb.PolicyServiceChatResponse(
+                choice_index=index,
+                delta=stream.finish(),
+                finish_reason=FINISH_REASONS[event.finish_reason],
+                prompt_tokens=len(prompt),
+                completion_tokens=len(stream.ids),
+                weights_version=event.weights_versions[-1] if event.weights_versions else info.weights_version,
+            )
+            if stream.stopped:
+                response.finish_reason = common_pb2.FINISH_REASON_STOP
+        if request.tools_json and (calls := parse_tool_calls(stream.text)):
+            response.tool_calls.extend(calls)
+            response.finish_reason = common_pb2.FINISH_REASON_TOOL_CALLS
+        ended.add(index)
+        yield response
+        if len(ended) == count:
+            return
+
+
+def _token(chat: ChatFormat, event: TokenEvent) -> pb.TokenLogprob:
+    text = chat.text_of(event.token_id)
+    return pb.TokenLogprob(
+        token_id=event.token_id,
+        text=text,
+        logprob=event.logprob,
+        raw=text.encode(),
+        top=[
+            pb.TokenAlternative(token_id=token, text=chat.text_of(token), logprob=logprob)
+            for token, logprob in event.top_logprobs
+        ],
+    )

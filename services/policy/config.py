@@ -1,0 +1,40 @@
+"""Configuration of the policy service."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from steersman.rpc.server import ServerConfig
+
+
+class PolicyConfig(ServerConfig):
+    model: str
+    """Folder of the base model in Hugging Face format, or the embedded default's name."""
+    model_name: str = "policy"
+    """Name that the service reports."""
+    engine: Literal["transformers", "vllm", "tgi"] = "transformers"
+    """What generates."""
+    engine_url: str | None = None
+    """Address of the server behind the engine `tgi`."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 50051
+    """Data plane: PolicyService."""
+    weights_port: Annotated[int, Field(ge=0, le=65535)] = 50054
+    """Control plane: WeightsService, on a listener of its own."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Prometheus metrics; None: none."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic; `auto` measures on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads; 0: all cores."""
+    max_context: Annotated[int, Field(gt=0)] | None = None
+    """Longest prompt plus answer; None: the model's."""
+    kv_cache_tokens: Annotated[int, Field(gt=0)] = 16_384
+    """Tokens that the KV cache holds; samples beyond it wait."""
+    max_upload_bytes: Annotated[int, Field(gt=0)] = 64 * 1024**3
+    """Largest weights payload that is accepted."""
+    artifact_urls: list[str] = []
+    """Prefixes of the URLs from which weights may be read; empty: none."""

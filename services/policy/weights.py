@@ -1,0 +1,196 @@
+"""The weights transaction: begin, upload, commit or abort. Servicer of the control plane."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import tempfile
+import zlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import IO
+
+import fsspec
+import grpc
+from safetensors.torch import load_file
+
+from services.policy.config import PolicyConfig
+from services.policy.engine import Engine, WeightsUpdate
+from steersman.errors import (
+    ChecksumError,
+    ConflictError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    StorageError,
+)
+from steersman.v1 import weights_pb2 as pb
+from steersman.v1 import weights_pb2_grpc
+
+log = logging.getLogger("steersman.policy.weights")
+
+_KINDS = {pb.WEIGHTS_KIND_FULL: "full", pb.WEIGHTS_KIND_LORA: "lora"}
+
+
+@dataclass
+class _Transaction:
+    version: int
+    manifest: pb.WeightsManifest
+    file: IO[bytes]
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    received: int = 0
+
+
+class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
+    """One transaction at a time. What is being uploaded lies in an unnamed temporary file."""
+
+    def __init__(self, engine: Engine, config: PolicyConfig) -> None:
+        self._engine = engine
+        self._config = config
+        self._open: _Transaction | None = None
+        self._loaded_sha256 = ""
+        self._lock = asyncio.Lock()
+
+    @property
+    def _loaded(self) -> int:
+        return self._engine.info().weights_version
+
+    async def BeginUpdate(
+        self, request: pb.BeginUpdateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.BeginUpdateResponse:
+        async with self._lock:
+            manifest = request.manifest
+            if request.version == self._loaded and manifest.sha256 == self._loaded_sha256:
+                return pb.BeginUpdateResponse(already_loaded=True)
+            if request.version <= self._loaded:
+                raise FailedPreconditionError(
+                    f"version {request.version} is not newer than the loaded version {self._loaded}; count up"
+                )
+            if self._open is not None and self._open.version != request.version:
+                raise ConflictError(
+                    f"version {self._open.version} is being uploaded; abort it before version {request.version} begins"
+                )
+            self._check(manifest)
+            self._close_transaction()
+            self._open = _Transaction(request.version, manifest, tempfile.TemporaryFile())
+            return pb.BeginUpdateResponse()
+
+    def _check(self, manifest: pb.WeightsManifest) -> None:
+        if manifest.kind not in _KINDS:
+            raise InvalidArgumentError("manifest.kind is unspecified; it must be FULL or LORA")
+        if len(manifest.sha256) != 64:
+            raise InvalidArgumentError("manifest.sha256 must be 64 hexadecimal digits")
+        if not 0 < manifest.size <= self._config.max_upload_bytes:
+            raise InvalidArgumentError(
+                f"manifest.size is {manifest.size}; it must be between 1 and maxUploadBytes ({self._config.max_upload_bytes})"
+            )
+        if (manifest.kind == pb.WEIGHTS_KIND_LORA) != bool(manifest.adapter_config_json):
+            raise InvalidArgumentError("manifest.adapter_config_json belongs to kind LORA, and only to it")
+        if manifest.artifact_url and not any(manifest.artifact_url.startswith(p) for p in self._config.artifact_urls):
+            raise PermissionDeniedError(f"{manifest.artifact_url} is under none of the service's artifactUrls")
+
+    def _transaction(self, version: int) -> _Transaction:
+        if self._open is None or self._open.version != version:
+            raise FailedPreconditionError(f"no transaction for version {version} is open; call BeginUpdate first")
+        return self._open
+
+    async def UploadChunks(
+        self, request_iterator: AsyncIterator[pb.UploadChunksRequest], context: grpc.aio.ServicerContext
+    ) -> pb.UploadChunksResponse:
+        async with self._lock:
+            received = 0
+            async for chunk in request_iterator:
+                transaction = self._transaction(chunk.version)
+                if chunk.offset != transaction.received:
+                    raise InvalidArgumentError(
+                        f"offset is {chunk.offset}, but {transaction.received} bytes are here; continue there"
+                    )
+                if zlib.crc32(chunk.data) != chunk.crc32:
+                    raise ChecksumError(f"the chunk at {chunk.offset} does not have its checksum; send it again")
+                if transaction.received + len(chunk.data) > transaction.manifest.size:
+                    raise InvalidArgumentError(f"more bytes than manifest.size ({transaction.manifest.size}) arrived")
+                await asyncio.to_thread(self._append, transaction, chunk.data)
+                received = transaction.received
+            return pb.UploadChunksResponse(received=received)
+
+    @staticmethod
+    def _append(transaction: _Transaction, data: bytes) -> None:
+        try:
+            transaction.file.write(data)
+        except OSError as error:
+            raise StorageError(f"weights cannot be stored ({error.strerror}); free space for temporary files") from None
+        transaction.digest.update(data)
+        transaction.received += len(data)
+
+    async def CommitUpdate(
+        self, request: pb.CommitUpdateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CommitUpdateResponse:
+        async with self._lock:
+            if request.version == self._loaded and self._open is None:
+                return pb.CommitUpdateResponse(version=request.version)
+            transaction = self._transaction(request.version)
+            # The swap must not be torn by a caller that goes away: it runs to its end in any case.
+            pause = await asyncio.shield(asyncio.to_thread(self._apply, transaction))
+            self._loaded_sha256 = transaction.manifest.sha256
+            self._close_transaction()
+            log.info("weights version %d loaded, generation paused for %.3f s", request.version, pause)
+            return pb.CommitUpdateResponse(version=request.version, pause_seconds=pause)
+
+    def _apply(self, transaction: _Transaction) -> float:
+        manifest = transaction.manifest
+        if manifest.artifact_url:
+            self._read_artifact(transaction)
+        if transaction.received != manifest.size:
+            raise FailedPreconditionError(
+                f"{transaction.received} of {manifest.size} bytes are here; upload the rest before the commit"
+            )
+        if transaction.digest.hexdigest() != manifest.sha256:
+            raise ChecksumError("the payload does not have manifest.sha256; abort and send it again")
+        transaction.file.flush()
+        try:
+            tensors = load_file(f"/proc/self/fd/{transaction.file.fileno()}")
+        except Exception as error:
+            raise InvalidArgumentError(f"the payload is not a safetensors file ({error})") from None
+        update = WeightsUpdate(
+            version=transaction.version,
+            kind=_KINDS[manifest.kind],  # type: ignore[arg-type]
+            tensors=tensors,
+            adapter_config=json.loads(manifest.adapter_config_json) if manifest.adapter_config_json else None,
+        )
+        return self._engine.load_weights(update)
+
+    def _read_artifact(self, transaction: _Transaction) -> None:
+        transaction.file.seek(0)
+        transaction.file.truncate()
+        transaction.received, transaction.digest = 0, hashlib.sha256()
+        try:
+            with fsspec.open(transaction.manifest.artifact_url, "rb") as source:
+                while data := source.read(8 * 1024 * 1024):
+                    self._append(transaction, data)
+        except FileNotFoundError:
+            raise FailedPreconditionError(f"{transaction.manifest.artifact_url} does not exist") from None
+
+    async def AbortUpdate(
+        self, request: pb.AbortUpdateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AbortUpdateResponse:
+        async with self._lock:
+            if self._open is not None and self._open.version == request.version:
+                self._close_transaction()
+            return pb.AbortUpdateResponse()
+
+    def _close_transaction(self) -> None:
+        if self._open is not None:
+            self._open.file.close()
+            self._open = None
+
+    async def GetWeightsStatus(
+        self, request: pb.GetWeightsStatusRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetWeightsStatusResponse:
+        return pb.GetWeightsStatusResponse(
+            loaded_version=self._loaded,
+            loaded_sha256=self._loaded_sha256,
+            pending_version=self._open.version if self._open else 0,
+            received=self._open.received if self._open else 0,
+        )

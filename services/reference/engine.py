@@ -1,0 +1,75 @@
+"""Log-probabilities of response tokens under a frozen causal LM, without padding and with shared prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from services.reference.config import ReferenceConfig
+from steersman.nn.hardware import pick_device, pick_precision, set_threads
+from steersman.nn.load import load_causal_lm, load_tokenizer
+from steersman.nn.logprobs import token_logprobs
+from steersman.nn.packed import enable_packed, group_rows, hidden_states, pack
+from steersman.nn.prepare import resolve_model, tokenizer_fingerprint
+from steersman.v1 import common_pb2
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One sample."""
+
+    prompt: np.ndarray
+    """int32 [P]"""
+    response: np.ndarray
+    """int32 [R]"""
+    temperature: float
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+class ReferenceEngine:
+    def __init__(self, config: ReferenceConfig) -> None:
+        self._config = config
+
+    def load(self) -> None:
+        """Loads the model; errors name the folder and the mend."""
+        config = self._config
+        set_threads(config.threads)
+        self._device = pick_device(config.device)
+        precision = pick_precision(config.precision, self._device)
+        folder = resolve_model(config.model)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._model = load_causal_lm(folder, dtype=dtype, device=self._device).requires_grad_(False).eval()
+        enable_packed(self._model)
+        self.info = common_pb2.ModelInfo(
+            name=config.model_name,
+            tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(folder)),
+            vocab_size=self._model.config.vocab_size,
+            max_context=self._model.config.max_position_embeddings,
+            dtype=precision,
+            device=str(self._device),
+        )
+
+    @torch.inference_mode()
+    def logprobs(self, rows: list[Row]) -> list[np.ndarray]:
+        """float32 [R] of every row, in order."""
+        results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
+        order = sorted(range(len(rows)), key=lambda index: rows[index].temperature)
+        for temperature, same in groupby(order, key=lambda index: rows[index].temperature):
+            indices = list(same)
+            groups, packed_order = group_rows(
+                [rows[index].prompt for index in indices], [rows[index].response for index in indices]
+            )
+            batch = pack(groups, self._device)
+            hidden = hidden_states(self._model, batch)
+            head = self._model.get_output_embeddings().weight
+            values, _ = token_logprobs(hidden[batch.predictor], head, batch.targets, temperature=temperature)
+            parts = torch.split(values, batch.lengths.tolist())
+            for part, position in zip(parts, packed_order, strict=True):
+                results[indices[position]] = part.cpu().numpy()
+        return results

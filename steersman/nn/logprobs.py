@@ -1,0 +1,137 @@
+"""Log-probabilities of chosen tokens straight from hidden states, without ever holding [tokens, vocabulary] logits.
+
+    z = h W^T + b,   z <- softcap * tanh(z / softcap) (optional),   z <- z / temperature
+    logprob = z_target - logsumexp(z),   entropy = logsumexp(z) - sum_v p_v z_v,   p = softmax(z)
+
+The rows are taken in chunks, forward and backward; backward computes each chunk's logits again. Extra memory is a few
+times chunk_tokens * vocabulary * 4 bytes (plus one fp32 [vocabulary, hidden] where the head itself is trained).
+
+The matrix product runs in the dtype that the head has in the model (the autocast dtype where autocast is on) and
+everything after it in fp32, so trainer and engine see the same logits. The reference is `log_softmax` + `gather`, as
+`logprobs_from_logits` and `entropy_from_logits` in lm-human-preferences utils/core.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from steersman.errors import InvalidArgumentError
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    with_entropy: bool = False,
+    chunk_tokens: int = 512,
+) -> tuple[Tensor, Tensor | None]:
+    """(log-probabilities fp32 [T], entropies fp32 [T] in nats or None) of the next token at each position.
+
+    hidden [T, D] are the last hidden states (after the final norm) at the positions that PREDICT `targets` int64 [T];
+    weight [V, D] and bias [V] are the LM head's (plain tensors, not sharded ones). `temperature` is the one the tokens
+    were sampled with; `softcap` is Gemma's `final_logit_softcapping`; a model with a logit scale takes hidden * scale.
+    Gradients flow to hidden, weight and bias from both outputs. fp64 input is computed in fp64.
+    """
+    if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
+        raise InvalidArgumentError(f"hidden {list(hidden.shape)} must be [T, D] and targets {list(targets.shape)} [T]")
+    if not temperature > 0.0:
+        raise InvalidArgumentError(f"temperature must be above 0 for log-probabilities, got {temperature}")
+    device = hidden.device.type
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    logprobs, entropy = _ChunkedLogprobs.apply(
+        hidden, weight, bias, targets, temperature, softcap, with_entropy, max(1, chunk_tokens), dtype
+    )
+    return logprobs, entropy if with_entropy else None
+
+
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
+    """[chunk, V] logits of the sampled distribution, at least fp32, in a buffer of its own."""
+    logits = torch.nn.functional.linear(rows, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits.div_(temperature)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """See the module docstring; inputs and outputs as `token_logprobs`, `dtype` is that of the matrix product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        softcap: float | None,
+        with_entropy: bool,
+        chunk: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        accumulate = torch.promote_types(dtype, torch.float32)
+        lse = torch.empty(hidden.shape[0], dtype=accumulate, device=hidden.device)
+        logprobs = torch.empty_like(lse)
+        entropy = torch.empty_like(lse) if with_entropy else lse.new_empty(0)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for start in range(0, hidden.shape[0], chunk):
+                rows = slice(start, start + chunk)
+                logits = _logits(hidden[rows].to(dtype), head, offset, temperature, softcap)
+                lse[rows] = logits.logsumexp(-1)
+                logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - lse[rows]
+                if with_entropy:
+                    probabilities = (logits - lse[rows, None]).exp_()
+                    entropy[rows] = lse[rows] - probabilities.mul_(logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+        ctx.options = (temperature, softcap, with_entropy, chunk, dtype)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
+        temperature, softcap, with_entropy, chunk, dtype = ctx.options
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device) if needs_weight else None
+        grad_bias = torch.zeros(bias.shape, dtype=lse.dtype, device=bias.device) if needs_bias else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for start in range(0, hidden.shape[0], chunk):
+                rows = slice(start, start + chunk)
+                states = hidden[rows].to(dtype)
+                logits = _logits(states, head, offset, temperature, softcap)
+                log_p = logits - lse[rows, None]
+                # d logprob / dz = onehot - p;  d entropy / dz = -p * (log p + entropy)
+                factor = -grad_logprobs[rows, None]
+                if with_entropy:
+                    factor = factor - grad_entropy[rows, None] * (log_p + entropy[rows, None])
+                grad = log_p.exp_().mul_(factor)
+                grad.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
+                grad.div_(temperature)
+                if softcap is not None:
+                    grad.mul_(1.0 - (logits * (temperature / softcap)).square())
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                grad = grad.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = grad @ head
+                if grad_weight is not None:
+                    grad_weight += grad.T @ states
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *[None] * 6,
+        )

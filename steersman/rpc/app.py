@@ -1,0 +1,35 @@
+"""The command line that every service shares."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from steersman.config.base import apply_overrides, load_model, read_yaml
+from steersman.errors import SteersmanError
+from steersman.rpc.server import ServerConfig
+
+C = TypeVar("C", bound=ServerConfig)
+
+
+def service_main(name: str, config_type: type[C], serve: Callable[[C], Awaitable[None]]) -> None:
+    """Parses `--config FILE --set a.b=c`, runs the service; an error is one sentence and its exit code."""
+    parser = argparse.ArgumentParser(prog=f"python -m services.{name}", description=f"Steersman's {name} service")
+    parser.add_argument("--config", type=Path, help="YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override of one field; repeatable")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    try:
+        data = apply_overrides(read_yaml(arguments.config) if arguments.config else {}, arguments.set)
+        config = load_model(config_type, data, str(arguments.config or "--set"))
+        asyncio.run(serve(config))  # type: ignore[arg-type]
+    except SteersmanError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
