@@ -24,7 +24,7 @@ import orjson
 WORDS = (
     "the order of what can you help with delivery late refund please account a to and is it my we will send again "
     "tomorrow invoice number thanks sorry about this problem café “quoted” naïve how do I bake bread without yeast"
-).split()
+).split()  # noqa: SIM905
 
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:

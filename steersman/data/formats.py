@@ -173,6 +173,7 @@ def _sharegpt_turns(record: dict[str, Any]) -> list[dict[str, Any]] | Skip:
 # --- preferences ------------------------------------------------------------------------------------------------
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_HUMAN, _HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -185,20 +186,37 @@ def hh(record: dict[str, Any], options: ImportOptions) -> Converted:
     if record["chosen"] == record["rejected"]:
         yield Skip("chosen and rejected are the same")
         return
-    chosen, rejected = hh_turns(record["chosen"]), hh_turns(record["rejected"])
+    parted = hh_last_turn(record["chosen"], record["rejected"])
+    yield parted or hh_common_prefix(record["chosen"], record["rejected"])
+
+
+def hh_last_turn(chosen: str, rejected: str) -> dict[str, Any] | None:
+    """The short way for nearly every pair, in which only the last assistant turn differs; None for the others."""
+    cut = chosen.rfind(_HH_ASSISTANT)
+    if cut != rejected.rfind(_HH_ASSISTANT) or cut < max(chosen.rfind(_HH_HUMAN), rejected.rfind(_HH_HUMAN)):
+        return None
+    prompt = hh_turns(chosen[:cut])
+    if chosen[:cut] != rejected[:cut] or not prompt or prompt[-1]["role"] != "user":
+        return None
+    ours, theirs = (text[cut + len(_HH_ASSISTANT) :].strip() for text in (chosen, rejected))
+    return {"prompt": prompt, "chosen": [message("assistant", ours)], "rejected": [message("assistant", theirs)]}
+
+
+def hh_common_prefix(chosen: str, rejected: str) -> dict[str, Any] | Skip:
+    """The general way: common turns up to a human turn, whatever follows on either side."""
+    ours, theirs = hh_turns(chosen), hh_turns(rejected)
     shared = 0
-    for ours, theirs in zip(chosen, rejected, strict=False):
-        if ours != theirs:
+    for our, their in zip(ours, theirs, strict=False):
+        if our != their:
             break
         shared += 1
-    while shared and chosen[shared - 1]["role"] != "user":
+    while shared and ours[shared - 1]["role"] != "user":
         shared -= 1
     if not shared:
-        yield Skip("chosen and rejected share no human turn")
-    elif shared in (len(chosen), len(rejected)):
-        yield Skip("a transcript does not end with an assistant turn")
-    else:
-        yield {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+        return Skip("chosen and rejected share no human turn")
+    if shared in (len(ours), len(theirs)):
+        return Skip("a transcript does not end with an assistant turn")
+    return {"prompt": ours[:shared], "chosen": ours[shared:], "rejected": theirs[shared:]}
 
 
 def hh_turns(transcript: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from steersman.data.formats import Format, ImportOptions, Skip
 from steersman.data.records import Position, describe_validation_error, file_digest
 from steersman.data.sources import Record, read_hugging_face, read_records
-from steersman.data.splits import SeenSet, Splits, fingerprint
+from steersman.data.splits import SeenSet, Splits, encode
 from steersman.errors import DataError, StorageError
 
 #: Longest row that is taken over, as JSON; longer ones are named and left out.
@@ -129,14 +129,13 @@ def convert_rows(
             except ValidationError as error:
                 skip(where, describe_validation_error(error))
                 continue
-            if not seen.add(fingerprint(row)):
-                summary.duplicates += 1
-                continue
-            line = orjson.dumps(row)
+            line, fingerprint = encode(row)
             if len(line) > MAX_ROW_BYTES:
                 skip(where, f"longer than {MAX_ROW_BYTES:,} bytes")
-                continue
-            yield row, line
+            elif seen.add(fingerprint):
+                yield row, line
+            else:
+                summary.duplicates += 1
 
 
 def import_to_folder(

@@ -11,7 +11,8 @@ import orjson
 
 from steersman.errors import ConfigError
 
-_CONTENT = ("messages", "prompt", "chosen", "rejected", "completion", "label", "aspects")
+#: The keys that make a row what it is; the others are metadata.
+CONTENT = ("messages", "prompt", "chosen", "rejected", "completion", "label", "aspects")
 
 
 def normalise(text: str) -> str:
@@ -31,10 +32,13 @@ def group_key(row: Mapping[str, Any], by: str | None = None) -> str:
     return normalise(first)
 
 
-def fingerprint(row: Mapping[str, Any]) -> int:
-    """64 bits over everything that training sees of a row; equal rows are duplicates."""
-    content = orjson.dumps([row.get(name) for name in _CONTENT])
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+def encode(row: Mapping[str, Any]) -> tuple[bytes, int]:
+    """A row as a JSON line, and 64 bits over everything that training sees of it: equal bits are duplicates."""
+    content = {name: row[name] for name in CONTENT if name in row}
+    first = orjson.dumps(content)
+    rest = orjson.dumps({name: value for name, value in row.items() if name not in content})
+    line = first if rest == b"{}" else first[:-1] + b"," + rest[1:]
+    return line, int.from_bytes(hashlib.blake2b(first, digest_size=8).digest(), "little")
 
 
 class Splits:
