@@ -88,6 +88,8 @@ def _existing_parent(path: Path) -> Path:
 def _flush(path: Path) -> None:
     if path.is_symlink():
         return
+    if path.is_file():
+        path.chmod(0o644)  # safetensors writes 0600, which another user's service could not read
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -130,7 +130,8 @@ def tiny_llama_reward(
     vocab_size: int = VOCAB_SIZE, *, hidden_size: int = 32, layers: int = 2, num_labels: int = 1, seed: int = 0
 ) -> LlamaForSequenceClassification:
     """A random decoder with a score head, as a reward model."""
-    config = LlamaConfig(**_decoder_sizes(hidden_size, layers, vocab_size, True), num_labels=num_labels)
+    config = LlamaConfig(**_decoder_sizes(hidden_size, layers, vocab_size, True))
+    config.num_labels = num_labels
     return _seeded(seed, LlamaForSequenceClassification, config)
 
 
@@ -146,11 +147,11 @@ def tiny_roberta_reward(
         num_attention_heads=4,
         max_position_embeddings=512 + 4,  # RoBERTa counts positions from pad_token_id + 1
         type_vocab_size=1,
-        num_labels=num_labels,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=3,
     )
+    config.num_labels = num_labels
     return _seeded(seed, RobertaForSequenceClassification, config)
 
 

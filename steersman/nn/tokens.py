@@ -1,0 +1,179 @@
+"""From messages to token ids, the same way for training and for every service.
+
+Three rules keep what is trained equal to what is served:
+- A prompt is what the chat template renders with its generation prompt; an answer is the rest of the rendered turn up
+  to and including the token that ends it. Prompt and answer are tokenized apart, as they are when a policy generates.
+- What a template writes behind the end of the turn (a line end, mostly) belongs to the next prompt, never to an answer.
+- Nothing is inferred from the pad token, which may be the same as the end token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from steersman.errors import ConfigError, DataError
+
+Messages = Sequence[Mapping[str, Any]]
+IGNORE = -100
+"""Label of a position that carries no loss, as in torch and transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledTokens:
+    """A conversation for supervised training; `labels[t]` is `token_ids[t]` where it is trained, else -100."""
+
+    token_ids: list[int]
+    labels: list[int]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Token ids of a conversation that waits for an answer, generation prompt included."""
+    return _ids(tokenizer, _render(tokenizer, messages, generation_prompt=True))
+
+
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: Mapping[str, Any], stop_ids: Sequence[int]
+) -> list[int]:
+    """Token ids of an answer to `prompt`, ending with one of `stop_ids`.
+
+    Raises:
+        DataError: the template does not render prompt plus answer as a continuation of the prompt.
+        ConfigError: the template does not end a turn with a stop token.
+    """
+    start = _render(tokenizer, prompt, generation_prompt=True)
+    whole = _render(tokenizer, [*prompt, answer], generation_prompt=False)
+    if not whole.startswith(start):
+        raise DataError(
+            "the chat template renders the prompt otherwise once the answer follows, so what is trained would differ "
+            "from what is generated; use a template whose generation prompt begins the assistant's turn"
+        )
+    ids = _ids(tokenizer, whole[len(start) :])
+    for position in range(len(ids) - 1, -1, -1):
+        if ids[position] in stop_ids:
+            return ids[: position + 1]
+    stops = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(list(stop_ids))))
+    raise ConfigError(
+        f"the chat template does not end the assistant's turn with a stop token ({stops}), so a model trained with it "
+        "would never stop; mend chat_template.jinja"
+    )
+
+
+def label_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, stop_ids: Sequence[int]
+) -> list[LabelledTokens]:
+    """Tokens of a conversation with every assistant turn labelled, its end token included, and nothing else.
+
+    Usually one element. A template that renders earlier turns otherwise than the last (reasoning models drop earlier
+    thoughts) gives one element for each prompt that is no continuation of the turns before, so that every answer is
+    trained behind the very prompt that it will be generated behind.
+    """
+    examples: list[LabelledTokens] = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = prompt_ids(tokenizer, messages[:number])
+        answer = answer_ids(tokenizer, messages[:number], message, stop_ids)
+        labels = [IGNORE] * len(prompt)
+        if examples and prompt[: len(examples[-1].token_ids)] == examples[-1].token_ids:
+            before = examples.pop().labels
+            labels[: len(before)] = before
+        examples.append(LabelledTokens(prompt + answer, labels + answer))
+    return examples
+
+
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Token ids of a finished conversation, as a reward model reads it.
+
+    With a chat template: the rendered turns, ending with the token that ends the last one. Without one (encoders): the
+    turns as `role: content` lines, with the special tokens that the tokenizer adds.
+    """
+    if not tokenizer.chat_template:
+        ids = tokenizer("\n".join(f"{message['role']}: {message['content']}" for message in messages))["input_ids"]
+        return ids if ids and ids[-1] == tokenizer.sep_token_id else _ended(ids, tokenizer.eos_token_id)
+    if messages[-1]["role"] == "assistant":
+        stops = stop_ids(tokenizer)
+        return prompt_ids(tokenizer, messages[:-1]) + answer_ids(tokenizer, messages[:-1], messages[-1], stops)
+    return _ids(tokenizer, _render(tokenizer, messages, generation_prompt=False))
+
+
+def _ended(ids: list[int], eos: int | None) -> list[int]:
+    return ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> list[int]:
+    """Sorted ids that end an answer: those of the generation config, the tokenizer's EOS and the template's own.
+
+    The last matters for base models whose EOS ends documents (`<|endoftext|>`) while their template ends turns with
+    another special token (`<|im_end|>`).
+    """
+    found: set[int] = set()
+    configured = generation_config.eos_token_id if generation_config is not None else None
+    if configured is not None:
+        found.update([configured] if isinstance(configured, int) else configured)
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        probe = "steersman probe"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
+        tail = _ids(tokenizer, _render(tokenizer, turns, generation_prompt=False).rpartition(probe)[2])
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        found.update([token for token in tail if token in special][:1])
+    return sorted(found)
+
+
+def distinct_pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A special token that no rendered conversation contains, to pad with; None where there is none.
+
+    transformers' sequence classifiers find the last token by comparing with the pad token, so padding with EOS would
+    hide the very token that the score is read from.
+    """
+    used: set[int] = set()
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        used = set(_ids(tokenizer, _render(tokenizer, turns, generation_prompt=False)))
+    else:
+        used = set(tokenizer("?")["input_ids"]) | {tokenizer.eos_token_id}
+    for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder)):
+        if token_id is not None and token_id not in used and token_id != tokenizer.eos_token_id:
+            return str(tokenizer.convert_ids_to_tokens(token_id))
+    return None
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what decides token ids (vocabulary, merges, normalisation, added and special tokens).
+
+    The chat template does not enter: two models with the same fingerprint understand each other's token ids.
+    """
+    parts: dict[str, Any] = {
+        "vocab": sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]),
+        "added": {index: str(token) for index, token in sorted(tokenizer.added_tokens_decoder.items())},
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        parts["pipeline"] = [state.get("normalizer"), state.get("pre_tokenizer"), state["model"].get("merges")]
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generation_prompt: bool) -> str:
+    if not tokenizer.chat_template:
+        raise ConfigError("the tokenizer has no chat template; add chat_template.jinja to the model's folder")
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except Exception as error:  # jinja raises whatever a template asks for
+        raise DataError(
+            f"the chat template refuses the conversation ({error}); mend its roles or their order"
+        ) from None
+    return str(text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
