@@ -1,0 +1,137 @@
+"""What an evaluation stage writes: `evaluation.json`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from steersman.errors import DataError
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+
+class Message(_Frozen):
+    """One message of a chat."""
+
+    role: str
+    content: str
+
+
+class Sample(_Frozen):
+    """One answer of one model to one held-out prompt."""
+
+    prompt_id: str
+    """The same prompt has the same id for every model; comparisons are paired by it."""
+    prompt: tuple[Message, ...]
+    answer: str
+    reward: float | None
+    """Score of the reward model; null where scoring failed."""
+    rubric: dict[str, float] = Field(default_factory=dict)
+    """Criteria of the exact rubric and their `total`; empty where no rubric applies."""
+    kl: float | None = None
+    """KL to the reference policy, summed over the answer's tokens, in nats (the k1 estimate)."""
+    length: int = Field(ge=0)
+    """Tokens of the answer, EOS included."""
+    finish_reason: str
+    """`stop` when the answer ended with EOS, `length` when it was cut."""
+
+
+class PairScore(_Frozen):
+    """A held-out comparison as the reward model scores it."""
+
+    chosen: float
+    rejected: float
+    margin: float | None = None
+    """How clear the humans' preference was, if the data says."""
+
+
+class RewardModelEvaluation(_Frozen):
+    """The reward model on held-out comparisons, beside what length alone predicts."""
+
+    pairs: tuple[PairScore, ...] = Field(min_length=1)
+    longer_wins: float = Field(ge=0, le=1)
+    """Accuracy of 'the longer answer wins' on the same pairs; equal lengths count half."""
+    shorter_wins: float = Field(ge=0, le=1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of pairs whose chosen answer scores higher; equal scores count half."""
+        return sum((pair.chosen > pair.rejected) + 0.5 * (pair.chosen == pair.rejected) for pair in self.pairs) / len(
+            self.pairs
+        )
+
+    @property
+    def length_baseline(self) -> float:
+        """The better of the two length baselines."""
+        return max(self.longer_wins, self.shorter_wins)
+
+
+class Evaluation(_Frozen):
+    """All models of a run on the same held-out prompts."""
+
+    name: str
+    """Name of the run."""
+    seed: int
+    models: dict[str, tuple[Sample, ...]]
+    """Model name to samples, from before to after, e.g. base, sft, rlhf. The last is the aligned model."""
+    reward_model: RewardModelEvaluation | None = None
+    logprob_mismatch: float | None = None
+    """Mean absolute difference of per-token log-probabilities between engine and trainer."""
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Duration of each phase."""
+    peak_memory_gib: float | None = None
+    """Peak over all processes."""
+    base_model: str = ""
+    hardware: str = ""
+
+    @model_validator(mode="after")
+    def _same_prompts(self) -> "Evaluation":
+        if not self.models:
+            raise ValueError("models is empty; an evaluation needs at least one model")
+        ids = {name: [sample.prompt_id for sample in samples] for name, samples in self.models.items()}
+        first, *others = ids
+        if len(set(ids[first])) < max(2, len(ids[first])):
+            raise ValueError(f"models.{first} needs at least two samples, each with its own prompt_id")
+        for name in others:
+            if sorted(ids[name]) != sorted(ids[first]):
+                raise ValueError(f"models.{name} and models.{first} have different prompts; evaluate both on the same")
+        return self
+
+    @property
+    def aligned(self) -> str:
+        """Name of the model after alignment."""
+        return list(self.models)[-1]
+
+    @property
+    def start(self) -> str:
+        """Name of the model that alignment started from: the one before the aligned model."""
+        return list(self.models)[-2 if len(self.models) > 1 else -1]
+
+    def paired(self, before: str, after: str, criterion: str | None = None) -> tuple[list[float], list[float]]:
+        """Rewards (or a rubric criterion) of two models on the prompts where both have one, in the same order."""
+        first, second = self.scores(before, criterion), self.scores(after, criterion)
+        common = [key for key in first if key in second]
+        return [first[key] for key in common], [second[key] for key in common]
+
+    def scores(self, model: str, criterion: str | None = None) -> dict[str, float]:
+        """Prompt id to reward (or rubric criterion) of one model; missing scores are left out."""
+        values = {
+            sample.prompt_id: sample.reward if criterion is None else sample.rubric.get(criterion)
+            for sample in self.models[model]
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read `evaluation.json`; a `DataError` names the file and the first wrong field."""
+    try:
+        return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; run the evaluate stage first.") from None
+    except ValidationError as error:
+        problem: Mapping[str, object] = dict(error.errors()[0])
+        location = problem["loc"]
+        field = ".".join(map(str, location)) if isinstance(location, tuple) and location else "evaluation"
+        raise DataError(f"{path}: {field}: {problem['msg']}; write it again with the evaluate stage.") from None

@@ -1,0 +1,168 @@
+"""Statistics of an evaluation: intervals, paired differences, effect size, change of variance, calibration.
+
+All functions take plain sequences of finite numbers and are deterministic (the bootstrap has a fixed seed).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from steersman.errors import DataError
+
+CONFIDENCE = 0.95
+BOOTSTRAP_DRAWS = 4000
+
+
+class Interval(NamedTuple):
+    """An estimate with its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class Comparison(NamedTuple):
+    """Two models on the same prompts: after minus before."""
+
+    difference: Interval
+    p_value: float
+    """Two-sided paired t test."""
+    effect_size: float
+    """Cohen's d with the pooled standard deviation of both models."""
+    wins: int
+    """Prompts on which the later model scores higher."""
+    losses: int
+    pairs: int
+
+
+class VarianceChange(NamedTuple):
+    """How the spread of scores changed: after relative to before."""
+
+    ratio: Interval
+    """Variance after / variance before, with a paired bootstrap interval."""
+    brown_forsythe_p: float
+    """Levene's test around the median (Brown and Forsythe 1974); it takes the samples as independent."""
+    pitman_morgan_p: float
+    """Pitman-Morgan test for paired samples, which these are."""
+
+
+class CalibrationBin(NamedTuple):
+    """Pairs with a similar predicted probability."""
+
+    predicted: float
+    observed: Interval
+    size: int
+
+
+def mean_interval(values: Sequence[float], *, method: str = "t", confidence: float = CONFIDENCE) -> Interval:
+    """Mean with its interval: `t` (Student) or `bootstrap` (percentile)."""
+    x = _array(values, "mean_interval")
+    mean = float(x.mean())
+    if method == "bootstrap":
+        draws = np.random.default_rng(0).integers(0, len(x), (BOOTSTRAP_DRAWS, len(x)))
+        return Interval(mean, *_percentiles(x[draws].mean(axis=1), confidence))
+    if method != "t":
+        raise DataError(f"mean_interval: method is {method!r}; use 't' or 'bootstrap'.")
+    half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return Interval(mean, mean - half, mean + half)
+
+
+def compare(before: Sequence[float], after: Sequence[float], *, confidence: float = CONFIDENCE) -> Comparison:
+    """Paired comparison of two models; row i of both is the same prompt."""
+    x, y = _pair(before, after, "compare")
+    difference = y - x
+    constant = bool(np.all(difference == difference[0]))
+    p_value = float(difference[0] == 0) if constant else float(stats.ttest_rel(y, x).pvalue)
+    return Comparison(
+        difference=mean_interval(difference.tolist(), confidence=confidence),
+        p_value=p_value,
+        effect_size=cohens_d(before, after),
+        wins=int((difference > 0).sum()),
+        losses=int((difference < 0).sum()),
+        pairs=len(difference),
+    )
+
+
+def cohens_d(before: Sequence[float], after: Sequence[float]) -> float:
+    """Difference of means in units of the pooled standard deviation (Cohen 1988, d_s); 0 / 0 is 0."""
+    x, y = _array(before, "cohens_d"), _array(after, "cohens_d")
+    pooled = math.sqrt(((len(x) - 1) * x.var(ddof=1) + (len(y) - 1) * y.var(ddof=1)) / (len(x) + len(y) - 2))
+    difference = float(y.mean() - x.mean())
+    if pooled == 0:
+        return math.copysign(math.inf, difference) if difference else 0.0
+    return difference / pooled
+
+
+def variance_change(
+    before: Sequence[float], after: Sequence[float], *, confidence: float = CONFIDENCE
+) -> VarianceChange:
+    """Ratio of variances with its interval, and whether the change is significant."""
+    x, y = _pair(before, after, "variance_change")
+    if x.var() == 0 or y.var() == 0:
+        raise DataError("variance_change: all values of one model are equal; a ratio of variances needs some spread.")
+    draws = np.random.default_rng(0).integers(0, len(x), (BOOTSTRAP_DRAWS, len(x)))
+    spread = x[draws].var(axis=1, ddof=1)
+    ratios = (y[draws].var(axis=1, ddof=1)[spread > 0]) / spread[spread > 0]
+    total, gap = y + x, y - x
+    degenerate = total.std() == 0 or gap.std() == 0
+    return VarianceChange(
+        ratio=Interval(float(y.var(ddof=1) / x.var(ddof=1)), *_percentiles(ratios, confidence)),
+        brown_forsythe_p=float(stats.levene(x, y, center="median").pvalue),
+        pitman_morgan_p=1.0 if degenerate else float(stats.pearsonr(total, gap).pvalue),
+    )
+
+
+def wilson_interval(successes: float, count: int, *, confidence: float = CONFIDENCE) -> Interval:
+    """Share with Wilson's score interval (Wilson 1927); `successes` may be fractional where ties count half."""
+    if count < 1 or not 0 <= successes <= count:
+        raise DataError(f"wilson_interval: {successes} successes of {count}; give 0 <= successes <= count, count >= 1.")
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    share = successes / count
+    scale = 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
+
+
+def calibration_bins(
+    probabilities: Sequence[float], outcomes: Sequence[float], *, bins: int = 5
+) -> list[CalibrationBin]:
+    """Bins of equally many predictions: mean predicted probability against the observed share of `outcomes`."""
+    predicted, observed = _pair(probabilities, outcomes, "calibration_bins")
+    order = np.argsort(predicted, kind="stable")
+    return [
+        CalibrationBin(
+            float(predicted[part].mean()), wilson_interval(float(observed[part].sum()), len(part)), len(part)
+        )
+        for part in np.array_split(order, min(bins, len(order)))
+    ]
+
+
+def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float:
+    """Mean distance of predicted and observed share, weighted by the bins' counts (Naeini et al. 2015)."""
+    total = sum(part.size for part in bins)
+    return sum(part.size * abs(part.predicted - part.observed.estimate) for part in bins) / total
+
+
+def _array(values: Sequence[float], name: str) -> np.ndarray:
+    x = np.asarray(values, dtype=float)
+    if x.ndim != 1 or len(x) < 2:
+        raise DataError(f"{name} needs at least two values, got {x.size}.")
+    if not np.isfinite(x).all():
+        raise DataError(f"{name}: value {int(np.argmin(np.isfinite(x)))} is not finite; leave missing scores out.")
+    return x
+
+
+def _pair(before: Sequence[float], after: Sequence[float], name: str) -> tuple[np.ndarray, np.ndarray]:
+    x, y = _array(before, name), _array(after, name)
+    if len(x) != len(y):
+        raise DataError(f"{name}: {len(x)} and {len(y)} values; both need one value for each of the same items.")
+    return x, y
+
+
+def _percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

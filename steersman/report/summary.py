@@ -1,0 +1,131 @@
+"""The numbers of an evaluation: one JSON object for machines, one table for the terminal."""
+
+from typing import Any
+
+from rich.table import Table
+
+from steersman.report.schema import Evaluation
+from steersman.report.statistics import Interval, compare, mean_interval, wilson_interval
+
+LABELS = {
+    "base": "base",
+    "sft": "SFT",
+    "rlhf": "RLHF",
+    "rejectionSampling": "rejection sampling",
+    "no_invented": "nothing invented",
+    "total": "rubric total",
+}
+"""How names of models and criteria read in tables and plots."""
+
+
+def label(name: str) -> str:
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def criteria(evaluation: Evaluation) -> list[str]:
+    """Rubric criteria in the order of the data, without the total."""
+    first = next(iter(evaluation.models.values()))[0]
+    return [name for name in first.rubric if name != "total"]
+
+
+def no_eos(evaluation: Evaluation, model: str) -> float:
+    """Share of answers that were cut instead of ended."""
+    samples = evaluation.models[model]
+    return sum(sample.finish_reason == "length" for sample in samples) / len(samples)
+
+
+def mean_kl(evaluation: Evaluation, model: str) -> float | None:
+    """Mean KL to the reference policy in nats per answer, None where it was not measured."""
+    values = [sample.kl for sample in evaluation.models[model] if sample.kl is not None]
+    return sum(values) / len(values) if values else None
+
+
+def summarise(evaluation: Evaluation) -> dict[str, Any]:
+    """The result as JSON: what `make demo-check` prints. Intervals are [estimate, low, high] at 95%."""
+    start, aligned = evaluation.start, evaluation.aligned
+    has_rubric = bool(criteria(evaluation))
+    rewards = {name: list(evaluation.scores(name).values()) for name in evaluation.models}
+    rubric = {name: list(evaluation.scores(name, "total").values()) for name in evaluation.models if has_rubric}
+    result: dict[str, Any] = {
+        "seconds": {**_rounded(evaluation.seconds), "total": round(sum(evaluation.seconds.values()), 2)},
+        "peak_memory_gib": evaluation.peak_memory_gib,
+        "reward": {name: _triple(mean_interval(values)) for name, values in rewards.items()},
+        f"{aligned}_minus_{start}": _triple(compare(*evaluation.paired(start, aligned)).difference),
+        "rubric": {name: _triple(mean_interval(values)) for name, values in rubric.items()},
+        "kl": {name: kl if kl is None else round(kl, 4) for name in rewards for kl in [mean_kl(evaluation, name)]},
+        "no_eos": {name: round(no_eos(evaluation, name), 4) for name in evaluation.models},
+        "missing_rewards": {name: len(evaluation.models[name]) - len(values) for name, values in rewards.items()},
+        "logprob_mismatch": evaluation.logprob_mismatch,
+        "seed": evaluation.seed,
+    }
+    if has_rubric:
+        difference = compare(*evaluation.paired(start, aligned, "total")).difference
+        result[f"rubric_{aligned}_minus_{start}"] = _triple(difference)
+    if evaluation.reward_model:
+        result["rm_accuracy"] = round(evaluation.reward_model.accuracy, 4)
+        result["length_baseline"] = round(evaluation.reward_model.length_baseline, 4)
+    return result
+
+
+def render_table(evaluation: Evaluation) -> Table:
+    """Before and after, side by side, for the terminal."""
+    start, aligned = evaluation.start, evaluation.aligned
+    samples = len(evaluation.models[aligned])
+    table = Table(
+        title=f"{evaluation.name}: {samples} held-out prompts, mean with 95% interval",
+        caption=_caption(evaluation),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for name in evaluation.models:
+        table.add_column(label(name), justify="right", style="bold" if name == aligned else "")
+    if start != aligned:
+        table.add_column(f"{label(aligned)} − {label(start)}", justify="right")
+
+    table.add_row("reward", *_row(evaluation, None, digits=2))
+    for criterion in [*(["total"] if criteria(evaluation) else []), *criteria(evaluation)]:
+        table.add_row(label(criterion), *_row(evaluation, criterion, digits=3))
+    table.add_section()
+    kls = [mean_kl(evaluation, name) for name in evaluation.models]
+    table.add_row("KL to reference, nats", *("–" if kl is None else f"{kl:.2f}" for kl in kls))
+    lengths = [sum(s.length for s in items) / len(items) for items in evaluation.models.values()]
+    table.add_row("tokens per answer", *(f"{length:.1f}" for length in lengths))
+    table.add_row("cut before the end", *(f"{no_eos(evaluation, name):.1%}" for name in evaluation.models))
+    return table
+
+
+def _row(evaluation: Evaluation, criterion: str | None, *, digits: int) -> list[str]:
+    """Cells of one score: a mean per model and the paired difference, green where it is surely better."""
+    cells = [
+        _cell(mean_interval(list(evaluation.scores(name, criterion).values())), "", digits)
+        for name in evaluation.models
+    ]
+    if evaluation.start != evaluation.aligned:
+        difference = compare(*evaluation.paired(evaluation.start, evaluation.aligned, criterion)).difference
+        colour = "green" if difference.low > 0 else "red" if difference.high < 0 else "default"
+        cells.append(f"[{colour}]{_cell(difference, '+', digits)}[/]")
+    return cells
+
+
+def _cell(interval: Interval, sign: str, digits: int) -> str:
+    return f"{interval.estimate:{sign}.{digits}f} ± {interval.high - interval.estimate:.{digits}f}"
+
+
+def _caption(evaluation: Evaluation) -> str:
+    if evaluation.reward_model is None:
+        return ""
+    model = evaluation.reward_model
+    accuracy = wilson_interval(model.accuracy * len(model.pairs), len(model.pairs))
+    return (
+        f"Reward model: held-out accuracy {accuracy.estimate:.3f} ({accuracy.low:.3f} to {accuracy.high:.3f}), "
+        f"by length alone {model.length_baseline:.3f}."
+    )
+
+
+def _triple(interval: Interval) -> list[float]:
+    return [round(value, 4) for value in interval]
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in values.items()}
