@@ -112,9 +112,9 @@ def _curve(ax: Axes, points: np.ndarray, colour: str, name: str | None) -> None:
         ax.plot(steps, values, color=colour, marker="o", markersize=3.5, label=name)
         return
     ax.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-    width = max(3, len(values) // 10) | 1
-    padded = np.pad(values, width // 2, mode="edge")
-    ax.plot(steps, np.convolve(padded, np.ones(width) / width, mode="valid"), color=colour, label=name)
+    reach = max(1, len(values) // 20)
+    smooth = [values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))]
+    ax.plot(steps, smooth, color=colour, label=name)
 
 
 def reward_distributions(evaluation: Evaluation) -> Figure:
@@ -153,7 +153,9 @@ def _paired_change(ax: Axes, evaluation: Evaluation) -> None:
     before, after = evaluation.paired(evaluation.start, evaluation.aligned)
     change = np.array(after) - np.array(before)
     result = compare(before, after)
-    edges = np.histogram_bin_edges(change, bins=min(24, max(6, len(change) // 4))).tolist()
+    width = float(np.ptp(change)) / min(24, max(6, len(change) // 4)) or 1.0
+    # One edge lies on zero, so that no bar holds gains and losses together.
+    edges = (width * np.arange(np.floor(change.min() / width), np.floor(change.max() / width) + 2)).tolist()
     ax.hist(change[change >= 0], edges, color=ORANGE, alpha=0.8, label=f"better ({result.wins})")
     ax.hist(change[change < 0], edges, color=GREY, alpha=0.8, label=f"worse ({result.losses})")
     ax.axvspan(result.difference.low, result.difference.high, color=INK, alpha=0.15, linewidth=0)
@@ -247,13 +249,16 @@ def _accuracy_by_margin(ax: Axes, model: RewardModelEvaluation, correct: np.ndar
         ax.errorbar(place, share.estimate, error, color=INK, capsize=4, linewidth=1.3)
         ax.annotate(f"{share.estimate:.0%}", (place, 0), (0, 6), textcoords="offset points", ha="center", weight="bold",
                     color="white" if name == "all" else INK)  # fmt: skip
-    ax.axhline(model.length_baseline, color=ORANGE, linestyle="--", linewidth=1.5)
-    ax.annotate(f"length alone {model.length_baseline:.0%}", (1, model.length_baseline), (-2, 4), color=ORANGE,
-                xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", weight="bold",
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1})  # fmt: skip
+    ax.axhline(model.length_baseline, color=ORANGE, linestyle="--", label=f"length alone: {model.length_baseline:.0%}")
+    ax.legend(loc="upper left", fontsize=8.5)
     ax.set_xticks(range(len(groups)), [f"{name}\n{int(mask.sum())} pairs" for name, mask in groups])
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.set(title="Held-out accuracy by margin of the preference", xlabel="margin", ylim=(0, 1.05))
+    ax.set(
+        title="Held-out accuracy by margin of the preference",
+        xlabel="margin",
+        ylim=(0, 1.16),
+        yticks=np.arange(0, 1.01, 0.2),
+    )
     ax.grid(axis="x", visible=False)
 
 

@@ -79,37 +79,34 @@ def render_table(evaluation: Evaluation) -> Table:
     )
     table.add_column("")
     for name in evaluation.models:
-        table.add_column(label(name), justify="right", style="bold" if name == aligned else "")
+        table.add_column(label(name), justify="right", no_wrap=True, style="bold" if name == aligned else "")
     if start != aligned:
-        table.add_column(f"{label(aligned)} − {label(start)}", justify="right")
+        table.add_column(f"{label(aligned)} − {label(start)}", justify="right", no_wrap=True)
 
-    table.add_row("reward", *_row(evaluation, None, digits=2))
+    table.add_row("reward", *_row(evaluation, None))
     for criterion in [*(["total"] if criteria(evaluation) else []), *criteria(evaluation)]:
-        table.add_row(label(criterion), *_row(evaluation, criterion, digits=3))
+        table.add_row(label(criterion), *_row(evaluation, criterion))
     table.add_section()
     kls = [mean_kl(evaluation, name) for name in evaluation.models]
-    table.add_row("KL to reference, nats", *("–" if kl is None else f"{kl:.2f}" for kl in kls))
+    table.add_row("KL, nats", *("–" if kl is None else f"{kl:.2f}" for kl in kls))
     lengths = [sum(s.length for s in items) / len(items) for items in evaluation.models.values()]
-    table.add_row("tokens per answer", *(f"{length:.1f}" for length in lengths))
-    table.add_row("cut before the end", *(f"{no_eos(evaluation, name):.1%}" for name in evaluation.models))
+    table.add_row("tokens", *(f"{length:.1f}" for length in lengths))
+    table.add_row("cut short", *(f"{no_eos(evaluation, name):.1%}" for name in evaluation.models))
     return table
 
 
-def _row(evaluation: Evaluation, criterion: str | None, *, digits: int) -> list[str]:
+def _row(evaluation: Evaluation, criterion: str | None) -> list[str]:
     """Cells of one score: a mean per model and the paired difference, green where it is surely better."""
-    cells = [
-        _cell(mean_interval(list(evaluation.scores(name, criterion).values())), "", digits)
-        for name in evaluation.models
-    ]
+    cells = [_cell(mean_interval(list(evaluation.scores(name, criterion).values()))) for name in evaluation.models]
     if evaluation.start != evaluation.aligned:
         difference = compare(*evaluation.paired(evaluation.start, evaluation.aligned, criterion)).difference
         colour = "green" if difference.low > 0 else "red" if difference.high < 0 else "default"
-        cells.append(f"[{colour}]{_cell(difference, '+', digits)}[/]")
+        cells.append(f"[{colour}]{_cell(difference, '+')}[/]")
     return cells
 
 
-def _cell(interval: Interval, sign: str, digits: int) -> str:
-    return f"{interval.estimate:{sign}.{digits}f} ± {interval.high - interval.estimate:.{digits}f}"
+def _cell(interval: Interval, sign: str = "") -> str:
+    return f"{interval.estimate:{sign}.2f} ± {interval.high - interval.estimate:.2f}"
 
 
 def _caption(evaluation: Evaluation) -> str:
