@@ -1,0 +1,45 @@
+"""`python -m services.gateway --config FILE [--set a.b=c]`"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from services.gateway.config import GatewayConfig, load_config
+from steersman.config import dump_yaml
+from steersman.errors import SteersmanError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m services.gateway", description="The inference endpoint.")
+    parser.add_argument("--config", type=Path, help="YAML file; without it everything has its default")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one value")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.set)
+        if options.print_config:
+            print(dump_yaml(config), end="")
+            return 0
+        asyncio.run(_serve(config))
+    except SteersmanError as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+async def _serve(config: GatewayConfig) -> None:
+    # Imported late: `--help` and configuration errors need none of it.
+    from services.gateway.logs import configure_logging
+    from services.gateway.server import Gateway
+
+    configure_logging()
+    gateway = Gateway(config)
+    await gateway.start()
+    await gateway.run_until_signal()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The ASGI application: routes, error shapes and the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from services.gateway.answering import Assistant
+from services.gateway.errors import BadRequestError, error_response
+from services.gateway.health import health_router
+from services.gateway.middleware import FrontMiddleware
+from services.gateway.openai.documentation import BODIES, definitions
+from services.gateway.openai.router import openai_router
+from services.gateway.pages.router import pages_router
+from steersman import __version__
+from steersman.errors import InvalidArgumentError, NotFoundError, SteersmanError
+
+
+class MethodNotAllowedError(InvalidArgumentError):
+    http_status = 405
+
+
+def create_app(assistant: Assistant) -> FastAPI:
+    app = FastAPI(title="Steersman gateway", version=__version__, docs_url=None, redoc_url=None)
+    app.include_router(openai_router(assistant), prefix="/v1")
+    app.include_router(openai_router(assistant), prefix="/openai/v1", include_in_schema=False)
+    app.include_router(health_router(assistant))
+    app.include_router(pages_router(assistant))
+    _add_error_handlers(app)
+    _extend_openapi(app)
+    app.add_middleware(FrontMiddleware, limits=assistant.config.limits)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(SteersmanError)
+    async def known(request: Request, error: SteersmanError) -> Response:
+        return error_response(error, path=request.url.path)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        problem = error.errors()[0]
+        location = ".".join(str(part) for part in problem["loc"])
+        return error_response(BadRequestError(f"{location}: {problem['msg']}", param=location), path=request.url.path)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
+        if error.status_code == 405:
+            refusal: SteersmanError = MethodNotAllowedError(f"{request.method} is not possible at {path}")
+        else:
+            refusal = NotFoundError(f"There is nothing at {path}; see /openapi.json")
+        response = error_response(refusal, path=path)
+        response.headers.update(error.headers or {})
+        return response
+
+
+def _extend_openapi(app: FastAPI) -> None:
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            schemas.update(definitions(*BODIES))
+            schemas.pop("HTTPValidationError", None)
+            schemas.pop("ValidationError", None)
+            for operations in document["paths"].values():
+                for operation in operations.values():
+                    operation.get("responses", {}).pop("422", None)
+        return app.openapi_schema or {}
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,143 @@
+"""Several replicas of one model: the least busy answers; another takes over before the first token."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from services.gateway.backends.base import Replica, ReplicaInfo
+from services.gateway.backends.policy import PolicyReplica
+from services.gateway.config import GatewayConfig
+from steersman.errors import ConfigError, InternalError, RateLimitedError, SteersmanError, UnavailableError
+from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
+
+log = logging.getLogger("steersman.gateway")
+
+# The same request may succeed elsewhere: generation has no side effects.
+_RETRIED = (UnavailableError, RateLimitedError, InternalError)
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    replica: Replica
+    info: ReplicaInfo | None = None
+    """None: not ready."""
+    running: int = 0
+
+
+class ReplicaPool:
+    def __init__(self, replicas: Sequence[Replica], probe_seconds: float) -> None:
+        self._members = [_Member(replica) for replica in replicas]
+        self._probe_seconds = probe_seconds
+        self._task: asyncio.Task[None] | None = None
+        self.retries = 0
+
+    @property
+    def ready(self) -> bool:
+        return any(member.info for member in self._members)
+
+    @property
+    def infos(self) -> dict[str, ReplicaInfo | None]:
+        """By target; None where not ready."""
+        return {member.replica.target: member.info for member in self._members}
+
+    @property
+    def weights_version(self) -> int:
+        """The newest that a ready replica serves; 0 when none is ready."""
+        return max((member.info.weights_version for member in self._members if member.info), default=0)
+
+    async def start(self) -> None:
+        await self._probe_all()
+        self._task = asyncio.create_task(self._probe_forever())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        await asyncio.gather(*(member.replica.close() for member in self._members))
+
+    async def stream(
+        self, request: PolicyServiceChatRequest, seconds: float
+    ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
+        """Streams the answer of one replica; before its first response others are tried, each once.
+
+        Raises:
+            RateLimitedError: every replica is full.
+            UnavailableError: no replica can be reached.
+            SteersmanError: what the replica said.
+        """
+        tried: list[_Member] = []
+        while True:
+            member = self._choose(tried)
+            tried.append(member)
+            member.running += 1
+            started = False
+            stream: AsyncIterator[PolicyServiceChatResponse] = member.replica.stream(request, seconds)
+            try:
+                async for response in stream:
+                    started = True
+                    yield response
+                return
+            except _RETRIED as error:
+                if isinstance(error, UnavailableError):
+                    member.info = None
+                if started or len(tried) == len(self._members):
+                    raise
+                self.retries += 1
+                log.warning("replica failed, trying another", extra={"replica": member.replica.target})
+            finally:
+                member.running -= 1
+                # A closed generator of ours must close the replica's at once, not when it is collected.
+                await stream.aclose()  # type: ignore[attr-defined]
+
+    def _choose(self, tried: list[_Member]) -> _Member:
+        candidates = [member for member in self._members if member not in tried]
+        return min(candidates, key=lambda member: (member.info is None, member.running))
+
+    async def _probe_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._probe_seconds)
+            await self._probe_all()
+
+    async def _probe_all(self) -> None:
+        await asyncio.gather(*(self._probe(member) for member in self._members))
+
+    async def _probe(self, member: _Member) -> None:
+        try:
+            info = await member.replica.probe()
+        except SteersmanError as error:
+            if member.info is not None:
+                log.warning("replica is not ready: %s", error, extra={"replica": member.replica.target})
+            member.info = None
+        else:
+            if member.info is None:
+                log.info("replica is ready", extra={"replica": member.replica.target})
+            member.info = info
+
+
+def build_pool(config: GatewayConfig) -> ReplicaPool:
+    """The replicas that the configuration names."""
+    policy = config.policy
+    replicas: list[Replica] = []
+    for endpoint in policy.endpoints:
+        if policy.kind == "steersman":
+            replicas.append(PolicyReplica(endpoint, policy.tls, policy.connect_timeout_seconds))
+            continue
+        key = os.environ.get(policy.api_key_env, "") if policy.api_key_env else ""
+        if policy.api_key_env and not key:
+            raise ConfigError(f"policy.apiKeyEnv: the environment variable {policy.api_key_env} is not set; set it")
+        model = policy.model or config.model
+        if policy.kind == "openai":
+            from services.gateway.backends.openai import OpenAIReplica
+
+            replicas.append(OpenAIReplica(endpoint, model, key, policy.connect_timeout_seconds))
+        else:
+            from services.gateway.backends.tgi import TgiReplica
+
+            replicas.append(TgiReplica(endpoint, key, policy.connect_timeout_seconds))
+    return ReplicaPool(replicas, policy.probe_seconds)

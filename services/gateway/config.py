@@ -1,0 +1,116 @@
+"""Configuration of the gateway."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
+from steersman.rpc.client import ClientTls
+from steersman.rpc.server import Tls
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class PolicyBackend(FrozenModel):
+    """Where answers come from."""
+
+    kind: Literal["steersman", "openai", "tgi"] = "steersman"
+    """`steersman`: the policy service over gRPC; `openai`: any server with OpenAI's API, for example vLLM; `tgi`:
+    text-generation-inference."""
+    endpoints: Annotated[list[str], Field(min_length=1)] = ["127.0.0.1:50051"]
+    """Replicas of the same model: `host:port` for gRPC, URLs for the others."""
+    model: str | None = None
+    """Name that an `openai` server knows the model by; None: the gateway's own."""
+    api_key_env: str | None = None
+    """Environment variable with the key for an `openai` or `tgi` server."""
+    tls: ClientTls | None = None
+    """For gRPC; None: plain text."""
+    connect_timeout_seconds: Seconds = 2.0
+    """A replica that cannot be reached for this long is skipped."""
+    probe_seconds: Seconds = 2.0
+    """How often every replica is asked whether it is ready."""
+
+
+class Defaults(FrozenModel):
+    """What a request gets that does not say otherwise."""
+
+    max_tokens: Positive = 512
+    """Length of an answer."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """Sampling temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling."""
+    system_prompt: str | None = None
+    """Put before conversations that bring no system message; None: nothing."""
+
+
+class Limits(FrozenModel):
+    """What keeps one caller, or all of them, from bringing the gateway down."""
+
+    concurrent_answers: Positive = 256
+    """Answers in generation at once."""
+    queued_answers: NonNegative = 256
+    """Requests that may wait for a place; the next one gets 429."""
+    queue_seconds: Seconds = 10.0
+    """Longest wait for a place."""
+    body_bytes: Positive = 1_048_576
+    """Largest request body."""
+    body_seconds: Seconds = 20.0
+    """Longest time to send it."""
+    messages: Positive = 256
+    """Messages in one conversation."""
+    message_chars: Positive = 100_000
+    """Characters of all messages together."""
+    choices: Positive = 8
+    """Largest `n`."""
+    max_tokens: Positive = 4096
+    """Largest length of an answer."""
+    answer_seconds: Seconds = 300.0
+    """Longest time for one answer."""
+
+
+class GatewayConfig(FrozenModel):
+    host: str = "127.0.0.1"
+    """Address to listen on; `0.0.0.0` in a pod."""
+    port: Port = 8080
+    """REST port; 0: any free one."""
+    grpc_port: Port = 8081
+    """gRPC port; 0: any free one."""
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")] = "steersman"
+    """Name of the model that the gateway serves."""
+    model_aliases: list[str] = []
+    """Other names that are accepted."""
+    policy: PolicyBackend = PolicyBackend()
+    defaults: Defaults = Defaults()
+    limits: Limits = Limits()
+    tls: Tls | None = None
+    """Certificate for REST and gRPC; with `clientCa` clients must show one, too (mTLS)."""
+    drain_seconds: Seconds = 30.0
+    """How long running streams may still take after SIGTERM."""
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return (self.model, *self.model_aliases)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load_config(path: Path | None, overrides: list[str]) -> GatewayConfig:
+    """Reads a YAML file (None: all defaults) with `a.b=c` overrides on top."""
+    data = apply_overrides(read_yaml(path) if path else {}, overrides)
+    return load_model(GatewayConfig, data, str(path or "gateway configuration"))

@@ -1,0 +1,120 @@
+"""What happens around every HTTP request: request id, size and time limits, errors that nothing else caught."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.gateway.config import Limits
+from services.gateway.errors import SlowRequestError, TooLargeError, error_response
+from steersman.errors import CancelledError, InternalError, SteersmanError
+
+log = logging.getLogger("steersman.gateway")
+
+_REQUEST_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
+
+_SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    # Pages bring their own script and style files; nothing inline, nothing from elsewhere.
+    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+}
+
+
+class FrontMiddleware:
+    """Outermost layer of the application."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self._app = app
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        start = time.perf_counter()
+        try:
+            limited = _LimitedBody(scope, receive, self._limits)
+            await self._app(scope, limited, send_with_headers)
+        except (ClientDisconnect, CancelledError):
+            status = status or CancelledError.http_status
+        except Exception as error:
+            if not isinstance(error, SteersmanError):
+                log.exception("request failed", extra={"request_id": request_id})
+                error = InternalError(f"An internal error; the gateway's log has the cause under {request_id}")
+            if status:
+                raise error from None
+            await error_response(error, path=scope["path"])(scope, receive, send_with_headers)
+        finally:
+            record: dict[str, Any] = {
+                "request_id": request_id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "milliseconds": round((time.perf_counter() - start) * 1000, 1),
+            }
+            log.info("request", extra=record)
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.match(value):
+            return value.decode()
+    return f"req-{secrets.token_hex(12)}"
+
+
+class _LimitedBody:
+    """Receives a body within its limits; after it, passes on."""
+
+    def __init__(self, scope: Scope, receive: Receive, limits: Limits) -> None:
+        self._receive = receive
+        self._limits = limits
+        self._left = limits.body_bytes
+        self._complete = False
+        self._deadline = time.monotonic() + limits.body_seconds
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > limits.body_bytes:
+                raise self._too_large()
+
+    async def __call__(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            raise SlowRequestError(
+                f"The body did not arrive within {self._limits.body_seconds:g} s; send it faster"
+            ) from None
+        if message["type"] == "http.request":
+            self._left -= len(message.get("body", b""))
+            if self._left < 0:
+                raise self._too_large()
+            self._complete = not message.get("more_body", False)
+        return message
+
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"The body is larger than {self._limits.body_bytes} bytes; send less")

@@ -1,0 +1,237 @@
+"""Requests of OpenAI's API, as far as the gateway serves them.
+
+Fields that change nothing here are accepted and named as such; fields that would change the answer and are not
+supported are refused, so that nobody believes in an option that has no effect.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Name = Annotated[str, Field(max_length=128)]
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Wire):
+    name: FunctionName
+    arguments: str
+    """A JSON object as text."""
+
+
+class ToolCallParam(Wire):
+    id: Name
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(Wire):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: Name | None = None
+    tool_calls: Annotated[list[ToolCallParam], Field(max_length=64)] | None = None
+    tool_call_id: Name | None = None
+    refusal: str | None = None
+    """Accepted, without effect."""
+    annotations: list[Any] | None = None
+    """Accepted, without effect."""
+    audio: None = None
+    function_call: None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatMessage:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content is missing; only an assistant message with tool_calls may leave it out")
+        if self.role == "tool" and not self.tool_call_id:
+            raise ValueError("a tool message needs tool_call_id, the call that it answers")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only an assistant message has tool_calls")
+        return self
+
+
+class FunctionDefinition(Wire):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments."""
+    strict: bool | None = None
+
+
+class Tool(Wire):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(Wire):
+    name: FunctionName
+
+
+class NamedToolChoice(Wire):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class TextFormat(Wire):
+    type: Literal["text", "json_object"]
+
+
+class JsonSchema(Wire):
+    name: FunctionName
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Wire):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class StreamOptions(Wire):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """Accepted, without effect."""
+
+
+class _Sampling(Wire):
+    model: Name
+    """A name that `/v1/models` lists."""
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    """Number of choices."""
+    stop: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] | None = None
+    """Texts that end the answer; they are not part of it."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """The same seed with the same weights version gives the same answer."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 means greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Nucleus sampling."""
+    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    """Draw from the k most likely tokens; 0 means off. Not in OpenAI's API."""
+    min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    """The answer does not end before. Not in OpenAI's API."""
+    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    """Longest answer in tokens."""
+    stream: bool | None = None
+    """Send server-sent events."""
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    """Accepted, without effect: who is asking comes only from a verified token."""
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    """Only 0."""
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    """Only 0."""
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    """Only empty."""
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_is_not_empty(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value == "":
+            raise ValueError("a stop text must not be empty")
+        return value
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> _Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class ChatCompletionRequest(_Sampling):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    """Longest answer in tokens."""
+    logprobs: bool | None = None
+    """Report the log-probability of every token."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Alternatives reported for every token; needs `logprobs`."""
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    """Functions that the caller runs. The gateway's own tools are configured on the server."""
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    """Accepted, without effect."""
+    response_format: Annotated[TextFormat | JsonSchemaFormat, Field(discriminator="type")] | None = None
+    """Constrains the answer to JSON."""
+    conversation_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    """Continue a stored conversation: its turns go before `messages`. Not in OpenAI's API."""
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    """Accepted, without effect."""
+    store: bool | None = None
+    """Accepted, without effect."""
+    service_tier: str | None = None
+    """Accepted, without effect."""
+    safety_identifier: str | None = None
+    """Accepted, without effect."""
+    prompt_cache_key: str | None = None
+    """Accepted, without effect."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedToolChoice):
+            if self.tool_choice.function.name not in {tool.function.name for tool in self.tools or []}:
+                raise ValueError(f"tool_choice names '{self.tool_choice.function.name}', which is not in tools")
+        return self
+
+    @property
+    def length(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """Tools the model may call, narrowed by `tool_choice`."""
+        if not self.tools or self.tool_choice == "none":
+            return []
+        if isinstance(self.tool_choice, NamedToolChoice):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools
+
+    @property
+    def json_schema(self) -> str:
+        """What constrains the answer, as JSON text; empty: free text."""
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return json.dumps(self.response_format.json_schema.schema_)
+        if self.response_format is not None and self.response_format.type == "json_object":
+            return '{"type": "object"}'
+        return ""
+
+
+class CompletionRequest(_Sampling):
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)]
+    """Text to continue. Token ids are not accepted: the gateway has no tokenizer."""
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    """Report log-probabilities, with this many alternatives for every token."""
+    echo: Literal[False] | None = None
+    """Only false."""
+    suffix: None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    """Only 1."""
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt

@@ -1,0 +1,97 @@
+"""Runs the gateway: REST and gRPC on two ports, from the first request to an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import ssl
+
+import uvicorn
+
+from services.gateway.answering import Assistant
+from services.gateway.app import create_app
+from services.gateway.backends.pool import build_pool
+from services.gateway.config import GatewayConfig
+from steersman.errors import ConfigError
+
+log = logging.getLogger("steersman.gateway")
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to the gateway, which also has a gRPC server to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+class Gateway:
+    """`start()`, then `run_until_signal()` or `drain()`."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.pool = build_pool(config)
+        self.assistant = Assistant(config, self.pool)
+        self.port = 0
+        self._uvicorn: _Uvicorn | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listens. Readiness depends on the replicas, so a gateway may be started before them."""
+        config = self.config
+        await self.pool.start()
+        listener = _listen(config.host, config.port)
+        self.port = listener.getsockname()[1]
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                create_app(self.assistant),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                timeout_graceful_shutdown=int(config.drain_seconds),
+                ssl_certfile=config.tls.cert if config.tls else None,
+                ssl_keyfile=config.tls.key if config.tls else None,
+                ssl_ca_certs=str(config.tls.client_ca) if config.tls and config.tls.client_ca else None,
+                ssl_cert_reqs=ssl.CERT_REQUIRED if config.tls and config.tls.client_ca else ssl.CERT_NONE,
+            )
+        )
+        self._serving = asyncio.create_task(self._uvicorn.serve([listener]))
+        while not self._uvicorn.started:
+            if self._serving.done():
+                await self._serving
+                raise ConfigError(f"{config.host}:{self.port} cannot be served; the log has the cause")
+            await asyncio.sleep(0.01)
+        log.info("listening", extra={"host": config.host, "port": self.port})
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.config.tls else 'http'}://{self.config.host}:{self.port}"
+
+    async def run_until_signal(self) -> None:
+        """Waits for SIGTERM or SIGINT, then drains."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await stop.wait()
+        await self.drain()
+
+    async def drain(self) -> None:
+        """Not ready any more; running streams end within `drainSeconds`; then everything closes."""
+        self.assistant.draining = True
+        if self._uvicorn is not None and self._serving is not None:
+            self._uvicorn.should_exit = True
+            await self._serving
+        await self.pool.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"port: {host}:{port} cannot be listened on ({error.strerror}); choose another") from None
