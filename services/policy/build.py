@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from services.policy.chat import ChatFormat
@@ -9,20 +10,22 @@ from services.policy.config import PolicyConfig
 from services.policy.engine import Engine
 from steersman.errors import ConfigError
 
+log = logging.getLogger("steersman.policy")
+
 
 def model_folder(config: PolicyConfig) -> Path:
     """The model's folder; the embedded default is unpacked when it is not there yet."""
     from steersman.nn.prepare import resolve_model
 
-    return resolve_model(config.model)
+    return resolve_model(config.model, config.cache_dir, note=log.info)
 
 
 def load_chat_format(config: PolicyConfig) -> ChatFormat:
     """The tokenizer of the served model."""
-    from steersman.nn.prepare import tokenizer_fingerprint
-    from transformers import AutoTokenizer
+    from steersman.nn.load import load_tokenizer
+    from steersman.nn.tokens import tokenizer_fingerprint
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(config))
+    tokenizer = load_tokenizer(model_folder(config))
     return ChatFormat(tokenizer, tokenizer_fingerprint(tokenizer))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -13,8 +14,11 @@ from steersman.nn.hardware import pick_device, pick_precision, set_threads
 from steersman.nn.load import load_causal_lm, load_tokenizer
 from steersman.nn.logprobs import token_logprobs
 from steersman.nn.packed import enable_packed, group_rows, hidden_states, pack
-from steersman.nn.prepare import resolve_model, tokenizer_fingerprint
+from steersman.nn.prepare import resolve_model
+from steersman.nn.tokens import tokenizer_fingerprint
 from steersman.v1 import common_pb2
+
+log = logging.getLogger("steersman.reference")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +46,7 @@ class ReferenceEngine:
         set_threads(config.threads)
         self._device = pick_device(config.device)
         precision = pick_precision(config.precision, self._device)
-        folder = resolve_model(config.model)
+        folder = resolve_model(config.model, config.cache_dir, note=log.info)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._model = load_causal_lm(folder, dtype=dtype, device=self._device).requires_grad_(False).eval()
         enable_packed(self._model)

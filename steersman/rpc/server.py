@@ -42,6 +42,8 @@ class Tls(FrozenModel):
 class ServerConfig(FrozenModel):
     host: str = "127.0.0.1"
     """Address to listen on; `0.0.0.0` in a pod."""
+    cache_dir: Path = Path.home() / ".cache" / "steersman"
+    """Where models that are not folders yet are kept."""
     tls: Tls | None = None
     """None: plain text, for one machine or behind a mesh."""
     drain_seconds: float = 30.0

@@ -1,0 +1,157 @@
+"""Drawing tokens: counter-based random numbers, inverse distribution function, exact log-probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014); uint64 in, uint64 out."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def stream_key(seed: int, prompt_index: int, sample_index: int) -> np.uint64:
+    """The random stream of one sample; independent of what else is in the batch."""
+    key = np.array([seed], np.uint64)
+    for number in (prompt_index, sample_index):
+        key = _mix(key + _GOLDEN) ^ np.uint64(number)
+    return _mix(key + _GOLDEN)[0]
+
+
+def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Number `positions[i]` of stream `keys[i]`: float64 [B] in [0, 1)."""
+    bits = _mix(keys + _GOLDEN * (positions.astype(np.uint64) + np.uint64(1)))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A restriction of one row beyond forbidden tokens."""
+
+    row: int
+    top_k: int = 0
+    top_p: float = 1.0
+    allowed: np.ndarray | None = None
+    """bool [V]"""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How to draw for a batch of B rows."""
+
+    uniforms: Tensor
+    """float64 [B, 1] in [0, 1)"""
+    temperatures: Tensor | None = None
+    """float32 [B, 1], 1 where greedy; None: all are 1."""
+    greedy: Tensor | None = None
+    """int64 rows that take the most likely token; None: none does."""
+    forbidden: tuple[Tensor, Tensor] | None = None
+    """int64 [F] rows and int64 [F] tokens that they must not draw (each pair once)."""
+    filters: Sequence[Filter] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """`tokens` int64 [B]; `logprobs` float32 [B]; `scores` and `normaliser` give every token's log-probability."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    scores: Tensor
+    normaliser: Tensor
+
+    def top(self, row: int, count: int) -> tuple[tuple[int, float], ...]:
+        """The `count` most likely tokens of a row and their log-probabilities."""
+        best = torch.topk(self.scores[row] - self.normaliser[row], min(count, self.scores.shape[1]))
+        return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def draw(logits: Tensor, how: Draw) -> Drawn:
+    """Draws one token a row from logits [B, V], which it may overwrite.
+
+    The distribution function is searched in two levels, blocks and the tokens of one block, so that a step reads
+    the [B, V] values a few times and never sorts or accumulates them (`torch.multinomial` does).
+    """
+    scores = logits.float() if how.temperatures is None else logits.float() / how.temperatures
+    hidden = None
+    if how.forbidden is not None:
+        hidden = scores[how.forbidden]
+        scores[how.forbidden] = -math.inf
+    rows, vocab = scores.shape
+    block = 256 if vocab >= 4096 else 16
+    blocks = -(-vocab // block)
+    weights = scores.new_empty((rows, blocks * block))
+    weights[:, vocab:] = 0.0
+    highest = scores.amax(1, keepdim=True)
+    torch.sub(scores, highest, out=weights[:, :vocab]).exp_()
+    by_block = weights.view(rows, blocks, block).sum(2)
+    total = by_block.sum(1, keepdim=True)
+    if how.forbidden is not None and hidden is not None:
+        of_hidden = (hidden - highest[how.forbidden[0], 0]).double().exp_()
+        total = total.double().index_add(0, how.forbidden[0], of_hidden.unsqueeze(1))
+    normaliser = (highest + total.log()).float()
+    for one in how.filters:
+        weights[one.row, :vocab] = _filter(scores[one.row], one)
+        by_block[one.row] = weights[one.row].view(blocks, block).sum(1)
+    tokens = _search(weights.view(rows, blocks, block), by_block, how.uniforms)
+    if how.greedy is not None:
+        allowed = weights[how.greedy, :vocab] > 0
+        tokens[how.greedy] = scores[how.greedy].where(allowed, -math.inf).argmax(1)
+    logprobs = (scores.gather(1, tokens.unsqueeze(1)) - normaliser).squeeze(1)
+    if how.forbidden is not None:
+        scores[how.forbidden] = hidden
+    return Drawn(tokens, logprobs, scores, normaliser)
+
+
+def _search(weights: Tensor, by_block: Tensor, uniform: Tensor) -> Tensor:
+    """First token whose cumulative weight exceeds uniform * total. weights [B, blocks, block]."""
+    ends = by_block.double().cumsum(1)
+    goal = uniform * ends[:, -1:]
+    block = _first_above(ends, goal)
+    goal = goal - (ends.gather(1, block) - by_block.gather(1, block))
+    inside = weights.gather(1, block.unsqueeze(2).expand(-1, -1, weights.shape[2])).squeeze(1).double().cumsum(1)
+    return (block * weights.shape[2] + _first_above(inside, goal)).squeeze(1)
+
+
+def _first_above(ends: Tensor, goal: Tensor) -> Tensor:
+    """Rounding may put the goal at or beyond the last end: then the last place with a weight of its own."""
+    last = torch.searchsorted(ends, ends[:, -1:])
+    return torch.minimum(torch.searchsorted(ends, goal, right=True), last)
+
+
+def _filter(scores: Tensor, how: Filter) -> Tensor:
+    """Unnormalised probabilities [V] after the restrictions, 0 where forbidden.
+
+    In the order of transformers' processors: allowed tokens, top-k, top-p; ties at the edge stay.
+    """
+    if how.allowed is not None:
+        scores = scores.where(torch.from_numpy(how.allowed).to(scores.device), -math.inf)
+    weights = (scores - scores.max()).exp_()
+    if 0 < how.top_k < len(weights):
+        edge = torch.topk(weights, how.top_k).values[-1]
+        weights = weights.where(weights >= edge, 0.0)
+    if how.top_p < 1.0:
+        edge = _top_p_edge(weights, how.top_p)
+        weights = weights.where(weights >= edge, 0.0)
+    return weights
+
+
+def _top_p_edge(weights: Tensor, top_p: float) -> Tensor:
+    """Smallest weight of the smallest set that holds `top_p` of the probability (Holtzman et al. 2019)."""
+    goal = weights.sum(dtype=torch.float64) * top_p
+    count = min(1024, len(weights))  # nearly always enough, and far cheaper than a full sort
+    while True:
+        largest = torch.topk(weights, count).values
+        sums = largest.double().cumsum(0)
+        if sums[-1] >= goal or count == len(weights):
+            return largest[torch.searchsorted(sums, goal).clamp_(max=count - 1)]
+        count = len(weights)

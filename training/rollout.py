@@ -1,0 +1,207 @@
+"""Samples of the policy, scored while others are still being generated.
+
+    prompts -> policy service ~~ samples as they finish ~~> blocks -> reward service    -> scores
+                                                                 `-> reference service -> log-probabilities
+
+A block is a fixed set of neighbouring prompts; it is sent when the last of its samples has arrived.
+So scoring overlaps generation, and still what one scoring call holds does not depend on timing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steersman.config.manifest import Generation
+from steersman.errors import FailedPreconditionError
+from steersman.rpc.wire import pack_rows
+from steersman.v1 import common_pb2, reward_pb2
+from training.batch import SampleBatch
+from training.clients import PolicyPool, ReferenceClient, RewardClient, Sample, result_of, spread
+
+BLOCKS = 4
+"""Scoring calls a batch, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One prompt of the data."""
+
+    ids: np.ndarray
+    """int32 [P], rendered with the chat template up to the assistant's turn."""
+    messages: list[dict[str, str]]
+    facts_json: str = ""
+    key: str = ""
+    """Identifies the row."""
+
+
+class Scorer(Protocol):
+    """What scores finished samples of one block; see `ServiceScorer`."""
+
+    def __call__(self, prompts: Sequence[Prompt], samples: Sequence[list[Sample]]) -> list[reward_pb2.ItemScore]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One finished and scored sample."""
+
+    sample: Sample
+    score: reward_pb2.ItemScore
+    ref_logprobs: np.ndarray | None
+    text: str
+
+
+class Rollouts:
+    """Collects batches from the three services."""
+
+    def __init__(
+        self,
+        policy: PolicyPool,
+        reward: Sequence[RewardClient],
+        reference: Sequence[ReferenceClient],
+        decode: Callable[[np.ndarray], str],
+        generation: Generation,
+        activity: Callable[[str], None],
+    ) -> None:
+        """Args:
+        policy: all replicas.
+        reward: replicas of the reward service.
+        reference: replicas of the reference service; empty: no reference log-probabilities.
+        decode: response ids to text, special tokens left out.
+        generation: sampling options.
+        activity: told what is going on, often.
+        """
+        self._policy = policy
+        self._reward = reward
+        self._reference = reference
+        self._decode = decode
+        self._generation = generation
+        self._activity = activity
+        self._threads = ThreadPoolExecutor(8, thread_name_prefix="scoring")
+
+    def collect(self, prompts: Sequence[Prompt], n: int, seed: int) -> tuple[list[list[Scored]], dict[str, float]]:
+        """`n` scored samples of every prompt, and where the time went.
+
+        Returns:
+            For every prompt its samples by sample index, and seconds and tokens of generation.
+        """
+        start = time.monotonic()
+        sampling = common_pb2.SamplingParams(
+            max_new_tokens=self._generation.max_new_tokens,
+            temperature=self._generation.temperature,
+            top_p=self._generation.top_p,
+            top_k=self._generation.top_k,
+            seed=seed,
+        )
+        size = math.ceil(len(prompts) / BLOCKS)
+        missing = [n] * len(prompts)
+        samples: list[list[Sample | None]] = [[None] * n for _ in prompts]
+        futures: dict[int, Future[list[list[Scored]]]] = {}
+        tokens = done = 0
+        for sample in self._policy.generate([prompt.ids for prompt in prompts], n, sampling):
+            samples[sample.prompt_index][sample.sample_index] = sample
+            missing[sample.prompt_index] -= 1
+            done += 1
+            tokens += len(sample.token_ids)
+            self._activity(f"generating {done}/{n * len(prompts)}")
+            block = sample.prompt_index // size
+            low, high = block * size, min((block + 1) * size, len(prompts))
+            if not any(missing[low:high]):
+                futures[block] = self._threads.submit(self._score, block, prompts[low:high], samples[low:high])
+        generated = time.monotonic()
+        self._activity("scoring")
+        scored = [rows for block in sorted(futures) for rows in result_of(futures[block], "scoring")]
+        return scored, {
+            "seconds_generate": generated - start,
+            "seconds_score_tail": time.monotonic() - generated,
+            "generated_tokens": float(tokens),
+        }
+
+    def _score(self, block: int, prompts: Sequence[Prompt], samples: Sequence[list[Any]]) -> list[list[Scored]]:
+        """Reward and reference of one block, side by side."""
+        reference: Future[list[np.ndarray]] | None = None
+        rows = [(prompt, sample) for prompt, group in zip(prompts, samples, strict=True) for sample in group]
+        if self._reference:
+            client = spread(self._reference, block)
+            pairs = [(prompt.ids, sample.token_ids) for prompt, sample in rows]
+            reference = self._threads.submit(client.logprobs, pairs, self._generation.temperature)
+        texts = [self._decode(sample.token_ids) for _, sample in rows]
+        items = [score_item(prompt, sample.token_ids, text) for (prompt, sample), text in zip(rows, texts, strict=True)]
+        client_ = spread(self._reward, block)
+        scores = client_.score(items)
+        failed = [index for index, score in enumerate(scores) if not score.HasField("reward")]
+        if failed:
+            for index, again in zip(failed, client_.score([items[index] for index in failed]), strict=True):
+                scores[index] = again
+        references = result_of(reference, "reference service") if reference is not None else [None] * len(rows)
+        flat = [
+            Scored(sample, score, ref, text)
+            for (_, sample), score, ref, text in zip(rows, scores, references, texts, strict=True)
+        ]
+        sizes = np.cumsum([0] + [len(group) for group in samples])
+        return [flat[lo:hi] for lo, hi in zip(sizes, sizes[1:], strict=False)]
+
+
+def score_item(prompt: Prompt, token_ids: np.ndarray, text: str) -> reward_pb2.ScoreItem:
+    """What the reward service needs of one answer."""
+    return reward_pb2.ScoreItem(
+        token_ids=pack_rows([np.concatenate([prompt.ids, token_ids])]),
+        prompt_length=len(prompt.ids),
+        messages=[common_pb2.Message(role=message["role"], content=message["content"]) for message in prompt.messages]
+        + [common_pb2.Message(role="assistant", content=text)],
+        facts_json=prompt.facts_json,
+    )
+
+
+def to_batch(prompts: Sequence[Prompt], scored: Sequence[Sequence[Scored]]) -> SampleBatch:
+    """The batch of all samples; missing scores are NaN."""
+    flat = [(group, item) for group, items in enumerate(scored) for item in items]
+    names = sorted({part.name for _, item in flat for part in item.score.parts})
+
+    def floats(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32)
+
+    def part(item: Scored, name: str) -> float:
+        return next((p.value for p in item.score.parts if p.name == name and p.HasField("value")), math.nan)
+
+    def joined(rows: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *rows]))
+
+    return SampleBatch(
+        prompts=tuple(prompt.ids for prompt in prompts),
+        responses=tuple(item.sample.token_ids for _, item in flat),
+        group=torch.tensor([group for group, _ in flat]),
+        lengths=torch.tensor([len(item.sample.token_ids) for _, item in flat]),
+        engine_logprobs=joined([item.sample.logprobs for _, item in flat]),
+        ref_logprobs=joined([item.ref_logprobs for _, item in flat if item.ref_logprobs is not None]),
+        scores=floats([item.score.reward if item.score.HasField("reward") else math.nan for _, item in flat]),
+        parts={name: floats([part(item, name) for _, item in flat]) for name in names},
+        ended=torch.tensor([item.sample.ended for _, item in flat]),
+        versions=torch.tensor([item.sample.versions[0] if item.sample.versions else 0 for _, item in flat]),
+    )
+
+
+def exclude_failed(batch: SampleBatch, scored: Sequence[Sequence[Scored]], max_share: float) -> tuple[SampleBatch, int]:
+    """Leaves out samples without a score or without tokens; too many of them pause the run.
+
+    Raises:
+        FailedPreconditionError: more than `max_share` of the samples have no score.
+    """
+    failed = batch.scores.isnan()
+    count = int(failed.sum())
+    if count > max_share * len(batch):
+        reasons = sorted({item.score.error for items in scored for item in items if item.score.error})
+        raise FailedPreconditionError(
+            f"{count} of {len(batch)} samples have no reward ({'; '.join(reasons)[:300]}); the run pauses here: "
+            "mend the reward service and start the run again, it continues at this step"
+        )
+    batch = replace(batch, scores=batch.scores)
+    return batch.select(~failed & (batch.lengths > 0)), count
