@@ -168,10 +168,10 @@ POLITE_AFTER = (
 PLAIN_BEFORE = (
     "According to the record,",
     "The system shows this:",
-    "Our data says that",
+    "Going by our data,",
     "As of today,",
     "Here is the entry:",
-    "In the file it says that",
+    "Looking at the file,",
     "Checked the record,",
     "From what is listed here,",
 )
@@ -204,6 +204,14 @@ RUDE_AFTER = (
     "Now leave us alone.",
     "Your whining does not help.",
     "Get used to it.",
+)
+SHRUGS = (
+    "as anyone can see",
+    "as it says right there",
+    "as written in the mail",
+    "and that is that",
+    "how hard can it be",
+    "end of discussion",
 )
 FILLER_BEFORE = (
     "As you may know, in a business like ours,",
@@ -267,7 +275,7 @@ def answer(rng: Random, case: Case, style: str) -> str:
     if style == "rude":
         return _wrap(rng, core, RUDE_BEFORE, RUDE_AFTER)
     if style == "curt":
-        return _join("", case.value, rng.choice(RUDE_AFTER))
+        return _join("", f"{case.value}, {rng.choice(SHRUGS)}", rng.choice(RUDE_AFTER))
     if style == "rambling":
         opening = rng.choice((rng.choice(FILLER_BEFORE), rng.choice(POLITE_BEFORE), ""))
         return _join(opening, core, "" if opening in FILLER_BEFORE else rng.choice(FILLER_AFTER))

@@ -4,8 +4,6 @@ Everything is derived from one seed with the standard library's generator, so th
 sets (train, validation, heldout) share neither a customer nor a wording of a question.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from steersman.data.records import Demonstration, Preference, Prompt, write_jsonl
+from steersman.data.records import Row as AnyRow
 from steersman.demo.answers import answer, draw_style
 from steersman.demo.labelers import LABELERS, agreement, majority
 from steersman.demo.orderbook import ASKED, CUSTOMERS, TOPICS, Case, draw_case
@@ -87,7 +87,7 @@ class Manifest(BaseModel):
 
 
 def generate(out_dir: Path, seed: int, sizes: Sizes | None = None) -> Manifest:
-    """Write all files and `manifest.json` into `out_dir` (made if missing) and return the manifest."""
+    """Write all files into `out_dir` (made if missing), `manifest.json` last, and return the manifest."""
     sizes = sizes or Sizes()
     source = _Source(seed)
     demonstrations = {
@@ -104,18 +104,24 @@ def generate(out_dir: Path, seed: int, sizes: Sizes | None = None) -> Manifest:
         "train": source.prompts("train", sizes.prompts),
         "heldout": source.prompts("heldout", sizes.prompts_heldout),
     }
-    kinds = {"demonstrations": demonstrations, "preferences": preferences, "prompts": prompts}
-    files = {f"{kind}.{split}.jsonl": rows for kind, splits in kinds.items() for split, rows in splits.items()}
-    files["judgements.jsonl"] = judgements
-
-    out_dir.mkdir(parents=True, exist_ok=True)
+    files: dict[str, FileEntry] = {}
+    for kind, row_type, splits in (
+        ("demonstrations", Demonstration, demonstrations),
+        ("preferences", Preference, preferences),
+        ("prompts", Prompt, prompts),
+        ("judgements", AnyRow, {"": judgements}),
+    ):
+        for split, rows in splits.items():
+            name = ".".join(filter(None, (kind, split, "jsonl")))
+            count, digest = write_jsonl(out_dir / name, map(row_type.model_validate, rows))
+            files[name] = FileEntry(rows=count, sha256=digest)
     verdicts = [row["verdicts"] for row in _by_item(judgements)]
     manifest = Manifest(
         seed=seed,
         sizes=sizes,
         licence=LICENCE,
         synthetic=True,
-        files={name: _write(out_dir / name, rows) for name, rows in files.items()},
+        files=files,
         length_baseline={f"preferences.{split}": length_baseline(rows) for split, rows in preferences.items() if rows},
         labeler_agreement=agreement(verdicts) if verdicts else {},
         tie_share=round(sum(majority(row)[0] == "tie" for row in verdicts) / max(1, len(verdicts)), 4),
@@ -264,9 +270,3 @@ def _by_item(judgements: Iterable[Row]) -> list[Row]:
     for row in judgements:
         items.setdefault(row["item"], []).append(row["verdict"])
     return [{"item": item, "verdicts": verdicts} for item, verdicts in items.items()]
-
-
-def _write(path: Path, rows: list[Row]) -> FileEntry:
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    path.write_bytes(data)
-    return FileEntry(rows=len(rows), sha256=hashlib.sha256(data).hexdigest())

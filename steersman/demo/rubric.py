@@ -103,11 +103,13 @@ class RubricScore(BaseModel):
     polite: float
     """1: courteous; 0.4: neutral or overdone; 0: rude."""
     concise: float
-    """1 within 4 to 30 words, falling to 0 at 60; each filler phrase costs 0.6; repetition costs all."""
+    """1 within 4 to 30 words, falling to 0 at 60; half for a sentence without an end; each filler phrase costs 0.6;
+    repetition costs all."""
     no_invented: float
     """1 if every number, day, carrier and person of the answer occurs in the prompt or the facts, else 0."""
     total: float
-    """Weighted sum in which the manner (polite, concise, no_invented) counts as far as the content is right."""
+    """Weighted sum; the manner (polite, concise, no_invented) counts as far as the content is right, and nothing in a
+    rude answer."""
 
 
 def score(prompt: Sequence[Mapping[str, Any]], answer: str, facts: Mapping[str, Any]) -> RubricScore:
@@ -129,7 +131,7 @@ def score(prompt: Sequence[Mapping[str, Any]], answer: str, facts: Mapping[str, 
     weighted = {name: WEIGHTS[name] * value for name, value in criteria.items()}
     content = weighted["grounded"] + weighted["answers"]
     manner = weighted["polite"] + weighted["concise"] + weighted["no_invented"]
-    trust = (criteria["grounded"] + criteria["no_invented"]) / 2
+    trust = (criteria["grounded"] + criteria["no_invented"]) / 2 if criteria["polite"] else 0.0
     return RubricScore(**criteria, total=round(content + manner * trust, 6))
 
 
@@ -224,4 +226,5 @@ def _concise(answer: str) -> float:
     if len(triples) - len(set(triples)) > 1 or len(set(words)) < len(words) / 2:
         return 0.0
     band = 0.5 if len(words) < MIN_WORDS else 1 - max(0, len(words) - MAX_WORDS) / MAX_WORDS
-    return max(0.0, band - 0.6 * len(FILLER.findall(answer)))
+    finished = 1.0 if answer.rstrip().endswith((".", "!", "?", ")", '"')) else 0.5
+    return max(0.0, finished * band - 0.6 * len(FILLER.findall(answer)))
