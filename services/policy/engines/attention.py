@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from services.policy.engines.kv_cache import KVCache, LayerCache
@@ -175,18 +175,16 @@ def _span_attention(
 ) -> Tensor:
     """Causal attention of q [n, heads, dim] at positions start.. over k, v [start + n, kv heads, dim]."""
     count, total = len(q), len(k)
-    masked = start > 0 or softcap is not None or (window is not None and window < total)
-    mask = None
-    if masked:
-        here = torch.arange(start, total, device=q.device)[:, None]
-        seen = torch.arange(total, device=q.device)
-        mask = seen <= here
-        if window is not None:
-            mask &= seen > here - window
+    here = torch.arange(start, total, device=q.device)[:, None]
+    seen = torch.arange(total, device=q.device)
+    mask = seen <= here
+    if window is not None:
+        mask &= seen > here - window
     q_h, k_h, v_h = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     if softcap is None:
+        plain = start == 0 and (window is None or window >= total)
         out = F.scaled_dot_product_attention(
-            q_h, k_h.contiguous(), v_h.contiguous(), attn_mask=mask, is_causal=not masked, scale=scale, enable_gqa=True
+            q_h, k_h, v_h, attn_mask=None if plain else mask, is_causal=plain, scale=scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
     group = q.shape[1] // k.shape[1]
@@ -197,7 +195,7 @@ def _span_attention(
 
 
 def _slot_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from steersman.errors import ConfigError
 PACKING_ROWS = 64
 """Batch size that the blocked weight layout is made for; measured good for every other size above 1, too."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -29,14 +30,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """ "auto": bfloat16 on a GPU that computes it; on a CPU float32 unless bfloat16 is measured to be faster."""
-    if name != "auto":
-        if name not in _DTYPES:
-            raise ConfigError(f"dtype is '{name}', use 'auto' or one of {', '.join(_DTYPES)}")
-        return _DTYPES[name]
+    if precision != "auto":
+        return torch.float32 if precision == "fp32" else torch.bfloat16
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return _faster_cpu_dtype()
 
 

@@ -107,7 +107,7 @@ def draw(logits: Tensor, how: Draw) -> Drawn:
         allowed = weights[how.greedy, :vocab] > 0
         tokens[how.greedy] = scores[how.greedy].where(allowed, -math.inf).argmax(1)
     logprobs = (scores.gather(1, tokens.unsqueeze(1)) - normaliser).squeeze(1)
-    if how.forbidden is not None:
+    if how.forbidden is not None and hidden is not None:
         scores[how.forbidden] = hidden
     return Drawn(tokens, logprobs, scores, normaliser)
 
@@ -124,7 +124,7 @@ def _search(weights: Tensor, by_block: Tensor, uniform: Tensor) -> Tensor:
 
 def _first_above(ends: Tensor, goal: Tensor) -> Tensor:
     """Rounding may put the goal at or beyond the last end: then the last place with a weight of its own."""
-    last = torch.searchsorted(ends, ends[:, -1:])
+    last = torch.searchsorted(ends, ends[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(ends, goal, right=True), last)
 
 

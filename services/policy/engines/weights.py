@@ -35,7 +35,7 @@ class Parameter:
     """One parameter as it is, given to `place`."""
 
     def __init__(self, name: str, place: Callable[[Tensor], None]) -> None:
-        self.names = (name,)
+        self.names: tuple[str, ...] = (name,)
         self._place = place
 
     def prepare(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
@@ -54,7 +54,7 @@ class Linear(nn.Module):
 
     def __init__(self, weights: Sequence[str], biases: Sequence[str], pack: bool) -> None:
         super().__init__()
-        self.names = (*weights, *biases)
+        self.names: tuple[str, ...] = (*weights, *biases)
         self._stacked = len(weights)
         self._pack = pack
         self.bias = self.packed = None
@@ -223,5 +223,5 @@ def _lora_parts(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor | N
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
+    alpha: float = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

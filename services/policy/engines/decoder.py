@@ -1,0 +1,225 @@
+"""The model as the engine calls it: packed tokens in, logits out, weights held by a `WeightStore`.
+
+`LlamaDecoder` is a forward pass of the Llama family with fewer and fused operations; `GenericDecoder` is the
+transformers model itself with its linear layers and its attention exchanged. Both give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from services.policy.engines.attention import SLOT_ATTENTION, DecodeStep, PrefillStep
+from services.policy.engines.weights import Linear, Parameter, WeightStore
+from steersman.errors import ConfigError
+
+_LLAMA_FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+
+
+class Decoder(Protocol):
+    def prefill(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> None:
+        """Fills the cache. token_ids and positions: int64 [T]."""
+        ...
+
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Tensor:
+        """int64 [B], int64 [B] -> logits [B, V]."""
+        ...
+
+
+def build_decoder(model: PreTrainedModel, dtype: torch.dtype, pack: bool) -> tuple[Decoder, WeightStore]:
+    """Takes the model apart: its parameters move into the store, its modules are not to be used any more.
+
+    Raises ConfigError for an architecture that does not use transformers' AttentionInterface.
+    """
+    store = _store(model, dtype)
+    if type(model).__name__ in _LLAMA_FAMILY and LlamaDecoder.fits(model):
+        return LlamaDecoder(model, store, dtype, pack), store
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ConfigError(
+            f"{type(model).__name__} does not use transformers' AttentionInterface, which the transformers engine "
+            "needs; use the vllm engine"
+        )
+    return GenericDecoder(model, store, pack), store
+
+
+def _store(model: PreTrainedModel, dtype: torch.dtype) -> WeightStore:
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    aliases: dict[str, str] = {}
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if owners[id(parameter)] != name:
+            aliases[name] = owners[id(parameter)]
+    return WeightStore(tensors, aliases, dtype)
+
+
+class LlamaDecoder:
+    """Llama, Mistral, Qwen2 and Qwen3: one product for queries, keys and values; activations, products and residual
+    sums fused into the linear layers; the residual stream in float32, as under autocast in training.
+    """
+
+    def __init__(self, model: PreTrainedModel, store: WeightStore, dtype: torch.dtype, pack: bool) -> None:
+        body = model.model
+        self._dtype = dtype
+        self._rotary = body.rotary_emb.float()
+        self._embedding: Tensor
+        store.attach(Parameter("model.embed_tokens.weight", self._set_embedding))
+        self._layers = [_Layer(layer, f"model.layers.{i}.", store, pack) for i, layer in enumerate(body.layers)]
+        self._norm = _Norm(body.norm, "model.norm.weight", store)
+        self._head = Linear((store.name("lm_head.weight"),), (), pack)
+        store.attach(self._head)
+        self._head_dim = self._layers[0].head_dim
+
+    def _set_embedding(self, weight: Tensor) -> None:
+        self._embedding = weight
+
+    @staticmethod
+    def fits(model: PreTrainedModel) -> bool:
+        """Whether the checkpoint stays within what this forward pass computes."""
+        config = model.config
+        rotary = len(model.model.rotary_emb.inv_freq) * 2
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.hidden_act == "silu" and rotary == head_dim and model.lm_head.bias is None
+
+    def prefill(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> None:
+        self._forward(token_ids, positions, step)
+
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Tensor:
+        return self._head(self._norm(self._forward(token_ids, positions, step)).to(self._dtype))
+
+    def _forward(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Tensor:
+        x = F.embedding(token_ids, self._embedding).float()
+        cos, sin = self._rotary(x, positions.unsqueeze(0))
+        cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+        # rotate_half(x) * sin == swap_halves(x) * signed sin
+        half = self._head_dim // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        cos, sin = cos.to(self._dtype), sin.to(self._dtype)
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            q, k, v = layer.project(x, cos, sin, self._dtype)
+            if index == last and isinstance(step, PrefillStep):
+                step.store(index, k, v)  # nobody reads what the last layer makes of a prompt
+                break
+            attended = step.attend(index, q, k, v, layer.scale, layer.window, None)
+            x = layer.finish(x, attended.flatten(1), self._dtype)
+        return x
+
+
+class _Norm:
+    """RMS norm in float32."""
+
+    def __init__(self, module: Any, name: str, store: WeightStore) -> None:
+        self._eps = float(module.variance_epsilon)
+        self._weight: Tensor
+        store.attach(Parameter(name, self._place))
+
+    def _place(self, weight: Tensor) -> None:
+        self._weight = weight.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+
+
+class _Layer:
+    def __init__(self, module: Any, prefix: str, store: WeightStore, pack: bool) -> None:
+        attention = module.self_attn
+        self.head_dim: int = attention.head_dim
+        self.scale: float = attention.scaling
+        self.window: int | None = getattr(attention, "sliding_window", None)
+        if self.window is None and attention.config.model_type == "mistral":
+            self.window = attention.config.sliding_window
+        self._heads = attention.q_proj.out_features // self.head_dim
+        self._kv_heads = attention.k_proj.out_features // self.head_dim
+        self._input_norm = _Norm(module.input_layernorm, prefix + "input_layernorm.weight", store)
+        self._post_norm = _Norm(module.post_attention_layernorm, prefix + "post_attention_layernorm.weight", store)
+        self._head_norms: tuple[_Norm, _Norm] | None = None
+        if hasattr(attention, "q_norm"):
+            self._head_norms = (
+                _Norm(attention.q_norm, prefix + "self_attn.q_norm.weight", store),
+                _Norm(attention.k_norm, prefix + "self_attn.k_norm.weight", store),
+            )
+
+        def linear(*names: str) -> Linear:
+            modules = {name: module.get_submodule(name) for name in names}
+            weights = [f"{prefix}{name}.weight" for name in names]
+            biases = [f"{prefix}{name}.bias" for name, one in modules.items() if one.bias is not None]
+            holder = Linear(weights, biases, pack)
+            store.attach(holder)
+            return holder
+
+        self._qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self._out = linear("self_attn.o_proj")
+        self._gate, self._up, self._down = linear("mlp.gate_proj"), linear("mlp.up_proj"), linear("mlp.down_proj")
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, [T, heads, head dim]; cos, signed sin [T, 1, head dim]."""
+        mixed = self._qkv(self._input_norm(x).to(dtype)).view(len(x), -1, self.head_dim)
+        rotated, values = mixed[:, : -self._kv_heads], mixed[:, -self._kv_heads :]
+        if self._head_norms is not None:
+            queries, keys = rotated[:, : self._heads].float(), rotated[:, self._heads :].float()
+            rotated = torch.cat((self._head_norms[0](queries), self._head_norms[1](keys)), 1).to(dtype)
+        swapped = rotated.unflatten(2, (2, -1)).flip(2).flatten(2)
+        rotated = torch.addcmul(rotated * cos, swapped, sin)
+        return rotated[:, : self._heads], rotated[:, self._heads :], values
+
+    def finish(self, x: Tensor, attended: Tensor, dtype: torch.dtype) -> Tensor:
+        x = self._out.combine(attended, x, "add")
+        normed = self._post_norm(x).to(dtype)
+        hidden = self._up.combine(normed, self._gate.silu(normed), "mul")
+        return self._down.combine(hidden, x, "add")
+
+
+class GenericDecoder:
+    """Any transformers causal LM whose attention goes through the AttentionInterface."""
+
+    def __init__(self, model: PreTrainedModel, store: WeightStore, pack: bool) -> None:
+        self._model = model
+        model.set_attn_implementation(SLOT_ATTENTION)
+        held = self._exchange_linears(model, store, pack)
+        for module_name, module in model.named_modules():
+            for attribute in list(module._parameters):
+                name = store.name(f"{module_name}.{attribute}")
+                if module._parameters[attribute] is not None and f"{module_name}.{attribute}" not in held:
+                    store.attach(Parameter(name, _setter(module._parameters, attribute)))
+
+    @staticmethod
+    def _exchange_linears(model: PreTrainedModel, store: WeightStore, pack: bool) -> set[str]:
+        held: set[str] = set()
+        for name, module in list(model.named_modules()):
+            if type(module) is not nn.Linear:
+                continue
+            biases = (f"{name}.bias",) if module.bias is not None else ()
+            holder = Linear((store.name(f"{name}.weight"),), biases, pack)
+            store.attach(holder)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], holder)
+            held.update((f"{name}.weight", *biases))
+        return held
+
+    def prefill(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> None:
+        self._call(token_ids, positions, step, token_ids.new_zeros(1))
+
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Tensor:
+        return self._call(token_ids, positions, step, torch.arange(len(token_ids), device=token_ids.device))
+
+    def _call(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep, keep: Tensor) -> Tensor:
+        output = self._model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=keep,
+            steersman_step=step,
+        )
+        return output.logits[0]
+
+
+def _setter(parameters: dict[str, nn.Parameter | None], attribute: str) -> Callable[[Tensor], None]:
+    def place(tensor: Tensor) -> None:
+        parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+
+    return place

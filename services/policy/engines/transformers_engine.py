@@ -1,0 +1,536 @@
+"""The embedded engine: continuous batching over a transformers model, on CPU and CUDA.
+
+A sample's cache holds all its tokens but the last; every decode step feeds the last token of every running sample.
+So a prompt's last token is a decode step like all others, and a sample whose prompt begins like that of a running
+one (the n samples of a prompt, a common system prompt) copies the keys and values of what they share and computes
+only the rest.
+
+    submit -> waiting -> [admit: cache row, shared prefix, prefill] -> running -> decode steps -> finished
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from services.policy.engines.attention import DecodeStep, PrefillStep, Span
+from services.policy.engines.decoder import build_decoder
+from services.policy.engines.hardware import Precision, packs_weights, resolve_device, resolve_dtype
+from services.policy.engines.kv_cache import KVCache, row_capacity
+from services.policy.engines.sampling import Draw, Drawn, Filter, draw, stream_key, uniforms
+from steersman.errors import (
+    ConfigError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    SteersmanError,
+    UnavailableError,
+)
+from steersman.generation import (
+    EngineInfo,
+    Event,
+    FinishReason,
+    GenerationRequest,
+    RequestFailed,
+    SampleFinished,
+    TokenEvent,
+    WeightsUpdate,
+)
+
+logger = logging.getLogger(__name__)
+
+_SHARE_AT_LEAST = 8
+"""Shared prompt tokens from which copying pays."""
+
+
+@dataclass(eq=False)
+class _Sample:
+    handle: int
+    request: GenerationRequest
+    on_event: Callable[[Event], None]
+    prompt_index: int
+    sample_index: int
+    prompt: np.ndarray
+    limit: int
+    """Most tokens of the response: the caller's limit or the end of the context."""
+    stops: frozenset[int]
+    key: np.uint64
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    prompt_version: int = 0
+    """Weights version of the prompt's keys and values."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache: all but the last."""
+        return len(self.prompt) + len(self.token_ids) - 1
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the cache must be able to hold."""
+        return len(self.prompt) + self.limit - 1
+
+
+class TransformersEngine:
+    """See `services.policy.engine.Engine`.
+
+    Deterministic: with nothing else in flight, the same requests in the same order give the same samples. The
+    random numbers of a sample do not depend on its neighbours; its logits do in the last bits, because kernels
+    round by batch size.
+    """
+
+    def __init__(
+        self,
+        model: Path | PreTrainedModel,
+        *,
+        name: str = "policy",
+        precision: Precision = "auto",
+        device: str = "auto",
+        threads: int = 0,
+        max_context: int | None = None,
+        max_rows: int = 64,
+        kv_cache_tokens: int = 16_384,
+        prefill_tokens: int = 2_048,
+    ) -> None:
+        """
+        Args:
+            model: folder of a causal language model, or one in memory, which the engine takes apart.
+            name: what `info` reports.
+            precision: "auto" takes what the device computes faster; on a CPU it is measured.
+            device: "auto", "cpu" or "cuda".
+            threads: CPU threads; 0: torch's default.
+            max_context: longest prompt plus response in tokens; None: the model's.
+            max_rows: samples generated at the same time.
+            kv_cache_tokens: tokens that the cache holds for all running samples; it bounds the memory.
+            prefill_tokens: prompt tokens computed between two decode steps; it bounds how long running samples
+                stand still for new ones.
+        """
+        self._model: Path | PreTrainedModel | None = model
+        self._name = name
+        self._precision: Precision = precision
+        self._device_name = device
+        self._threads = threads
+        self._max_context = max_context
+        self._cache = KVCache(kv_cache_tokens, max_rows)
+        self._prefill_tokens = prefill_tokens
+        self._wake = threading.Condition()
+        self._open = False
+        self._thread: threading.Thread | None = None
+        self._next_handle = 0
+        # Under the lock: what other threads hand over.
+        self._submitted: deque[_Sample] = deque()
+        self._cancelled: set[int] = set()
+        self._swaps: deque[_Swap] = deque()
+        self._preparing = threading.Lock()
+        # The engine's thread only.
+        self._waiting: deque[_Sample] = deque()
+        self._rows: list[_Sample] = []
+        self._draw: _DrawPlan | None = None
+        self._version = 0
+
+    def start(self) -> None:
+        if self._model is None:
+            raise FailedPreconditionError("the engine was started before; build a new one")
+        device = resolve_device(self._device_name)
+        dtype = resolve_dtype(self._precision, device)
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        model = _load(self._model) if isinstance(self._model, Path) else self._model
+        self._model = None
+        text = model.config.get_text_config()
+        self._vocab: int = text.vocab_size
+        self._context = min(self._max_context or text.max_position_embeddings, text.max_position_embeddings)
+        self._eos = _eos_token_ids(model)
+        self._device, self._dtype = device, dtype
+        model.requires_grad_(False).eval().to(device)
+        with torch.no_grad():
+            self._decoder, self._store = build_decoder(model, dtype, packs_weights(device, dtype))
+        self._open = True
+        self._thread = threading.Thread(target=self._run, name="transformers-engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        with self._wake:
+            self._open = False
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def info(self) -> EngineInfo:
+        with self._wake:
+            rows, waiting = list(self._rows), len(self._waiting) + len(self._submitted)
+        return EngineInfo(
+            engine="transformers",
+            model=self._name,
+            vocab_size=self._vocab,
+            max_context=self._context,
+            eos_token_ids=tuple(sorted(self._eos)),
+            dtype=str(self._dtype).removeprefix("torch."),
+            device=str(self._device),
+            weights_version=self._version,
+            running=len(rows),
+            waiting=waiting,
+            details={
+                "kv_cache_tokens": float(self._cache.budget),
+                "kv_cache_tokens_used": float(sum(row.length for row in rows)),
+            },
+        )
+
+    def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> int:
+        request.check(self._vocab, self._context)
+        samples = [
+            self._sample(request, on_event, prompt_index, sample_index)
+            for prompt_index in range(len(request.prompts))
+            for sample_index in range(request.n)
+        ]
+        largest = max(samples, key=lambda sample: sample.cache_tokens)
+        if row_capacity(largest.cache_tokens) > self._cache.budget:
+            raise InvalidArgumentError(
+                f"prompts[{largest.prompt_index}] with {len(largest.prompt)} tokens and max_new_tokens {largest.limit} "
+                f"does not fit the key-value cache of {self._cache.budget} tokens; "
+                "ask for fewer tokens or raise kvCacheTokens"
+            )
+        with self._wake:
+            if not self._open:
+                raise UnavailableError("the engine is closed; send the request to another replica")
+            self._next_handle += 1
+            for sample in samples:
+                sample.handle = self._next_handle
+            self._submitted.extend(samples)
+            self._wake.notify()
+            return self._next_handle
+
+    def _sample(
+        self, request: GenerationRequest, on_event: Callable[[Event], None], prompt_index: int, sample_index: int
+    ) -> _Sample:
+        prompt = request.prompts[prompt_index]
+        return _Sample(
+            handle=0,
+            request=request,
+            on_event=on_event,
+            prompt_index=prompt_index,
+            sample_index=sample_index,
+            prompt=prompt,
+            limit=min(request.params.max_new_tokens, self._context - len(prompt)),
+            stops=self._eos.union(request.params.stop_token_ids),
+            key=stream_key(request.params.seed, prompt_index, sample_index),
+        )
+
+    def cancel(self, handle: int) -> None:
+        with self._wake:
+            self._cancelled.add(handle)
+            self._wake.notify()
+
+    def load_weights(self, update: WeightsUpdate) -> float:
+        with self._preparing:
+            swap = _Swap(update.version, self._store.prepare(update))
+            with self._wake:
+                if not self._open:
+                    raise UnavailableError("the engine is closed; start it before loading weights")
+                self._swaps.append(swap)
+                self._wake.notify()
+            swap.done.wait()
+        if swap.error is not None:
+            raise swap.error
+        return swap.seconds
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            while self._receive():
+                try:
+                    self._admit()
+                    if self._rows:
+                        self._decode()
+                except Exception as error:
+                    logger.exception("a generation step failed")
+                    failed = (
+                        error if isinstance(error, SteersmanError) else InternalError(f"generation failed: {error}")
+                    )
+                    self._fail({sample.handle for sample in self._rows}, failed)
+        closed = UnavailableError("the engine was closed before the request ended; send it again")
+        self._fail({sample.handle for sample in (*self._rows, *self._waiting)}, closed)
+        self._cache.clear()
+
+    def _receive(self) -> bool:
+        """Takes over what other threads handed in; waits when there is nothing to do. False when closed."""
+        with self._wake:
+            self._wake.wait_for(
+                lambda: (
+                    not self._open or self._submitted or self._swaps or self._cancelled or self._rows or self._waiting
+                )
+            )
+            self._waiting.extend(self._submitted)
+            self._submitted.clear()
+            cancelled, self._cancelled = self._cancelled, set()
+            swaps, self._swaps = self._swaps, deque()
+            opened = self._open
+        for swap in swaps:
+            if opened:
+                start = perf_counter()
+                swap.place()
+                self._version = swap.version
+                swap.seconds = perf_counter() - start
+            else:
+                swap.error = UnavailableError("the engine was closed before the weights were in place")
+            swap.done.set()
+        if cancelled:
+            self._finish([(row, "cancelled") for row, sample in enumerate(self._rows) if sample.handle in cancelled])
+            for sample in [sample for sample in self._waiting if sample.handle in cancelled]:
+                self._waiting.remove(sample)
+                _report(sample, "cancelled")
+        return opened
+
+    def _admit(self) -> None:
+        """Gives cache rows to waiting samples, first come first served, and computes their prompts."""
+        admitted: list[Span] = []
+        tokens = 0
+        while self._waiting:
+            sample = self._waiting[0]
+            if not self._make_room(sample):
+                break
+            span = self._share(sample)
+            if admitted and tokens + span.end - span.start > self._prefill_tokens:
+                break
+            tokens += span.end - span.start
+            admitted.append(span)
+            self._waiting.popleft()
+            sample.prompt_version = self._version
+            self._rows.append(sample)
+            self._draw = None
+        computed = [span for span in admitted if span.end > span.start]
+        if computed:
+            self._prefill(computed)
+        for span in admitted:
+            if span.end == span.start and span.donor is not None:
+                self._cache.copy_all(span.donor, span.row, span.end)
+
+    def _make_room(self, sample: _Sample) -> bool:
+        """Whether a row for the sample is there, after changing the rows' capacity where that helps."""
+        rows = len(self._rows) + 1
+        needed = row_capacity(max(one.cache_tokens for one in (*self._rows, sample)))
+        if self._cache.capacity >= needed and rows <= self._cache.rows:
+            return True
+        if rows > self._cache.rows_for(needed):
+            return False
+        longest = max((row.length for row in self._rows), default=0)
+        self._cache.resize(needed, len(self._rows), longest)
+        return True
+
+    def _share(self, sample: _Sample) -> Span:
+        """The prompt tokens to compute, and the running sample whose prompt begins with the others."""
+        end = len(sample.prompt) - 1
+        donor, shared = None, 0
+        for row, other in enumerate(self._rows):
+            if other.prompt_version != self._version:
+                continue
+            if other.prompt is sample.prompt:
+                return Span(len(self._rows), end, end, row if end else None)
+            common = _common_prefix(sample.prompt[:end], other.prompt[:-1])
+            if common > shared:
+                donor, shared = row, common
+        if shared < _SHARE_AT_LEAST:
+            return Span(len(self._rows), 0, end)
+        return Span(len(self._rows), shared, end, donor)
+
+    def _prefill(self, spans: list[Span]) -> None:
+        token_ids = np.concatenate([self._rows[span.row].prompt[span.start : span.end] for span in spans])
+        positions = np.concatenate([np.arange(span.start, span.end) for span in spans])
+        self._decoder.prefill(self._tensor(token_ids), self._tensor(positions), PrefillStep(self._cache, spans))
+
+    def _decode(self) -> None:
+        """One token for every running sample."""
+        if self._draw is None:
+            self._draw = _DrawPlan(self._rows, self._device)
+        try:
+            how = self._draw.at(self._rows)
+        except _ConstraintError as broken:
+            self._fail({broken.handle}, broken.error)
+            return
+        lengths = np.array([row.length for row in self._rows])
+        token_ids = np.array([row.token_ids[-1] if row.token_ids else row.prompt[-1] for row in self._rows])
+        positions = self._tensor(lengths)
+        step = DecodeStep(self._cache, positions, int(lengths.max()) + 1)
+        drawn = draw(self._decoder.decode(self._tensor(token_ids), positions, step), how)
+        self._record(drawn)
+
+    def _record(self, drawn: Drawn) -> None:
+        """Adds the drawn tokens to their samples, tells who streams, and ends what is at its end."""
+        tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
+        ended: list[tuple[int, FinishReason]] = []
+        for row, (sample, token, logprob) in enumerate(zip(self._rows, tokens, logprobs, strict=True)):
+            sample.token_ids.append(token)
+            sample.logprobs.append(logprob)
+            if not sample.versions or sample.versions[-1] != self._version:
+                sample.versions.append(self._version)
+            if sample.request.stream:
+                count = sample.request.params.top_logprobs
+                top = drawn.top(row, count) if count else ()
+                event = TokenEvent(sample.prompt_index, sample.sample_index, token, logprob, self._version, top)
+                _deliver(sample, event)
+            if token in sample.stops:
+                ended.append((row, "stop"))
+            elif len(sample.token_ids) == sample.limit:
+                ended.append((row, "length"))
+        self._finish(ended)
+
+    def _finish(self, ended: Sequence[tuple[int, FinishReason]]) -> None:
+        """Ends samples, given by rows in ascending order."""
+        samples = [(self._rows[row], reason) for row, reason in ended]
+        for row, _ in reversed(ended):
+            self._drop(row)
+        for sample, reason in samples:
+            _report(sample, reason)
+
+    def _drop(self, row: int) -> None:
+        """Frees a row; the last one moves into its place, so that the rows in use stay together."""
+        last = self._rows.pop()
+        if row < len(self._rows):
+            self._cache.copy_all(len(self._rows), row, last.length)
+            self._rows[row] = last
+        self._draw = None
+
+    def _fail(self, handles: set[int], error: SteersmanError) -> None:
+        """Ends whole requests with one error each."""
+        failed: dict[int, _Sample] = {}
+        for row in reversed(range(len(self._rows))):
+            if self._rows[row].handle in handles:
+                failed[self._rows[row].handle] = self._rows[row]
+                self._drop(row)
+        for sample in [sample for sample in self._waiting if sample.handle in handles]:
+            failed[sample.handle] = sample
+            self._waiting.remove(sample)
+        for handle in sorted(failed):
+            _deliver(failed[handle], RequestFailed(error))
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.int64, copy=False)).to(self._device)
+
+
+@dataclass(eq=False)
+class _Swap:
+    """Prepared weights on their way to the engine's thread."""
+
+    version: int
+    place: Callable[[], None]
+    done: threading.Event = field(default_factory=threading.Event)
+    seconds: float = 0.0
+    error: SteersmanError | None = None
+
+
+class _DrawPlan:
+    """What drawing needs of the running samples and stays the same until one comes or goes."""
+
+    def __init__(self, rows: Sequence[_Sample], device: torch.device) -> None:
+        params = [row.request.params for row in rows]
+        greedy = [row for row, one in enumerate(params) if one.temperature == 0.0]
+        temperatures = [one.temperature or 1.0 for one in params]
+        self._device = device
+        self._keys = np.array([row.key for row in rows], np.uint64)
+        self._greedy = torch.tensor(greedy, device=device) if greedy else None
+        self._temperatures = None
+        if any(one != 1.0 for one in temperatures):
+            self._temperatures = torch.tensor(temperatures, device=device).unsqueeze(1)
+        self._filtered = [
+            row
+            for row, (sample, one) in enumerate(zip(rows, params, strict=True))
+            if sample.request.constraint is not None or (one.temperature > 0.0 and (one.top_k > 0 or one.top_p < 1.0))
+        ]
+        self._minimum = [row for row, one in enumerate(params) if one.min_new_tokens > 0]
+
+    def at(self, rows: Sequence[_Sample]) -> Draw:
+        """Raises _ConstraintError when a caller's constraint does."""
+        positions = np.array([len(row.token_ids) for row in rows])
+        pairs = [
+            (row, stop)
+            for row in self._minimum
+            if positions[row] < rows[row].request.params.min_new_tokens
+            for stop in sorted(rows[row].stops)
+        ]
+        forbidden = None
+        if pairs:
+            both = torch.tensor(pairs, device=self._device).unbind(1)
+            forbidden = (both[0], both[1])
+        return Draw(
+            uniforms=torch.from_numpy(uniforms(self._keys, positions)).to(self._device).unsqueeze(1),
+            temperatures=self._temperatures,
+            greedy=self._greedy,
+            forbidden=forbidden,
+            filters=[_filter(row, rows[row]) for row in self._filtered],
+        )
+
+
+class _ConstraintError(Exception):
+    def __init__(self, handle: int, error: SteersmanError) -> None:
+        self.handle = handle
+        self.error = error
+
+
+def _filter(row: int, sample: _Sample) -> Filter:
+    params, constraint = sample.request.params, sample.request.constraint
+    allowed = None
+    if constraint is not None:
+        try:
+            allowed = constraint(sample.prompt_index, sample.sample_index, sample.token_ids)
+        except Exception as error:
+            logger.exception("a token constraint failed")
+            raise _ConstraintError(sample.handle, InternalError(f"the token constraint failed: {error}")) from error
+        if allowed is not None and not allowed.any():
+            raise _ConstraintError(sample.handle, InvalidArgumentError("the token constraint allows no token"))
+    greedy = params.temperature == 0.0
+    return Filter(row, 0 if greedy else params.top_k, 1.0 if greedy else params.top_p, allowed)
+
+
+def _report(sample: _Sample, reason: FinishReason) -> None:
+    finished = SampleFinished(
+        prompt_index=sample.prompt_index,
+        sample_index=sample.sample_index,
+        token_ids=np.array(sample.token_ids, np.int32),
+        logprobs=np.array(sample.logprobs, np.float32),
+        finish_reason=reason,
+        weights_versions=tuple(sample.versions),
+    )
+    _deliver(sample, finished)
+
+
+def _deliver(sample: _Sample, event: Event) -> None:
+    try:
+        sample.on_event(event)
+    except Exception:
+        logger.exception("a callback for engine events raised; the event is lost")
+
+
+def _common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    count = min(len(one), len(other))
+    different = one[:count] != other[:count]
+    return int(different.argmax()) if different.any() else count
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model '{folder}' cannot be loaded as a causal language model: {error}") from error
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The generation configuration's end-of-sequence tokens, or else the model configuration's."""
+    found = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found = model.config.get_text_config().eos_token_id if found is None else found
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, list) else [found])
