@@ -1,0 +1,132 @@
+"""Opening the store: SQLite in WAL mode by default, PostgreSQL in a cluster, migrated on opening."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from steersman.errors import ConfigError, UnavailableError
+from steersman.store.models import Base
+
+_BUSY_SECONDS = 30
+
+
+class Store:
+    """A database with the tables of `steersman.store.models`. Safe to share between threads."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+
+    @classmethod
+    def open(cls, url: str = "sqlite:///steersman.db", *, migrate: bool = True) -> Store:
+        """Opens a database URL and brings its tables up to date.
+
+        Raises ConfigError for a URL that is none, UnavailableError when the database cannot be reached.
+        """
+        try:
+            parsed = sa.make_url(url)
+        except sa.exc.ArgumentError:
+            raise ConfigError(
+                f"store: {url!r} is no database URL; use sqlite:///FILE or postgresql+psycopg://"
+            ) from None
+        if parsed.drivername in ("postgres", "postgresql"):
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        if parsed.drivername.startswith("sqlite") and parsed.database:
+            Path(parsed.database).resolve().parent.mkdir(parents=True, exist_ok=True)
+        engine = sa.create_engine(parsed, pool_pre_ping=True)
+        if engine.dialect.name == "sqlite":
+            _use_wal(engine)
+        store = cls(engine)
+        if migrate:
+            try:
+                store.migrate()
+            except sa.exc.OperationalError as error:
+                shown = parsed.render_as_string(hide_password=True)
+                raise UnavailableError(f"store {shown}: cannot be opened ({error.orig})") from error
+        return store
+
+    def migrate(self) -> None:
+        """Runs the migrations that this database lacks; two processes may do so at once."""
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self.engine.connect().execution_options(steersman_write=True) as connection, connection.begin():
+            if self.engine.dialect.name == "postgresql":
+                connection.execute(sa.text("SELECT pg_advisory_xact_lock(7335732783)"))
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """A session that commits at the end of the block: when the block is left, the data is on disk."""
+        engine = self.engine.execution_options(steersman_write=True)
+        with Session(engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session that changes nothing; on SQLite it never waits for a writer."""
+        with Session(self.engine, expire_on_commit=False) as session:
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _use_wal(engine: sa.Engine) -> None:
+    """Write-ahead log, every commit synced, writers queue up at BEGIN instead of failing in the middle."""
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # SQLAlchemy's begin event below sends BEGIN, not the driver
+        cursor = connection.cursor()
+        for pragma in (
+            f"busy_timeout = {_BUSY_SECONDS * 1000}",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        write = connection.get_execution_options().get("steersman_write")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+def add_counts(session: Session, model: type[Base], deltas: Mapping[tuple[Any, ...], tuple[float, ...]]) -> None:
+    """Adds to the count columns of `model` at each primary key, making rows as needed.
+
+    Args:
+        session: A writing session.
+        model: A table whose columns are its primary key, then its counts.
+        deltas: Primary key -> one delta for each count column, in the table's order.
+    """
+    table = cast(sa.Table, model.__table__)
+    keys = [column.name for column in table.primary_key.columns]
+    counts = [column.name for column in table.columns if column.name not in keys]
+    # One order for all writers, so that two transactions never wait for each other.
+    rows = [
+        dict(zip(keys, key, strict=True)) | dict(zip(counts, deltas[key], strict=True))
+        for key in sorted(deltas)
+        if any(deltas[key])
+    ]
+    if not rows:
+        return
+    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    statement = insert(table)
+    session.execute(
+        statement.on_conflict_do_update(
+            index_elements=keys, set_={name: table.c[name] + statement.excluded[name] for name in counts}
+        ),
+        rows,
+    )

@@ -1,0 +1,423 @@
+"""Labelling projects: adding items, handing them to labelers, recording and undoing verdicts.
+
+Every function takes the session of one `Store.transaction()`; what it did is stored when that block ends.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import random
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError
+from steersman.store.models import Assignment, Item, Judgement, Labeler, LabelerDay, Project, now
+from steersman.store.tallies import Judged, Tallies, disagreement
+from steersman.store.verdicts import KINDS, MAX_CANDIDATES, Verdict
+
+#: An assignment that nobody answered for so long goes to somebody else.
+STALE_AFTER = dt.timedelta(hours=2)
+_CHUNK = 2000
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """An item to be judged."""
+
+    key: str
+    prompt: list[dict[str, Any]]
+    candidates: list[dict[str, Any]]
+    """[{"messages": [...], "model": ...}]."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    customer: str | None = None
+    consent: bool | None = None
+    expected: Verdict | None = None
+    """Makes the item a honeypot: the verdict that is right."""
+
+
+@dataclass(frozen=True)
+class NewJudgement:
+    """A verdict to be recorded."""
+
+    item_id: int
+    labeler_id: int
+    verdict: Verdict
+    seconds: float
+    """From showing to answering."""
+    event_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Chosen by the caller: sending it again changes nothing."""
+    shown: Sequence[int] | None = None
+    """Order in which the answers were shown; the assignment's by default."""
+    created_at: dt.datetime = field(default_factory=now)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An item in a labeler's hands."""
+
+    item: Item
+    shown: list[int]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a labeler is."""
+
+    done: int
+    left: int
+    """Items that this labeler may still judge."""
+
+
+def create_project(
+    session: Session,
+    name: str,
+    kind: str,
+    *,
+    guidelines: str = "",
+    aspects: Sequence[str] = (),
+    overlap: int = 3,
+    honeypot_every: int = 0,
+    thresholds: dict[str, Any] | None = None,
+) -> Project:
+    """Makes a project. Raises ConflictError when the name is taken, InvalidArgumentError for a wrong setting."""
+    if kind not in KINDS:
+        raise InvalidArgumentError(f"kind: {kind!r} is none of {', '.join(KINDS)}")
+    if kind == "rate" and not aspects:
+        raise InvalidArgumentError("aspects: a rating project needs at least one")
+    if overlap < 1 or honeypot_every < 0:
+        raise InvalidArgumentError("overlap must be at least 1, honeypot_every at least 0")
+    if session.scalar(sa.select(Project.id).where(Project.name == name)) is not None:
+        raise ConflictError(f"project {name!r} exists already; choose another name")
+    project = Project(
+        name=name,
+        kind=kind,
+        guidelines=guidelines,
+        aspects=list(aspects),
+        overlap=overlap,
+        honeypot_every=honeypot_every,
+        thresholds=thresholds or {},
+    )
+    session.add(project)
+    session.flush()
+    return project
+
+
+def get_project(session: Session, name: str) -> Project:
+    project = session.scalar(sa.select(Project).where(Project.name == name))
+    if project is None:
+        raise NotFoundError(f"project {name!r} does not exist; `steersman data projects` lists them")
+    return project
+
+
+def ensure_labeler(session: Session, name: str) -> Labeler:
+    """The labeler of that name, made when new."""
+    labeler = session.scalar(sa.select(Labeler).where(Labeler.name == name))
+    if labeler is None:
+        labeler = Labeler(name=name)
+        session.add(labeler)
+        session.flush()
+    return labeler
+
+
+def add_items(session: Session, project: Project, items: Iterable[NewItem]) -> int:
+    """Adds items and returns how many were new; a key that exists is left as it is."""
+    added = 0
+    for chunk in _chunks(items, _CHUNK):
+        known = set(
+            session.scalars(
+                sa.select(Item.key).where(Item.project_id == project.id, Item.key.in_([item.key for item in chunk]))
+            )
+        )
+        rows = []
+        for item in chunk:
+            if item.key not in known:
+                known.add(item.key)
+                rows.append(_item_row(project, item))
+        if rows:
+            session.execute(sa.insert(Item), rows)
+        added += len(rows)
+    return added
+
+
+def _item_row(project: Project, item: NewItem) -> dict[str, Any]:
+    least, most = {"compare": (2, 2), "rank": (2, MAX_CANDIDATES)}.get(project.kind, (1, 1))
+    if not least <= len(item.candidates) <= most:
+        raise InvalidArgumentError(
+            f"item {item.key}: {len(item.candidates)} answers; a {project.kind} project takes {least} to {most}"
+        )
+    if item.expected is not None:
+        item.expected.check(project, len(item.candidates))
+    return {
+        "project_id": project.id,
+        "key": item.key,
+        "prompt": item.prompt,
+        "candidates": item.candidates,
+        "meta": item.meta,
+        "customer": item.customer,
+        "consent": item.consent,
+        "honeypot": item.expected is not None,
+        "expected": item.expected.to_dict() if item.expected else sa.null(),
+        "open_slots": project.overlap,
+    }
+
+
+def next_task(session: Session, project: Project, labeler: Labeler, draw: random.Random | None = None) -> Task | None:
+    """The labeler's open task, or a new one; None when nothing is left.
+
+    Items that others have begun come first, so that items complete; the order of the answers is drawn at random and
+    recorded with the assignment.
+    """
+    open_task = session.execute(
+        sa.select(Assignment, Item)
+        .join(Item, Item.id == Assignment.item_id)
+        .where(Assignment.labeler_id == labeler.id, Assignment.project_id == project.id, Assignment.state == "open")
+        .order_by(Assignment.assigned_at)
+        .limit(1)
+    ).first()
+    if open_task is not None:
+        return Task(open_task.Item, list(open_task.Assignment.shown))
+    item = None
+    if project.honeypot_every and (_done(session, project, labeler) + 1) % project.honeypot_every == 0:
+        item = _pick(session, project, labeler, honeypot=True)
+    item = item or _pick(session, project, labeler, honeypot=False)
+    if item is None and release_stale(session, project):
+        item = _pick(session, project, labeler, honeypot=False)
+    if item is None:
+        return None
+    shown = list(range(len(item.candidates)))
+    (draw or random.SystemRandom()).shuffle(shown)
+    session.add(Assignment(item_id=item.id, labeler_id=labeler.id, project_id=project.id, shown=shown))
+    item.open_slots -= not item.honeypot
+    session.flush()
+    return Task(item, shown)
+
+
+def _pick(session: Session, project: Project, labeler: Labeler, *, honeypot: bool) -> Item | None:
+    mine = sa.select(Assignment.item_id).where(Assignment.item_id == Item.id, Assignment.labeler_id == labeler.id)
+    return session.scalar(
+        sa.select(Item)
+        .where(Item.project_id == project.id, Item.honeypot == honeypot, Item.open_slots > 0, ~mine.exists())
+        .order_by(Item.open_slots, Item.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+
+
+def release_stale(session: Session, project: Project, after: dt.timedelta = STALE_AFTER) -> int:
+    """Takes back assignments that nobody answered in time and returns how many."""
+    stale = session.scalars(
+        sa.select(Assignment).where(
+            Assignment.project_id == project.id, Assignment.state == "open", Assignment.assigned_at < now() - after
+        )
+    ).all()
+    for assignment in stale:
+        session.execute(sa.update(Item).where(Item.id == assignment.item_id).values(open_slots=Item.open_slots + 1))
+        session.delete(assignment)
+    session.flush()
+    return len(stale)
+
+
+def record(session: Session, project: Project, judgement: NewJudgement) -> bool:
+    """Stores one verdict; False when this event was stored before. See `record_many`."""
+    return record_many(session, project, [judgement]) == 1
+
+
+def record_many(session: Session, project: Project, judgements: Iterable[NewJudgement]) -> int:
+    """Stores verdicts and returns how many were new.
+
+    An event id that was stored before is passed over (ConflictError when it was another verdict). A further verdict
+    of the same labeler on the same item replaces the earlier one, which stays in the table as undone.
+    Raises NotFoundError for an unknown item, InvalidArgumentError for a verdict that does not fit the project.
+    """
+    return sum(_record_chunk(session, project, chunk) for chunk in _chunks(judgements, _CHUNK))
+
+
+def _record_chunk(session: Session, project: Project, chunk: list[NewJudgement]) -> int:
+    fresh = _without_stored(session, chunk)
+    ids = sorted({judgement.item_id for judgement in fresh})
+    items = {
+        item.id: item
+        for item in session.scalars(
+            sa.select(Item).where(Item.project_id == project.id, Item.id.in_(ids)).order_by(Item.id).with_for_update()
+        )
+    }
+    current: dict[int, dict[int, Judgement]] = defaultdict(dict)
+    for row in session.scalars(sa.select(Judgement).where(Judgement.item_id.in_(ids), Judgement.undone_at.is_(None))):
+        current[row.item_id][row.labeler_id] = row
+    assignments = {
+        (row.item_id, row.labeler_id): row
+        for row in session.scalars(sa.select(Assignment).where(Assignment.item_id.in_(ids)))
+    }
+    tallies = Tallies(project.id)
+    for judgement in fresh:
+        item = items.get(judgement.item_id)
+        if item is None:
+            raise NotFoundError(f"item {judgement.item_id} is not in project {project.name!r}")
+        judgement.verdict.check(project, len(item.candidates))
+        earlier = current[item.id].pop(judgement.labeler_id, None)
+        if earlier is not None:
+            _take_back(session, tallies, item, earlier, current[item.id].values())
+            session.flush()  # the unique index allows one current judgement
+        assignment = assignments.get((item.id, judgement.labeler_id))
+        stored, assignments[item.id, judgement.labeler_id] = _store(
+            session, tallies, project, item, judgement, assignment, current[item.id].values()
+        )
+        current[item.id][judgement.labeler_id] = stored
+    for item_id, rows in current.items():
+        items[item_id].disagreement = disagreement(_judged(row) for row in rows.values())
+    session.flush()
+    tallies.write(session)
+    if len(chunk) == _CHUNK:  # a bulk load must not keep every row in memory
+        judged = (row for rows in current.values() for row in rows.values())
+        for loaded in (*items.values(), *assignments.values(), *judged):
+            session.expunge(loaded)
+    return len(fresh)
+
+
+def _without_stored(session: Session, chunk: list[NewJudgement]) -> list[NewJudgement]:
+    stored = {
+        row.event_id: row
+        for row in session.scalars(sa.select(Judgement).where(Judgement.event_id.in_([j.event_id for j in chunk])))
+    }
+    fresh: dict[str, NewJudgement] = {}
+    for judgement in chunk:
+        before = stored.get(judgement.event_id) or fresh.get(judgement.event_id)
+        if before is None:
+            fresh[judgement.event_id] = judgement
+            continue
+        verdict = before.verdict if isinstance(before.verdict, dict) else before.verdict.to_dict()
+        if (before.item_id, before.labeler_id, verdict) != (
+            judgement.item_id,
+            judgement.labeler_id,
+            judgement.verdict.to_dict(),
+        ):
+            raise ConflictError(f"event {judgement.event_id!r} was stored with another verdict; use a new event id")
+    return list(fresh.values())
+
+
+def _store(
+    session: Session,
+    tallies: Tallies,
+    project: Project,
+    item: Item,
+    new: NewJudgement,
+    assignment: Assignment | None,
+    others: Iterable[Judgement],
+) -> tuple[Judgement, Assignment]:
+    counted = 0 if item.honeypot else 1
+    if assignment is None:
+        shown = list(new.shown if new.shown is not None else range(len(item.candidates)))
+        assignment = Assignment(item_id=item.id, labeler_id=new.labeler_id, project_id=project.id, shown=shown)
+        session.add(assignment)
+        item.open_slots -= counted
+    elif assignment.state == "skipped":
+        item.open_slots -= counted
+    if new.shown is not None:
+        assignment.shown = list(new.shown)
+    assignment.state = "skipped" if new.verdict.skip else "judged"
+    row = Judgement(
+        event_id=new.event_id,
+        project_id=project.id,
+        item_id=item.id,
+        labeler_id=new.labeler_id,
+        verdict=new.verdict.to_dict(),
+        shown=assignment.shown,
+        seconds=new.seconds,
+        created_at=new.created_at,
+    )
+    session.add(row)
+    if new.verdict.skip:
+        item.open_slots += counted
+    else:
+        item.judgements += 1
+    tallies.change(_judged(row), [_judged(other) for other in others], item.expected if item.honeypot else None, 1)
+    return row, assignment
+
+
+def _take_back(session: Session, tallies: Tallies, item: Item, row: Judgement, others: Iterable[Judgement]) -> None:
+    row.undone_at = now()
+    if not row.verdict.get("skip"):
+        item.judgements -= 1
+    tallies.change(_judged(row), [_judged(other) for other in others], item.expected if item.honeypot else None, -1)
+
+
+def undo(session: Session, project: Project, labeler: Labeler) -> Task | None:
+    """Takes back the labeler's last verdict and puts the item into their hands again; None when there is none."""
+    row = session.scalar(
+        sa.select(Judgement)
+        .where(Judgement.labeler_id == labeler.id, Judgement.project_id == project.id, Judgement.undone_at.is_(None))
+        .order_by(Judgement.id.desc())
+        .limit(1)
+    )
+    if row is None:
+        return None
+    item = session.scalars(sa.select(Item).where(Item.id == row.item_id).with_for_update()).one()
+    others = session.scalars(
+        sa.select(Judgement).where(Judgement.item_id == item.id, Judgement.undone_at.is_(None), Judgement.id != row.id)
+    ).all()
+    assignment = session.get_one(Assignment, (item.id, labeler.id))
+    if assignment.state == "skipped":
+        item.open_slots -= not item.honeypot
+    # The open task that came after goes back, so that the undone one is shown next.
+    for later in session.scalars(
+        sa.select(Assignment).where(
+            Assignment.labeler_id == labeler.id, Assignment.project_id == project.id, Assignment.state == "open"
+        )
+    ):
+        session.execute(
+            sa.update(Item).where(Item.id == later.item_id, ~Item.honeypot).values(open_slots=Item.open_slots + 1)
+        )
+        session.delete(later)
+    assignment.state = "open"
+    tallies = Tallies(project.id)
+    _take_back(session, tallies, item, row, others)
+    item.disagreement = disagreement(_judged(other) for other in others)
+    session.flush()
+    tallies.write(session)
+    return Task(item, list(assignment.shown))
+
+
+def progress(session: Session, project: Project, labeler: Labeler) -> Progress:
+    mine = sa.select(Assignment.item_id).where(
+        Assignment.item_id == Item.id, Assignment.labeler_id == labeler.id, Assignment.state != "open"
+    )
+    left = session.scalar(
+        sa.select(sa.func.count())
+        .select_from(Item)
+        .where(
+            Item.project_id == project.id,
+            Item.honeypot.is_(False),
+            sa.or_(
+                sa.and_(Item.open_slots > 0, ~mine.exists()),
+                sa.exists().where(
+                    Assignment.item_id == Item.id, Assignment.labeler_id == labeler.id, Assignment.state == "open"
+                ),
+            ),
+        )
+    )
+    return Progress(_done(session, project, labeler), left or 0)
+
+
+def _done(session: Session, project: Project, labeler: Labeler) -> int:
+    return session.scalar(
+        sa.select(sa.func.coalesce(sa.func.sum(LabelerDay.judgements), 0)).where(
+            LabelerDay.project_id == project.id, LabelerDay.labeler_id == labeler.id
+        )
+    )  # type: ignore[return-value]
+
+
+def _judged(row: Judgement) -> Judged:
+    return Judged(row.labeler_id, row.verdict, row.shown, row.seconds, row.created_at)
+
+
+def _chunks(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(values)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,331 @@
+"""Tables of the store.
+
+What people decide is kept as they said it (`Judgement.verdict`, `FeedbackEvent`); statistics come from small tables of
+counts that are changed in the same transaction (`UnitPattern`, `VotePair`, `LabelerDay`, `AgreementDay`,
+`FeedbackHour`), so that they answer at once however many judgements there are.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+Json = sa.JSON().with_variant(JSONB(), "postgresql")
+BigKey = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
+    """An aware point in time; SQLite keeps it as UTC without its zone."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:
+        return value if value is None else value.astimezone(dt.UTC)
+
+    def process_result_value(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:
+        return value if value is None or value.tzinfo else value.replace(tzinfo=dt.UTC)
+
+
+def now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
+class Base(DeclarativeBase):
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {dict[str, Any]: Json, list[Any]: Json, dt.datetime: UtcDateTime}
+
+
+# --- judging ----------------------------------------------------------------------------------------------------
+
+
+class Project(Base):
+    """A labelling task: what is asked, of which items, how often."""
+
+    __tablename__ = "projects"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(200), unique=True)
+    kind: Mapped[str] = mapped_column(sa.String(16))
+    """compare, rank, rate or edit."""
+    guidelines: Mapped[str] = mapped_column(sa.Text, default="")
+    """Markdown, shown beside the task."""
+    aspects: Mapped[list[Any]] = mapped_column(default=list)
+    """rate: names of the aspects, each judged 1 to 5."""
+    overlap: Mapped[int] = mapped_column(default=3)
+    """How many labelers judge the same item."""
+    honeypot_every: Mapped[int] = mapped_column(default=0)
+    """Every n-th task of a labeler is one with a known answer; 0 never."""
+    thresholds: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """What blocks a release; see `steersman.data.agreement.Thresholds`."""
+    created_at: Mapped[dt.datetime] = mapped_column(default=now)
+
+
+class Labeler(Base):
+    """A person who judges."""
+
+    __tablename__ = "labelers"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(200), unique=True)
+    active: Mapped[bool] = mapped_column(default=True)
+    created_at: Mapped[dt.datetime] = mapped_column(default=now)
+
+
+class Item(Base):
+    """A prompt with one or more candidate answers to be judged."""
+
+    __tablename__ = "items"
+    __table_args__ = (
+        sa.UniqueConstraint("project_id", "key"),
+        sa.Index(None, "project_id", "honeypot", "open_slots", "id"),
+        sa.Index(None, "project_id", "disagreement"),
+        sa.Index(None, "customer"),
+    )
+
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True)
+    project_id: Mapped[int] = mapped_column(sa.ForeignKey("projects.id"))
+    key: Mapped[str] = mapped_column(sa.String(200))
+    """Chosen by whoever adds the item; adding it twice changes nothing."""
+    prompt: Mapped[list[Any]]
+    candidates: Mapped[list[Any]]
+    """[{"messages": [...], "model": ...}]; verdicts name them by position."""
+    meta: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """source, licence, facts ... as on a row."""
+    customer: Mapped[str | None] = mapped_column(sa.String(200))
+    consent: Mapped[bool | None]
+    honeypot: Mapped[bool] = mapped_column(default=False)
+    expected: Mapped[dict[str, Any] | None]
+    """Honeypots: the verdict that is right."""
+    open_slots: Mapped[int]
+    """Labelers still wanted: the overlap, less judgements and open assignments."""
+    judgements: Mapped[int] = mapped_column(default=0)
+    disagreement: Mapped[float | None]
+    """Share of disagreeing pairs of votes; None below two judgements."""
+
+
+class Assignment(Base):
+    """An item in a labeler's hands, and the order in which the answers are shown."""
+
+    __tablename__ = "assignments"
+    __table_args__ = (sa.Index(None, "labeler_id", "project_id", "state"), sa.Index(None, "state", "assigned_at"))
+
+    item_id: Mapped[int] = mapped_column(BigKey, sa.ForeignKey("items.id", ondelete="CASCADE"), primary_key=True)
+    labeler_id: Mapped[int] = mapped_column(sa.ForeignKey("labelers.id"), primary_key=True)
+    project_id: Mapped[int] = mapped_column(sa.ForeignKey("projects.id"))
+    shown: Mapped[list[Any]]
+    """Candidate positions in the order shown."""
+    state: Mapped[str] = mapped_column(sa.String(8), default="open")
+    """open, judged or skipped."""
+    assigned_at: Mapped[dt.datetime] = mapped_column(default=now)
+
+
+class Judgement(Base):
+    """One labeler's verdict on one item; undone ones stay for the record."""
+
+    __tablename__ = "judgements"
+    __table_args__ = (
+        sa.Index(
+            "uq_judgements_current",
+            "item_id",
+            "labeler_id",
+            unique=True,
+            sqlite_where=sa.text("undone_at IS NULL"),
+            postgresql_where=sa.text("undone_at IS NULL"),
+        ),
+        sa.Index(None, "labeler_id", "project_id", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True)
+    event_id: Mapped[str] = mapped_column(sa.String(64), unique=True)
+    """Chosen by the caller; the same verdict sent twice is stored once."""
+    project_id: Mapped[int] = mapped_column(sa.ForeignKey("projects.id"))
+    item_id: Mapped[int] = mapped_column(BigKey, sa.ForeignKey("items.id", ondelete="CASCADE"))
+    labeler_id: Mapped[int] = mapped_column(sa.ForeignKey("labelers.id"))
+    verdict: Mapped[dict[str, Any]]
+    """See `steersman.store.verdicts.Verdict`."""
+    shown: Mapped[list[Any]]
+    seconds: Mapped[float]
+    created_at: Mapped[dt.datetime] = mapped_column(default=now)
+    undone_at: Mapped[dt.datetime | None]
+
+
+class UnitPattern(Base):
+    """How many units (an item, or a pair of its answers) got the same votes: all that alpha and kappa need."""
+
+    __tablename__ = "unit_patterns"
+
+    project_id: Mapped[int] = mapped_column(sa.ForeignKey("projects.id"), primary_key=True)
+    question: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    pattern: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
+    """Votes by value, as "0:2,2:1"."""
+    n: Mapped[int] = mapped_column(sa.BigInteger)
+
+
+class VotePair(Base):
+    """Confusion counts of two labelers on one question; labeler_a < labeler_b."""
+
+    __tablename__ = "vote_pairs"
+
+    project_id: Mapped[int] = mapped_column(sa.ForeignKey("projects.id"), primary_key=True)
+    question: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    labeler_a: Mapped[int] = mapped_column(sa.ForeignKey("labelers.id"), primary_key=True)
+    labeler_b: Mapped[int] = mapped_column(sa.ForeignKey("labelers.id"), primary_key=True)
+    value_a: Mapped[int] = mapped_column(primary_key=True)
+    value_b: Mapped[int] = mapped_column(primary_key=True)
+    n: Mapped[int] = mapped_column(sa.BigInteger)
+
+
+class AgreementDay(Base):
+    """Pairs of votes that a day's judgements completed, and how many of them agree."""
+
+    __tablename__ = "agreement_days"
+
+    project_id: Mapped[int] = mapped_column(sa.ForeignKey("projects.id"), primary_key=True)
+    question: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    day: Mapped[dt.date] = mapped_column(primary_key=True)
+    pairs: Mapped[int] = mapped_column(sa.BigInteger)
+    agreeing: Mapped[int] = mapped_column(sa.BigInteger)
+
+
+class LabelerDay(Base):
+    """A labeler's day in one project."""
+
+    __tablename__ = "labeler_days"
+
+    project_id: Mapped[int] = mapped_column(sa.ForeignKey("projects.id"), primary_key=True)
+    labeler_id: Mapped[int] = mapped_column(sa.ForeignKey("labelers.id"), primary_key=True)
+    day: Mapped[dt.date] = mapped_column(primary_key=True)
+    judgements: Mapped[int] = mapped_column(sa.BigInteger)
+    skipped: Mapped[int] = mapped_column(sa.BigInteger)
+    unsafe: Mapped[int] = mapped_column(sa.BigInteger)
+    milliseconds: Mapped[int] = mapped_column(sa.BigInteger)
+    decided: Mapped[int] = mapped_column(sa.BigInteger)
+    """Comparisons of two answers that were not ties."""
+    decided_first: Mapped[int] = mapped_column(sa.BigInteger)
+    """Of these: how often the answer shown first won."""
+    honeypots: Mapped[int] = mapped_column(sa.BigInteger)
+    honeypots_right: Mapped[int] = mapped_column(sa.BigInteger)
+
+
+# --- live feedback ----------------------------------------------------------------------------------------------
+
+
+class Answer(Base):
+    """An answer that the bot gave to a business application."""
+
+    __tablename__ = "answers"
+    __table_args__ = (
+        sa.Index(None, "customer"),
+        sa.Index(None, "conversation_id"),
+        sa.Index(None, "deployment", "created_at"),
+    )
+
+    id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    conversation_id: Mapped[str | None] = mapped_column(sa.String(64))
+    customer: Mapped[str] = mapped_column(sa.String(200), default="")
+    """The tenant who asked; feedback is taken from the same tenant only."""
+    deployment: Mapped[str] = mapped_column(sa.String(200), default="")
+    """champion, candidate ...: what a gate compares."""
+    model: Mapped[str] = mapped_column(sa.String(200), default="")
+    weights_version: Mapped[str] = mapped_column(sa.String(64), default="")
+    prompt: Mapped[list[Any]]
+    answer: Mapped[str] = mapped_column(sa.Text)
+    consent: Mapped[bool | None]
+    created_at: Mapped[dt.datetime] = mapped_column(default=now)
+
+
+class FeedbackEvent(Base):
+    """What a person or a business system said about an answer."""
+
+    __tablename__ = "feedback_events"
+    __table_args__ = (sa.UniqueConstraint("customer", "event_id"), sa.Index(None, "answer_id"))
+
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True)
+    customer: Mapped[str] = mapped_column(sa.String(200))
+    event_id: Mapped[str] = mapped_column(sa.String(128))
+    answer_id: Mapped[str] = mapped_column(sa.ForeignKey("answers.id", ondelete="CASCADE"))
+    kind: Mapped[str] = mapped_column(sa.String(16))
+    """thumbs, edit or outcome."""
+    value: Mapped[str] = mapped_column(sa.Text)
+    """up or down; the edited answer; the outcome's name."""
+    reason: Mapped[str] = mapped_column(sa.Text, default="")
+    received_at: Mapped[dt.datetime] = mapped_column(default=now)
+
+
+class FeedbackHour(Base):
+    """Feedback of an hour by deployment; edits count under the value "edit"."""
+
+    __tablename__ = "feedback_hours"
+
+    deployment: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
+    hour: Mapped[dt.datetime] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(sa.String(16), primary_key=True)
+    value: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
+    n: Mapped[int] = mapped_column(sa.BigInteger)
+
+
+# --- releases ---------------------------------------------------------------------------------------------------
+
+
+class Release(Base):
+    """A version of a data set. Its files and its digest never change."""
+
+    __tablename__ = "releases"
+    __table_args__ = (sa.UniqueConstraint("name", "version"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(200))
+    version: Mapped[int]
+    url: Mapped[str] = mapped_column(sa.Text)
+    """Folder of the files."""
+    digest: Mapped[str] = mapped_column(sa.String(64))
+    """SHA-256 over the files' names and digests."""
+    card: Mapped[dict[str, Any]]
+    created_at: Mapped[dt.datetime] = mapped_column(default=now)
+    withdrawn_at: Mapped[dt.datetime | None]
+    withdrawn_reason: Mapped[str | None] = mapped_column(sa.Text)
+
+
+class ReleaseCustomer(Base):
+    """How many rows of a tenant a release holds."""
+
+    __tablename__ = "release_customers"
+    __table_args__ = (sa.Index(None, "customer"),)
+
+    release_id: Mapped[int] = mapped_column(sa.ForeignKey("releases.id"), primary_key=True)
+    customer: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
+    rows: Mapped[int]
+
+
+class Training(Base):
+    """A model that was trained on a release."""
+
+    __tablename__ = "trainings"
+
+    release_id: Mapped[int] = mapped_column(sa.ForeignKey("releases.id"), primary_key=True)
+    run: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
+    model: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
+    created_at: Mapped[dt.datetime] = mapped_column(default=now)
+
+
+class Deletion(Base):
+    """That a tenant's data was deleted, when, and what followed."""
+
+    __tablename__ = "deletions"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    customer: Mapped[str] = mapped_column(sa.String(200))
+    report: Mapped[dict[str, Any]]
+    created_at: Mapped[dt.datetime] = mapped_column(default=now)
