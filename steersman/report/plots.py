@@ -90,7 +90,7 @@ def training_curves(stage: str, metrics: Sequence[Mapping[str, Any]]) -> Figure 
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * columns, 2.6 * rows + 0.35))
+        figure = Figure(figsize=(9.2, 2.6 * rows + 0.35))
         figure.suptitle(f"Stage {stage}", x=0.01, ha="left", fontweight="bold")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax, (title, unit, series) in zip(axes, panels, strict=False):
