@@ -6,13 +6,16 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import Literal
 
+import huggingface_hub
 import torch
 import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,17 +23,13 @@ from transformers import (
 
 from steersman.errors import ConfigError, NotFoundError
 from steersman.nn.hardware import DTYPES
+from steersman.nn.reward import RewardModel, read_settings
+from steersman.nn.trunk import is_decoder, skip_padding
 
 
 def quiet_libraries() -> None:
     """Turns off the progress bars and advice of the Hugging Face libraries, and everything that phones home."""
-    for name in (
-        "HF_HUB_DISABLE_TELEMETRY",
-        "HF_HUB_DISABLE_PROGRESS_BARS",
-        "DO_NOT_TRACK",
-        "TRL_EXPERIMENTAL_SILENCE",
-    ):
-        os.environ.setdefault(name, "1")
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # the environment was read at import
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -79,6 +78,82 @@ def load_causal_lm(
     return ready(model, device if quantization_config is None else None)
 
 
+def load_classifier(
+    folder: Path,
+    *,
+    num_labels: int | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: str = "cpu",
+    attention: str = "sdpa",
+    quantization_config: object | None = None,
+) -> PreTrainedModel:
+    """A sequence classifier (decoder with a score head, or encoder) in evaluation mode with dropout off.
+
+    From a causal language model it takes the trunk and starts a new head, from torch's random state.
+
+    Args:
+        num_labels: outputs of the head; None: as in the folder.
+    """
+    options: dict[str, object] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    if num_labels is not None:
+        options["num_labels"] = num_labels
+    model = _load(AutoModelForSequenceClassification, folder, dtype, attention, **options)
+    keep_head_in_fp32(model)
+    return ready(model, device if quantization_config is None else None)
+
+
+def load_reward_model(folder: Path, *, device: str = "cpu", precision: Literal["fp32", "bf16"] = "fp32") -> RewardModel:
+    """A reward model as training left it: settings, every member, tokenizer."""
+    if not folder.is_dir():
+        raise NotFoundError(f"{folder}: there is no such reward model; check the path or run the stage that writes it")
+    settings = read_settings(folder)
+    members = [load_classifier(folder / member.folder, device=device) for member in settings.members]
+    for member in members:
+        skip_padding(member)
+    tokenizer = load_tokenizer(folder / settings.members[0].folder)
+    return RewardModel(settings, members, tokenizer, device=device, precision=precision)
+
+
+def load_reward_backbone(folder: Path, *, device: str = "cpu") -> tuple[PreTrainedModel, nn.Linear]:
+    """(trunk with an empty head, value head [hidden -> 1]) for a critic that starts as the reward model.
+
+    The value head gives the normalised reward at the last token. Of an ensemble the first member is taken.
+
+    Raises:
+        ConfigError: an encoder, which has no value for the tokens on the way.
+    """
+    settings = read_settings(folder)
+    member = settings.members[0]
+    model = load_classifier(folder / member.folder, device=device)
+    if not is_decoder(model):
+        raise ConfigError(f"{folder}: an encoder cannot become a critic; use ppo.critic.kind: valueHead")
+    weights = torch.tensor(list(settings.aspects.values()) or [1.0], device=device)
+    std = member.std * settings.std
+    head = nn.Linear(model.config.hidden_size, 1, device=device)
+    with torch.no_grad():
+        head.weight.copy_((weights @ model.score.weight)[None] / std)
+        head.bias.fill_(-(member.mean / member.std + settings.mean) / settings.std)
+    model.score = nn.Identity()
+    return model, head
+
+
+class _Fp32Linear(nn.Linear):
+    """Computes in fp32 whatever autocast says: bf16 has 3 digits, too few to rank rewards."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(input.float(), self.weight.float(), bias)
+
+
+def keep_head_in_fp32(model: nn.Module) -> None:
+    """Makes the last linear layer of a classifier compute in fp32, in place."""
+    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    for module in head.modules() if head is not None else ():
+        if type(module) is nn.Linear:
+            module.__class__ = _Fp32Linear
+
+
 def ready(model: nn.Module, device: str | None) -> PreTrainedModel:
     """Moves to the device, switches dropout off for good and enters evaluation mode."""
     if device is not None:
@@ -106,6 +181,7 @@ def _load(auto: type, folder: Path, dtype: torch.dtype | str, attention: str, **
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     try:
         config = AutoConfig.from_pretrained(folder)
+        config.num_labels = options.pop("num_labels", config.num_labels)
         return auto.from_pretrained(  # type: ignore[attr-defined]
             folder, config=config, dtype=kind, attn_implementation=attention, use_safetensors=True, **options
         )

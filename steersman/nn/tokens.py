@@ -87,23 +87,21 @@ def label_conversation(
     return examples
 
 
-def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Token ids of a finished conversation, as a reward model reads it.
+def conversation_parts(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[int]]:
+    """(prompt, answer) as token ids of a finished conversation, as a reward model reads it: one after the other.
 
-    With a chat template: the rendered turns, ending with the token that ends the last one. Without one (encoders): the
-    turns as `role: content` lines, with the special tokens that the tokenizer adds.
+    With a chat template the answer ends with the token that ends the turn; it is empty where the last turn is not the
+    assistant's. Without a template (encoders) the prompt is everything, as `role: content` lines with the special
+    tokens that the tokenizer adds, and the answer is empty.
     """
     if not tokenizer.chat_template:
         ids = tokenizer("\n".join(f"{message['role']}: {message['content']}" for message in messages))["input_ids"]
-        return ids if ids and ids[-1] == tokenizer.sep_token_id else _ended(ids, tokenizer.eos_token_id)
-    if messages[-1]["role"] == "assistant":
-        stops = stop_ids(tokenizer)
-        return prompt_ids(tokenizer, messages[:-1]) + answer_ids(tokenizer, messages[:-1], messages[-1], stops)
-    return _ids(tokenizer, _render(tokenizer, messages, generation_prompt=False))
-
-
-def _ended(ids: list[int], eos: int | None) -> list[int]:
-    return ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
+        ends = (tokenizer.sep_token_id, tokenizer.eos_token_id)
+        return (ids if ids and ids[-1] in ends else [*ids, tokenizer.eos_token_id]), []
+    if messages[-1]["role"] != "assistant":
+        return _ids(tokenizer, _render(tokenizer, messages, generation_prompt=False)), []
+    prompt, answer = messages[:-1], messages[-1]
+    return prompt_ids(tokenizer, prompt), answer_ids(tokenizer, prompt, answer, stop_ids(tokenizer))
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> list[int]:

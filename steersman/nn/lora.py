@@ -1,0 +1,136 @@
+"""Adapters in PEFT format: attach, save, load, and merge into a plain folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from steersman.artifacts import atomic_dir
+from steersman.config.manifest import Lora
+from steersman.errors import ConfigError
+from steersman.nn.load import load_causal_lm, load_classifier
+
+_HEADS = ("score", "classifier")
+
+
+def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
+    """Wraps a model so that only adapters are trained (LoRA, DoRA; QLoRA where the model is loaded in 4 bits).
+
+    A classification head is new, so it is trained whole. Everything starts as the identity.
+
+    Raises:
+        ConfigError: target modules that the model lacks, or tied embeddings as target.
+    """
+    heads = [name for name in _HEADS if any(True for _ in getattr(model, name, nn.Identity()).parameters())]
+    causal = not heads and getattr(model, "get_output_embeddings", lambda: None)() is not None
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_dora=lora.use_dora,
+        modules_to_save=heads or None,
+        task_type=TaskType.SEQ_CLS if heads else TaskType.CAUSAL_LM if causal else None,
+    )
+    try:
+        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"lora.targetModules {lora.target_modules!r} does not fit the model ({error})") from None
+    _refuse_tied_targets(wrapped)
+    return wrapped  # type: ignore[return-value]
+
+
+def load_adapter(model: nn.Module, adapter: Path, *, trainable: bool = False) -> PeftModel:
+    """Puts a saved adapter on its base model; `trainable` to go on training it."""
+    check_adapter_folder(adapter)
+    return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)  # type: ignore[arg-type]
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Writes adapter weights (safetensors) and config, whole or not at all."""
+    with atomic_dir(folder) as partial:
+        model.save_pretrained(str(partial), save_embedding_layers=False)
+        (partial / "README.md").unlink(missing_ok=True)
+
+
+def merge_to_folder(base: Path, adapter: Path, folder: Path, *, stop_ids: Sequence[int] = ()) -> None:
+    """Writes base plus adapter as a plain fp32 model folder with its tokenizer.
+
+    Merging starts from the base folder rather than from the trained module, so that a model trained in 4 bits merges
+    into the original weights.
+
+    Args:
+        stop_ids: ids that end an answer, for the generation config; empty: as in the base.
+    """
+    check_adapter_folder(adapter)
+    config = PeftConfig.from_pretrained(str(adapter))
+    model = load_classifier(base) if config.task_type == TaskType.SEQ_CLS else load_causal_lm(base)
+    wrapped = load_adapter(model, adapter)
+    _refuse_tied_targets(wrapped)
+    merged = wrapped.merge_and_unload(safe_merge=True)
+    save_model(merged, AutoTokenizer.from_pretrained(adapter if _has_tokenizer(adapter) else base), folder, stop_ids)
+    del model, wrapped, merged
+    gc.collect()
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, stop_ids: Sequence[int] = ()) -> None:
+    """Writes a plain model folder (safetensors, config, generation config, tokenizer), whole or not at all."""
+    if stop_ids and getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = list(stop_ids)
+    with atomic_dir(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+def quantization(lora: Lora | None, device: str) -> object | None:
+    """The 4-bit loading of QLoRA (Dettmers et al. 2023), or None.
+
+    Raises:
+        ConfigError: no CUDA device, or bitsandbytes is not installed.
+    """
+    if lora is None or lora.quantize is None:
+        return None
+    if device != "cuda":
+        raise ConfigError("lora.quantize needs a CUDA device; remove it to train LoRA on a CPU")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ConfigError("lora.quantize needs bitsandbytes; pip install bitsandbytes, or remove it") from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def check_adapter_folder(folder: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: {name} is missing; an adapter folder in PEFT format has it")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def _refuse_tied_targets(model: PeftModel) -> None:
+    """An adapter on a matrix that serves as embedding and head would, merged, change the other use as well."""
+    base: Any = model.get_base_model()
+    embedding, head = base.get_input_embeddings(), getattr(base, "get_output_embeddings", lambda: None)()
+    if head is None or head.weight is not embedding.weight:
+        return
+    if any(hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A") for module in (embedding, head)):
+        raise ConfigError(
+            "lora.targetModules names the embedding or the LM head, which share their weights in this model; leave "
+            "them out"
+        )

@@ -1,0 +1,202 @@
+"""A trained reward model: one or several sequence classifiers that give a conversation one number.
+
+    raw_m    = score of member m, or sum_a weight_a * aspect_a
+    z_m      = (raw_m - mean_m) / std_m
+    reward   = (combine_m(z_m) - mean) / std,   combine: mean or worst case of the members
+
+Means and standard deviations are measured on a reference set when the model is trained, so that rewards have zero mean
+and unit variance there, whatever the scale that the loss left free. They are stored in `reward.json` beside the
+weights; training's evaluation and the reward service run this very code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from steersman.config.base import FrozenModel
+from steersman.errors import InvalidArgumentError
+from steersman.nn.tokens import Messages, conversation_parts
+from steersman.nn.trunk import is_decoder, trunk_of
+
+REWARD_FILE = "reward.json"
+
+
+class Member(FrozenModel):
+    folder: str
+    """Model folder, relative to `reward.json`."""
+    mean: float = 0.0
+    """Mean of the member's raw reward on the reference set."""
+    std: Annotated[float, Field(gt=0)] = 1.0
+    """Its standard deviation there."""
+
+
+class RewardSettings(FrozenModel):
+    """The content of `reward.json`."""
+
+    name: str = "preference"
+    """Name of the scorer."""
+    objective: Literal["pairwise", "binary", "aspects"] = "pairwise"
+    """What it was trained for."""
+    aspects: dict[str, float] = {}
+    """Weight of every aspect, in the order of the head's outputs."""
+    members: Annotated[list[Member], Field(min_length=1)] = [Member(folder=".")]
+    """The models of an ensemble; one member is the usual case."""
+    ensemble_mode: Literal["mean", "worst"] = "mean"
+    """How the members' values become one reward."""
+    mean: float = 0.0
+    """Mean of the combined reward on the reference set."""
+    std: Annotated[float, Field(gt=0)] = 1.0
+    """Its standard deviation there."""
+    max_length: int = 1024
+    """Longest conversation in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores of N conversations by M members; fp32 on the CPU."""
+
+    reward: Tensor
+    """[N], normalised."""
+    members: Tensor
+    """[M, N], raw."""
+    aspects: Tensor | None
+    """[N, A], mean over the members; None without aspects."""
+
+
+class RewardModel:
+    """Scores conversations. Not thread-safe.
+
+    Args:
+        settings: of `reward.json`.
+        members: classifiers in evaluation mode, decoders with `skip_padding` where they can.
+        tokenizer: of all members.
+        precision: `bf16` runs matrix products under autocast; the head stays in fp32.
+    """
+
+    def __init__(
+        self,
+        settings: RewardSettings,
+        members: Sequence[nn.Module],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        device: str = "cpu",
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        self.settings = settings
+        self.members = list(members)
+        self.tokenizer = tokenizer
+        self.device = device
+        self._precision = precision
+
+    def encode(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation, prompt and answer.
+
+        Raises:
+            InvalidArgumentError: longer than the model was trained for.
+        """
+        prompt, answer = conversation_parts(self.tokenizer, messages)
+        length = len(prompt) + len(answer)
+        if length > self.settings.max_length:
+            raise InvalidArgumentError(
+                f"the conversation has {length} tokens, reward model {self.settings.name} takes "
+                f"{self.settings.max_length}; shorten it"
+            )
+        return prompt + answer
+
+    @torch.inference_mode()
+    def score(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        max_batch_tokens: int = 4096,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> Scores:
+        """Scores rows of token ids.
+
+        Rows of similar length, mostly answers to the same prompt, go through together; the result does not depend on
+        the order of the rows beyond floating-point noise.
+
+        Args:
+            max_batch_tokens: padded tokens of a forward pass.
+            on_batch: is told how many rows are done.
+        """
+        raw = torch.zeros(len(self.members), len(rows), max(1, len(self.settings.aspects)))
+        done = 0
+        for batch in batches_by_length(rows, max_batch_tokens):
+            inputs = pad_rows([rows[index] for index in batch], self.tokenizer.pad_token_id, self.device)
+            for number, member in enumerate(self.members):
+                with self._autocast():
+                    raw[number, batch] = head_outputs(member, *inputs).float().cpu()
+            done += len(batch)
+            on_batch(done)
+        return self.combine(raw)
+
+    def combine(self, raw: Tensor) -> Scores:
+        """Scores from the heads' outputs, fp32 [M, N, A or 1]."""
+        settings = self.settings
+        weights = torch.tensor(list(settings.aspects.values())) if settings.aspects else torch.ones(1)
+        values = raw @ weights
+        means = torch.tensor([member.mean for member in settings.members])[:, None]
+        stds = torch.tensor([member.std for member in settings.members])[:, None]
+        scaled = (values - means) / stds
+        combined = scaled.amin(0) if settings.ensemble_mode == "worst" else scaled.mean(0)
+        return Scores(
+            reward=(combined - settings.mean) / settings.std,
+            members=values,
+            aspects=raw.mean(0) if settings.aspects else None,
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.device, dtype=torch.bfloat16)
+
+
+def head_outputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Outputs [B, labels] of a classifier; a decoder is read at the last real token, found by length, never by id."""
+    if not is_decoder(model):
+        return model(input_ids=input_ids, attention_mask=attention_mask).logits
+    hidden = trunk_of(model)(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    last = attention_mask.sum(1) - 1
+    return model.score(hidden[torch.arange(len(last), device=last.device), last])  # type: ignore[operator]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, device: str) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), both int64 [B, L], padded on the right."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids.to(device), mask.to(device)
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows in batches of similar length whose padded size stays below `max_tokens`, longest first."""
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: (-len(rows[index]), list(rows[index]))):
+        if not rows[index]:
+            raise InvalidArgumentError(f"row {index} has no tokens; there is nothing to score")
+        if batch and len(rows[batch[0]]) * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def read_settings(folder: Path) -> RewardSettings:
+    """Settings of a folder; the defaults where it is a plain classifier without `reward.json`."""
+    path = folder / REWARD_FILE
+    return RewardSettings.model_validate_json(path.read_bytes()) if path.is_file() else RewardSettings()
+
+
+def write_settings(folder: Path, settings: RewardSettings) -> None:
+    (folder / REWARD_FILE).write_text(settings.model_dump_json(indent=2, by_alias=False) + "\n")
