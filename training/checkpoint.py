@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from training.artifacts import atomic_dir
+from steersman.artifacts import atomic_dir
 
 _NAME = re.compile(r"step-(\d+)")
 

@@ -205,9 +205,7 @@ class PolicyPool:
         self._published, self.version = payload, version
         return time.monotonic() - start
 
-    def generate(
-        self, prompts: Sequence[np.ndarray], n: int, sampling: common_pb2.SamplingParams
-    ) -> Iterator[Sample]:
+    def generate(self, prompts: Sequence[np.ndarray], n: int, sampling: common_pb2.SamplingParams) -> Iterator[Sample]:
         """Samples of all prompts in the order in which they finish; `prompt_index` counts over all prompts.
 
         A replica that dies loses its part of the batch, which is made again once it is back with
@@ -215,7 +213,9 @@ class PolicyPool:
         """
         arrived: queue.Queue[Sample | BaseException | None] = queue.Queue()
         bounds = np.linspace(0, len(prompts), len(self._replicas) + 1).astype(int)
-        parts = [(replica, lo, hi) for replica, lo, hi in zip(self._replicas, bounds, bounds[1:], strict=False) if hi > lo]
+        parts = [
+            (replica, lo, hi) for replica, lo, hi in zip(self._replicas, bounds, bounds[1:], strict=False) if hi > lo
+        ]
         stop = threading.Event()
 
         def work(replica: PolicyReplica, low: int, high: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from steersman.config.manifest import RunSpec
+from steersman.config.manifest import AlignmentRun, RunSpec
 from steersman.errors import ConfigError
 
 
@@ -19,6 +19,9 @@ class Reporter(Protocol):
 
     def note(self, text: str) -> None:
         """One line about what happens now."""
+
+    def activity(self, text: str) -> None:
+        """What is being done; shown when nothing else has been for a while."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class DataFiles:
 
 @dataclass(frozen=True)
 class StageContext:
+    run: AlignmentRun
     run_dir: Path
     stage_dir: Path
     """Folder of this stage; checkpoints and artifacts go there."""

@@ -53,6 +53,14 @@ class Estimates:
     """fp32 [T], k1 to the reference."""
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Response tokens and samples of a whole optimizer step, over all micro-batches."""
+
+    tokens: int
+    samples: int
+
+
 class Trainer:
     """The loop and the update; services, prompts and checkpoints come from outside."""
 
@@ -86,7 +94,9 @@ class Trainer:
         decay = spec.optimizer.weight_decay
         groups = [{"params": model.policy_parameters(), "lr": spec.optimizer.learning_rate, "weight_decay": decay}]
         if model.critic_parameters():
-            groups.append({"params": model.critic_parameters(), "lr": self.ppo.critic.learning_rate, "weight_decay": 0.0})
+            groups.append(
+                {"params": model.critic_parameters(), "lr": self.ppo.critic.learning_rate, "weight_decay": 0.0}
+            )
         self.optimizer = torch.optim.AdamW(groups, eps=1e-5, fused=True)
         self.base_rates = [group["lr"] for group in groups]
         self.kl_controller: FixedKL | AdaptiveKL = FixedKL(spec.kl_coefficient)
@@ -173,7 +183,7 @@ class Trainer:
         only_critic = step < self.ppo.critic.warmup_steps and spec.algorithm == "ppo"
         for number, minibatch in enumerate(plan):
             self.set_learning_rate(step + number / len(plan))
-            tokens = sum(len(micro.tokens) for micro in minibatch)
+            totals = Totals(sum(len(m.tokens) for m in minibatch), sum(len(m.samples) for m in minibatch))
             if estimates is None and len(plan) == 1 and len(minibatch) == 1:
                 # Strictly on-policy and in one piece: the update's own forward pass gives old values, too.
                 forward = self.forward(minibatch[0])
@@ -181,12 +191,12 @@ class Trainer:
                 forwards: list[Forward | None] = [forward]
             else:
                 if estimates is None:
-                    estimates = self.estimate(batch, *self.in_batch_order(batch, plan[0] if len(plan) == 1 else
-                                              micro_batches(batch, self.groups(batch), spec.micro_batch_tokens)))
+                    whole = micro_batches(batch, self.groups(batch), spec.micro_batch_tokens)
+                    estimates = self.estimate(batch, *self.in_batch_order(batch, whole))
                 forwards = [None] * len(minibatch)
             for micro, forward_ in zip(minibatch, forwards, strict=True):
                 loss, policy_stat, value_stat = self.loss(
-                    batch, estimates, micro, forward_ or self.forward(micro), tokens, only_critic
+                    batch, estimates, micro, forward_ or self.forward(micro), totals, only_critic
                 )
                 loss.backward()
                 policy_stats.append(policy_stat)
@@ -204,7 +214,6 @@ class Trainer:
         self.kl_controller = self.kl_controller.update(sequence_kl, len(batch))
         drift = mismatch.mismatch_stats(estimates.old_logprobs, batch.engine_logprobs, spec.mismatch_cap)
         return {
-            "kl": sequence_kl,
             "kl_coefficient": beta,
             "grad_norm": sum(norms) / len(norms),
             **stats.merge(policy_stats).means(),
@@ -258,13 +267,10 @@ class Trainer:
         estimates: Estimates,
         micro: MicroBatch,
         forward: Forward,
-        tokens: int,
+        totals: Totals,
         only_critic: bool,
     ) -> tuple[Tensor, losses.PolicyStats, losses.ValueStats | None]:
-        """The micro-batch's share of the loss; shares add up to the loss of the optimizer step.
-
-        `tokens` counts the response tokens of the whole optimizer step, over all micro-batches.
-        """
+        """The micro-batch's share of the loss; shares add up to the loss of the optimizer step."""
         spec, device = self.spec, forward.logprobs.device
         old = estimates.old_logprobs[micro.tokens].to(device)
         engine = batch.engine_logprobs[micro.tokens].to(device)
@@ -274,8 +280,7 @@ class Trainer:
             estimates.advantages[micro.tokens].to(device),
             mismatch.truncated_importance_weights(old, engine, spec.mismatch_cap),
             batch.lengths[micro.samples].to(device),
-            tokens,
-            len(batch),
+            totals,
         )
         if only_critic:
             loss = loss * 0.0
@@ -286,7 +291,7 @@ class Trainer:
             forward.values,
             estimates.old_values[micro.tokens].to(device),
             estimates.returns[micro.tokens].to(device),
-            denominator=tokens,
+            denominator=totals.tokens,
             clip=self.ppo.critic.clip or None,
         )
         weight = self.ppo.critic.coefficient if self.model.shared_trunk else 1.0
@@ -299,34 +304,46 @@ class Trainer:
         advantages: Tensor,
         weights: Tensor,
         lengths: Tensor,
-        tokens: int,
-        samples: int,
+        totals: Totals,
     ) -> tuple[Tensor, losses.PolicyStats]:
         """The clipped surrogate with each algorithm's normalisation; see docs/algorithms.md."""
-        spec = self.spec
-        common: dict[str, Any] = {"clip_low": spec.clip, "dual_clip": spec.dual_clip, "weights": weights}
-        if spec.algorithm in ("grpo", "dr-grpo"):
-            per_sample = segments.segment_mean(advantages, lengths)
-            published = spec.algorithm == "grpo"
-            return losses.grpo_loss(
+        spec, limit = self.spec, self.spec.generation.max_new_tokens
+        clipping: dict[str, Any] = {"clip_low": spec.clip, "dual_clip": spec.dual_clip, "weights": weights}
+        if spec.algorithm in ("ppo", "reinforce"):
+            return losses.ppo_policy_loss(
+                forward.logprobs, old, advantages, denominator=totals.tokens, entropy=forward.entropy, **clipping
+            )
+        per_sample = segments.segment_mean(advantages, lengths)
+        if spec.algorithm == "rloo":
+            # The ratio is that of the whole sequence, so its correction for the engine is, too.
+            per_sample = per_sample * segments.segment_sum(weights.log(), lengths).exp().clamp(max=spec.mismatch_cap)
+            return losses.rloo_loss(
                 forward.logprobs,
                 old,
                 per_sample,
                 lengths,
-                average="samples" if published else "tokens",
-                denominator=samples if published else samples * spec.generation.max_new_tokens,
+                denominator=totals.samples,
+                clip_low=spec.clip,
                 entropy=forward.entropy,
-                **common,
             )
-        return losses.ppo_policy_loss(
-            forward.logprobs, old, advantages, denominator=tokens, entropy=forward.entropy, **common
+        return losses.grpo_loss(
+            forward.logprobs,
+            old,
+            per_sample,
+            lengths,
+            average="samples" if spec.algorithm == "grpo" else "tokens",
+            denominator=totals.samples if spec.algorithm == "grpo" else totals.samples * limit,
+            entropy=forward.entropy,
+            **clipping,
         )
 
     def ptx_loss(self, step: int, number: int) -> Tensor:
         """PPO-ptx (InstructGPT, equation 2): language-model loss on demonstrations."""
         generator = torch.Generator().manual_seed(self.step_seed(step) * 17 + number)
         picked = torch.randint(len(self.demonstrations), (self.spec.prompts_per_step,), generator=generator).tolist()
-        batch = pack([(self.demonstrations[i][0], [self.demonstrations[i][1]]) for i in picked], self.model.head_weight.device)
+        batch = pack(
+            [(self.demonstrations[i][0], [self.demonstrations[i][1]]) for i in picked], self.model.head_weight.device
+        )
         return self.ppo.ptx_coefficient * losses.nll_loss(
             self.model.logprobs(batch), denominator=int(batch.lengths.sum())
         )

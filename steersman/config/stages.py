@@ -1,0 +1,99 @@
+"""Where a run keeps its stages, and when one is complete.
+
+    <run>/manifest.yaml              the resolved manifest
+    <run>/data/                      generated data
+    <run>/<stage>/config.yaml        the stage's resolved configuration
+    <run>/<stage>/metrics.jsonl      one JSON object a step
+    <run>/<stage>/model/             the model that the stage made, where it makes one
+    <run>/<stage>/complete.json      written last: digest of what went in, hashes of what came out
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from steersman.artifacts import manifest_of_hashes
+from steersman.config.manifest import AlignmentRun, DataSplits
+from steersman.data.records import file_digest
+
+_POLICY_STAGES = ("sft", "rl", "rejection_sampling", "dpo", "kto")
+
+
+def data_files(run: AlignmentRun, run_dir: Path) -> dict[str, dict[str, Path]]:
+    """Existing JSONL files by kind of data and split; relative paths are taken from the run's folder."""
+    files: dict[str, dict[str, Path]] = {}
+    for kind in ("demonstrations", "preferences", "prompts", "feedback", "aspects"):
+        splits: DataSplits | None = getattr(run.spec.data, kind)
+        for split in ("train", "validation", "heldout"):
+            if splits is not None:
+                name = getattr(splits, split)
+                path = run_dir / name if name else None
+            else:
+                path = run_dir / "data" / f"{kind}.{split}.jsonl"
+                if run.spec.data.demo is None or not path.is_file():
+                    path = None
+            if path is not None:
+                files.setdefault(kind, {})[split] = path
+    return files
+
+
+def stage_digest(run: AlignmentRun, name: str, run_dir: Path) -> str:
+    """SHA-256 over everything that decides a stage's result: model, seed, data, this stage and all before it."""
+    index = run.stage_names().index(name)
+    spec = run.spec.model_dump(mode="json", by_alias=True)
+    content = {
+        "seed": spec["seed"],
+        "model": spec["model"],
+        "stages": spec["stages"][: index + 1],
+        "data": {
+            f"{kind}.{split}": file_digest(path)
+            for kind, splits in data_files(run, run_dir).items()
+            for split, path in splits.items()
+            if path.is_file()
+        },
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_complete(run_dir: Path, name: str) -> dict[str, object] | None:
+    """Content of a stage's complete.json; None when the stage is not complete."""
+    path = run_dir / name / "complete.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def mark_complete(run: AlignmentRun, name: str, run_dir: Path) -> None:
+    """Writes complete.json as the last act of a stage."""
+    folder = run_dir / name
+    hashes = {key: value for key, value in manifest_of_hashes(folder).items() if not key.startswith("checkpoints/")}
+    content = {"stage": name, "digest": stage_digest(run, name, run_dir), "files": hashes}
+    partial = folder / ".complete.json"
+    partial.write_text(json.dumps(content, indent=2))
+    partial.rename(folder / "complete.json")
+
+
+def policy_folder(run: AlignmentRun, name: str, run_dir: Path) -> Path | None:
+    """Model folder of the newest stage before `name` that trains the policy; None: the base model."""
+    return _newest(run, name, run_dir, _POLICY_STAGES)
+
+
+def sft_folder(run: AlignmentRun, name: str, run_dir: Path) -> Path | None:
+    """Model folder of the newest SFT stage before `name`; None: the base model."""
+    return _newest(run, name, run_dir, ("sft",))
+
+
+def reward_model_folders(run: AlignmentRun, name: str, run_dir: Path) -> dict[str, Path]:
+    """Model folders of the reward-model stages before `name`, by the scorer's name."""
+    names = run.stage_names()
+    stages = zip(names[: names.index(name)], run.spec.stages, strict=False)
+    return {stage.reward_model.name: run_dir / folder / "model" for folder, stage in stages if stage.reward_model}
+
+
+def _newest(run: AlignmentRun, name: str, run_dir: Path, kinds: tuple[str, ...]) -> Path | None:
+    names = run.stage_names()
+    found = None
+    for folder, stage in zip(names[: names.index(name)], run.spec.stages, strict=False):
+        if stage.kind in kinds:
+            found = run_dir / folder / "model"
+    return found

@@ -1,0 +1,80 @@
+"""Opens what a stage needs of the services, and checks that they fit the model before any GPU time is spent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from steersman.config.manifest import Generation
+from steersman.errors import ConfigError, FailedPreconditionError
+from steersman.nn.load import load_tokenizer
+from steersman.nn.tokens import stop_ids, tokenizer_fingerprint
+from training.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
+from training.context import StageContext
+from training.prompts import load_prompts
+from training.rollout import Prompt, Rollouts
+
+
+class Services:
+    """The three services as one stage sees them, and the tokenizer that they share."""
+
+    def __init__(self, context: StageContext, model: Path, *, reference: bool) -> None:
+        """Args:
+        model: folder of the model whose tokenizer everything uses.
+        reference: connect to the reference service.
+
+        Raises:
+            ConfigError: endpoints are missing.
+            UnavailableError: a service does not answer.
+            FailedPreconditionError: a service has another vocabulary.
+        """
+        spec = context.spec.services
+        self.context = context
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
+        self.stop_ids = stop_ids(self.tokenizer, _generation_config(model))
+        fingerprint = tokenizer_fingerprint(self.tokenizer)
+        note, patience = context.reporter.note, spec.start_timeout_seconds
+        needed = [("policy", spec.policy), ("reward", spec.reward)] + ([("reference", spec.reference)] if reference else [])
+        for name, service in needed:
+            if not service.endpoints:
+                raise ConfigError(f"services.{name}.endpoints is empty; give host:port of the running service")
+        if len(spec.policy.weights_endpoints) != len(spec.policy.endpoints):
+            raise ConfigError("services.policy.weightsEndpoints needs one address for each of services.policy.endpoints")
+        replicas = [
+            PolicyReplica(target, weights, patience, note)
+            for target, weights in zip(spec.policy.endpoints, spec.policy.weights_endpoints, strict=True)
+        ]
+        self.policy = PolicyPool(replicas, fingerprint)
+        self.reward = [RewardClient(target, fingerprint, patience, note) for target in spec.reward.endpoints]
+        self.reference = [
+            ReferenceClient(target, fingerprint, patience, note) for target in spec.reference.endpoints if reference
+        ]
+        info = self.policy.info()
+        self.max_context = info.model.max_context
+        if info.model.tokenizer_fingerprint != fingerprint:
+            raise FailedPreconditionError(
+                f"the policy service at {spec.policy.endpoints[0]} has another tokenizer than {model}; "
+                "start it with the model of this run"
+            )
+
+    def prompts(self, kind: str, generation: Generation) -> list[Prompt]:
+        """Prompts of a split (`train` or `heldout`) that leave room for an answer."""
+        path = getattr(self.context.files("prompts"), kind)
+        if path is None:
+            raise ConfigError(f"data.prompts.{kind} is missing; add the file")
+        return load_prompts(path, self.tokenizer, self.max_context - generation.max_new_tokens)
+
+    def decode(self, token_ids: np.ndarray) -> str:
+        """Text of an answer without special tokens."""
+        return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True).strip()
+
+    def rollouts(self, generation: Generation) -> Rollouts:
+        return Rollouts(
+            self.policy, self.reward, self.reference, self.decode, generation, self.context.reporter.activity
+        )
+
+
+def _generation_config(model: Path) -> GenerationConfig | None:
+    return GenerationConfig.from_pretrained(model) if (model / "generation_config.json").is_file() else None

@@ -1,0 +1,123 @@
+"""Runs one stage of a run: `python -m training.stage --run-dir DIR --stage NAME [--set spec.a.b=c]`.
+
+The same entry point on this machine and in a Kubernetes Job. A stage that is complete is not run
+again; one that was killed continues. The last line on standard error is the reason of a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from steersman.config.base import FrozenModel, dump_yaml
+from steersman.config.manifest import AlignmentRun, load_manifest
+from steersman.config.stages import (
+    data_files,
+    mark_complete,
+    policy_folder,
+    read_complete,
+    sft_folder,
+    stage_digest,
+)
+from steersman.errors import ConfigError, SteersmanError
+
+_RUNNERS = {
+    "sft": ("training.sft", "run_sft"),
+    "reward_model": ("training.reward_model", "run_reward_model"),
+    "rl": ("training.rl_stage", "run_rl"),
+    "rejection_sampling": ("training.rejection_sampling", "run_rejection_sampling"),
+    "dpo": ("training.dpo", "run_dpo"),
+    "kto": ("training.kto", "run_kto"),
+    "evaluate": ("training.evaluate", "run_evaluate"),
+    "release": ("training.release", "run_release"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.stage", description="Runs one stage of a run")
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run, with manifest.yaml")
+    parser.add_argument("--stage", required=True, help="name of the stage, for example rl")
+    parser.add_argument("--set", action="append", default=[], metavar="spec.a.b=c", help="override; repeatable")
+    arguments = parser.parse_args()
+    try:
+        run_stage(arguments.run_dir.absolute(), arguments.stage, getattr(arguments, "set"))
+    except SteersmanError as error:
+        print(f"{arguments.stage}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
+    """Runs the stage unless it is complete; raises SteersmanError."""
+    run = load_manifest(run_dir / "manifest.yaml", overrides)
+    names = run.stage_names()
+    if name not in names:
+        raise ConfigError(f"--stage {name}: the run has no such stage; it has {', '.join(names)}")
+    stage = run.spec.stages[names.index(name)]
+    complete = read_complete(run_dir, name)
+    if complete is not None:
+        if complete["digest"] == stage_digest(run, name, run_dir):
+            return
+        raise ConfigError(
+            f"{run_dir / name} was made with another configuration or other data; "
+            "give the run another name or remove that folder"
+        )
+    folder = run_dir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_yaml(stage.spec))
+    module, function = _RUNNERS[stage.kind]
+    with _reporter(name, folder) as reporter:
+        context = build_context(run, name, run_dir, reporter)
+        reporter.note(f"{name}: {context.precision} on {context.device}")
+        getattr(importlib.import_module(module), function)(stage.spec, context)
+    mark_complete(run, name, run_dir)
+
+
+def _reporter(name: str, folder: Path):  # noqa: ANN202
+    from steersman.progress import ConsoleReporter
+
+    return ConsoleReporter(name, folder / "metrics.jsonl")
+
+
+def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):  # noqa: ANN001, ANN201
+    """What the stage is given; checks its data files before anything is loaded."""
+    from steersman.nn.hardware import pick_device, pick_precision, set_threads
+    from steersman.nn.prepare import resolve_model
+    from steersman.rpc.server import ServerConfig
+    from training.context import DataFiles, StageContext
+
+    spec = run.spec
+    set_threads(spec.model.threads)
+    device = pick_device(spec.model.device)
+    data = {kind: DataFiles(**splits) for kind, splits in data_files(run, run_dir).items()}
+    for kind, files in data.items():
+        for path in (files.train, files.validation, files.heldout):
+            if path is not None and not path.is_file():
+                raise ConfigError(f"data.{kind}: {path} does not exist; check the path in the manifest")
+    cache_dir = ServerConfig().cache_dir
+    base = resolve_model(spec.model.base, cache_dir, spec.model.revision, note=reporter.note)
+    return StageContext(
+        run=run,
+        run_dir=run_dir,
+        stage_dir=run_dir / name,
+        name=name,
+        spec=spec,
+        base_model=base,
+        policy_model=policy_folder(run, name, run_dir) or base,
+        sft_model=sft_folder(run, name, run_dir),
+        seed=spec.seed,
+        reporter=reporter,
+        device=device,
+        precision=pick_precision(spec.model.precision, device),
+        cache_dir=cache_dir,
+        data=data,
+    )
+
+
+
+
+if __name__ == "__main__":
+    main()
