@@ -74,8 +74,11 @@ def compare(before: Sequence[float], after: Sequence[float], *, confidence: floa
     """Paired comparison of two models; row i of both is the same prompt."""
     x, y = _pair(before, after, "compare")
     difference = y - x
-    constant = bool(np.all(difference == difference[0]))
-    p_value = float(difference[0] == 0) if constant else float(stats.ttest_rel(y, x).pvalue)
+    size = float(np.abs(difference).max())
+    if np.ptp(difference) <= 1e-12 * size:  # the t statistic of a constant difference is 0/0 or x/0
+        p_value = 0.0 if size else 1.0
+    else:
+        p_value = float(stats.ttest_rel(y, x).pvalue)
     return Comparison(
         difference=mean_interval(difference.tolist(), confidence=confidence),
         p_value=p_value,
