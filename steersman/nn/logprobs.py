@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens straight from hidden states, without ever holding [tokens, vocabulary] logits.
 
     z = h W^T + b,   z <- softcap * tanh(z / softcap) (optional),   z <- z / temperature
-    logprob = z_target - logsumexp(z),   entropy = logsumexp(z) - sum_v p_v z_v,   p = softmax(z)
+    logprob = z_target - logsumexp(z),   entropy = -sum_v p_v log p_v,   p = softmax(z)
 
 The rows are taken in chunks, forward and backward; backward computes each chunk's logits again. Extra memory is a few
 times chunk_tokens * vocabulary * 4 bytes (plus one fp32 [vocabulary, hidden] where the head itself is trained).
@@ -91,8 +91,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 lse[rows] = logits.logsumexp(-1)
                 logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - lse[rows]
                 if with_entropy:
-                    probabilities = (logits - lse[rows, None]).exp_()
-                    entropy[rows] = lse[rows] - probabilities.mul_(logits).sum(-1)
+                    log_p = logits.sub_(lse[rows, None])
+                    entropy[rows] = -log_p.exp().mul_(log_p).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.options = (temperature, softcap, with_entropy, chunk, dtype)
         return logprobs, entropy

@@ -139,6 +139,7 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None,
     kl_coefficient: float = 0.0,
     kl_estimator: KLEstimator = "k3",
+    kl_correction: bool = True,
     clip_low: float = 0.2,
     clip_high: float | None = None,
     dual_clip: float | None = None,
@@ -153,7 +154,9 @@ def grpo_loss(
         samples, global samples             GRPO as published: mean over tokens in a response, then over responses
         tokens,  global samples * constant  Dr. GRPO: no length normalisation, constant = the longest response allowed
 
-    The KL term carries no `weights`. Reference implementation: TRL 1.16 `GRPOTrainer._compute_loss`.
+    With `kl_correction` the KL term is multiplied by the ratio, through which the gradient flows too: the gradient of
+    k3 alone is not that of KL(pi || pi_ref), that of ratio * k3 is (DeepSeek-V3.2; TRL's `use_bias_correction_kl`). The
+    KL term carries no `weights`. Reference implementation: TRL 1.16 `GRPOTrainer._compute_loss`.
     """
     log_ratio = logprobs - old_logprobs
     terms, ratio, clipped = _clipped_surrogate(
@@ -164,7 +167,7 @@ def grpo_loss(
     kl = None
     if ref_logprobs is not None:
         kl = estimate_kl(logprobs, ref_logprobs, kl_estimator)
-        terms = terms + kl_coefficient * kl
+        terms = terms + kl_coefficient * (kl * ratio if kl_correction else kl)
     if average == "samples":
         terms = terms / broadcast(lengths.clamp(min=1), lengths)
     stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), entropy=entropy, kl=kl)

@@ -47,9 +47,9 @@ def pairwise_loss(
 
         -log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2
 
-    chosen, rejected and margin are fp32 [P]. Llama 2's margins (table 27) are 1, 2/3, 1/3, 0 ("small") or 3, 2, 1, 0
-    ("large") from "significantly better" to "negligibly better". The second term keeps rewards around 0 (Eisenstein et
-    al. 2023, eq. 2; TRL's `center_rewards_coefficient`, 0.01 recommended there).
+    chosen, rejected and margin are fp32 [P]. Llama 2's margin grows with the annotator's rating, such as 3, 2, 1, 0
+    from "significantly" to "negligibly better". The second term keeps rewards around 0 (Eisenstein et al. 2023, eq. 2;
+    TRL's `center_rewards_coefficient`, 0.01 recommended there).
     """
     difference = chosen - rejected
     terms = -F.logsigmoid(difference if margin is None else difference - margin)
