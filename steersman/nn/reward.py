@@ -104,13 +104,16 @@ class RewardModel:
             InvalidArgumentError: longer than the model was trained for.
         """
         prompt, answer = conversation_parts(self.tokenizer, messages)
-        length = len(prompt) + len(answer)
-        if length > self.settings.max_length:
+        return self.check_length(prompt + answer)
+
+    def check_length(self, token_ids: list[int]) -> list[int]:
+        """Returns the ids; InvalidArgumentError when they are more than the model was trained for."""
+        if len(token_ids) > self.settings.max_length:
             raise InvalidArgumentError(
-                f"the conversation has {length} tokens, reward model {self.settings.name} takes "
+                f"the conversation has {len(token_ids)} tokens, reward model {self.settings.name} takes "
                 f"{self.settings.max_length}; shorten it"
             )
-        return prompt + answer
+        return token_ids
 
     @torch.inference_mode()
     def score(
@@ -122,8 +125,7 @@ class RewardModel:
     ) -> Scores:
         """Scores rows of token ids.
 
-        Rows of similar length, mostly answers to the same prompt, go through together; the result does not depend on
-        the order of the rows beyond floating-point noise.
+        The result does not depend on the order of the rows or on the batches, beyond floating-point noise.
 
         Args:
             max_batch_tokens: padded tokens of a forward pass.
@@ -131,7 +133,7 @@ class RewardModel:
         """
         raw = torch.zeros(len(self.members), len(rows), max(1, len(self.settings.aspects)))
         done = 0
-        for batch in batches_by_length(rows, max_batch_tokens):
+        for batch in batches_of(rows, max_batch_tokens, decoder=is_decoder(self.members[0])):
             inputs = pad_rows([rows[index] for index in batch], self.tokenizer.pad_token_id, self.device)
             for number, member in enumerate(self.members):
                 with self._autocast():
@@ -178,15 +180,21 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, device: str) -> tuple[T
     return ids.to(device), mask.to(device)
 
 
-def batches_by_length(rows: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows in batches of similar length whose padded size stays below `max_tokens`, longest first."""
+def batches_of(rows: Sequence[Sequence[int]], max_tokens: int, *, decoder: bool) -> Iterator[list[int]]:
+    """Indices of rows in batches whose padded size stays below `max_tokens`.
+
+    Neighbours in a batch are answers to the same prompt for decoders, which run a common beginning once and skip
+    padding; for encoders they are rows of similar length.
+    """
     batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda index: (-len(rows[index]), list(rows[index]))):
+    width = 0
+    for index in sorted(range(len(rows)), key=lambda index: list(rows[index]) if decoder else len(rows[index])):
         if not rows[index]:
             raise InvalidArgumentError(f"row {index} has no tokens; there is nothing to score")
-        if batch and len(rows[batch[0]]) * (len(batch) + 1) > max_tokens:
+        width = max(width, len(rows[index]))
+        if batch and width * (len(batch) + 1) > max_tokens:
             yield batch
-            batch = []
+            batch, width = [], len(rows[index])
         batch.append(index)
     if batch:
         yield batch
