@@ -1,0 +1,237 @@
+"""How far labelers agree: the statistics, from counts of votes.
+
+The input is a mapping from a pattern of votes on one unit to the number of units with that pattern, so the cost does
+not depend on the number of judgements. The coefficients come from kept libraries: Krippendorff's alpha from
+`krippendorff`, Fleiss' and Cohen's kappa from `statsmodels`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+Level = Literal["nominal", "ordinal", "interval", "ratio"]
+#: Votes of one unit as sorted (value, count) pairs.
+Pattern = tuple[tuple[float, int], ...]
+Patterns = Mapping[Pattern, int]
+
+
+def patterns_of(ratings: Iterable[Sequence[float | None]]) -> dict[Pattern, int]:
+    """Counts the patterns of a table of ratings, one row a unit, None or NaN where a rater gave none."""
+    found: Counter[Pattern] = Counter()
+    for row in ratings:
+        votes = Counter(value for value in row if value is not None and not math.isnan(value))
+        if votes:
+            found[tuple(sorted(votes.items()))] += 1
+    return dict(found)
+
+
+def krippendorff_alpha(patterns: Patterns, level: Level) -> float | None:
+    """Krippendorff's alpha; units with one vote do not count.
+
+    Source: Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011.
+    None where it is not defined: no unit with two votes, or all votes equal.
+    """
+    import krippendorff
+
+    paired = {pattern: n for pattern, n in patterns.items() if n > 0 and sum(count for _, count in pattern) > 1}
+    domain = sorted({value for pattern in paired for value, _ in pattern})
+    if len(domain) < 2:
+        return None
+    return float(
+        krippendorff.alpha(value_counts=_table(paired, domain), value_domain=domain, level_of_measurement=level)
+    )
+
+
+def fleiss_kappa(patterns: Patterns) -> tuple[float | None, int, int]:
+    """Fleiss' kappa over the units with the most usual number of votes.
+
+    Source: Fleiss, "Measuring nominal scale agreement among many raters", 1971; it needs the same number of raters
+    for every unit. Returns kappa (None where it is not defined), the units used, and the votes of each.
+    """
+    from statsmodels.stats.inter_rater import fleiss_kappa as statsmodels_fleiss
+
+    sizes: Counter[int] = Counter()
+    for pattern, n in patterns.items():
+        sizes[sum(count for _, count in pattern)] += n
+    votes = max(
+        (size for size in sizes if size > 1 and sizes[size] > 0), key=lambda size: (sizes[size], size), default=0
+    )
+    complete = {p: n for p, n in patterns.items() if n > 0 and votes and sum(count for _, count in p) == votes}
+    domain = sorted({value for pattern in complete for value, _ in pattern})
+    units = sum(complete.values())
+    if len(domain) < 2:
+        return None, units, votes
+    return float(statsmodels_fleiss(_table(complete, domain))), units, votes
+
+
+def cohen_kappa(confusion: Mapping[tuple[float, float], int], *, weighted: bool = False) -> float | None:
+    """Cohen's kappa of two raters from (first's value, second's value) -> count; linear weights when `weighted`.
+
+    Source: Cohen, "A coefficient of agreement for nominal scales", 1960. None where it is not defined.
+    """
+    from statsmodels.stats.inter_rater import cohens_kappa
+
+    domain = sorted({value for pair, n in confusion.items() if n > 0 for value in pair})
+    if len(domain) < 2:
+        return None
+    table = np.array([[confusion.get((first, second), 0) for second in domain] for first in domain])
+    kappa = float(cohens_kappa(table, wt="linear" if weighted else None, return_results=False))
+    return None if math.isnan(kappa) else kappa
+
+
+def raw_agreement(patterns: Patterns) -> tuple[int, int]:
+    """Pairs of votes on the same unit, and how many of them are equal."""
+    pairs = agreeing = 0
+    for pattern, n in patterns.items():
+        size = sum(count for _, count in pattern)
+        pairs += n * (size * (size - 1) // 2)
+        agreeing += n * sum(count * (count - 1) // 2 for _, count in pattern)
+    return pairs, agreeing
+
+
+def order_bias(decided: int, decided_first: int) -> tuple[float | None, float | None]:
+    """Share of comparisons won by the answer shown first, and the two-sided binomial p-value against one half."""
+    from scipy.stats import binomtest
+
+    if not decided:
+        return None, None
+    return decided_first / decided, float(binomtest(decided_first, decided).pvalue)
+
+
+def _table(patterns: Patterns, domain: Sequence[float]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """int64 [units, values]: counts of each value for each unit."""
+    rows = np.array([[dict(pattern).get(value, 0) for value in domain] for pattern in patterns], np.int64)
+    return np.repeat(rows, list(patterns.values()), axis=0)
+
+
+class Thresholds(BaseModel):
+    """What the judgements of a project must reach before its data may be released; unset means no demand."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_alpha: float | None = Field(default=None, le=1)
+    """Krippendorff's alpha of every question."""
+    min_fleiss: float | None = Field(default=None, le=1)
+    """Fleiss' kappa of every question."""
+    min_raw_agreement: float | None = Field(default=None, ge=0, le=1)
+    """Share of agreeing pairs of votes of every question."""
+    min_honeypot_accuracy: float | None = Field(default=None, ge=0, le=1)
+    """Share of honeypots judged right, over all labelers."""
+    max_order_bias: float | None = Field(default=None, ge=0, le=0.5)
+    """Distance from one half of the share that the answer shown first wins."""
+    min_judgements: int | None = Field(default=None, ge=0)
+    """Judgements in the project, skipped ones left out."""
+
+
+class QuestionAgreement(BaseModel):
+    """Agreement on one question."""
+
+    model_config = ConfigDict(frozen=True)
+
+    question: str
+    units: int
+    """Units with at least two votes."""
+    pairs: int
+    raw: float | None
+    """Share of agreeing pairs of votes."""
+    alpha: float | None
+    level: Level
+    fleiss: float | None
+    fleiss_units: int
+    fleiss_votes: int
+
+
+class LabelerFigures(BaseModel):
+    """One labeler's figures."""
+
+    model_config = ConfigDict(frozen=True)
+
+    labeler: str
+    judgements: int
+    skipped: int
+    unsafe: int
+    agreement: float | None
+    """Share of this labeler's votes that equal another labeler's vote on the same unit."""
+    honeypots: int
+    honeypot_accuracy: float | None
+    first_share: float | None
+    """Share of comparisons won by the answer shown first."""
+    first_p_value: float | None
+    seconds_per_item: float | None
+
+
+class PairFigures(BaseModel):
+    """Two labelers on one question."""
+
+    model_config = ConfigDict(frozen=True)
+
+    question: str
+    first: str
+    second: str
+    units: int
+    raw: float
+    kappa: float | None
+
+
+class DayFigures(BaseModel):
+    """Agreement on one question on one day."""
+
+    model_config = ConfigDict(frozen=True)
+
+    question: str
+    day: str
+    pairs: int
+    raw: float
+
+
+class AgreementReport(BaseModel):
+    """Everything that is known about the judges of one project."""
+
+    model_config = ConfigDict(frozen=True)
+
+    project: str
+    judgements: int
+    honeypots: int
+    honeypot_accuracy: float | None
+    first_share: float | None
+    first_p_value: float | None
+    questions: list[QuestionAgreement]
+    labelers: list[LabelerFigures]
+    pairs: list[PairFigures]
+    days: list[DayFigures]
+
+    def failures(self, thresholds: Thresholds) -> list[str]:
+        """What misses its threshold, each with both numbers; empty when the data may be released."""
+        found = []
+        for question in self.questions:
+            for name, value, least in (
+                ("alpha", question.alpha, thresholds.min_alpha),
+                ("Fleiss' kappa", question.fleiss, thresholds.min_fleiss),
+                ("raw agreement", question.raw, thresholds.min_raw_agreement),
+            ):
+                # With every vote equal the coefficients are not defined, but nobody disagreed.
+                unanimous = value is None and question.raw == 1.0
+                if least is not None and not unanimous and (value is None or value < least):
+                    found.append(f"{question.question}: {name} is {_number(value)}, at least {least:g} is asked")
+        if thresholds.min_alpha is not None and not self.questions:
+            found.append("no item has two votes, so agreement is unknown")
+        accuracy, least = self.honeypot_accuracy, thresholds.min_honeypot_accuracy
+        if least is not None and (accuracy is None or accuracy < least):
+            found.append(f"honeypot accuracy is {_number(accuracy)}, at least {least:g} is asked")
+        most = thresholds.max_order_bias
+        if most is not None and self.first_share is not None and abs(self.first_share - 0.5) > most:
+            bounds = f"{0.5 - most:g} to {0.5 + most:g} is asked"
+            found.append(f"the answer shown first wins {self.first_share:.3f} of the comparisons, {bounds}")
+        if thresholds.min_judgements is not None and self.judgements < thresholds.min_judgements:
+            found.append(f"{self.judgements} judgements, at least {thresholds.min_judgements} are asked")
+        return found
+
+
+def _number(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.3f}"

@@ -1,0 +1,151 @@
+"""The agreement report of a project, read from the running counts: its cost does not grow with the judgements."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from steersman.data.agreement import (
+    AgreementReport,
+    DayFigures,
+    LabelerFigures,
+    Level,
+    PairFigures,
+    Pattern,
+    QuestionAgreement,
+    cohen_kappa,
+    fleiss_kappa,
+    krippendorff_alpha,
+    order_bias,
+    raw_agreement,
+)
+from steersman.store.models import AgreementDay, Item, Labeler, LabelerDay, Project, UnitPattern, VotePair
+from steersman.store.tallies import decode_pattern
+
+
+def agreement_report(session: Session, project: Project) -> AgreementReport:
+    """All figures of a project. Preferences are nominal, ratings ordinal."""
+    names = {row.id: row.name for row in session.execute(sa.select(Labeler.id, Labeler.name))}
+    confusion: dict[tuple[str, int, int], dict[tuple[float, float], int]] = defaultdict(dict)
+    for pair in session.scalars(sa.select(VotePair).where(VotePair.project_id == project.id, VotePair.n > 0)):
+        confusion[pair.question, pair.labeler_a, pair.labeler_b][pair.value_a, pair.value_b] = pair.n
+    labelers, total = _labelers(session, project, names, confusion)
+    first, p_value = order_bias(total["decided"], total["decided_first"])
+    return AgreementReport(
+        project=project.name,
+        judgements=total["judgements"] - total["skipped"],
+        honeypots=total["honeypots"],
+        honeypot_accuracy=_share(total["honeypots_right"], total["honeypots"]),
+        first_share=first,
+        first_p_value=p_value,
+        questions=_questions(session, project),
+        labelers=labelers,
+        pairs=[
+            PairFigures(
+                question=question,
+                first=names[one],
+                second=names[two],
+                units=sum(counts.values()),
+                raw=sum(n for (a, b), n in counts.items() if a == b) / sum(counts.values()),
+                kappa=cohen_kappa(counts, weighted=question != "preference"),
+            )
+            for (question, one, two), counts in sorted(confusion.items())
+        ],
+        days=[
+            DayFigures(question=row.question, day=row.day.isoformat(), pairs=row.pairs, raw=row.agreeing / row.pairs)
+            for row in session.scalars(
+                sa.select(AgreementDay)
+                .where(AgreementDay.project_id == project.id, AgreementDay.pairs > 0)
+                .order_by(AgreementDay.question, AgreementDay.day)
+            )
+        ],
+    )
+
+
+def disputed_items(session: Session, project: Project, limit: int = 20) -> list[Item]:
+    """The items on which labelers disagree most."""
+    return list(
+        session.scalars(
+            sa.select(Item)
+            .where(Item.project_id == project.id, Item.disagreement > 0)
+            .order_by(Item.disagreement.desc(), Item.id)
+            .limit(limit)
+        )
+    )
+
+
+def _questions(session: Session, project: Project) -> list[QuestionAgreement]:
+    patterns: dict[str, dict[Pattern, int]] = defaultdict(dict)
+    for row in session.scalars(
+        sa.select(UnitPattern)
+        .where(UnitPattern.project_id == project.id, UnitPattern.n > 0)
+        .order_by(UnitPattern.question, UnitPattern.pattern)
+    ):
+        patterns[row.question][tuple(sorted(decode_pattern(row.pattern).items()))] = row.n
+    return [_question(question, found) for question, found in patterns.items() if raw_agreement(found)[0]]
+
+
+def _question(question: str, patterns: dict[Pattern, int]) -> QuestionAgreement:
+    level: Level = "nominal" if question == "preference" else "ordinal"
+    pairs, agreeing = raw_agreement(patterns)
+    fleiss, fleiss_units, fleiss_votes = fleiss_kappa(patterns)
+    return QuestionAgreement(
+        question=question,
+        units=sum(n for pattern, n in patterns.items() if sum(count for _, count in pattern) > 1),
+        pairs=pairs,
+        raw=_share(agreeing, pairs),
+        alpha=krippendorff_alpha(patterns, level),
+        level=level,
+        fleiss=fleiss,
+        fleiss_units=fleiss_units,
+        fleiss_votes=fleiss_votes,
+    )
+
+
+def _labelers(
+    session: Session,
+    project: Project,
+    names: dict[int, str],
+    confusion: dict[tuple[str, int, int], dict[tuple[float, float], int]],
+) -> tuple[list[LabelerFigures], dict[str, int]]:
+    votes: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for (_, one, two), counts in confusion.items():
+        for labeler in (one, two):
+            votes[labeler][0] += sum(counts.values())
+            votes[labeler][1] += sum(n for (a, b), n in counts.items() if a == b)
+    columns = [column for column in LabelerDay.__table__.columns if not column.primary_key]
+    sums = [sa.func.coalesce(sa.func.sum(column), 0).label(column.name) for column in columns]
+    total: dict[str, int] = defaultdict(int)
+    figures = []
+    for row in session.execute(
+        sa.select(LabelerDay.labeler_id, *sums)
+        .where(LabelerDay.project_id == project.id)
+        .group_by(LabelerDay.labeler_id)
+        .order_by(LabelerDay.labeler_id)
+    ).mappings():
+        for column in columns:
+            total[column.name] += int(row[column.name])
+        first, p_value = order_bias(int(row["decided"]), int(row["decided_first"]))
+        pairs, agreeing = votes[row["labeler_id"]]
+        seconds = _share(int(row["milliseconds"]), int(row["judgements"]))
+        figures.append(
+            LabelerFigures(
+                labeler=names[row["labeler_id"]],
+                judgements=row["judgements"],
+                skipped=row["skipped"],
+                unsafe=row["unsafe"],
+                agreement=_share(agreeing, pairs),
+                honeypots=row["honeypots"],
+                honeypot_accuracy=_share(int(row["honeypots_right"]), int(row["honeypots"])),
+                first_share=first,
+                first_p_value=p_value,
+                seconds_per_item=None if seconds is None else seconds / 1000,
+            )
+        )
+    return figures, total
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
