@@ -311,9 +311,7 @@ class RlStage(FrozenModel):
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError("dualClip must be above 1")
         if self.lora is not None and self.lora.dropout:
-            raise ValueError(
-                "lora.dropout must be 0: the trainer's policy would differ from the sampled one"
-            )
+            raise ValueError("lora.dropout must be 0: the trainer's policy would differ from the sampled one")
         if self.minibatches > self.prompts_per_step:
             raise ValueError("minibatches must not exceed promptsPerStep: the samples of a prompt stay together")
         return self
@@ -411,6 +409,8 @@ class EvaluateStage(FrozenModel):
     """Answers to each prompt."""
     max_prompts: Positive | None = None
     """Use only the first prompts."""
+    checks: list[VerifiableReward] = []
+    """Exact scores beside the learned reward; training never sees them. The first one is the report's rubric."""
     gates: dict[Literal["reward", "rewardAccuracy", "noEos"], float] = {}
     """Least gain in reward over SFT (lower end of the interval), least accuracy, largest share without end."""
 
@@ -472,9 +472,7 @@ class Stage(FrozenModel):
     def _exactly_one(self) -> Stage:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"a stage has exactly one key, not {len(given)}; start a list item for each stage"
-            )
+            raise ValueError(f"a stage has exactly one key, not {len(given)}; start a list item for each stage")
         return self
 
     @model_serializer(mode="wrap")

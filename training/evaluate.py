@@ -1,0 +1,137 @@
+"""The stage `evaluate`: base against SFT against the aligned model on held-out prompts.
+
+All models answer the same prompts with the same seeds through the policy service, each published to it
+as full weights; the reward service scores; the reference gives the KL; exact checks are computed here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from steersman.artifacts import storage_errors
+from steersman.config.manifest import EvaluateStage
+from steersman.errors import FailedPreconditionError
+from steersman.report.schema import Evaluation, Message, RewardModelEvaluation, Sample
+from steersman.report.statistics import compare
+from steersman.rewards import Reward, build_reward
+from training.clients import WeightsPayload
+from training.connect import Services
+from training.context import StageContext
+from training.rollout import Prompt, Scored
+
+
+def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
+    """Writes evaluation.json; a gate that is not passed ends the stage with FailedPreconditionError."""
+    checks = {check.name: build_reward(check.name, check.options) for check in spec.checks}
+    services = Services(context, context.policy_model, reference=bool(context.spec.services.reference.endpoints))
+    split = "heldout" if context.files("prompts").heldout else "train"
+    prompts = services.prompts(split, spec.generation)[: spec.max_prompts]
+    models = {"base": context.base_model}
+    if context.sft_model is not None:
+        models["sft"] = context.sft_model
+    if context.policy_model not in models.values():
+        models["rlhf"] = context.policy_model
+    results: dict[str, tuple[Sample, ...]] = {}
+    seconds: dict[str, float] = {}
+    for number, (name, folder) in enumerate(models.items(), start=1):
+        start = time.monotonic()
+        context.reporter.note(f"{name}: {len(prompts)} held-out prompts")
+        services.policy.publish(WeightsPayload.of("full", read_weights(folder)))
+        # Every model starts each prompt from the same seed: the comparison is paired.
+        scored, _ = services.rollouts(spec.generation).collect(prompts, spec.samples_per_prompt, context.seed << 20)
+        results[name] = tuple(
+            _sample(prompt, index, item, checks)
+            for prompt, items in zip(prompts, scored, strict=True)
+            for index, item in enumerate(items)
+        )
+        seconds[name] = time.monotonic() - start
+        rewards = [sample.reward for sample in results[name] if sample.reward is not None]
+        context.reporter.step(number, len(models), reward=sum(rewards) / max(len(rewards), 1))
+    evaluation = Evaluation(
+        name=context.run.metadata.name,
+        seed=context.seed,
+        models=results,
+        reward_model=_reward_model_evaluation(context),
+        logprob_mismatch=_mean_mismatch(context),
+        seconds=seconds,
+        base_model=context.spec.model.base,
+        hardware=f"{context.device}, {context.precision}",
+    )
+    with storage_errors(context.stage_dir):
+        (context.stage_dir / "evaluation.json").write_text(evaluation.model_dump_json(indent=1))
+    check_gates(spec, evaluation)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All parameters of a plain model folder by name."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def _sample(prompt: Prompt, index: int, item: Scored, checks: Mapping[str, Reward]) -> Sample:
+    facts = json.loads(prompt.facts_json) if prompt.facts_json else {}
+    rubric: dict[str, float] = {}
+    for check in checks.values():
+        verdict = check(prompt.messages, item.text, facts)
+        rubric |= dict(verdict.criteria) or {"total": verdict.value}
+        break
+    kl = None
+    if item.ref_logprobs is not None:
+        kl = float((item.sample.logprobs - item.ref_logprobs).sum())
+    return Sample(
+        prompt_id=f"{prompt.key}#{index}",
+        prompt=tuple(Message(role=m["role"], content=m["content"]) for m in prompt.messages),
+        answer=item.text,
+        reward=item.score.reward if item.score.HasField("reward") else None,
+        rubric=rubric,
+        kl=kl,
+        length=len(item.sample.token_ids),
+        finish_reason="stop" if item.sample.ended else "length",
+    )
+
+
+def _reward_model_evaluation(context: StageContext) -> RewardModelEvaluation | None:
+    """What the reward-model stage measured on held-out comparisons, where there was one."""
+    for path in sorted(context.run_dir.glob("reward-model*/evaluation.json")):
+        data: dict[str, Any] = json.loads(path.read_text())
+        if "pairs" in data:
+            return RewardModelEvaluation.model_validate({key: data[key] for key in RewardModelEvaluation.model_fields})
+    return None
+
+
+def _mean_mismatch(context: StageContext) -> float | None:
+    """Mean over the RL steps of the difference between engine and trainer."""
+    values = [
+        row["mismatch_mean_abs"]
+        for path in context.run_dir.glob("rl*/metrics.jsonl")
+        for row in map(json.loads, path.read_text().splitlines())
+        if "mismatch_mean_abs" in row
+    ]
+    return sum(values) / len(values) if values else None
+
+
+def check_gates(spec: EvaluateStage, evaluation: Evaluation) -> None:
+    """Raises FailedPreconditionError with the numbers when a gate is not passed."""
+    problems = []
+    for gate, limit in spec.gates.items():
+        if gate == "reward":
+            low = compare(*evaluation.paired(evaluation.start, evaluation.aligned)).difference.low
+            if low < limit:
+                problems.append(f"the reward gains at least {low:.3f} over {evaluation.start}, {limit} is asked for")
+        elif gate == "rewardAccuracy":
+            accuracy = evaluation.reward_model.accuracy if evaluation.reward_model else 0.0
+            if accuracy < limit:
+                problems.append(f"the reward model's accuracy is {accuracy:.3f}, {limit} is asked for")
+        else:
+            samples = evaluation.models[evaluation.aligned]
+            share = sum(sample.finish_reason != "stop" for sample in samples) / len(samples)
+            if share > limit:
+                problems.append(f"{share:.1%} of the answers do not end, at most {limit:.1%} may")
+    if problems:
+        raise FailedPreconditionError("the gates are not passed: " + "; ".join(problems))

@@ -1,0 +1,113 @@
+"""Rejection sampling fine-tuning (Llama 2, section 3.2.3).
+
+Each round: n samples a prompt -> the best by reward -> fine-tune on the winners -> publish. With
+`keepEarlierWinners` the best answer of all rounds so far wins, Llama 2's remedy against forgetting.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import torch
+
+from steersman.artifacts import storage_errors
+from steersman.config.manifest import RejectionSamplingStage, SftStage
+from training.clients import WeightsPayload
+from training.connect import Services
+from training.context import DataFiles, StageContext
+from training.evaluate import read_weights
+from training.rollout import Prompt, Scored, exclude_failed, to_batch
+from training.sft import run_sft
+
+
+def run_rejection_sampling(spec: RejectionSamplingStage, context: StageContext) -> None:
+    """Writes `model/` and, per round, the winners; complete rounds are not repeated."""
+    services = Services(context, context.policy_model, reference=False)
+    prompts = services.prompts("train", spec.generation)
+    rollouts = services.rollouts(spec.generation)
+    model = context.policy_model
+    for number in range(spec.rounds):
+        folder = context.stage_dir / f"round-{number + 1}"
+        winners_file = folder / "winners.jsonl"
+        if not (folder / "model").is_dir():
+            services.policy.publish(WeightsPayload.of("full", read_weights(model)))
+            chosen = prompts_of_round(prompts, spec.prompts_per_round, number, context.seed)
+            if not winners_file.is_file():
+                scored, _ = rollouts.collect(chosen, spec.samples_per_prompt, (context.seed << 32) + number)
+                exclude_failed(to_batch(chosen, scored), scored, spec.max_failed_share)
+                winners = [best_of(prompt, items) for prompt, items in zip(chosen, scored, strict=True)]
+                earlier = _earlier_winners(context, number) if spec.keep_earlier_winners else {}
+                rows = merge_winners([row for row in winners if row is not None], earlier)
+                folder.mkdir(parents=True, exist_ok=True)
+                partial = winners_file.with_suffix(".partial")
+                with storage_errors(partial):
+                    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                partial.rename(winners_file)
+                rewards = [row["reward"] for row in rows]
+                means = [item.score.reward for items in scored for item in items if item.score.HasField("reward")]
+                context.reporter.step(
+                    number + 1,
+                    spec.rounds,
+                    reward=sum(means) / len(means),
+                    reward_best=sum(rewards) / len(rewards),
+                    winners=float(len(rows)),
+                )
+            tune = SftStage(
+                lora=spec.lora,
+                optimizer=spec.optimizer,
+                epochs=spec.epochs,
+                batch_size=spec.batch_size,
+                micro_batch_size=spec.micro_batch_size,
+            )
+            run_sft(
+                tune,
+                replace(
+                    context,
+                    stage_dir=folder,
+                    policy_model=model,
+                    data={**context.data, "demonstrations": DataFiles(winners_file)},
+                ),
+            )
+        model = folder / "model"
+    shutil.copytree(model, context.stage_dir / "model", dirs_exist_ok=True)
+
+
+def prompts_of_round(prompts: list[Prompt], count: int, number: int, seed: int) -> list[Prompt]:
+    """The prompts of a round: all are used once before any is used again."""
+    picked = []
+    for position in range(number * count, (number + 1) * count):
+        epoch, index = divmod(position, len(prompts))
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 104_729 + epoch))
+        picked.append(prompts[int(order[index])])
+    return picked
+
+
+def best_of(prompt: Prompt, items: list[Scored]) -> dict | None:
+    """The demonstration row of the sample with the highest reward that ended by itself; None without any."""
+    good = [item for item in items if item.score.HasField("reward") and item.sample.ended and item.text]
+    if not good:
+        return None
+    best = max(good, key=lambda item: item.score.reward)
+    return {
+        "id": prompt.key,
+        "messages": [*prompt.messages, {"role": "assistant", "content": best.text}],
+        "reward": best.score.reward,
+    }
+
+
+def merge_winners(new: list[dict], earlier: dict[str, dict]) -> list[dict]:
+    """The better of the new and the earlier winner of every prompt; earlier prompts stay in."""
+    merged = dict(earlier)
+    for row in new:
+        if row["id"] not in merged or row["reward"] > merged[row["id"]]["reward"]:
+            merged[row["id"]] = row
+    return list(merged.values())
+
+
+def _earlier_winners(context: StageContext, number: int) -> dict[str, dict]:
+    if not number:
+        return {}
+    path = context.stage_dir / f"round-{number}" / "winners.jsonl"
+    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
