@@ -86,7 +86,7 @@ def submit(session: Session, customer: str, event: Event) -> bool:
     }
     insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
     statement = insert(FeedbackEvent).values(row).on_conflict_do_nothing(index_elements=["customer", "event_id"])
-    if not session.execute(statement).rowcount:  # type: ignore[attr-defined]
+    if session.scalar(statement.returning(FeedbackEvent.id)) is None:
         stored = session.scalars(
             sa.select(FeedbackEvent).where(FeedbackEvent.customer == customer, FeedbackEvent.event_id == event.event_id)
         ).one()
