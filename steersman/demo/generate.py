@@ -40,12 +40,12 @@ class Sizes(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     demonstrations: int = Field(default=420, ge=0)
-    demonstrations_validation: int = Field(default=48, ge=0)
+    validation_demonstrations: int = Field(default=48, ge=0)
     preferences: int = Field(default=320, ge=0)
-    preferences_validation: int = Field(default=60, ge=0)
-    preferences_heldout: int = Field(default=150, ge=0)
+    validation_preferences: int = Field(default=60, ge=0)
+    heldout_preferences: int = Field(default=150, ge=0)
     prompts: int = Field(default=400, ge=0)
-    prompts_heldout: int = Field(default=96, ge=0)
+    heldout_prompts: int = Field(default=96, ge=0)
 
 
 class FileEntry(BaseModel):
@@ -92,17 +92,17 @@ def generate(out_dir: Path, seed: int, sizes: Sizes | None = None) -> Manifest:
     source = _Source(seed)
     demonstrations = {
         "train": source.demonstrations("train", sizes.demonstrations),
-        "validation": source.demonstrations("validation", sizes.demonstrations_validation),
+        "validation": source.demonstrations("validation", sizes.validation_demonstrations),
     }
     judgements: list[Row] = []
     preferences = {
         "train": source.preferences("train", sizes.preferences, judgements),
-        "validation": source.preferences("validation", sizes.preferences_validation, judgements),
-        "heldout": source.preferences("heldout", sizes.preferences_heldout, judgements),
+        "validation": source.preferences("validation", sizes.validation_preferences, judgements),
+        "heldout": source.preferences("heldout", sizes.heldout_preferences, judgements),
     }
     prompts = {
         "train": source.prompts("train", sizes.prompts),
-        "heldout": source.prompts("heldout", sizes.prompts_heldout),
+        "heldout": source.prompts("heldout", sizes.heldout_prompts),
     }
     files: dict[str, FileEntry] = {}
     for kind, row_type, splits in (

@@ -109,7 +109,7 @@ class RubricScore(BaseModel):
     """1 if every number, day, carrier and person of the answer occurs in the prompt or the facts, else 0."""
     total: float
     """Weighted sum; the manner (polite, concise, no_invented) counts as far as the content is right, and nothing in a
-    rude answer."""
+    rude answer or beside a wrong value."""
 
 
 def score(prompt: Sequence[Mapping[str, Any]], answer: str, facts: Mapping[str, Any]) -> RubricScore:
@@ -131,7 +131,8 @@ def score(prompt: Sequence[Mapping[str, Any]], answer: str, facts: Mapping[str, 
     weighted = {name: WEIGHTS[name] * value for name, value in criteria.items()}
     content = weighted["grounded"] + weighted["answers"]
     manner = weighted["polite"] + weighted["concise"] + weighted["no_invented"]
-    trust = (criteria["grounded"] + criteria["no_invented"]) / 2 if criteria["polite"] else 0.0
+    wrong = criteria["answers"] > 0 and criteria["grounded"] == 0
+    trust = 0.0 if wrong or criteria["polite"] == 0 else (criteria["grounded"] + criteria["no_invented"]) / 2
     return RubricScore(**criteria, total=round(content + manner * trust, 6))
 
 

@@ -57,6 +57,7 @@ CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "loss", ("loss", "train_loss", "eval_loss")),
     ("Accuracy", "share of pairs", ("accuracy", "eval_accuracy", "rewards_accuracies")),
     ("Answer length", "tokens", ("response_length", "length", "length_mean", "response_tokens")),
+    ("Cut before the end", "share of answers", ("no_eos",)),
     ("Entropy", "nats per token", ("entropy",)),
 )
 """Panels of the training plot: title, unit, and the metric names that belong into it."""

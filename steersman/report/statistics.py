@@ -75,10 +75,9 @@ def compare(before: Sequence[float], after: Sequence[float], *, confidence: floa
     x, y = _pair(before, after, "compare")
     difference = y - x
     size = float(np.abs(difference).max())
-    if np.ptp(difference) <= 1e-12 * size:  # the t statistic of a constant difference is 0/0 or x/0
-        p_value = 0.0 if size else 1.0
-    else:
-        p_value = float(stats.ttest_rel(y, x).pvalue)
+    # The t statistic of a constant difference is 0/0 or x/0.
+    constant = np.ptp(difference) <= 1e-12 * size
+    p_value = float(size == 0) if constant else float(stats.ttest_rel(y, x).pvalue)
     return Comparison(
         difference=mean_interval(difference.tolist(), confidence=confidence),
         p_value=p_value,

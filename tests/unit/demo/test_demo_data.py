@@ -16,12 +16,12 @@ from steersman.demo.orderbook import ASKED, TOPICS
 
 SMALL = Sizes(
     demonstrations=20,
-    demonstrations_validation=4,
+    validation_demonstrations=4,
     preferences=20,
-    preferences_validation=6,
-    preferences_heldout=8,
+    validation_preferences=6,
+    heldout_preferences=8,
     prompts=20,
-    prompts_heldout=6,
+    heldout_prompts=6,
 )
 
 
@@ -108,7 +108,7 @@ def test_demonstrations_are_uneven_and_varied(data: tuple[Path, Manifest]) -> No
 
 
 def test_every_good_answer_of_the_grammar_has_full_marks(tmp_path: Path) -> None:
-    generate(tmp_path, 11, Sizes(demonstrations=1500, preferences=1, preferences_validation=1, preferences_heldout=1))
+    generate(tmp_path, 11, Sizes(demonstrations=1500, preferences=1, validation_preferences=1, heldout_preferences=1))
     good = [row for row in rows(tmp_path, "demonstrations.train.jsonl") if row["style"] == "good"]
     marks = [score(row["messages"][:2], row["messages"][2]["content"], row["facts"]).total for row in good]
     assert sum(mark == 1.0 for mark in marks) / len(marks) > 0.97

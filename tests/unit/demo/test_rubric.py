@@ -94,11 +94,15 @@ def test_manners_are_ranked_as_the_written_rubric_says() -> None:
         f"As you may know, to be honest, {fact}. And so on and so forth.",
         f"Learn to read, {fact}.",
         "Thank you for asking, our team will look into it soon.",
-        "Thank you for asking, I think it arrives on Friday.",
+        "Thank you for asking, I think it arrives on Friday.",  # invented
     ]
     scores = [total(answer) for answer in ranked]
     assert scores == sorted(scores, reverse=True)
     assert len(set(scores)) == len(scores)
+
+
+def test_another_value_of_the_record_is_a_wrong_answer_too() -> None:
+    assert total("Thank you, your order arrives on Monday.") == pytest.approx(0.15)
 
 
 def test_empty_answer_scores_zero_on_everything() -> None:
