@@ -1,0 +1,1 @@
+"""Kubernetes operator: AlignmentRun -> Jobs, gate, canary, rollback."""

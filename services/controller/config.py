@@ -1,0 +1,78 @@
+"""Configuration of the controller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field
+
+from steersman.config.base import FrozenModel
+from steersman.errors import ConfigError
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class LeaderElection(FrozenModel):
+    """Only the holder of a Lease acts; the others wait for it."""
+
+    lease: str = "steersman-controller"
+    """Name of the Lease."""
+    namespace: str
+    """Namespace of the Lease."""
+    duration_seconds: Annotated[int, Field(ge=3)] = 15
+    """A Lease that is not renewed for this long is free."""
+
+
+class Storage(FrozenModel):
+    """Where runs read and write inside the cluster."""
+
+    claim: str = "steersman-artifacts"
+    """PersistentVolumeClaim (ReadWriteMany) that holds the runs."""
+    root: str = "/artifacts"
+    """Mount path of the claim; run folders lie under `<root>/runs/<namespace>/<name>`."""
+    data: str = "/artifacts/data"
+    """Relative data files of a manifest are looked up here."""
+
+
+class ControllerConfig(FrozenModel):
+    namespaces: Annotated[list[str], Field(min_length=1)]
+    """Namespaces whose runs are executed."""
+    templates: Path = Path("/etc/steersman/templates")
+    """Folder with the pod templates `trainer.yaml`, `policy.yaml`, `reward.yaml`, `reference.yaml`."""
+    storage: Storage = Storage()
+    prometheus_url: str | None = None
+    """Prometheus that scrapes the gateways; a canary needs it."""
+    mlflow_url: str | None = None
+    """MLflow registry that gets the aliases `candidate` and `champion`; None: none."""
+    registered_model: str = "steersman-chat"
+    """Name in the registry."""
+    leader_election: LeaderElection | None = None
+    """None: this is the only replica."""
+    resync_seconds: Seconds = 15.0
+    """How often every running run is looked at without an event."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Prometheus metrics; None: none."""
+    health_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """HTTP liveness at `/healthz`; None: none."""
+
+
+TEMPLATES = ("trainer", "policy", "reward", "reference")
+
+
+def load_templates(folder: Path) -> dict[str, dict[str, Any]]:
+    """The pod templates by name; ConfigError when one is missing or is not a pod template."""
+    templates: dict[str, dict[str, Any]] = {}
+    for name in TEMPLATES:
+        path = folder / f"{name}.yaml"
+        try:
+            template = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"templates: {path} cannot be read ({error.strerror}); mount the chart's templates"
+            ) from None
+        if not isinstance(template, dict) or not template.get("spec", {}).get("containers"):
+            raise ConfigError(f"templates: {path} is not a pod template with containers")
+        templates[name] = template
+    return templates
