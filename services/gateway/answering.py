@@ -1,109 +1,68 @@
 """The one path that every answer takes, whatever protocol asked for it.
 
-    check -> place in the queue -> generate on a replica -> record
+    check -> quotas -> remember -> ground in records -> place in the queue -> generate on a replica -> record
 
 REST (OpenAI), Open Inference Protocol and native gRPC only translate to `Question` and from `Answer`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import datetime as dt
+import logging
 import secrets
-import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator
+from typing import Any
 
 from services.gateway.admission import Admission
+from services.gateway.answer import Answer, Question, replay
+from services.gateway.auth.tokens import FeedbackTokens
 from services.gateway.backends.pool import ReplicaPool
 from services.gateway.config import GatewayConfig
 from services.gateway.errors import BadRequestError
-from steersman.errors import DeadlineError, InternalError, NotFoundError
+from services.gateway.idempotency import Claim, IdempotencyKeys
+from services.gateway.memory import Memory
+from services.gateway.metrics import Metrics
+from services.gateway.quotas import Quotas
+from services.gateway.recorder import Record, Recorder, audit_row
+from steersman.errors import DeadlineError, NotFoundError, SteersmanError
+from steersman.store.engine import Store
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
 
+log = logging.getLogger("steersman.gateway")
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked, by whom it does not matter here."""
-
-    model: str
-    request: PolicyServiceChatRequest
-    """Messages or prompt, sampling; zero values mean 'not said'."""
-    id_prefix: str = "chatcmpl"
-
-
-@dataclass(slots=True, eq=False)
-class Choice:
-    """One choice of an answer, as far as it has been streamed."""
-
-    text: list[str] = field(default_factory=list)
-    tool_calls: list[common_pb2.ToolCall] = field(default_factory=list)
-    finish_reason: int = 0
-    tokens: int = 0
-
-
-class Answer:
-    """An answer that is being streamed. Iterate it, and close it in any case."""
-
-    def __init__(self, answer_id: str, model: str, stream: AsyncGenerator[PolicyServiceChatResponse, None]) -> None:
-        self.id = answer_id
-        self.model = model
-        self.created = int(time.time())
-        self.choices: list[Choice] = []
-        self.prompt_tokens = 0
-        self.weights_version = 0
-        self._stream = stream
-        self._first: PolicyServiceChatResponse | None = None
-
-    @property
-    def completion_tokens(self) -> int:
-        return sum(choice.tokens for choice in self.choices)
-
-    async def open(self) -> None:
-        """Waits for the first response, so that errors before it can still change the status."""
-        try:
-            self._first = await anext(self._stream)
-        except StopAsyncIteration:
-            raise InternalError("The policy service ended the answer before its first token; try again") from None
-        except BaseException:
-            await self.close()
-            raise
-
-    async def __aiter__(self) -> AsyncIterator[PolicyServiceChatResponse]:
-        if self._first is not None:
-            first, self._first = self._first, None
-            self._take(first)
-            yield first
-        async for response in self._stream:
-            self._take(response)
-            yield response
-
-    async def close(self) -> None:
-        """Stops the generation where it is still running."""
-        await self._stream.aclose()
-
-    def _take(self, response: PolicyServiceChatResponse) -> None:
-        while len(self.choices) <= response.choice_index:
-            self.choices.append(Choice())
-        choice = self.choices[response.choice_index]
-        if response.delta:
-            choice.text.append(response.delta)
-        if response.tool_calls:
-            choice.tool_calls.extend(response.tool_calls)
-        choice.finish_reason = response.finish_reason or choice.finish_reason
-        choice.tokens = response.completion_tokens or choice.tokens
-        self.prompt_tokens = response.prompt_tokens or self.prompt_tokens
-        self.weights_version = response.weights_version or self.weights_version
+_OUTCOMES = {
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+    common_pb2.FINISH_REASON_CANCELLED: "cancelled",
+    common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
 
 
 class Assistant:
     """Answers questions."""
 
-    def __init__(self, config: GatewayConfig, pool: ReplicaPool) -> None:
+    def __init__(
+        self, config: GatewayConfig, pool: ReplicaPool, store: Store, tokens: FeedbackTokens, metrics: Metrics
+    ) -> None:
         self.config = config
         self.pool = pool
+        self.metrics = metrics
         limits = config.limits
         self.admission = Admission(limits.concurrent_answers, limits.queued_answers, limits.queue_seconds)
+        self.recorder = Recorder(store)
+        self.quotas = Quotas(store)
+        self.memory = Memory(store, config.memory)
         self.draining = False
+        self._tokens = tokens
+        self._idempotency = IdempotencyKeys(store)
+        metrics.gauge("running_answers", "Answers in generation.", lambda: self.admission.running)
+        metrics.gauge("queued_answers", "Requests that wait for a place.", lambda: self.admission.waiting)
+        metrics.gauge("unrecorded_answers", "Records that are not on disk yet.", lambda: self.recorder.backlog)
+        metrics.gauge("weights_version", "Newest weights that a replica serves.", lambda: pool.weights_version)
+        metrics.gauge("replica_retries", "Answers that another replica took over.", lambda: pool.retries)
+        metrics.replicas(lambda: {target: info is not None for target, info in pool.infos.items()})
 
     @property
     def ready(self) -> bool:
@@ -115,13 +74,47 @@ class Assistant:
 
         Raises:
             BadRequestError: the question breaks a limit.
-            NotFoundError: there is no such model.
-            RateLimitedError: too many are asking.
+            NotFoundError: there is no such model or conversation.
+            ConflictError: the idempotency key is taken.
+            RateLimitedError: too many are asking, or this caller too often.
             UnavailableError: no replica can answer.
         """
+        question.caller.require("chat")
         self.check(question)
-        answer_id = f"{question.id_prefix}-{secrets.token_hex(12)}"
-        answer = Answer(answer_id, question.model or self.config.model, self._generate(question.request))
+        await self.quotas.admit(question.caller)
+        if not question.idempotency_key:
+            return await self._begin(question, None)
+        scope = "\n".join((question.caller.tenant, question.caller.customer_id, question.id_prefix))
+        canonical = PolicyServiceChatRequest()
+        canonical.CopyFrom(question.request)
+        canonical.sampling.ClearField("seed")
+        claim = await self._idempotency.claim(
+            scope, question.idempotency_key, canonical.SerializeToString(deterministic=True)
+        )
+        if not isinstance(claim, Claim):
+            answer = replay(question, claim)
+            await answer.open()
+            return answer
+        try:
+            return await self._begin(question, claim)
+        except BaseException:
+            await self._idempotency.release(claim)
+            raise
+
+    async def _begin(self, question: Question, claim: Claim | None) -> Answer:
+        asked = list(question.request.messages)
+        if question.conversation_id:
+            turns = await self.memory.recall(question.caller, question.conversation_id)
+            _set_messages(question.request, [*turns, *asked])
+        self._add_system_prompt(question.request)
+        answer = Answer(f"{question.id_prefix}-{secrets.token_hex(12)}", question, self._generate(question.request))
+        answer.model = question.model or self.config.model
+        answer.feedback_token = self._tokens.issue(answer.id, question.caller.tenant)
+
+        async def on_end(answer: Answer, error: BaseException | None) -> None:
+            await self._finish(answer, asked, claim, error)
+
+        answer.on_end = on_end
         await answer.open()
         return answer
 
@@ -160,11 +153,11 @@ class Assistant:
             sampling.temperature = config.defaults.temperature
         if not sampling.HasField("top_p"):
             sampling.top_p = config.defaults.top_p
-        prompt = config.defaults.system_prompt
+
+    def _add_system_prompt(self, request: PolicyServiceChatRequest) -> None:
+        prompt = self.config.defaults.system_prompt
         if prompt and request.messages and request.messages[0].role != "system":
-            messages = [common_pb2.Message(role="system", content=prompt), *request.messages]
-            del request.messages[:]
-            request.messages.extend(messages)
+            _set_messages(request, [common_pb2.Message(role="system", content=prompt), *request.messages])
 
     async def _generate(self, request: PolicyServiceChatRequest) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         seconds = self.config.limits.answer_seconds
@@ -177,3 +170,95 @@ class Assistant:
                 raise DeadlineError(f"The answer took longer than {seconds:g} s; ask for fewer tokens") from None
             finally:
                 await stream.aclose()
+
+    async def _finish(
+        self, answer: Answer, asked: list[common_pb2.Message], claim: Claim | None, error: BaseException | None
+    ) -> None:
+        """Counts and records; a complete answer is on disk before its last token is handed out."""
+        caller, metrics = answer.question.caller, self.metrics
+        outcome = _outcome(answer, error)
+        metrics.answers.labels(outcome).inc()
+        metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
+        metrics.tokens.labels("completion").inc(answer.completion_tokens)
+        if answer.first_token_seconds:
+            metrics.first_token.observe(answer.first_token_seconds)
+            metrics.duration.observe(answer.seconds)
+        self.quotas.charge(caller, answer.prompt_tokens + answer.completion_tokens)
+        conversation = None
+        if answer.complete and answer.question.conversation_id:
+            conversation = self.memory.row(
+                caller, answer.question.conversation_id, answer.question.request, answer.choices[0].text
+            )
+        record = Record(
+            _audit_row(answer, outcome), tuple(_answer_rows(answer, asked, self.config.deployment)), conversation
+        )
+        if not answer.complete:
+            # Nobody waits for what broke off; it is still recorded.
+            try:
+                self.recorder.put(record)
+            except SteersmanError:
+                log.exception("a broken answer is not recorded", extra={"request_id": answer.question.request_id})
+            if claim is not None:
+                await asyncio.shield(self._idempotency.release(claim))
+            return
+        await self.recorder.put(record)
+        if claim is not None:
+            await self._idempotency.complete(claim, answer.as_json())
+
+
+def _set_messages(request: PolicyServiceChatRequest, messages: list[common_pb2.Message]) -> None:
+    copies = [common_pb2.Message.FromString(message.SerializeToString()) for message in messages]
+    del request.messages[:]
+    request.messages.extend(copies)
+
+
+def _outcome(answer: Answer, error: BaseException | None) -> str:
+    if answer.complete:
+        return _OUTCOMES.get(answer.choices[0].finish_reason, "stop")
+    if isinstance(error, SteersmanError):
+        return type(error).__name__
+    return "cancelled"
+
+
+def _audit_row(answer: Answer, outcome: str) -> dict[str, Any]:
+    return audit_row(
+        answer.question.caller,
+        answer.question.request_id,
+        "answer",
+        outcome,
+        answer.id,
+        [source.as_json() for source in answer.sources],
+        weights_version=str(answer.weights_version or ""),
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+        milliseconds=round(answer.seconds * 1000),
+        first_token_milliseconds=round(answer.first_token_seconds * 1000),
+    )
+
+
+def _answer_rows(answer: Answer, asked: list[common_pb2.Message], deployment: str) -> list[dict[str, Any]]:
+    """Rows of `steersman.store.models.Answer`; choice 1 of an answer has the id `ID.1`."""
+    question = answer.question
+    prompt = [{"role": m.role, "content": _storable(m.content)} for m in question.request.messages or asked]
+    if question.request.prompt:
+        prompt = [{"role": "user", "content": _storable(question.request.prompt)}]
+    return [
+        {
+            "id": f"{answer.id}.{index}" if index else answer.id,
+            "conversation_id": question.conversation_id or None,
+            "customer": question.caller.tenant,
+            "deployment": deployment,
+            "model": answer.model,
+            "weights_version": str(answer.weights_version or ""),
+            "prompt": prompt,
+            "answer": _storable(choice.text),
+            "consent": None,
+            "created_at": dt.datetime.fromtimestamp(answer.created, dt.UTC),
+        }
+        for index, choice in enumerate(answer.choices)
+    ]
+
+
+def _storable(text: str) -> str:
+    """PostgreSQL has no NUL character."""
+    return text.replace("\0", "")

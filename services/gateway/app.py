@@ -10,8 +10,11 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from services.gateway.answering import Assistant
+from services.gateway.auth.authenticator import Authenticator
 from services.gateway.errors import BadRequestError, error_response
+from services.gateway.feedback import FeedbackBody, FeedbackDesk, feedback_router
 from services.gateway.health import health_router
+from services.gateway.metrics import Metrics
 from services.gateway.middleware import FrontMiddleware
 from services.gateway.openai.documentation import BODIES, definitions
 from services.gateway.openai.router import openai_router
@@ -24,15 +27,16 @@ class MethodNotAllowedError(InvalidArgumentError):
     http_status = 405
 
 
-def create_app(assistant: Assistant) -> FastAPI:
+def create_app(assistant: Assistant, auth: Authenticator, feedback: FeedbackDesk, metrics: Metrics) -> FastAPI:
     app = FastAPI(title="Steersman gateway", version=__version__, docs_url=None, redoc_url=None)
-    app.include_router(openai_router(assistant), prefix="/v1")
-    app.include_router(openai_router(assistant), prefix="/openai/v1", include_in_schema=False)
-    app.include_router(health_router(assistant))
+    app.include_router(openai_router(assistant, auth, "/v1"))
+    app.include_router(openai_router(assistant, auth, "/openai/v1"), include_in_schema=False)
+    app.include_router(feedback_router(feedback, auth))
+    app.include_router(health_router(assistant, auth, metrics))
     app.include_router(pages_router(assistant))
     _add_error_handlers(app)
     _extend_openapi(app)
-    app.add_middleware(FrontMiddleware, limits=assistant.config.limits)
+    app.add_middleware(FrontMiddleware, limits=assistant.config.limits, metrics=metrics)
     return app
 
 
@@ -66,7 +70,7 @@ def _extend_openapi(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = generate()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            schemas.update(definitions(*BODIES))
+            schemas.update(definitions(*BODIES, FeedbackBody))
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)
             for operations in document["paths"].values():

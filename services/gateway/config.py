@@ -76,6 +76,57 @@ class Limits(FrozenModel):
     """Longest time for one answer."""
 
 
+class MemoryConfig(FrozenModel):
+    """Conversations that the gateway remembers for callers that send `conversation_id`."""
+
+    turns: Positive = 40
+    """The oldest fall out."""
+    seconds: Positive = 86_400
+    """A conversation is forgotten this long after its last turn."""
+
+
+class JwtIssuer(FrozenModel):
+    """Who vouches for end customers with signed tokens."""
+
+    issuer: str
+    """Claim `iss`."""
+    audience: str
+    """Claim `aud`."""
+    jwks: str
+    """URL or file with the public keys (RFC 7517)."""
+    algorithms: Annotated[
+        list[Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]],
+        Field(min_length=1),
+    ] = ["RS256", "ES256", "EdDSA"]
+    """Accepted signatures; only with public keys."""
+    customer_claim: str = "sub"
+    """Claim with the customer's key in the business systems."""
+    tenants: list[str] = []
+    """Tenants whose customers it may name; empty: all."""
+    leeway_seconds: Annotated[float, Field(ge=0, le=300)] = 30.0
+    """Allowed difference of the clocks."""
+    refresh_seconds: Seconds = 300.0
+    """How old the keys may get."""
+    lookup_seconds: Seconds = 10.0
+    """An unknown key id makes the gateway look for new keys, at most this often."""
+
+
+class SignedHeader(FrozenModel):
+    """A trusted back end names the customer and signs it."""
+
+    secret_env: str
+    """Environment variable with the shared secret, at least 32 characters."""
+    max_age_seconds: Seconds = 300.0
+    """A signature is good for this long."""
+
+
+class IdentityConfig(FrozenModel):
+    """How end customers are recognised. Nothing configured: nobody is, and no customer's records are read."""
+
+    jwt: list[JwtIssuer] = []
+    signed_header: SignedHeader | None = None
+
+
 class GatewayConfig(FrozenModel):
     host: str = "127.0.0.1"
     """Address to listen on; `0.0.0.0` in a pod."""
@@ -87,13 +138,25 @@ class GatewayConfig(FrozenModel):
     """Name of the model that the gateway serves."""
     model_aliases: list[str] = []
     """Other names that are accepted."""
+    deployment: str = ""
+    """Stored with every answer, for example champion or candidate: what a release gate compares."""
     policy: PolicyBackend = PolicyBackend()
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     tls: Tls | None = None
     """Certificate for REST and gRPC; with `clientCa` clients must show one, too (mTLS)."""
+    database: str | None = None
+    """URL of the database; None: a temporary SQLite file, forgotten when the gateway stops."""
+    require_api_key: bool | None = None
+    """None: yes, unless only this machine can reach the gateway."""
+    identity: IdentityConfig = IdentityConfig()
+    memory: MemoryConfig = MemoryConfig()
     drain_seconds: Seconds = 30.0
     """How long running streams may still take after SIGTERM."""
+
+    @property
+    def auth_required(self) -> bool:
+        return not is_loopback(self.host) if self.require_api_key is None else self.require_api_key
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
 
 from services.gateway.answering import Assistant
+from services.gateway.auth.authenticator import Authenticator
+from services.gateway.metrics import CONTENT_TYPE, Metrics
+from services.gateway.openai.documentation import error_responses
 
 
-def health_router(assistant: Assistant) -> APIRouter:
+def health_router(assistant: Assistant, auth: Authenticator, metrics: Metrics) -> APIRouter:
     router = APIRouter(tags=["Health"])
 
     @router.get("/healthz", summary="Whether the process lives")
@@ -24,5 +27,14 @@ def health_router(assistant: Assistant) -> APIRouter:
         replicas = {target: info is not None for target, info in assistant.pool.infos.items()}
         body = {"ready": assistant.ready, "draining": assistant.draining, "replicas": replicas}
         return JSONResponse(body, 200 if assistant.ready else 503)
+
+    @router.get(
+        "/metrics",
+        summary="Prometheus metrics",
+        responses={200: {"content": {"text/plain": {}}}, **error_responses(401, 403)},
+    )
+    async def scrape(request: Request) -> Response:
+        (await auth.caller(request.headers)).require("operate")
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
 
     return router

@@ -1,27 +1,32 @@
-"""Structured logs: one JSON object a line."""
+"""Structured logs: one JSON object a line, without personal data."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import Any
 
 import orjson
+
+from services.gateway.redaction import redact
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line = {
+        line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": redact(record.getMessage()),
         }
-        line.update({key: value for key, value in vars(record).items() if key not in _STANDARD})
+        for key, value in vars(record).items():
+            if key not in _STANDARD:
+                line[key] = redact(value) if isinstance(value, str) else value
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = redact(self.formatException(record.exc_info))
         return orjson.dumps(line, default=str).decode()
 
 

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.config import Limits
 from services.gateway.errors import SlowRequestError, TooLargeError, error_response
+from services.gateway.metrics import Metrics
 from steersman.errors import CancelledError, InternalError, SteersmanError
 
 log = logging.getLogger("steersman.gateway")
@@ -33,9 +34,10 @@ _SECURITY_HEADERS = {
 class FrontMiddleware:
     """Outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
         self._app = app
         self._limits = limits
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,6 +79,8 @@ class FrontMiddleware:
                 "milliseconds": round((time.perf_counter() - start) * 1000, 1),
             }
             log.info("request", extra=record)
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, str(status)).inc()
 
 
 def _request_id(scope: Scope) -> str:

@@ -8,13 +8,21 @@ import logging
 import signal
 import socket
 import ssl
+import tempfile
 
 import uvicorn
 
 from services.gateway.answering import Assistant
 from services.gateway.app import create_app
+from services.gateway.auth.authenticator import Authenticator
+from services.gateway.auth.identity import CustomerVerifier
+from services.gateway.auth.keys import KeyRing
+from services.gateway.auth.tokens import FeedbackTokens, Sessions
 from services.gateway.backends.pool import build_pool
 from services.gateway.config import GatewayConfig
+from services.gateway.feedback import FeedbackDesk
+from services.gateway.metrics import Metrics
+from services.gateway.store import open_store, shared_secret
 from steersman.errors import ConfigError
 
 log = logging.getLogger("steersman.gateway")
@@ -33,9 +41,21 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
-        self.pool = build_pool(config)
-        self.assistant = Assistant(config, self.pool)
         self.port = 0
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        database = config.database
+        if database is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="steersman-gateway-")
+            database = f"sqlite:///{self._scratch.name}/gateway.db"
+        self.store = open_store(database)
+        secret = shared_secret(self.store, "signing")
+        self.metrics = Metrics(config.model)
+        self.pool = build_pool(config)
+        tokens = FeedbackTokens(secret)
+        self.assistant = Assistant(config, self.pool, self.store, tokens, self.metrics)
+        self.feedback = FeedbackDesk(self.store, self.assistant.recorder, tokens, self.metrics)
+        keys, customers = KeyRing(self.store), CustomerVerifier(config.identity)
+        self.authenticator = Authenticator(config, keys, Sessions(secret), customers)
         self._uvicorn: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
 
@@ -43,11 +63,12 @@ class Gateway:
         """Listens. Readiness depends on the replicas, so a gateway may be started before them."""
         config = self.config
         await self.pool.start()
+        self.assistant.recorder.start()
         listener = _listen(config.host, config.port)
         self.port = listener.getsockname()[1]
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                create_app(self.assistant),
+                create_app(self.assistant, self.authenticator, self.feedback, self.metrics),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -86,7 +107,11 @@ class Gateway:
         if self._uvicorn is not None and self._serving is not None:
             self._uvicorn.should_exit = True
             await self._serving
+        await self.assistant.recorder.close()
         await self.pool.close()
+        self.store.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ValidationError
 
-from services.gateway.answering import Answer, Assistant
-from services.gateway.errors import BadRequestError, UnsupportedMediaTypeError, from_validation
+from services.gateway.answer import Answer, Question
+from services.gateway.answering import Assistant
+from services.gateway.auth.authenticator import Authenticator
+from services.gateway.bodies import read_body
+from services.gateway.errors import BadRequestError
 from services.gateway.openai.documentation import CHAT_DOC, COMPLETIONS_DOC, MODEL_DOC, MODELS_DOC
 from services.gateway.openai.schema import ChatCompletionRequest, CompletionRequest
 from services.gateway.openai.stream import DONE, EventStream, event, until_disconnect
 from services.gateway.openai.translate import (
     FINISH_REASONS,
     chat_logprobs,
-    chat_question,
+    chat_request,
     completion_logprobs,
-    completion_question,
+    completion_request,
     fingerprint,
     tool_calls,
     usage,
@@ -30,47 +32,58 @@ from services.gateway.openai.translate import (
 from steersman.errors import NotFoundError
 from steersman.v1.policy_pb2 import TokenLogprob
 
-B = TypeVar("B", bound=BaseModel)
 
-
-async def read_body(request: Request, cls: type[B]) -> B:
-    """Parses a JSON body; BadRequestError names the field that is wrong."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise UnsupportedMediaTypeError("The body must be JSON; send content-type: application/json")
-    try:
-        return cls.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise from_validation(error) from None
-
-
-def openai_router(assistant: Assistant) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> APIRouter:
+    router = APIRouter(prefix=prefix, tags=["OpenAI"])
 
     @router.post("/chat/completions", **CHAT_DOC)
     async def create_chat_completion(request: Request) -> Response:
+        caller = await auth.caller(request.headers)
         body = await read_body(request, ChatCompletionRequest)
-        answer = await until_disconnect(request.receive, assistant.answer(chat_question(body)))
+        question = Question(
+            caller,
+            request.state.request_id,
+            chat_request(body),
+            model=body.model,
+            conversation_id=body.conversation_id or "",
+            idempotency_key=request.headers.get("idempotency-key", ""),
+            own_tools=bool(body.tools),
+        )
+        answer = await until_disconnect(request.receive, assistant.answer(question))
         if body.stream:
             return EventStream(_chat_events(answer, body))
         return _json(await until_disconnect(request.receive, _chat_object(answer, bool(body.logprobs))))
 
     @router.post("/completions", **COMPLETIONS_DOC)
     async def create_completion(request: Request) -> Response:
+        caller = await auth.caller(request.headers)
         body = await read_body(request, CompletionRequest)
         if body.stream and len(body.prompts) > 1:
             raise BadRequestError("a stream continues one prompt; send several without stream", param="prompt")
-        answers = await until_disconnect(request.receive, _answer_all(assistant, body))
+        questions = [
+            Question(
+                caller,
+                request.state.request_id,
+                completion_request(body, prompt),
+                model=body.model,
+                id_prefix="cmpl",
+                idempotency_key=_numbered(request.headers.get("idempotency-key", ""), index),
+            )
+            for index, prompt in enumerate(body.prompts)
+        ]
+        answers = await until_disconnect(request.receive, _answer_all(assistant, questions))
         if body.stream:
             return EventStream(_completion_events(answers[0], body))
         return _json(await until_disconnect(request.receive, _completion_object(answers, body)))
 
     @router.get("/models", **MODELS_DOC)
-    async def list_models() -> Response:
+    async def list_models(request: Request) -> Response:
+        await auth.caller(request.headers)
         return _json({"object": "list", "data": [_model(name) for name in assistant.config.model_names]})
 
     @router.get("/models/{model}", **MODEL_DOC)
-    async def retrieve_model(model: str) -> Response:
+    async def retrieve_model(request: Request, model: str) -> Response:
+        await auth.caller(request.headers)
         if model not in assistant.config.model_names:
             raise NotFoundError(
                 f"The model '{model}' does not exist here; use '{assistant.config.model}'",
@@ -91,7 +104,12 @@ def _model(name: str) -> dict[str, Any]:
 
 def _about(answer: Answer) -> dict[str, Any]:
     """Our extension of OpenAI's objects."""
-    return {"answer_id": answer.id, "weights_version": answer.weights_version}
+    return {
+        "answer_id": answer.id,
+        "feedback_token": answer.feedback_token,
+        "weights_version": answer.weights_version,
+        "sources": [source.as_json() for source in answer.sources],
+    }
 
 
 async def _collect(answer: Answer, tokens: dict[int, list[TokenLogprob]] | None) -> None:
@@ -109,7 +127,7 @@ async def _chat_object(answer: Answer, logprobs: bool) -> dict[str, Any]:
     await _collect(answer, tokens if logprobs else None)
     choices = []
     for index, choice in enumerate(answer.choices):
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if choice.tool_calls:
             message["tool_calls"] = tool_calls(choice.tool_calls, indexed=False)
             message["content"] = message["content"] or None
@@ -177,9 +195,12 @@ async def _closing(answer: Answer) -> AsyncGenerator[Any, None]:
         await answer.close()
 
 
-async def _answer_all(assistant: Assistant, body: CompletionRequest) -> list[Answer]:
+def _numbered(key: str, index: int) -> str:
+    return f"{key}#{index}" if key and index else key
+
+
+async def _answer_all(assistant: Assistant, questions: Sequence[Question]) -> list[Answer]:
     """One answer a prompt; when one fails, none goes on."""
-    questions = [completion_question(body, prompt) for prompt in body.prompts]
     results = await asyncio.gather(*(assistant.answer(question) for question in questions), return_exceptions=True)
     failed = next((result for result in results if isinstance(result, BaseException)), None)
     answers = [result for result in results if isinstance(result, Answer)]
@@ -204,7 +225,7 @@ async def _completion_object(answers: Sequence[Answer], body: CompletionRequest)
             choices.append(
                 {
                     "index": len(choices),
-                    "text": "".join(choice.text),
+                    "text": choice.text,
                     "logprobs": completion_logprobs(tokens.get(index, ()), 0) if with_logprobs else None,
                     "finish_reason": FINISH_REASONS.get(choice.finish_reason, "stop"),
                 }

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any
 
-from services.gateway.answering import Answer, Question
+from services.gateway.answer import Answer
 from services.gateway.openai.schema import ChatCompletionRequest, ChatMessage, CompletionRequest
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, TokenLogprob
@@ -20,9 +20,9 @@ FINISH_REASONS: dict[int, str] = {
 }
 
 
-def chat_question(body: ChatCompletionRequest) -> Question:
+def chat_request(body: ChatCompletionRequest) -> PolicyServiceChatRequest:
     tools = [tool.model_dump(exclude_none=True) for tool in body.offered_tools]
-    request = PolicyServiceChatRequest(
+    return PolicyServiceChatRequest(
         messages=[_message(message) for message in body.messages],
         sampling=_sampling(body, body.length),
         n=body.n or 1,
@@ -31,18 +31,16 @@ def chat_question(body: ChatCompletionRequest) -> Question:
         json_schema=body.json_schema,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else 0,
     )
-    return Question(body.model, request)
 
 
-def completion_question(body: CompletionRequest, prompt: str) -> Question:
-    request = PolicyServiceChatRequest(
+def completion_request(body: CompletionRequest, prompt: str) -> PolicyServiceChatRequest:
+    return PolicyServiceChatRequest(
         prompt=prompt,
         sampling=_sampling(body, body.max_tokens or 16),
         n=body.n or 1,
         stop=body.stops,
         top_logprobs=body.logprobs or 0,
     )
-    return Question(body.model, request, id_prefix="cmpl")
 
 
 def _message(message: ChatMessage) -> common_pb2.Message:

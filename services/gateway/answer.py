@@ -1,0 +1,191 @@
+"""A question on its way in and its answer on the way out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.gateway.auth.callers import Caller
+from steersman.errors import InternalError
+from steersman.v1 import common_pb2
+from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, and who asks."""
+
+    caller: Caller
+    request_id: str
+    request: PolicyServiceChatRequest
+    """Messages or prompt, sampling; zero values mean 'not said'."""
+    model: str = ""
+    """Empty: the gateway's."""
+    id_prefix: str = "chatcmpl"
+    conversation_id: str = ""
+    """Continue this stored conversation; empty: none."""
+    idempotency_key: str = ""
+    own_tools: bool = False
+    """The caller brings its own tools; then the gateway offers none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A business record that an answer used."""
+
+    system: str
+    record: str
+
+    def as_json(self) -> dict[str, str]:
+        return {"system": self.system, "record": self.record}
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One choice of an answer, as far as it has been streamed."""
+
+    parts: list[str] = field(default_factory=list)
+    tool_calls: list[common_pb2.ToolCall] = field(default_factory=list)
+    finish_reason: int = 0
+    tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+
+class Answer:
+    """An answer that is being streamed. Iterate it, and close it in any case.
+
+    `on_end` runs once: before the last response is handed out, or when the answer breaks off.
+    """
+
+    def __init__(
+        self, answer_id: str, question: Question, stream: AsyncGenerator[PolicyServiceChatResponse, None]
+    ) -> None:
+        self.id = answer_id
+        self.question = question
+        self.model = question.model
+        self.created = int(time.time())
+        self.choices: list[Choice] = []
+        self.sources: list[Source] = []
+        self.prompt_tokens = 0
+        self.weights_version = 0
+        self.feedback_token = ""
+        self.first_token_seconds = 0.0
+        self.on_end: Callable[[Answer, BaseException | None], Awaitable[None]] | None = None
+        self._start = time.monotonic()
+        self._stream = stream
+        self._first: PolicyServiceChatResponse | None = None
+        self._wanted = max(question.request.n, 1)
+        self._finished = 0
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.tokens for choice in self.choices)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    async def open(self) -> None:
+        """Waits for the first response, so that errors before it can still change the status."""
+        try:
+            self._first = await anext(self._stream)
+        except StopAsyncIteration:
+            error = InternalError("The policy service ended the answer before its first token; try again")
+            await self._end(error)
+            raise error from None
+        except BaseException as error:
+            await self._end(error)
+            raise
+        self.first_token_seconds = self.seconds
+
+    async def __aiter__(self) -> AsyncIterator[PolicyServiceChatResponse]:
+        try:
+            if self._first is not None:
+                first, self._first = self._first, None
+                await self._take(first)
+                yield first
+            async for response in self._stream:
+                await self._take(response)
+                yield response
+        except Exception as error:
+            await self._end(error)
+            raise
+
+    async def close(self) -> None:
+        """Stops the generation where it is still running."""
+        await self._stream.aclose()
+        await self._end(None)
+
+    async def _take(self, response: PolicyServiceChatResponse) -> None:
+        while len(self.choices) <= response.choice_index:
+            self.choices.append(Choice())
+        choice = self.choices[response.choice_index]
+        if response.delta:
+            choice.parts.append(response.delta)
+        if response.tool_calls:
+            choice.tool_calls.extend(response.tool_calls)
+        choice.tokens = response.completion_tokens or choice.tokens
+        self.prompt_tokens = response.prompt_tokens or self.prompt_tokens
+        self.weights_version = response.weights_version or self.weights_version
+        if response.finish_reason and not choice.finish_reason:
+            choice.finish_reason = response.finish_reason
+            self._finished += 1
+            if self._finished == self._wanted:
+                await self._end(None)
+
+    async def _end(self, error: BaseException | None) -> None:
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            await on_end(self, error)
+
+    @property
+    def complete(self) -> bool:
+        return self._finished == self._wanted
+
+    def as_json(self) -> dict[str, Any]:
+        """What `replay` needs."""
+        return {
+            "id": self.id,
+            "created": self.created,
+            "prompt_tokens": self.prompt_tokens,
+            "weights_version": self.weights_version,
+            "sources": [source.as_json() for source in self.sources],
+            "choices": [
+                {
+                    "text": choice.text,
+                    "finish_reason": choice.finish_reason,
+                    "tokens": choice.tokens,
+                    "tool_calls": [[call.id, call.name, call.arguments] for call in choice.tool_calls],
+                }
+                for choice in self.choices
+            ],
+        }
+
+
+def replay(question: Question, stored: dict[str, Any]) -> Answer:
+    """An answer that was given before, in one piece; token log-probabilities are not kept."""
+
+    async def stream() -> AsyncGenerator[PolicyServiceChatResponse, None]:
+        for index, choice in enumerate(stored["choices"]):
+            yield PolicyServiceChatResponse(
+                choice_index=index,
+                delta=choice["text"],
+                finish_reason=choice["finish_reason"],
+                completion_tokens=choice["tokens"],
+                prompt_tokens=stored["prompt_tokens"],
+                weights_version=stored["weights_version"],
+                tool_calls=[
+                    common_pb2.ToolCall(id=call_id, name=name, arguments=arguments)
+                    for call_id, name, arguments in choice["tool_calls"]
+                ],
+            )
+
+    answer = Answer(stored["id"], question, stream())
+    answer.created = stored["created"]
+    answer.sources = [Source(**source) for source in stored["sources"]]
+    return answer

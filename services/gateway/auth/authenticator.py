@@ -1,0 +1,63 @@
+"""From the headers of a request to its caller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from http.cookies import CookieError, SimpleCookie
+
+from services.gateway.auth.callers import ALL_SCOPES, ANONYMOUS, Caller
+from services.gateway.auth.identity import CustomerVerifier
+from services.gateway.auth.keys import KeyRing
+from services.gateway.auth.tokens import Sessions
+from services.gateway.config import GatewayConfig
+from steersman.errors import UnauthenticatedError
+
+SESSION_COOKIE = "steersman_session"
+_OPEN = Caller(ANONYMOUS, "default", ALL_SCOPES)
+
+
+class Authenticator:
+    """REST headers and gRPC metadata alike: lower-case names."""
+
+    def __init__(self, config: GatewayConfig, keys: KeyRing, sessions: Sessions, customers: CustomerVerifier) -> None:
+        self._required = config.auth_required
+        self._keys = keys
+        self._sessions = sessions
+        self._customers = customers
+
+    @property
+    def required(self) -> bool:
+        return self._required
+
+    async def caller(self, headers: Mapping[str, str]) -> Caller:
+        """Raises UnauthenticatedError for a key, token or header that is missing or wrong.
+
+        A wrong customer token is refused even where the question could do without it: silently answering as nobody
+        would hide a forgery.
+        """
+        caller = await self._application(headers)
+        customer = await self._customers.verify(headers, caller.tenant)
+        return replace(caller, customer=customer) if customer is not None else caller
+
+    async def _application(self, headers: Mapping[str, str]) -> Caller:
+        scheme, _, credential = headers.get("authorization", "").partition(" ")
+        credential = credential.strip()
+        if scheme.lower() == "bearer" and credential.startswith("sk-"):
+            return await self._keys.verify(credential)
+        if (cookie := _cookie(headers)) is not None:
+            key_id = self._sessions.verify(cookie)
+            return await self._keys.by_id(key_id)
+        if not self._required:
+            return _OPEN
+        if credential:
+            raise UnauthenticatedError("The API key is not valid, has expired or was revoked; use another key")
+        raise UnauthenticatedError("An API key is needed; send it as 'Authorization: Bearer sk-...'")
+
+
+def _cookie(headers: Mapping[str, str]) -> str | None:
+    try:
+        found = SimpleCookie(headers.get("cookie", "")).get(SESSION_COOKIE)
+    except CookieError:
+        return None
+    return found.value if found else None

@@ -1,0 +1,47 @@
+"""Who is calling, and for which customer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from steersman.errors import PermissionDeniedError
+
+Scope = Literal["chat", "feedback", "act", "label", "operate", "admin"]
+"""chat: ask questions; feedback: judge answers; act: confirmed writes in business systems; label: the labelling pages;
+operate: the operator's page and metrics; admin: load and unload models."""
+
+ALL_SCOPES: frozenset[str] = frozenset(get_args(Scope))
+ANONYMOUS = "anonymous"
+
+
+@dataclass(frozen=True, slots=True)
+class Customer:
+    """The end customer on whose behalf an application asks. Made only from a verified token or signed header."""
+
+    id: str
+    """Key of the customer in the business systems."""
+    issuer: str
+    """Who vouches for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The application that calls."""
+
+    key_id: str
+    tenant: str
+    scopes: frozenset[str]
+    customer: Customer | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+
+    def require(self, scope: Scope) -> None:
+        """Raises PermissionDeniedError without the scope."""
+        if scope not in self.scopes:
+            raise PermissionDeniedError(f"This key lacks the scope '{scope}'; use a key that has it")
+
+    @property
+    def customer_id(self) -> str:
+        return self.customer.id if self.customer else ""

@@ -1,0 +1,164 @@
+"""API keys: `sk-<id>-<secret>`, of which only the id and a hash of the secret are kept.
+
+python -m services.gateway.auth.keys --database URL create --tenant acme --scope chat --scope feedback
+python -m services.gateway.auth.keys --database URL list
+python -m services.gateway.auth.keys --database URL revoke ID
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime as dt
+import hashlib
+import hmac
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterable
+
+import sqlalchemy as sa
+
+from services.gateway.auth.callers import ALL_SCOPES, Caller
+from services.gateway.store import ApiKey, open_store
+from steersman.errors import InvalidArgumentError, NotFoundError, SteersmanError, UnauthenticatedError
+from steersman.store.engine import Store
+from steersman.store.models import now
+
+_FORMAT = re.compile(r"^sk-([0-9a-f]{12})-([A-Za-z0-9_-]{43})$")
+_CACHE_SECONDS = 10.0
+"""A revoked key works at most this much longer."""
+_CACHE_SIZE = 10_000
+
+
+def create_key(
+    store: Store,
+    tenant: str,
+    scopes: Iterable[str],
+    *,
+    note: str = "",
+    days: float | None = None,
+    requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+    tokens_per_day: int | None = None,
+) -> str:
+    """Stores a new key and returns it: the only time that it is seen."""
+    unknown = set(scopes) - ALL_SCOPES
+    if unknown or not tenant:
+        raise InvalidArgumentError(f"scope: {sorted(unknown)} unknown; choose from {', '.join(sorted(ALL_SCOPES))}")
+    key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+    with store.transaction() as session:
+        session.add(
+            ApiKey(
+                id=key_id,
+                digest=_digest(secret),
+                tenant=tenant,
+                scopes=sorted(scopes),
+                note=note,
+                requests_per_minute=requests_per_minute,
+                tokens_per_minute=tokens_per_minute,
+                tokens_per_day=tokens_per_day,
+                expires_at=now() + dt.timedelta(days=days) if days else None,
+            )
+        )
+    return f"sk-{key_id}-{secret}"
+
+
+def revoke_key(store: Store, key_id: str) -> None:
+    """Raises NotFoundError for an unknown id."""
+    with store.transaction() as session:
+        key = session.get(ApiKey, key_id)
+        if key is None:
+            raise NotFoundError(f"There is no key '{key_id}'; `list` shows all")
+        key.revoked_at = key.revoked_at or now()
+
+
+class KeyRing:
+    """Verifies keys; remembers them for some seconds."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._cache: dict[str, tuple[float, str, Caller | None]] = {}
+
+    async def verify(self, key: str) -> Caller:
+        """Raises UnauthenticatedError; the message does not say which part is wrong."""
+        match = _FORMAT.match(key)
+        caller, digest = None, ""
+        if match:
+            key_id, secret = match.groups()
+            cached = self._cache.get(key_id)
+            if cached is None or cached[0] < time.monotonic():
+                if len(self._cache) >= _CACHE_SIZE:
+                    self._cache.clear()
+                found = await asyncio.to_thread(self._load, key_id)
+                cached = self._cache[key_id] = (time.monotonic() + _CACHE_SECONDS, *found)
+            _, digest, caller = cached
+            if not hmac.compare_digest(digest, _digest(secret)):
+                caller = None
+        if caller is None:
+            raise UnauthenticatedError("The API key is not valid, has expired or was revoked; use another key")
+        return caller
+
+    async def by_id(self, key_id: str) -> Caller:
+        """The caller of a session that was begun with a key; the same errors."""
+        _, caller = await asyncio.to_thread(self._load, key_id)
+        if caller is None:
+            raise UnauthenticatedError("The session's key has expired or was revoked; log in again")
+        return caller
+
+    def _load(self, key_id: str) -> tuple[str, Caller | None]:
+        with self._store.reading() as session:
+            key = session.get(ApiKey, key_id)
+        if key is None or key.revoked_at or (key.expires_at and key.expires_at <= now()):
+            return "", None
+        caller = Caller(
+            key_id=key.id,
+            tenant=key.tenant,
+            scopes=frozenset(key.scopes),
+            requests_per_minute=key.requests_per_minute,
+            tokens_per_minute=key.tokens_per_minute,
+            tokens_per_day=key.tokens_per_day,
+        )
+        return key.digest, caller
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m services.gateway.auth.keys", description="API keys.")
+    parser.add_argument("--database", required=True, help="URL, as in the gateway's configuration")
+    commands = parser.add_subparsers(dest="command", required=True)
+    create = commands.add_parser("create", help="make a key and print it")
+    create.add_argument("--tenant", required=True)
+    create.add_argument("--scope", action="append", required=True, choices=sorted(ALL_SCOPES))
+    create.add_argument("--note", default="")
+    create.add_argument("--days", type=float, help="lifetime; without it the key does not expire")
+    create.add_argument("--requests-per-minute", type=int)
+    create.add_argument("--tokens-per-minute", type=int)
+    create.add_argument("--tokens-per-day", type=int)
+    commands.add_parser("list", help="show all keys")
+    commands.add_parser("revoke", help="end a key").add_argument("id")
+    options = vars(parser.parse_args(arguments))
+    command = options.pop("command")
+    try:
+        store = open_store(options.pop("database"))
+        if command == "create":
+            print(create_key(store, options.pop("tenant"), options.pop("scope"), **options))
+        elif command == "revoke":
+            revoke_key(store, options["id"])
+        else:
+            with store.reading() as session:
+                for key in session.scalars(sa.select(ApiKey).order_by(ApiKey.created_at)):
+                    state = "revoked" if key.revoked_at else f"until {key.expires_at or 'revoked'}"
+                    print(f"{key.id}  {key.tenant}  {','.join(key.scopes)}  {state}  {key.note}")
+    except SteersmanError as error:
+        print(f"keys: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Judgements of earlier answers: acknowledged means stored."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Literal
+
+import orjson
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import Field, model_validator
+
+from services.gateway.auth.authenticator import Authenticator
+from services.gateway.auth.callers import Caller
+from services.gateway.auth.tokens import FeedbackTokens
+from services.gateway.bodies import read_body
+from services.gateway.metrics import Metrics
+from services.gateway.openai.documentation import POST_ERRORS, json_body
+from services.gateway.openai.schema import Wire
+from services.gateway.recorder import Record, Recorder, audit_row
+from steersman.errors import NotFoundError
+from steersman.store.engine import Store
+from steersman.store.feedback import Event, submit
+from steersman.store.models import Answer as StoredAnswer
+
+_Text = Annotated[str, Field(min_length=1, max_length=100_000, pattern=r"^[^\x00]*$")]
+
+
+class FeedbackBody(Wire):
+    """One judgement: exactly one of `thumbs`, `edited_answer` and `outcome`."""
+
+    event_id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00]*$")]
+    """Chosen by the caller: sending the same event again changes nothing."""
+    answer_id: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00]*$")]
+    """`id` of the answer; `ID.1` is its second choice."""
+    thumbs: Literal["up", "down"] | None = None
+    edited_answer: _Text | None = None
+    """What the answer should have been."""
+    outcome: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$")] | None = None
+    """What happened later in a business system, for example ticket_reopened."""
+    reason: Annotated[str, Field(max_length=100_000, pattern=r"^[^\x00]*$")] = ""
+    feedback_token: Annotated[str, Field(max_length=200)] | None = None
+    """Came with the answer; stands in for an API key."""
+
+    @model_validator(mode="after")
+    def _one_judgement(self) -> FeedbackBody:
+        given = [value for value in (self.thumbs, self.edited_answer, self.outcome) if value is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of thumbs, edited_answer and outcome")
+        return self
+
+    @property
+    def event(self) -> Event:
+        if self.thumbs is not None:
+            return Event(self.event_id, self.answer_id, "thumbs", self.thumbs, self.reason)
+        if self.edited_answer is not None:
+            return Event(self.event_id, self.answer_id, "edit", self.edited_answer, self.reason)
+        return Event(self.event_id, self.answer_id, "outcome", self.outcome or "", self.reason)
+
+
+class FeedbackDesk:
+    """Takes feedback, over REST and gRPC."""
+
+    def __init__(self, store: Store, recorder: Recorder, tokens: FeedbackTokens, metrics: Metrics) -> None:
+        self._store = store
+        self._recorder = recorder
+        self._tokens = tokens
+        self._metrics = metrics
+
+    async def caller_by_token(self, token: str, answer_id: str) -> Caller:
+        """Who may judge this answer because the answer's token was shown.
+
+        Raises:
+            UnauthenticatedError: the token is not for this answer, or the answer does not exist.
+        """
+        tenant = await asyncio.to_thread(self._tenant, answer_id)
+        self._tokens.verify(token, answer_id.partition(".")[0], tenant)
+        return Caller("feedback-token", tenant, frozenset({"feedback"}))
+
+    async def take(self, caller: Caller, request_id: str, event: Event) -> bool:
+        """Stores an event; False when it was stored before.
+
+        Raises:
+            NotFoundError: there is no such answer, or it is another tenant's.
+            ConflictError: the event id was used for another judgement.
+        """
+        caller.require("feedback")
+        created = await asyncio.to_thread(self._submit, caller, event)
+        if created:
+            counted = event.value if event.kind == "thumbs" else ""
+            self._metrics.feedback.labels(event.kind, counted).inc()
+        await self._recorder.put(Record(audit_row(caller, request_id, "feedback", event.kind, event.answer_id)))
+        return created
+
+    def _submit(self, caller: Caller, event: Event) -> bool:
+        with self._store.transaction() as session:
+            return submit(session, caller.tenant, event)
+
+    def _tenant(self, answer_id: str) -> str:
+        with self._store.reading() as session:
+            answer = session.get(StoredAnswer, answer_id)
+        if answer is None:
+            raise NotFoundError(f"answer {answer_id!r} does not exist")
+        return answer.customer
+
+
+def feedback_router(desk: FeedbackDesk, auth: Authenticator) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["Feedback"])
+
+    @router.post(
+        "/feedback",
+        summary="Judge an answer",
+        openapi_extra=json_body(FeedbackBody),
+        responses={
+            200: {
+                "description": "Stored. `created` is false when this event was stored before.",
+                "content": {"application/json": {"schema": {"type": "object"}}},
+            },
+            **POST_ERRORS,
+        },
+    )
+    async def give_feedback(request: Request) -> Response:
+        body = await read_body(request, FeedbackBody)
+        if body.feedback_token is not None:
+            caller = await desk.caller_by_token(body.feedback_token, body.answer_id)
+        else:
+            caller = await auth.caller(request.headers)
+        created = await desk.take(caller, request.state.request_id, body.event)
+        return Response(orjson.dumps({"created": created}), media_type="application/json")
+
+    return router
