@@ -1,0 +1,134 @@
+"""Weight updates of the transformers engine: full, partial, LoRA by PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_client import random_prompts, reference_logprobs, samples
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from transformers import PreTrainedModel
+
+from services.policy.engine import SamplingParams, WeightsUpdate
+from services.policy.engines.transformers_engine import TransformersEngine
+from steersman.errors import InvalidArgumentError
+from steersman.testing.models import tiny_llama, tiny_qwen2
+
+ATTENTION = ["q_proj", "v_proj"]
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(params=[tiny_llama, tiny_qwen2])
+def build(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def engine(build: Any) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(build(), precision="fp32")
+    engine.start()
+    yield engine
+    engine.close()
+
+
+def assert_serves(engine: TransformersEngine, reference: PreTrainedModel) -> None:
+    prompts = random_prompts([4, 30])
+    for (index, _), sample in samples(engine, prompts, SamplingParams(max_new_tokens=15, seed=1)).items():
+        expected = reference_logprobs(reference, prompts[index], sample.token_ids)
+        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+
+
+def adapter(model: PreTrainedModel, seed: int = 0, **settings: Any) -> tuple[dict[str, torch.Tensor], dict, Any]:
+    """State dict and configuration as PEFT saves them, and the model merged by PEFT."""
+    config = LoraConfig(**({"r": 4, "lora_alpha": 16, "target_modules": ATTENTION} | settings))
+    torch.manual_seed(seed)
+    wrapped = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.normal_(0, 0.1)
+    tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(wrapped).items()}
+    return tensors, config.to_dict(), wrapped.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"target_modules": ALL_LINEAR},
+        {"use_rslora": True, "alpha_pattern": {"v_proj": 3}, "rank_pattern": {"q_proj": 2}},
+        {"modules_to_save": ["norm"]},
+        {"target_modules": ["embed_tokens", "k_proj"]},
+    ],
+)
+def test_lora_equals_the_merge_of_peft(engine, build, settings) -> None:
+    tensors, config, merged = adapter(build(), **settings)
+    engine.load_weights(WeightsUpdate(1, "lora", tensors, config))
+    assert_serves(engine, merged)
+
+
+def test_a_second_adapter_replaces_the_first(engine, build) -> None:
+    first, first_config, _ = adapter(build(), seed=1, target_modules=ALL_LINEAR)
+    second, config, merged = adapter(build(), seed=2)
+    engine.load_weights(WeightsUpdate(1, "lora", first, first_config))
+    engine.load_weights(WeightsUpdate(2, "lora", second, config))
+    assert_serves(engine, merged)
+    assert engine.info().weights_version == 2
+
+
+def test_full_weights_replace_all_and_a_lora_returns_to_the_start(engine, build) -> None:
+    engine.load_weights(WeightsUpdate(1, "full", dict(build(seed=5).state_dict())))
+    assert_serves(engine, build(seed=5))
+    tensors, config, merged = adapter(build())
+    engine.load_weights(WeightsUpdate(2, "lora", tensors, config))
+    assert_serves(engine, merged)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_tied_head_changes_with_the_embedding(name: str) -> None:
+    engine = TransformersEngine(tiny_llama(), precision="fp32")
+    engine.start()
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.embed_tokens.weight.add_(torch.randn(260, 32, generator=torch.Generator().manual_seed(3)) * 0.1)
+    engine.load_weights(WeightsUpdate(1, "full", {name: changed.model.embed_tokens.weight.detach()}))
+    assert_serves(engine, changed)
+    engine.close()
+
+
+def test_a_partial_update_leaves_the_rest(engine, build) -> None:
+    changed = build()
+    name = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        changed.get_parameter(name).mul_(2.0)
+    engine.load_weights(WeightsUpdate(1, "full", {name: changed.get_parameter(name).detach().bfloat16()}))
+    with torch.no_grad():
+        changed.get_parameter(name).copy_(changed.get_parameter(name).bfloat16())
+    assert_serves(engine, changed)
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (WeightsUpdate(1, "full", {}), "holds no tensors"),
+        (WeightsUpdate(1, "full", {"model.nope": torch.ones(1)}), "'model.nope', which the served model does not"),
+        (WeightsUpdate(1, "full", {"model.norm.weight": torch.ones(7)}), r"shape \[7\].* has \[32\]"),
+        (WeightsUpdate(1, "lora", {"x.lora_A.weight": torch.ones(1, 1)}), "no adapter_config"),
+        (WeightsUpdate(1, "lora", {}, {"lora_alpha": 1}), "holds no tensors"),
+        (WeightsUpdate(1, "lora", {}, {"lora_alpha": 1, "use_dora": True}), "DoRA"),
+        (
+            WeightsUpdate(
+                1, "lora", {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(1, 32)}, {"r": 1}
+            ),
+            "only one of lora_A and lora_B",
+        ),
+    ],
+)
+def test_a_wrong_update_is_refused_and_changes_nothing(engine, build, update, message) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        engine.load_weights(update)
+    assert engine.info().weights_version == 0
+    assert_serves(engine, build())
