@@ -187,6 +187,7 @@ class WeightStore:
             transposed = bool(config.get("fan_in_fan_out"))
             shape = torch.Size(reversed(delta_shape)) if transposed else delta_shape
             name, base = self._parameter(f"{module}.weight", shape, module)
+            base = changed.get(name, base)
             a, b = a.to(base.device, torch.float32), b.to(base.device, torch.float32)
             delta = b * _scale(config, module, a.shape[0])
             merged = torch.addmm(base.float().T if transposed else base.float(), delta, a)
@@ -216,7 +217,7 @@ def _lora_parts(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor | N
                 raise InvalidArgumentError(
                     f"the LoRA update holds '{given}', which cannot be merged; send full weights"
                 )
-            yield name.replace(".modules_to_save", ""), None, None, tensor
+            yield name.replace(".modules_to_save", "").replace(".base_layer", ""), None, None, tensor
     for module, (a, b) in pairs.items():
         yield module, a, b, None
 
