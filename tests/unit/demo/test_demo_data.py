@@ -63,6 +63,18 @@ def test_every_file_has_its_size_and_valid_rows(data: tuple[Path, Manifest]) -> 
     assert Manifest.model_validate_json((out / "manifest.json").read_text()) == manifest
 
 
+def test_an_unfinished_data_set_has_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate(tmp_path, 1, SMALL)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("steersman.demo.dataset.write_jsonl", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        generate(tmp_path, 2, SMALL)
+    assert not (tmp_path / "manifest.json").exists()
+
+
 def test_sets_share_no_customer_no_wording_and_no_prompt(data: tuple[Path, Manifest]) -> None:
     out, manifest = data
     customers: dict[str, set[str]] = {}

@@ -6,8 +6,11 @@ sets (train, validation, heldout) share neither a customer nor a wording of a qu
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from random import Random
+from statistics import fmean as mean
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,10 +22,10 @@ from steersman.demo.labelers import LABELERS, agreement, majority
 from steersman.demo.orderbook import ASKED, CUSTOMERS, TOPICS, Case, draw_case
 from steersman.demo.questions import SETS, ask
 from steersman.demo.rubric import score
-from steersman.errors import ConfigError
 
 LICENCE = "CC0-1.0 (generated)"
 SOURCE = "steersman.demo"
+MANIFEST = "manifest.json"
 CUSTOMER_SHARES = {"train": 0.65, "validation": 0.12, "heldout": 0.23}
 SAME_STYLE = 0.05
 """Share of comparisons in which both candidates have the same manner; most of them become ties."""
@@ -39,13 +42,13 @@ class Sizes(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    demonstrations: int = Field(default=420, ge=0)
-    validation_demonstrations: int = Field(default=48, ge=0)
-    preferences: int = Field(default=320, ge=0)
-    validation_preferences: int = Field(default=60, ge=0)
-    heldout_preferences: int = Field(default=150, ge=0)
-    prompts: int = Field(default=400, ge=0)
-    heldout_prompts: int = Field(default=96, ge=0)
+    demonstrations: int = Field(default=420, ge=1)
+    validation_demonstrations: int = Field(default=48, ge=1)
+    preferences: int = Field(default=320, ge=1)
+    validation_preferences: int = Field(default=60, ge=1)
+    heldout_preferences: int = Field(default=150, ge=1)
+    prompts: int = Field(default=400, ge=1)
+    heldout_prompts: int = Field(default=96, ge=1)
 
 
 class FileEntry(BaseModel):
@@ -104,6 +107,7 @@ def generate(out_dir: Path, seed: int, sizes: Sizes | None = None) -> Manifest:
         "train": source.prompts("train", sizes.prompts),
         "heldout": source.prompts("heldout", sizes.heldout_prompts),
     }
+    (out_dir / MANIFEST).unlink(missing_ok=True)
     files: dict[str, FileEntry] = {}
     for kind, row_type, splits in (
         ("demonstrations", Demonstration, demonstrations),
@@ -115,34 +119,31 @@ def generate(out_dir: Path, seed: int, sizes: Sizes | None = None) -> Manifest:
             name = ".".join(filter(None, (kind, split, "jsonl")))
             count, digest = write_jsonl(out_dir / name, map(row_type.model_validate, rows))
             files[name] = FileEntry(rows=count, sha256=digest)
-    verdicts = [row["verdicts"] for row in _by_item(judgements)]
+    verdicts = [[row["verdict"] for row in item] for _, item in groupby(judgements, key=itemgetter("item"))]
     manifest = Manifest(
         seed=seed,
         sizes=sizes,
         licence=LICENCE,
         synthetic=True,
         files=files,
-        length_baseline={f"preferences.{split}": length_baseline(rows) for split, rows in preferences.items() if rows},
-        labeler_agreement=agreement(verdicts) if verdicts else {},
-        tie_share=round(sum(majority(row)[0] == "tie" for row in verdicts) / max(1, len(verdicts)), 4),
-        rubric_of_demonstrations=round(
-            sum(row["rubric"] for row in demonstrations["train"]) / max(1, len(demonstrations["train"])), 4
-        ),
+        length_baseline={f"preferences.{split}": length_baseline(rows) for split, rows in preferences.items()},
+        labeler_agreement=agreement(verdicts),
+        tie_share=round(mean(majority(row)[0] == "tie" for row in verdicts), 4),
+        rubric_of_demonstrations=round(mean(row["rubric"] for row in demonstrations["train"]), 4),
     )
-    (out_dir / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    partial = out_dir / f".{MANIFEST}.partial"
+    partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    partial.replace(out_dir / MANIFEST)
     return manifest
 
 
 def length_baseline(preferences: Iterable[Mapping[str, Any]]) -> LengthBaseline:
-    """How well length alone predicts the preference."""
-    points = [
+    """How well length alone predicts the preference of at least one row."""
+    longer = mean(
         0.5 if len(chosen) == len(rejected) else float(len(chosen) > len(rejected))
         for row in preferences
         for chosen, rejected in [(row["chosen"][-1]["content"], row["rejected"][-1]["content"])]
-    ]
-    if not points:
-        raise ConfigError("length_baseline needs at least one preference row, got none.")
-    longer = sum(points) / len(points)
+    )
     return LengthBaseline(longer_wins=round(longer, 4), shorter_wins=round(1 - longer, 4))
 
 
@@ -263,10 +264,3 @@ def _candidates(rng: Random, case: Case) -> tuple[list[str], list[str]]:
             texts = [_answer(rng, case, first), _answer(rng, case, second)]
             if texts[0] != texts[1]:
                 return [first, second], texts
-
-
-def _by_item(judgements: Iterable[Row]) -> list[Row]:
-    items: dict[str, list[str]] = {}
-    for row in judgements:
-        items.setdefault(row["item"], []).append(row["verdict"])
-    return [{"item": item, "verdicts": verdicts} for item, verdicts in items.items()]
