@@ -37,7 +37,7 @@ def gae(
 
 
 def rloo(rewards: Tensor, group: Tensor) -> Tensor:
-    """REINFORCE leave-one-out (Ahmadian et al. 2024, eq. 7): A_i = R_i - mean of the others of the same group.
+    """RLOO (Ahmadian et al. 2024, arXiv 2402.14740): A_i = R_i - mean of the others of its group.
 
     rewards fp32 [N], group int64 [N] (any ids; sizes may differ) -> fp32 [N]. A group of one has no others to compare
     with: its advantage is 0.
@@ -53,8 +53,8 @@ def grpo(rewards: Tensor, group: Tensor, *, scale_by_std: bool = True, eps: floa
     """Group-relative advantage (DeepSeekMath section 4.1.2): A_i = (R_i - mean) / (std + eps), per group.
 
     The std is the unbiased one (n - 1), as TRL and verl have it. `scale_by_std=False` is Dr. GRPO (Liu et al. 2025,
-    section 3): only the mean is taken off, so a question that is almost always or almost never solved does not weigh
-    more. rewards fp32 [N], group int64 [N] -> fp32 [N]. A group of one has advantage 0.
+    arXiv 2503.20783): only the mean is taken off, so a question that is almost always or almost never solved does not
+    weigh more. rewards fp32 [N], group int64 [N] -> fp32 [N]. A group of one has advantage 0.
     """
     index, counts = _groups(rewards, group)
     size = counts[index]

@@ -59,7 +59,7 @@ class FixedKL:
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """A KL coefficient that follows a target (Ziegler et al. 2019, section 2.2; `AdaptiveKLController`).
+    """A KL coefficient that follows a target (lm-human-preferences `AdaptiveKLController`, Ziegler et al. 2019).
 
         error = clip(current / target - 1, -0.2, 0.2)
         coefficient <- coefficient * (1 + error * n_steps / horizon)

@@ -98,8 +98,8 @@ def ppo_policy_loss(
     """Clipped surrogate (Schulman et al. 2017, eq. 7): sum_t max(-A r, -A clip(r, 1 - low, 1 + high)) / denominator.
 
     r = exp(logprobs - old_logprobs). `clip_high` None means `clip_low` (a larger one is DAPO's clip-higher).
-    `dual_clip` c > 1 bounds the term by -A c where A < 0 (Ye et al. 2020, eq. 5). `entropy` [T] (see `logprobs.py`) is
-    counted, and with a coefficient, coefficient * entropy is taken off each token's loss.
+    `dual_clip` c > 1 bounds the term by -A c where A < 0 (Ye et al. 2020, arXiv 1912.09729). `entropy`
+    [T] (see `logprobs.py`) is counted, and with a coefficient, coefficient * entropy is taken off each token's loss.
     """
     terms, ratio, clipped = _clipped_surrogate(logprobs - old_logprobs, advantages, clip_low, clip_high, dual_clip)
     if weights is not None:
@@ -188,7 +188,7 @@ def rloo_loss(
     """RLOO: the whole response is one action; clipped surrogate on the sequence ratio, summed / global SAMPLES.
 
     r_i = exp(sum_t logprobs - sum_t old_logprobs); advantages fp32 [N]. At r = 1 its gradient is REINFORCE's,
-    A_i * sum_t grad logprob_t (Ahmadian et al. 2024, eq. 6). Reference implementation: TRL 1.16
+    A_i * sum_t grad logprob_t (Ahmadian et al. 2024, arXiv 2402.14740). Reference implementation: TRL 1.16
     `RLOOTrainer._compute_loss`. An empty response has ratio 1 whatever the policy is: give it no advantage.
     """
     log_ratio = segment_sum(logprobs - old_logprobs, lengths)
@@ -208,7 +208,7 @@ def reinforce_loss(
 def nll_loss(logprobs: Tensor, *, denominator: float) -> Tensor:
     """Language-model loss -sum_t logprob_t / denominator.
 
-    The term of PPO-ptx (InstructGPT eq. 2, gamma = 27.8 there): the caller adds gamma times this loss, taken on
+    The term of PPO-ptx (InstructGPT eq. 2): the caller adds gamma times this loss, taken on
     pretraining text or demonstrations, with the global number of ITS tokens as denominator.
     """
     return divide(-logprobs, denominator)

@@ -68,7 +68,7 @@ def binary_loss(logits: Tensor, preferred: Tensor, *, denominator: float) -> tup
 
 
 def aspect_loss(predictions: Tensor, targets: Tensor, *, denominator: float) -> tuple[Tensor, RewardStats]:
-    """Squared error of several aspects (HelpSteer: Wang et al. 2023, section 3), summed over the values that exist.
+    """Squared error of several aspects (as HelpSteer, Wang et al. 2023), summed over the values that exist.
 
     predictions and targets are fp32 [N, A]; NaN in targets is an aspect that nobody rated, which adds neither loss nor
     gradient. `denominator` is the global number of values that exist (`int((~targets.isnan()).sum())` added up).

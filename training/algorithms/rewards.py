@@ -41,8 +41,8 @@ def clip_scores(scores: Tensor, low: float, high: float) -> Tensor:
 def scale_scores(scores: Tensor, moments: Moments, *, center: bool = True, eps: float = 1e-8) -> Tensor:
     """fp32 [N]: (score - mean) / std, or score / std with `center=False`.
 
-    `moments` are those of a reference set (stored with the reward model; Ziegler et al. 2019, section 2.1) or running
-    ones (`running + Moments.of(scores)`; Engstrom et al. 2020, section 3, divide by the running std and do not centre).
+    `moments` are those of a reference set (stored with the reward model; Ziegler et al. 2019) or running
+    ones (`running + Moments.of(scores)`; Engstrom et al. 2020 divide by the running std and do not centre).
     """
     return (scores - moments.mean if center else scores) / max(moments.std, eps)
 
@@ -62,7 +62,7 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coefficient: f
 
 
 def sequence_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coefficient: float) -> Tensor:
-    """fp32 [N]: R = score - beta * sum_t kl_t, for the critic-free methods (RLOO: Ahmadian et al. 2024, section 3).
+    """fp32 [N]: R = score - beta * sum_t kl_t, for the critic-free methods (RLOO: Ahmadian et al. 2024).
 
     NaN (no reward) where the score is missing or the response is empty.
     """
