@@ -122,6 +122,12 @@ class ConsoleReporter:
                 os.fsync(file.fileno())
 
 
+def say(stage: str, text: str) -> None:
+    """One line, or event, outside a stage's loop."""
+    view = _JsonLines(stage, sys.stdout) if _wants_json() else _Lines(stage, sys.stdout)
+    view.note(text)
+
+
 def drop_rows_from(path: Path, step: int) -> None:
     """Removes the rows of `step` and later steps, and the torn last line of a killed writer; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,8 +158,12 @@ class _View(Protocol):
     def activity(self, text: str, seconds: float) -> None: ...
 
 
+def _wants_json() -> bool:
+    return os.environ.get("STEERSMAN_PROGRESS") == "json"
+
+
 def _choose_view(stage: str, stream: TextIO) -> _View:
-    if os.environ.get("STEERSMAN_PROGRESS") == "json":
+    if _wants_json():
         return _JsonLines(stage, stream)
     return _Bar(stage, stream) if stream.isatty() else _Lines(stage, stream)
 

@@ -1,0 +1,216 @@
+"""Executes an `AlignmentRun` on this machine: every stage a process, the services it needs beside it.
+
+    prepare -> stage after stage (complete ones are left out, killed ones continue) -> report
+
+<run>/manifest.yaml              the resolved manifest
+<run>/prepared.json              base model, device and precision
+<run>/data/                      generated data
+<run>/<stage>/                   see steersman.config.stages
+<run>/services/<name>.yaml|.log  the services' configuration and logs
+<run>/logs/<stage>.log           what a stage wrote to standard error
+<run>/usage.json                 seconds by phase, peak memory
+<run>/report/report.html         the report, where an evaluation has been made
+<run>/summary.json               its numbers
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from steersman.config.manifest import AlignmentRun
+from steersman.errors import ConfigError, ConflictError
+from steersman.local import folder, process
+from steersman.local.services import endpoint_overrides, services_of
+from steersman.local.supervisor import Supervisor
+from steersman.local.usage import Usage
+from steersman.progress import ConsoleReporter, clock, say
+
+
+class StageFailed(Exception):
+    """A child process ended with an error, which is the message."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_manifest(run: AlignmentRun, run_dir: Path, *, force_restart: bool = False) -> AlignmentRun:
+    """Runs what is not done yet, and returns the run as it was resolved.
+
+    Args:
+        run: the manifest, its paths absolute (`folder.resolve`).
+        run_dir: the run's folder, absolute.
+        force_restart: do stages again that were done with other content, and those after them.
+
+    Raises:
+        ConflictError: the folder holds stages of another manifest, or another process works on it.
+        UnavailableError: a service cannot be started.
+        StageFailed: a stage ended with an error.
+    """
+    _require_libraries()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _only_one(run_dir):
+        removed = folder.settle(run, run_dir, force_restart=force_restart)
+        folder.write_manifest(run, run_dir)
+        with Usage(run_dir / "usage.json") as usage:
+            with usage.phase("prepare"):
+                run, base = _prepare(run, run_dir)
+            removed += folder.settle(run, run_dir, force_restart=force_restart)
+            for name in removed:
+                usage.forget(name)
+            _run_stages(run, run_dir, base, usage)
+            with usage.phase("report"):
+                conclude(run_dir, usage)
+    return run
+
+
+def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> None:
+    environment = _environment(run, base)
+    with Supervisor(run_dir / "services", environment, run.spec.services.start_timeout_seconds) as supervisor:
+        for name in run.stage_names():
+            if _is_done(run, name, run_dir):
+                say(name, "is complete, see " + str(run_dir / name))
+                continue
+            services = services_of(run, name, run_dir, base)
+            with usage.phase("services"):
+                supervisor.ensure(services)
+            overrides = endpoint_overrides(run, services, supervisor)
+            try:
+                with usage.phase(name):
+                    _run_stage(name, run_dir, overrides, environment, supervisor)
+            except StageFailed:
+                conclude(run_dir, usage)  # a gate that is not passed has numbers to show
+                raise
+            say(name, f"complete after {clock(usage.seconds[name])}")
+
+
+def _run_stage(
+    name: str, run_dir: Path, overrides: list[str], environment: dict[str, str], supervisor: Supervisor
+) -> None:
+    arguments = ["--run-dir", str(run_dir), "--stage", name]
+    for override in overrides:
+        arguments += ["--set", override]
+    run_child(name, "training.stage", arguments, run_dir / "logs" / f"{name}.log", environment, supervisor)
+
+
+def run_child(
+    name: str,
+    module: str,
+    arguments: list[str],
+    log: Path,
+    environment: dict[str, str],
+    supervisor: Supervisor | None = None,
+) -> None:
+    """Runs a module to its end, keeping the services alive meanwhile; raises StageFailed with its last words."""
+    begin = log.stat().st_size if log.is_file() else 0
+    child = process.start(module, arguments, log, environment, own_output=False)
+    try:
+        while child.poll() is None:
+            for told in supervisor.tend() if supervisor else ():
+                say("services", told)
+            time.sleep(0.1)
+    finally:
+        process.stop([child])
+    code = child.returncode
+    if code < 0:
+        raise StageFailed(f"{name} was {process.cause(code)}; start the run again, it continues there", 128 - code)
+    if code > 0:
+        words = process.last_words(log, begin)
+        # An unforeseen error leaves a stack trace in the log; its last line is not enough to act on.
+        known = words.startswith((f"{name}: ", "prepare: "))
+        raise StageFailed(words if known else f"{name} failed ({words}); {log} has the whole story", code)
+
+
+def _prepare(run: AlignmentRun, run_dir: Path) -> tuple[AlignmentRun, Path]:
+    """Base model, data, device and precision; what was decided once stays for the run's life."""
+    path = run_dir / "prepared.json"
+    manifest = folder.manifest_path(run_dir)
+    data_is_there = run.spec.data.demo is None or (run_dir / "data").is_dir()
+    known = _read_prepared(path)
+    if known is None or known["for"] != run.spec.model.base or not Path(known["base"]).is_dir() or not data_is_there:
+        run_child(
+            "prepare", "steersman.local.prepare", [str(manifest)], run_dir / "logs" / "prepare.log", _environment(run)
+        )
+        known = _read_prepared(path)
+        assert known is not None
+    spec = run.spec.model_dump(mode="json", by_alias=True)
+    for field in ("precision", "device"):
+        if spec["model"][field] == "auto":
+            spec["model"][field] = known[field]
+    run = folder.with_spec(run, spec)
+    folder.write_manifest(run, run_dir)
+    return run, Path(known["base"])
+
+
+def _read_prepared(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _environment(run: AlignmentRun, base: Path | None = None) -> dict[str, str]:
+    local = base is not None or "/" not in run.spec.model.base or Path(run.spec.model.base).is_dir()
+    return process.child_environment(run.spec.model.threads, offline=local)
+
+
+def _is_done(run: AlignmentRun, name: str, run_dir: Path) -> bool:
+    if not (run_dir / name / "complete.json").is_file():
+        return False
+    with ConsoleReporter(name) as reporter:
+        reporter.activity("comparing its files with their checksums")
+        return folder.is_done(run, name, run_dir)
+
+
+def conclude(run_dir: Path, usage: Usage, *, again: bool = False) -> None:
+    """Report, summary and table of the newest evaluation; nothing where there is none.
+
+    Args:
+        again: draw the report also where it is newer than the evaluation.
+    """
+    found = sorted(run_dir.glob("evaluate*/evaluation.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        return
+    from rich.console import Console
+
+    from steersman.report.schema import read_evaluation
+    from steersman.report.summary import render_table, summarise
+
+    seconds = {name: value for name, value in usage.seconds.items() if name != "report"}
+    evaluation = read_evaluation(found[-1]).model_copy(
+        update={"seconds": seconds, "peak_memory_gib": usage.peak_memory_gib}
+    )
+    report = run_dir / "report" / "report.html"
+    if again or not report.is_file() or report.stat().st_mtime < found[-1].stat().st_mtime:
+        from steersman.report.report import write_report
+
+        with ConsoleReporter("report") as reporter:
+            reporter.activity("drawing")
+            write_report(run_dir, evaluation, report.parent)
+    (run_dir / "summary.json").write_text(json.dumps(summarise(evaluation)) + "\n", encoding="utf-8")
+    Console().print(render_table(evaluation))
+    say("report", str(report))
+
+
+@contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Keeps a second process away from the run's folder."""
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConflictError(
+                f"{run_dir} is being worked on by another steersman run; wait for it or stop it"
+            ) from None
+        yield
+
+
+def _require_libraries() -> None:
+    """Before anything is started, because a missing library would show in a child's log only."""
+    missing = [name for name in ("torch", "transformers", "trl", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{missing[0]} is not installed; pip install 'steersman[training]'")

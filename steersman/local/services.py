@@ -1,0 +1,106 @@
+"""Which services a stage needs, and how they are configured on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from steersman.config.manifest import AlignmentRun, RewardMix, ServicesSpec
+from steersman.config.stages import policy_folder, reward_model_folders, sft_folder
+from steersman.local.supervisor import Service, Supervisor
+
+DRAIN_SECONDS = 3.0
+"""On one machine nobody else uses the services, so what is still running when they stop is not wanted any more."""
+_USES_SERVICES = ("rl", "rejection_sampling", "evaluate")
+
+
+def services_of(run: AlignmentRun, name: str, run_dir: Path, base: Path) -> list[Service]:
+    """What has to run beside a stage, except what the manifest gives endpoints for.
+
+    Args:
+        name: of the stage.
+        base: folder of the base model.
+    """
+    stage = run.spec.stages[run.stage_names().index(name)]
+    if stage.kind not in _USES_SERVICES:
+        return []
+    # An adapter is published on top of the model that the stage starts from; evaluation publishes whole models.
+    newest = sft_folder if stage.evaluate is not None else policy_folder
+    model = newest(run, name, run_dir) or base
+    found = []
+    services = run.spec.services
+    if not services.policy.endpoints:
+        found += [policy_service(run, model, f"policy-{index}") for index in range(services.policy.replicas)]
+    if not services.reward.endpoints:
+        found += _replicas(services, "reward", {**_common(run), "scorers": _scorers(run, name, run_dir)}, run, name)
+    if not services.reference.endpoints:
+        found += _replicas(services, "reference", {**_common(run), "model": str(model)}, run, name)
+    return found
+
+
+def policy_service(run: AlignmentRun, model: Path, name: str) -> Service:
+    """A replica of the policy service."""
+    spec = run.spec.services.policy
+    config = {
+        **_common(run),
+        "model": str(model),
+        "modelName": run.metadata.name,
+        "engine": spec.engine,
+        "maxContext": spec.max_context,
+        "kvCacheTokens": spec.kv_cache_tokens,
+    }
+    return Service(name, "services.policy", "steersman.v1.PolicyService", config, ("port", "weightsPort"))
+
+
+def endpoint_overrides(run: AlignmentRun, services: list[Service], supervisor: Supervisor) -> list[str]:
+    """`--set` values that tell a stage where its services listen."""
+    found: dict[str, list[str]] = {}
+    for service in services:
+        kind = service.name.rpartition("-")[0]
+        found.setdefault(f"{kind}.endpoints", []).append(f"127.0.0.1:{supervisor.port(service.name)}")
+        if kind == "policy":
+            weights = supervisor.port(service.name, "weightsPort")
+            found.setdefault("policy.weightsEndpoints", []).append(f"127.0.0.1:{weights}")
+    return [f"spec.services.{key}=[{', '.join(values)}]" for key, values in found.items()]
+
+
+def _replicas(
+    services: ServicesSpec, kind: str, config: dict[str, Any], run: AlignmentRun, stage_name: str
+) -> list[Service]:
+    config = {**config, "mergeRequests": not _deterministic(run, stage_name)}
+    health = {"reward": "steersman.v1.RewardService", "reference": "steersman.v1.ReferenceService"}[kind]
+    count = getattr(services, kind).replicas
+    return [Service(f"{kind}-{index}", f"services.{kind}", health, config) for index in range(count)]
+
+
+def _common(run: AlignmentRun) -> dict[str, Any]:
+    model = run.spec.model
+    return {
+        "host": "127.0.0.1",
+        "drainSeconds": DRAIN_SECONDS,
+        "precision": model.precision,
+        "device": model.device,
+        "threads": model.threads,
+    }
+
+
+def _deterministic(run: AlignmentRun, name: str) -> bool:
+    """Of the newest online stage up to and with this one, so that evaluation finds the services as they are."""
+    stages = run.spec.stages[: run.stage_names().index(name) + 1]
+    return next((stage.rl.deterministic for stage in reversed(stages) if stage.rl is not None), False)
+
+
+def _scorers(run: AlignmentRun, name: str, run_dir: Path) -> list[dict[str, Any]]:
+    """The reward models so far and the verifiable rewards; evaluation scores with the newest online stage's mix."""
+    stages = run.spec.stages[: run.stage_names().index(name) + 1]
+    online = [stage.rl or stage.rejection_sampling for stage in stages if stage.rl or stage.rejection_sampling]
+    mix = online[-1].reward if online and online[-1] is not None else RewardMix()
+    models = [
+        {"name": scorer, "kind": "model", "path": str(folder), "weight": mix.model_weight}
+        for scorer, folder in reward_model_folders(run, name, run_dir).items()
+    ]
+    verifiable = [
+        {"name": reward.name, "kind": "verifiable", "weight": reward.weight, "options": reward.options}
+        for reward in mix.verifiable
+    ]
+    return models + verifiable

@@ -1,0 +1,78 @@
+"""What a run takes: memory over all its processes, and seconds by phase, kept across restarts."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+
+class Usage:
+    """Measures while it is open; `usage.json` in the run's folder adds up over restarts."""
+
+    def __init__(self, path: Path, interval: float = 1.0) -> None:
+        """Args:
+        path: the file.
+        interval: seconds between two looks at the memory.
+        """
+        self._path = path
+        self._interval = interval
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="memory")
+        self.seconds: dict[str, float] = {}
+        self.peak_memory_gib = 0.0
+        if path.is_file():
+            known = json.loads(path.read_text())
+            self.seconds, self.peak_memory_gib = known["seconds"], known["peak_memory_gib"]
+
+    def __enter__(self) -> Usage:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._save()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the block's duration to a phase."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 2)
+            self._save()
+
+    def forget(self, phase: str) -> None:
+        """Drops a phase that begins again from nothing."""
+        self.seconds.pop(phase, None)
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._interval):
+            self.peak_memory_gib = round(max(self.peak_memory_gib, tree_memory() / 2**30), 3)
+
+    def _save(self) -> None:
+        partial = self._path.with_name(f".{self._path.name}")
+        partial.write_text(json.dumps({"seconds": self.seconds, "peak_memory_gib": self.peak_memory_gib}, indent=2))
+        partial.replace(self._path)
+
+
+def tree_memory() -> int:
+    """Bytes of this process and its descendants, pages that they share counted once (PSS)."""
+    me = psutil.Process()
+    return sum(_memory(process) for process in [me, *me.children(recursive=True)])
+
+
+def _memory(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().pss
+    except psutil.AccessDenied:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
