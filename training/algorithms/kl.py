@@ -50,7 +50,7 @@ def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator =
 class FixedKL:
     """A KL coefficient that never changes (lm-human-preferences `FixedKLController`)."""
 
-    coefficient: float = 0.05
+    value: float = 0.05
 
     def update(self, current: float, n_steps: int) -> FixedKL:
         """The same controller."""
@@ -62,13 +62,13 @@ class AdaptiveKL:
     """A KL coefficient that follows a target (lm-human-preferences `AdaptiveKLController`, Ziegler et al. 2019).
 
         error = clip(current / target - 1, -0.2, 0.2)
-        coefficient <- coefficient * (1 + error * n_steps / horizon)
+        value <- value * (1 + error * n_steps / horizon)
 
     `target` and `current` are nats per response (k1 summed over a response's tokens, mean over responses); `n_steps`
     and `horizon` count responses ("episodes" there).
     """
 
-    coefficient: float = 0.05
+    value: float = 0.05
     target: float = 6.0
     horizon: int = 10_000
 
@@ -77,7 +77,7 @@ class AdaptiveKL:
         if not math.isfinite(current):
             raise InvalidArgumentError(f"the mean KL is {current}; the KL coefficient cannot follow it")
         error = min(max(current / self.target - 1.0, -0.2), 0.2)
-        return replace(self, coefficient=self.coefficient * (1.0 + error * n_steps / self.horizon))
+        return replace(self, value=self.value * (1.0 + error * n_steps / self.horizon))
 
 
 KLController = FixedKL | AdaptiveKL

@@ -35,11 +35,11 @@ class MismatchStats:
         """Means by metric name."""
         count = max(self.count, 1.0)
         return {
-            "mismatch_mean": self.absolute / count,
-            "mismatch_max": self.absolute_max,
-            "mismatch_ratio": self.ratio / count,
-            "mismatch_kl": self.kl / count,
-            "mismatch_above_cap": self.above_cap / count,
+            "mean_abs": self.absolute / count,
+            "max_abs": self.absolute_max,
+            "ratio": self.ratio / count,
+            "kl": self.kl / count,
+            "above_cap": self.above_cap / count,
         }
 
 

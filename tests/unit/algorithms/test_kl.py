@@ -38,9 +38,9 @@ def test_k3_keeps_its_digits_near_zero() -> None:
 
 def test_adaptive_controller_by_hand() -> None:
     # current 9, target 6: error = 0.5, limited to 0.2; 0.05 * (1 + 0.2 * 64 / 10000) = 0.050064
-    assert AdaptiveKL(0.05).update(9.0, 64).coefficient == pytest.approx(0.050064)
+    assert AdaptiveKL(0.05).update(9.0, 64).value == pytest.approx(0.050064)
     # current 5.4: error = -0.1; 0.05 * (1 - 0.1 * 64 / 10000) = 0.049968
-    assert AdaptiveKL(0.05).update(5.4, 64).coefficient == pytest.approx(0.049968)
+    assert AdaptiveKL(0.05).update(5.4, 64).value == pytest.approx(0.049968)
     assert AdaptiveKL(0.05).update(6.0, 64) == AdaptiveKL(0.05)
     assert FixedKL(0.05).update(100.0, 64) == FixedKL(0.05)
 
@@ -50,7 +50,7 @@ def test_adaptive_controller_equals_the_reference(current: float) -> None:
     controller, expected = AdaptiveKL(0.2, target=6.0, horizon=1000), 0.2
     for n_steps in (8, 64, 512):
         controller, expected = controller.update(current, n_steps), adaptive_kl(expected, current, 6.0, n_steps, 1000)
-    assert controller.coefficient == pytest.approx(expected, rel=1e-12)
+    assert controller.value == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_lost_kl_does_not_poison_the_coefficient() -> None:

@@ -21,11 +21,11 @@ def test_weights_by_hand() -> None:
 def test_statistics_by_hand() -> None:
     # |diff|: 0, ln 3, ln 2; ratio 1 + 3 + 0.5; k3 of KL(engine || trainer) = r - 1 - ln r: 0, 0.901388, 0.193147
     means = mismatch_stats(TRAINER, ENGINE).means()
-    assert means["mismatch_mean"] == pytest.approx((1.0986123 + 0.6931472) / 3, abs=1e-6)
-    assert means["mismatch_max"] == pytest.approx(1.0986123, abs=1e-6)
-    assert means["mismatch_ratio"] == pytest.approx(1.5)
-    assert means["mismatch_kl"] == pytest.approx((0.9013877 + 0.1931472) / 3, abs=1e-6)
-    assert means["mismatch_above_cap"] == pytest.approx(1 / 3)
+    assert means["mean_abs"] == pytest.approx((1.0986123 + 0.6931472) / 3, abs=1e-6)
+    assert means["max_abs"] == pytest.approx(1.0986123, abs=1e-6)
+    assert means["ratio"] == pytest.approx(1.5)
+    assert means["kl"] == pytest.approx((0.9013877 + 0.1931472) / 3, abs=1e-6)
+    assert means["above_cap"] == pytest.approx(1 / 3)
 
 
 def test_parts_add_up() -> None:
