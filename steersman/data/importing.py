@@ -7,7 +7,6 @@ numbers of skipped rows, which go to `skipped.jsonl` as they come. The output ap
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from typing import IO, Any
 import orjson
 from pydantic import ValidationError
 
+from steersman.artifacts import atomic_dir
 from steersman.data.formats import Format, ImportOptions, Skip
 from steersman.data.records import Position, describe_validation_error, file_digest
 from steersman.data.sources import Record, read_hugging_face, read_records
@@ -151,11 +151,8 @@ def import_to_folder(
     target = Path(folder)
     if target.exists() and any(target.iterdir()):
         raise StorageError(f"{target}: is not empty; name a new folder")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     summary = Summary(job.format.name)
-    try:
+    with atomic_dir(target) as partial:
         with ExitStack() as stack:
             sinks: dict[str, IO[bytes]] = {}
             skipped = stack.enter_context(open(partial / "skipped.jsonl", "wb"))
@@ -174,13 +171,6 @@ def import_to_folder(
             raise DataError(f"nothing to import: {describe_skips(summary)}", details=summary.to_dict())
         summary.files = {path.name: file_digest(path) for path in sorted(partial.glob("*.jsonl"))}
         (partial / "import.json").write_bytes(orjson.dumps(summary.to_dict(), option=orjson.OPT_INDENT_2) + b"\n")
-        if target.exists():
-            target.rmdir()
-        os.replace(partial, target)
-    except OSError as error:
-        raise StorageError(f"{target}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return summary
 
 

@@ -73,8 +73,11 @@ class Store:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A session that changes nothing; on SQLite it never waits for a writer."""
-        with Session(self.engine, expire_on_commit=False) as session:
+        """A session that changes nothing and sees one state of the data; it neither waits for writers nor stops them."""
+        engine = self.engine
+        if engine.dialect.name == "postgresql":
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        with Session(engine, expire_on_commit=False) as session:
             yield session
 
     def close(self) -> None:

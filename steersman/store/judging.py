@@ -421,3 +421,22 @@ def _chunks(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(values)
     while chunk := list(islice(iterator, size)):
         yield chunk
+
+
+def withdraw_items(session: Session, customer: str) -> int:
+    """Deletes a tenant's items with everything said about them, and takes their verdicts out of the counts."""
+    count = 0
+    items = sa.select(Item).where(Item.customer == customer).order_by(Item.id).with_for_update()
+    for item in session.scalars(items).all():
+        tallies = Tallies(item.project_id)
+        rows = list(
+            session.scalars(sa.select(Judgement).where(Judgement.item_id == item.id, Judgement.undone_at.is_(None)))
+        )
+        while rows:
+            row = rows.pop()
+            _take_back(session, tallies, item, row, rows)
+        tallies.write(session)
+        session.flush()
+        session.execute(sa.delete(Item).where(Item.id == item.id))
+        count += 1
+    return count

@@ -1,0 +1,52 @@
+"""The options of a release."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from steersman.data.agreement import Thresholds
+from steersman.data.pairs import DisagreementRule, TieRule
+from steersman.data.pii import PiiOptions
+
+Kind = Literal["preference", "feedback", "demonstration", "aspects"]
+
+
+class ReleaseOptions(BaseModel):
+    """What a release is made of, and by which rules."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """Name of the data set; versions count up under it."""
+    kind: Kind = "preference"
+    """Type of the rows."""
+    sources: tuple[str, ...] = Field(min_length=1)
+    """project:NAME, feedback (live feedback), or files of canonical rows."""
+    ties: TieRule = "drop"
+    """Answers that are equally good: drop the pair, or keep it with soft label 0.5."""
+    disagreement: DisagreementRule = "majority"
+    """Labelers of different minds: the majority's choice, the same with its share as soft label, or drop the pair."""
+    min_judgements: int = Field(default=1, ge=1)
+    """Judgements that an item needs."""
+    min_margin: float = Field(default=0.0, ge=0)
+    """Leave out pairs with a smaller margin."""
+    consent: Literal["not-refused", "given"] = "not-refused"
+    """Whether rows without a word on consent may be used."""
+    customers: tuple[str, ...] | None = None
+    """Only these tenants' rows (and rows of no tenant); unset takes all."""
+    exclude_customers: tuple[str, ...] = ()
+    """Tenants left out."""
+    licences: tuple[str, ...] | None = None
+    """Only rows under these licences; unset takes all."""
+    pii: PiiOptions = PiiOptions()
+    """Personal data to scrub."""
+    splits: dict[str, float] = Field(default={"train": 0.95, "test": 0.05})
+    """Shares; a prompt lies on one side only."""
+    split_by: str | None = None
+    """Metadata key that stays on one side, instead of the first question."""
+    seed: int = 0
+    """Seed of the splits."""
+    thresholds: Thresholds | None = None
+    """Overrides the thresholds of the projects."""

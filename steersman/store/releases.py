@@ -1,0 +1,216 @@
+"""The register of releases: publishing, verifying, what was trained on them, deleting a tenant's data.
+
+A version's files and card never change. Deleting a tenant's data makes a new version without it of every data set
+that holds some, erases the files of the versions that do (their card stays, marked withdrawn), and names the models
+that were trained on them.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from steersman.artifacts import atomic_dir
+from steersman.data.records import file_digest
+from steersman.data.release import Draft, write_release, write_without
+from steersman.data.rules import ReleaseOptions
+from steersman.errors import ChecksumError, ConflictError, NotFoundError
+from steersman.store.engine import Store
+from steersman.store.judging import withdraw_items
+from steersman.store.models import Answer, Deletion, Release, ReleaseCustomer, Training, now
+
+
+@dataclass(frozen=True)
+class DeletionReport:
+    """What deleting a tenant's data did."""
+
+    customer: str
+    items: int
+    answers: int
+    new_versions: dict[str, int | None]
+    """Data set -> the version without the tenant; None where no row was left."""
+    withdrawn: list[str]
+    """NAME vN that held the tenant's rows; their files are erased."""
+    models: list[dict[str, str]]
+    """Models trained on them: release, run, model."""
+    files: list[str]
+    """Imported files that fed those versions: the tenant's rows must be removed there by their owner."""
+
+
+def publish(store: Store, options: ReleaseOptions, root: Path) -> tuple[Release, bool]:
+    """Makes the next version of a data set under `root`/NAME/vN; (release, False) when nothing changed since the last.
+
+    Raises FailedPreconditionError when agreement misses a threshold; see `write_release`.
+    """
+    with store.reading() as session:
+        staged = _staging_folder(root.absolute() / options.name)
+        with atomic_dir(staged) as partial:
+            draft = write_release(session, options, partial)
+    try:
+        with store.transaction() as session:
+            last = latest(session, options.name)
+            if last is not None and last.digest == draft.digest:
+                return last, False
+            return _admit(session, options.name, staged, draft), True
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def latest(session: Session, name: str) -> Release | None:
+    """The newest version that is not withdrawn."""
+    return session.scalar(
+        sa.select(Release)
+        .where(Release.name == name, Release.withdrawn_at.is_(None))
+        .order_by(Release.version.desc())
+        .limit(1)
+    )
+
+
+def get_release(session: Session, name: str, version: int | None = None) -> Release:
+    """A version of a data set, the newest by default. Raises NotFoundError."""
+    if version is None:
+        release = latest(session, name)
+    else:
+        release = session.scalar(sa.select(Release).where(Release.name == name, Release.version == version))
+    if release is None:
+        asked = name if version is None else f"{name} v{version}"
+        raise NotFoundError(f"release {asked} does not exist; `steersman data releases` lists them")
+    return release
+
+
+def verify(release: Release) -> None:
+    """Raises ChecksumError when a file of the release is not what its card says, NotFoundError when withdrawn."""
+    if release.withdrawn_at is not None:
+        raise NotFoundError(f"release {release.name} v{release.version} was withdrawn: {release.withdrawn_reason}")
+    for name, digest in release.card["files"].items():
+        path = Path(release.url) / name
+        if not path.is_file() or file_digest(path) != digest:
+            raise ChecksumError(f"{path}: missing or changed since the release; restore it from a backup")
+
+
+def record_training(session: Session, release: Release, run: str, model: str) -> None:
+    """Remembers that a model was trained on a release; repeating it changes nothing."""
+    if session.get(Training, (release.id, run, model)) is None:
+        session.add(Training(release_id=release.id, run=run, model=model))
+        session.flush()
+
+
+def delete_customer(store: Store, customer: str) -> DeletionReport:
+    """Deletes a tenant's data everywhere. Safe to repeat after a crash: it goes on where it stopped."""
+    with store.reading() as session:
+        staged = {name: _stage_without(session, name, customer) for name in _names(_holding(session, customer))}
+    with store.transaction() as session:
+        held = _holding(session, customer)
+        if set(_names(held)) - set(staged):
+            raise ConflictError(f"a release with rows of {customer!r} was made meanwhile; delete again")
+        new_versions = {name: _replace(session, name, *staged[name]) for name in _names(held)}
+        models = [
+            {"release": f"{release.name} v{release.version}", "run": row.run, "model": row.model}
+            for release in held
+            for row in session.scalars(
+                sa.select(Training).where(Training.release_id == release.id).order_by(Training.run, Training.model)
+            )
+        ]
+        for release in held:
+            release.withdrawn_at = now()
+            release.withdrawn_reason = "a tenant's data was deleted"
+        items = withdraw_items(session, customer)
+        answers = session.execute(sa.delete(Answer).where(Answer.customer == customer)).rowcount  # type: ignore[attr-defined]
+        sources = {source for release in held for source in release.card.get("sources", {})}
+        report = DeletionReport(
+            customer=customer,
+            items=items,
+            answers=answers,
+            new_versions=new_versions,
+            withdrawn=[f"{release.name} v{release.version}" for release in held],
+            models=models,
+            files=sorted(source for source in sources if source != "feedback" and not source.startswith("project:")),
+        )
+        session.add(Deletion(customer=customer, report=asdict(report)))
+    # After the commit: a version is never without files while the register still offers it.
+    for folder in _withdrawn_folders(store, customer):
+        shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def _holding(session: Session, customer: str) -> list[Release]:
+    """The versions that hold rows of a tenant."""
+    return list(
+        session.scalars(
+            sa.select(Release)
+            .join(ReleaseCustomer, ReleaseCustomer.release_id == Release.id)
+            .where(ReleaseCustomer.customer == customer, Release.withdrawn_at.is_(None))
+            .order_by(Release.name, Release.version)
+        )
+    )
+
+
+def _names(releases: list[Release]) -> list[str]:
+    return sorted({release.name for release in releases})
+
+
+def _withdrawn_folders(store: Store, customer: str) -> list[Path]:
+    with store.reading() as session:
+        urls = session.scalars(
+            sa.select(Release.url)
+            .join(ReleaseCustomer, ReleaseCustomer.release_id == Release.id)
+            .where(ReleaseCustomer.customer == customer, Release.withdrawn_at.is_not(None))
+        )
+        return [Path(url) for url in urls]
+
+
+def _stage_without(session: Session, name: str, customer: str) -> tuple[Release, Path | None, Draft | None]:
+    """The newest version of a data set, and its files without a tenant's rows; None where nothing need be made."""
+    last = latest(session, name)
+    assert last is not None  # the caller found a version that holds the tenant
+    held = session.get(ReleaseCustomer, (last.id, customer))
+    if held is None or held.rows == last.card["rows"]:
+        return last, None, None
+    staged = _staging_folder(Path(last.url).parent)
+    with atomic_dir(staged) as partial:
+        card: dict[str, Any] = last.card | {"replaces": last.version}
+        draft = write_without(Path(last.url), partial, card, lambda row: row.get("customer") != customer)
+    return last, staged, draft
+
+
+def _replace(session: Session, name: str, last: Release, staged: Path | None, draft: Draft | None) -> int | None:
+    """Registers a staged version; returns the version to use from now on, None where no row was left."""
+    newest = latest(session, name)
+    if newest is None or newest.id != last.id:
+        raise ConflictError(f"data set {name}: another version was made meanwhile; delete again")
+    if staged is not None and draft is not None:
+        return _admit(session, name, staged, draft).version
+    held = session.scalar(sa.select(sa.func.count()).where(ReleaseCustomer.release_id == last.id))
+    return None if held else last.version
+
+
+def _staging_folder(parent: Path) -> Path:
+    return parent / f".staged-{secrets.token_hex(4)}"
+
+
+def _admit(session: Session, name: str, staged: Path, draft: Draft) -> Release:
+    """Gives staged files the next version number, write-protects and registers them."""
+    if session.get_bind().dialect.name == "postgresql":
+        # Two publishers of one data set come one after the other; on SQLite all writers do.
+        session.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(name))))
+    version = (session.scalar(sa.select(sa.func.max(Release.version)).where(Release.name == name)) or 0) + 1
+    folder = staged.parent / f"v{version}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a publisher that was killed before it registered
+    for path in staged.iterdir():
+        path.chmod(0o444)
+    staged.rename(folder)
+    release = Release(name=name, version=version, url=str(folder), digest=draft.digest, card=draft.card)
+    session.add(release)
+    session.flush()
+    session.add_all(
+        ReleaseCustomer(release_id=release.id, customer=customer, rows=rows)
+        for customer, rows in draft.customers.items()
+    )
+    session.flush()
+    return release
