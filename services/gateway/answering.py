@@ -32,7 +32,7 @@ from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatR
 
 log = logging.getLogger("steersman.gateway")
 
-_OUTCOMES = {
+_OUTCOMES: dict[int, str] = {
     common_pb2.FINISH_REASON_STOP: "stop",
     common_pb2.FINISH_REASON_LENGTH: "length",
     common_pb2.FINISH_REASON_CANCELLED: "cancelled",

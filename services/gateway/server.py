@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import signal
 import socket
 import ssl
 import tempfile
+from collections.abc import Awaitable
 
 import uvicorn
+from grpc_health.v1 import health_pb2
+from sqlalchemy.exc import SQLAlchemyError
 
 from services.gateway.answering import Assistant
 from services.gateway.app import create_app
@@ -19,11 +23,19 @@ from services.gateway.auth.identity import CustomerVerifier
 from services.gateway.auth.keys import KeyRing
 from services.gateway.auth.tokens import FeedbackTokens, Sessions
 from services.gateway.backends.pool import build_pool
+from services.gateway.chat_service import SERVICE_NAME as CHAT_SERVICE
+from services.gateway.chat_service import ChatServicer
 from services.gateway.config import GatewayConfig
 from services.gateway.feedback import FeedbackDesk
 from services.gateway.metrics import Metrics
+from services.gateway.oip import OipServer
 from services.gateway.store import open_store, shared_secret
 from steersman.errors import ConfigError
+from steersman.rpc.server import Server, ServerConfig
+from steersman.v1.chat_pb2_grpc import add_ChatServiceServicer_to_server
+
+_TICK_SECONDS = 0.25
+_FORGET_EVERY = 240
 
 log = logging.getLogger("steersman.gateway")
 
@@ -36,12 +48,22 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+class _GrpcServer(Server):
+    """Its health follows the gateway's readiness, which may come and go."""
+
+    async def set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._names):
+            await self._health.set(name, status)
+
+
 class Gateway:
     """`start()`, then `run_until_signal()` or `drain()`."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
         self.port = 0
+        self.grpc_port = 0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         database = config.database
         if database is None:
@@ -58,17 +80,34 @@ class Gateway:
         self.authenticator = Authenticator(config, keys, Sessions(secret), customers)
         self._uvicorn: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._oip = OipServer(self.assistant, self.authenticator)
+        self._grpc: _GrpcServer | None = None
+        self._chores: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Listens. Readiness depends on the replicas, so a gateway may be started before them."""
         config = self.config
         await self.pool.start()
         self.assistant.recorder.start()
+        servicer = ChatServicer(self.assistant, self.authenticator, self.feedback)
+        self._grpc = _GrpcServer(
+            ServerConfig(
+                host=config.host,
+                tls=config.tls,
+                drain_seconds=config.drain_seconds,
+                max_message_bytes=config.limits.body_bytes,
+            ),
+            [(config.grpc_port, [(add_ChatServiceServicer_to_server, servicer, CHAT_SERVICE), self._oip.service()])],
+        )
+        await self._grpc.start()
+        self.grpc_port = self._grpc.ports[0]
         listener = _listen(config.host, config.port)
         self.port = listener.getsockname()[1]
+        app = create_app(self.assistant, self.authenticator, self.feedback, self.metrics)
+        self._oip.mount(app)
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                create_app(self.assistant, self.authenticator, self.feedback, self.metrics),
+                app,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -86,7 +125,23 @@ class Gateway:
                 await self._serving
                 raise ConfigError(f"{config.host}:{self.port} cannot be served; the log has the cause")
             await asyncio.sleep(0.01)
-        log.info("listening", extra={"host": config.host, "port": self.port})
+        self._chores = asyncio.create_task(self._do_chores())
+        log.info("listening", extra={"host": config.host, "port": self.port, "grpc_port": self.grpc_port})
+
+    async def _do_chores(self) -> None:
+        """Keeps gRPC health true to readiness, and forgets what has expired."""
+        assert self._grpc is not None
+        was_ready = False
+        for tick in itertools.count():
+            if self.assistant.ready != was_ready:
+                was_ready = self.assistant.ready
+                await self._grpc.set_serving(was_ready)
+            if tick % _FORGET_EVERY == 0:
+                try:
+                    await self.assistant.memory.forget_expired()
+                except SQLAlchemyError:
+                    log.exception("expired conversations cannot be forgotten, trying again later")
+            await asyncio.sleep(_TICK_SECONDS)
 
     @property
     def url(self) -> str:
@@ -104,9 +159,15 @@ class Gateway:
     async def drain(self) -> None:
         """Not ready any more; running streams end within `drainSeconds`; then everything closes."""
         self.assistant.draining = True
+        if self._chores is not None:
+            self._chores.cancel()
+        ends: list[Awaitable[None]] = []
         if self._uvicorn is not None and self._serving is not None:
             self._uvicorn.should_exit = True
-            await self._serving
+            ends.append(self._serving)
+        if self._grpc is not None:
+            ends.append(self._grpc.drain())
+        await asyncio.gather(*ends)
         await self.assistant.recorder.close()
         await self.pool.close()
         self.store.close()

@@ -23,7 +23,7 @@ FINISH_REASONS: dict[int, str] = {
 def chat_request(body: ChatCompletionRequest) -> PolicyServiceChatRequest:
     tools = [tool.model_dump(exclude_none=True) for tool in body.offered_tools]
     return PolicyServiceChatRequest(
-        messages=[_message(message) for message in body.messages],
+        messages=[to_message(message) for message in body.messages],
         sampling=_sampling(body, body.length),
         n=body.n or 1,
         stop=body.stops,
@@ -43,7 +43,8 @@ def completion_request(body: CompletionRequest, prompt: str) -> PolicyServiceCha
     )
 
 
-def _message(message: ChatMessage) -> common_pb2.Message:
+def to_message(message: ChatMessage) -> common_pb2.Message:
+    """The contract's form of a message."""
     calls = [
         common_pb2.ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
         for call in message.tool_calls or []

@@ -1,0 +1,94 @@
+"""The gateway's native gRPC interface: translates, nothing else."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+from services.gateway.answer import Question
+from services.gateway.answering import Assistant
+from services.gateway.auth.authenticator import Authenticator
+from services.gateway.errors import BadRequestError
+from services.gateway.feedback import FeedbackDesk
+from steersman.store.feedback import Event
+from steersman.v1 import chat_pb2, chat_pb2_grpc
+from steersman.v1.policy_pb2 import PolicyServiceChatRequest
+
+SERVICE_NAME = "steersman.v1.ChatService"
+_ROLES = {"system", "user", "assistant", "tool"}
+_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
+
+
+class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
+    def __init__(self, assistant: Assistant, auth: Authenticator, feedback: FeedbackDesk) -> None:
+        self._assistant = assistant
+        self._auth = auth
+        self._feedback = feedback
+
+    async def Chat(self, request: chat_pb2.ChatRequest, context: Any) -> AsyncIterator[chat_pb2.ChatResponse]:
+        headers = _headers(context)
+        caller = await self._auth.caller(headers)
+        if not request.messages:
+            raise BadRequestError("messages: send at least one message", param="messages")
+        for index, message in enumerate(request.messages):
+            if message.role not in _ROLES:
+                raise BadRequestError(f"messages.{index}.role is {message.role!r}; use one of {sorted(_ROLES)}")
+        sampling = request.sampling
+        if not sampling.seed:
+            sampling.seed = secrets.randbits(64)
+        if sampling.HasField("temperature") and not 0 <= sampling.temperature <= 2:
+            raise BadRequestError("sampling.temperature must be between 0 and 2", param="sampling.temperature")
+        if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
+            raise BadRequestError("sampling.top_p must be above 0 and at most 1", param="sampling.top_p")
+        question = Question(
+            caller,
+            _request_id(headers),
+            PolicyServiceChatRequest(messages=request.messages, sampling=sampling, stop=request.stop, n=1),
+            model=request.model,
+            id_prefix="chat",
+            conversation_id=request.conversation_id,
+            idempotency_key=headers.get("idempotency-key", ""),
+        )
+        answer = await self._assistant.answer(question)
+        try:
+            async for part in answer:
+                response = chat_pb2.ChatResponse(answer_id=answer.id, delta=part.delta)
+                if part.finish_reason:
+                    response.finish_reason = part.finish_reason
+                    response.prompt_tokens = answer.prompt_tokens
+                    response.completion_tokens = answer.completion_tokens
+                    response.weights_version = str(answer.weights_version or "")
+                    for source in answer.sources:
+                        response.sources.add(system=source.system, record=source.record)
+                yield response
+        finally:
+            await answer.close()
+
+    async def SubmitFeedback(
+        self, request: chat_pb2.SubmitFeedbackRequest, context: Any
+    ) -> chat_pb2.SubmitFeedbackResponse:
+        headers = _headers(context)
+        caller = await self._auth.caller(headers)
+        kind = request.WhichOneof("judgement")
+        if kind is None:
+            raise BadRequestError("judgement: set thumbs_up, edited_answer or outcome", param="judgement")
+        if kind == "thumbs_up":
+            event = Event(request.event_id, request.answer_id, "thumbs", "up" if request.thumbs_up else "down")
+        elif kind == "edited_answer":
+            event = Event(request.event_id, request.answer_id, "edit", request.edited_answer)
+        else:
+            event = Event(request.event_id, request.answer_id, "outcome", request.outcome)
+        event = Event(event.event_id, event.answer_id, event.kind, event.value, request.reason)
+        created = await self._feedback.take(caller, _request_id(headers), event)
+        return chat_pb2.SubmitFeedbackResponse(created=created)
+
+
+def _headers(context: Any) -> dict[str, str]:
+    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _request_id(headers: dict[str, str]) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.match(given) else f"req-{secrets.token_hex(12)}"

@@ -1,0 +1,289 @@
+"""Open Inference Protocol v2 over REST and gRPC: the gateway as a KServe custom predictor.
+
+The SDK brings protocol, data plane and model registry; REST routes and gRPC servicer are mounted on the gateway's own
+servers, because `ModelServer.start` knows no TLS for gRPC, no bind address and no drain of streams.
+
+Input tensors (BYTES, one element a question): `text_input`, a user message, or `messages`, a conversation as JSON.
+Parameters: max_tokens, temperature, top_p, seed. Outputs: `text_output`, `answer_id`, `finish_reason` (BYTES) and
+`weights_version` (INT64).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+import orjson
+from fastapi import FastAPI
+from fastapi.responses import Response
+from pydantic import TypeAdapter, ValidationError
+
+from services.gateway.answer import Answer, Question
+from services.gateway.answering import Assistant
+from services.gateway.auth.authenticator import Authenticator
+from services.gateway.errors import BadRequestError, from_validation
+from services.gateway.openai.schema import ChatMessage
+from services.gateway.openai.translate import FINISH_REASONS, to_message
+from steersman import __version__
+from steersman.errors import FailedPreconditionError, NotFoundError, SteersmanError, UnavailableError
+from steersman.v1 import common_pb2
+from steersman.v1.policy_pb2 import PolicyServiceChatRequest
+
+# The SDK parses sys.argv when it is imported and would take our `--config` for its `--configure_logging`.
+_argv, sys.argv = sys.argv, [sys.argv[0], "--configure_logging", "false"]
+try:
+    import kserve
+    from kserve import errors as kserve_errors
+    from kserve.protocol.dataplane import DataPlane
+    from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+    from kserve.protocol.grpc.servicer import InferenceServicer
+    from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, InferResponse
+    from kserve.protocol.model_repository_extension import ModelRepositoryExtension
+    from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
+finally:
+    sys.argv = _argv
+
+SERVICE_NAME = "inference.GRPCInferenceService"
+_MOST_QUESTIONS = 64
+_CONVERSATION: TypeAdapter[list[ChatMessage]] = TypeAdapter(list[ChatMessage])
+_PARAMETERS = {"max_tokens": int, "temperature": float, "top_p": float, "seed": int}
+# Set by KServe's clients; they concern the encoding, not the answer.
+_IGNORED_PARAMETERS = {"binary_data_output", "content_type", "headers"}
+
+
+class AssistantModel(kserve.Model):
+    """The assistant as a KServe model."""
+
+    def __init__(self, name: str, assistant: Assistant, auth: Authenticator) -> None:
+        super().__init__(name)
+        self._assistant = assistant
+        self._auth = auth
+        self.ready = True
+
+    async def healthy(self) -> bool:
+        return self._assistant.ready
+
+    def get_input_types(self) -> list[dict[str, Any]]:
+        return [
+            {"name": "text_input", "datatype": "BYTES", "shape": [-1]},
+            {"name": "messages", "datatype": "BYTES", "shape": [-1]},
+        ]
+
+    def get_output_types(self) -> list[dict[str, Any]]:
+        names = {"text_output": "BYTES", "answer_id": "BYTES", "finish_reason": "BYTES", "weights_version": "INT64"}
+        return [{"name": name, "datatype": datatype, "shape": [-1]} for name, datatype in names.items()]
+
+    async def predict(
+        self,
+        payload: InferRequest,
+        headers: Mapping[str, str] | None = None,
+        response_headers: dict[str, str] | None = None,
+    ) -> InferResponse:
+        headers = {name.lower(): value for name, value in (headers or {}).items()}
+        caller = await self._auth.caller(headers)
+        sampling = _sampling(payload.parameters or {})
+        request_id = headers.get("x-request-id") or f"req-{secrets.token_hex(12)}"
+        questions = [
+            Question(
+                caller,
+                request_id,
+                PolicyServiceChatRequest(messages=messages, sampling=sampling, n=1),
+                model=self.name,
+                id_prefix="infer",
+            )
+            for messages in _conversations(payload.inputs)
+        ]
+        # A failed question cancels the others.
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._ask(question)) for question in questions]
+        return _response(payload, self.name, [task.result() for task in tasks])
+
+    async def _ask(self, question: Question) -> Answer:
+        answer = await self._assistant.answer(question)
+        try:
+            async for _ in answer:
+                pass
+        finally:
+            await answer.close()
+        return answer
+
+
+def _conversations(inputs: Sequence[InferInput]) -> list[list[common_pb2.Message]]:
+    if len(inputs) != 1 or inputs[0].name not in ("text_input", "messages"):
+        raise BadRequestError("Send one input tensor, 'text_input' or 'messages'", param="inputs")
+    tensor = inputs[0]
+    if tensor.datatype != "BYTES":
+        raise BadRequestError(f"inputs.{tensor.name} must have the datatype BYTES", param="inputs")
+    elements = _elements(tensor)
+    if not 1 <= len(elements) <= _MOST_QUESTIONS:
+        raise BadRequestError(f"inputs.{tensor.name} must hold 1 to {_MOST_QUESTIONS} elements", param="inputs")
+    if tensor.name == "text_input":
+        return [[common_pb2.Message(role="user", content=text)] for text in elements]
+    try:
+        parsed = [_CONVERSATION.validate_json(text) for text in elements]
+    except ValidationError as error:
+        raise from_validation(error) from None
+    return [[to_message(message) for message in conversation] for conversation in parsed]
+
+
+def _elements(tensor: InferInput) -> list[str]:
+    try:
+        values = tensor.as_numpy().reshape(-1).tolist()
+        return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+    except UnicodeDecodeError:
+        raise BadRequestError(f"inputs.{tensor.name} must be UTF-8", param="inputs") from None
+    except SteersmanError:
+        raise
+    except Exception:
+        raise BadRequestError(f"inputs.{tensor.name}: shape and data do not fit", param="inputs") from None
+
+
+def _sampling(parameters: Mapping[str, Any]) -> common_pb2.SamplingParams:
+    values: dict[str, Any] = {}
+    for name, raw in parameters.items():
+        value = _plain(raw)
+        if name in _IGNORED_PARAMETERS:
+            continue
+        if name not in _PARAMETERS:
+            known = ", ".join(_PARAMETERS)
+            raise BadRequestError(f"parameters.{name} is not known; use {known}", param=f"parameters.{name}")
+        try:
+            # Over gRPC the SDK's clients can send a fraction only as text.
+            number = float(value) if isinstance(value, str) else value
+            whole = int(number)
+        except (ValueError, TypeError, OverflowError):
+            raise BadRequestError(f"parameters.{name} must be a number", param=f"parameters.{name}") from None
+        if isinstance(value, bool) or (_PARAMETERS[name] is int and number != whole):
+            raise BadRequestError(f"parameters.{name} must be a number", param=f"parameters.{name}")
+        values[name] = whole if _PARAMETERS[name] is int else float(number)
+    max_tokens, temperature, top_p = values.get("max_tokens", 0), values.get("temperature"), values.get("top_p")
+    if not 0 <= max_tokens < 2**31 or not 0 <= (temperature or 0) <= 2 or not 0 < (1 if top_p is None else top_p) <= 1:
+        raise BadRequestError("parameters: max_tokens, temperature (0 to 2) or top_p (0 to 1) is out of range")
+    seed = values.get("seed", secrets.randbits(64)) % 2**64
+    return common_pb2.SamplingParams(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+def _plain(value: Any) -> Any:
+    """The value of a gRPC parameter, or a REST parameter as it is."""
+    return getattr(value, value.WhichOneof("parameter_choice") or "") if hasattr(value, "WhichOneof") else value
+
+
+def _response(request: InferRequest, model: str, answers: Sequence[Answer]) -> InferResponse:
+    columns: dict[str, list[str]] = {
+        "text_output": [answer.choices[0].text for answer in answers],
+        "answer_id": [answer.id for answer in answers],
+        "finish_reason": [FINISH_REASONS.get(answer.choices[0].finish_reason, "stop") for answer in answers],
+    }
+    shape = [len(answers)]
+    # The SDK takes bytes for gRPC and text for JSON.
+    outputs = [
+        InferOutput(name, shape, "BYTES", [v.encode() for v in values] if request.from_grpc else values)
+        for name, values in columns.items()
+    ]
+    outputs.append(InferOutput("weights_version", shape, "INT64", [answer.weights_version for answer in answers]))
+    return InferResponse(request.id or answers[0].id, model, outputs)
+
+
+class _DataPlane(DataPlane):
+    """Says what this server is, and turns the SDK's slips on malformed input into errors of the tree."""
+
+    def __init__(self, model_registry: kserve.ModelRepository, assistant: Assistant) -> None:
+        super().__init__(model_registry=model_registry)
+        self._assistant = assistant
+
+    def metadata(self) -> dict[str, Any]:
+        return {"name": "steersman", "version": __version__, "extensions": []}
+
+    async def ready(self) -> bool:
+        return self._assistant.ready
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().decode(*args, **kwargs)
+        except Exception as error:
+            raise BadRequestError(f"The inference request cannot be read: {error}") from None
+
+    async def infer(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().infer(*args, **kwargs)
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+
+class _Repository(ModelRepositoryExtension):
+    """Weights come through the weights service; nobody loads or unloads the model here."""
+
+    async def load(self, model_name: str) -> None:
+        raise FailedPreconditionError("Models are not loaded here; the weights service of the policy does that")
+
+    async def unload(self, model_name: str) -> None:
+        raise FailedPreconditionError("Models are not unloaded here; stop the gateway or the policy service instead")
+
+
+class _Servicer(InferenceServicer):
+    """The SDK's servicer with errors of the tree."""
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        return await _translated(self._infer(request, context))
+
+    async def _infer(self, request: Any, context: Any) -> Any:
+        if not await self._data_plane.model_ready(request.model_name):
+            raise UnavailableError(f"The model {request.model_name} cannot answer at the moment")
+        return await super().ModelInfer(request, context)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        return await _translated(super().ModelReady(request, context))
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        return await _translated(super().ModelMetadata(request, context))
+
+
+async def _translated(call: Any) -> Any:
+    try:
+        return await call
+    except (SteersmanError, grpc.aio.AbortError):
+        raise
+    except kserve_errors.ModelNotFound as error:
+        raise NotFoundError(error.reason) from None
+    except (kserve_errors.InvalidInput, ValueError, TypeError, IndexError) as error:
+        raise BadRequestError(f"The inference request cannot be read: {error}") from None
+
+
+class OipServer(kserve.ModelServer):
+    """KServe's model server with the assistant as its model; the gateway brings the listeners."""
+
+    def __init__(self, assistant: Assistant, auth: Authenticator) -> None:
+        super().__init__(registered_models=kserve.ModelRepository(), enable_latency_logging=False)
+        self.dataplane = _DataPlane(self.registered_models, assistant)
+        self.model_repository_extension = _Repository(self.registered_models)
+        for name in assistant.config.model_names:
+            self.register_model(AssistantModel(name, assistant, auth))
+
+    def mount(self, app: FastAPI) -> None:
+        """Adds the REST routes under /v2."""
+        register_v2_endpoints(app, self.dataplane, self.model_repository_extension)
+        failures = {
+            kserve_errors.ModelNotFound: 404,
+            kserve_errors.ModelNotReady: 503,
+            kserve_errors.ServerNotReady: 503,
+            kserve_errors.InvalidInput: 400,
+            NotImplementedError: 404,
+        }
+        for cls, status in failures.items():
+            app.add_exception_handler(cls, _failure(status))
+
+    def service(self) -> tuple[Any, Any, str]:
+        """For `steersman.rpc.server.Server`."""
+        servicer = _Servicer(self.dataplane, self.model_repository_extension)
+        return add_GRPCInferenceServiceServicer_to_server, servicer, SERVICE_NAME
+
+
+def _failure(status: int) -> Any:
+    async def handler(request: Any, error: Exception) -> Any:
+        return Response(orjson.dumps({"error": str(error)}), status, media_type="application/json")
+
+    return handler
