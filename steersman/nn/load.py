@@ -127,11 +127,12 @@ def load_reward_backbone(folder: Path, *, device: str = "cpu") -> tuple[PreTrain
     model = load_classifier(folder / member.folder, device=device)
     if not is_decoder(model):
         raise ConfigError(f"{folder}: an encoder cannot become a critic; use ppo.critic.kind: valueHead")
+    scores: nn.Linear = model.score  # type: ignore[assignment]
     weights = torch.tensor(list(settings.aspects.values()) or [1.0], device=device)
     std = member.std * settings.std
     head = nn.Linear(model.config.hidden_size, 1, device=device)
     with torch.no_grad():
-        head.weight.copy_((weights @ model.score.weight)[None] / std)
+        head.weight.copy_((weights @ scores.weight)[None] / std)
         head.bias.fill_(-(member.mean / member.std + settings.mean) / settings.std)
     model.score = nn.Identity()
     return model, head

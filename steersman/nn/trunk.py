@@ -8,7 +8,9 @@ expects them. Losses and gradients are those of the padded forward pass.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from steersman.errors import InvalidArgumentError
 from steersman.nn.packed import enable_packed, pack
-
-Row = Sequence[int] | np.ndarray
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
@@ -77,43 +77,51 @@ def _forward(
     return BaseModelOutputWithPast(last_hidden_state=padded.masked_fill((index < 0)[..., None], 0))
 
 
+@dataclass(frozen=True, slots=True)
 class Group:
-    """Rows with a common beginning; `rests` is empty where a row stands alone."""
+    """Rows with a common beginning."""
 
-    def __init__(self, rows: list[int], tokens: list[np.ndarray]) -> None:
-        self.rows = rows
-        if len(rows) == 1:
-            self.prompt, self.rests = tokens[0], []
-        else:
-            shared = _common_prefix(tokens)
-            self.prompt, self.rests = tokens[0][:shared], [row[shared:] for row in tokens]
-
-    @property
-    def size(self) -> int:
-        return len(self.prompt) + sum(len(rest) for rest in self.rests)
+    rows: list[int]
+    """Their numbers in the batch."""
+    prompt: np.ndarray
+    """What all of them begin with; the whole row where there is only one."""
+    rests: list[np.ndarray]
+    """What follows in each of them; empty where there is only one."""
 
 
-def share_beginnings(rows: list[np.ndarray]) -> list[Group]:
-    """The cheapest of three groupings: every row alone; row i with row i + B/2 (chosen and rejected); all together."""
-    groupings = [[[row] for row in range(len(rows))]]
-    half = len(rows) // 2
-    if len(rows) > 2:
-        groupings.append([list(range(len(rows)))])
-    if len(rows) > 1 and len(rows) % 2 == 0:
-        groupings.append([[row, row + half] for row in range(half)])
-    usable = []
-    for grouping in groupings:
-        groups = [Group(members, [rows[member] for member in members]) for members in grouping]
-        if all(len(group.prompt) for group in groups):
-            usable.append(groups)
-    return min(usable, key=lambda groups: sum(group.size for group in groups))
+def share_beginnings(rows: Sequence[np.ndarray]) -> list[Group]:
+    """The grouping of rows by common beginnings that leaves the fewest tokens.
+
+    In alphabetical order rows with much in common are neighbours; a run of n neighbours with a common beginning of c
+    tokens saves (n - 1) c. Dynamic programming finds the best runs.
+    """
+    order = sorted(range(len(rows)), key=lambda row: rows[row].tolist())
+    common = [_common_prefix(rows[one], rows[other]) for one, other in itertools.pairwise(order)]
+    saved, start_of_last = [0], [0]
+    for end in range(1, len(order) + 1):
+        best, start, shared = saved[end - 1], end - 1, len(rows[order[end - 1]])
+        for first in range(end - 2, -1, -1):
+            shared = min(shared, common[first])
+            if not shared:
+                break
+            if saved[first] + (end - 1 - first) * shared > best:
+                best, start = saved[first] + (end - 1 - first) * shared, first
+        saved.append(best)
+        start_of_last.append(start)
+    groups, end = [], len(order)
+    while end:
+        start = start_of_last[end]
+        shared = min(common[start : end - 1], default=len(rows[order[start]]))
+        members = order[start:end]
+        rests = [rows[member][shared:] for member in members] if len(members) > 1 else []
+        groups.append(Group(members, rows[members[0]][:shared], rests))
+        end = start
+    return groups
 
 
-def _common_prefix(rows: list[np.ndarray]) -> int:
-    width = min(map(len, rows))
-    same = np.ones(width, dtype=bool)
-    for row in rows[1:]:
-        same &= row[:width] == rows[0][:width]
+def _common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    width = min(len(one), len(other))
+    same = one[:width] == other[:width]
     return width if same.all() else int(same.argmin())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -101,4 +102,19 @@ def test_every_token_is_found_where_it_was_put(rows):
     for row, positions in zip(rows, index, strict=True):
         assert tokens[positions[: len(row)]].tolist() == row.tolist()
         assert (positions[len(row) :] == -1).all()
-    assert len(tokens) <= sum(map(len, rows))
+    assert len(tokens) == min(size for size in map(total, partitions(sorted(row.tolist() for row in rows))))
+
+
+def partitions(rows: list) -> list[list]:
+    """Every way to cut a list into runs."""
+    if not rows:
+        return [[]]
+    return [[rows[:n], *rest] for n in range(1, len(rows) + 1) for rest in partitions(rows[n:])]
+
+
+def total(runs: list) -> int:
+    """Tokens that remain when every run's common beginning is kept once."""
+    shared = [
+        len(list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*run, strict=False)))) for run in runs
+    ]
+    return sum(sum(map(len, run)) - (len(run) - 1) * size for run, size in zip(runs, shared, strict=True))

@@ -1,0 +1,62 @@
+"""Supervised fine-tuning: the loss on what the assistant says, the token that ends its turn included.
+
+    L = - sum_t m_t log p(x_t | x_<t) / sum_t m_t,   m_t = 1 on assistant tokens of every turn
+
+TRL's SFTTrainer computes it. The labels are made here (see `steersman.nn.tokens`), because most published chat
+templates carry no `{% generation %}` marks, and so that an answer is trained behind exactly the prompt tokens that it
+is generated behind.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from steersman.config.manifest import SftStage
+from steersman.data.records import Demonstration
+from steersman.errors import DataError
+from steersman.nn.tokens import label_conversation
+from training.context import StageContext
+from training.trl_setup import Progress, check_length, finish_causal, numbered_rows, options, start_causal, train
+
+
+def run_sft(spec: SftStage, ctx: StageContext) -> dict[str, Path]:
+    """Trains on `data.demonstrations` from the newest policy and returns the folders `model` and `adapter`.
+
+    Raises:
+        DataError: a row is wrong or too long; the message begins with `file:line`.
+    """
+    files = ctx.files("demonstrations")
+    start = start_causal(ctx.policy_model, spec, ctx)
+    data = labelled_dataset(files.train, start.tokenizer, start.stop_ids, spec.max_length)
+    validation = None
+    if files.validation is not None:
+        validation = labelled_dataset(files.validation, start.tokenizer, start.stop_ids, spec.max_length)
+    trainer = SFTTrainer(
+        model=start.model,
+        args=SFTConfig(**options(spec, ctx), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=data,
+        eval_dataset=validation,
+        processing_class=start.tokenizer,
+        callbacks=[Progress(ctx)],
+    )
+    train(trainer, ctx)
+    del trainer
+    return finish_causal(start, spec, ctx)
+
+
+def labelled_dataset(path: Path, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], max_length: int) -> Dataset:
+    """Rows `input_ids` and `labels` (-100 where nothing is learned) of a file of demonstrations."""
+    rows = []
+    for where, row in numbered_rows(path, Demonstration):
+        try:
+            examples = label_conversation(tokenizer, row.to_dict()["messages"], stop_ids)
+        except DataError as error:
+            raise DataError(f"{where}: {error.message}") from None
+        for example in examples:
+            check_length(len(example.token_ids), max_length, where)
+            rows.append({"input_ids": example.token_ids, "labels": example.labels})
+    return Dataset.from_list(rows)

@@ -1,0 +1,238 @@
+"""What the stages that TRL trains have in common: options, progress, checkpoints, the start and the end.
+
+TRL computes the losses. Around it: no padding and no repeated prompts in the trunk (`steersman.nn.trunk`), the LM head
+only where a label is, progress for the reporter, checkpoints by time, and artifacts that appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import trl.trainer.utils
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
+
+from steersman.artifacts import storage_errors
+from steersman.config.manifest import Lora, Optimizer
+from steersman.data.records import Row, display_name, parse_row, read_lines
+from steersman.errors import DataError, FailedPreconditionError
+from steersman.nn.load import disable_dropout, load_causal_lm, load_tokenizer, quiet_libraries
+from steersman.nn.lora import attach_lora, merge_to_folder, quantization, save_adapter, save_model
+from steersman.nn.prepare import check_tokenizer_matches
+from steersman.nn.tokens import stop_ids
+from steersman.nn.trunk import skip_padding
+from training.context import StageContext
+
+CHECKPOINT_SECONDS = 30.0
+"""Work that a killed stage repeats at most, give or take a step."""
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+class TrlStage(Protocol):
+    """The fields that every stage trained by TRL has; see the manifest."""
+
+    @property
+    def lora(self) -> Lora | None: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def max_steps(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def micro_batch_size(self) -> int: ...
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+
+
+def numbered_rows(path: Path, row_type: type[RowT]) -> Iterator[tuple[str, RowT]]:
+    """(`file:line`, row) of every row; DataError at the first wrong one, and when there is none."""
+    name, found = display_name(path), False
+    for number, line in read_lines(path):
+        if isinstance(line, DataError):
+            raise line
+        found = True
+        yield f"{name}:{number}", parse_row(line, row_type, f"{name}:{number}")
+    if not found:
+        raise DataError(f"{name}: no rows; the file is empty")
+
+
+def check_length(length: int, limit: int, where: str) -> None:
+    if length > limit:
+        raise DataError(f"{where}: {length} tokens, but maxLength is {limit}; shorten the row or raise maxLength")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model ready to be trained."""
+
+    folder: Path
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: list[int]
+
+
+def start_causal(folder: Path, spec: TrlStage, ctx: StageContext) -> Start:
+    """Loads the policy in fp32, with an adapter where the stage has one."""
+    quiet_libraries()
+    tokenizer = load_tokenizer(folder)
+    model = load_causal_lm(folder, device=ctx.device, quantization_config=quantization(spec.lora, ctx.device))
+    check_tokenizer_matches(model.config, tokenizer)
+    stops = stop_ids(tokenizer, model.generation_config)
+    return Start(folder, prepare(model, spec, ctx.seed), tokenizer, stops)
+
+
+def prepare(model: PreTrainedModel, spec: TrlStage, seed: int) -> nn.Module:
+    """Adapter (its start drawn from `seed`) and the trunk without padding."""
+    set_seed(seed)
+    trained: nn.Module = model if spec.lora is None else attach_lora(model, spec.lora)
+    skip_padding(trained)
+    if spec.lora is None or not spec.lora.dropout:
+        disable_dropout(trained)
+    return trained
+
+
+def options(spec: TrlStage, ctx: StageContext, seed: int | None = None) -> dict[str, Any]:
+    """Arguments of `transformers.TrainingArguments` that do not depend on the method."""
+    micro = min(spec.micro_batch_size, spec.batch_size)
+    if spec.batch_size % micro:
+        micro = math.gcd(spec.batch_size, micro)
+    schedule = {"constant": "constant_with_warmup"}.get(spec.optimizer.schedule, spec.optimizer.schedule)
+    return {
+        "output_dir": str(checkpoint_dir(ctx)),
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": spec.batch_size // micro,
+        "num_train_epochs": spec.epochs,
+        "max_steps": spec.max_steps or -1,
+        "learning_rate": spec.optimizer.learning_rate,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": min(spec.optimizer.warmup_ratio, 1 - 1e-9),
+        "weight_decay": spec.optimizer.weight_decay,
+        "max_grad_norm": spec.optimizer.max_grad_norm,
+        "optim": "adamw_torch_fused",
+        "gradient_checkpointing": spec.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if spec.gradient_checkpointing else None,
+        "bf16": ctx.precision == "bf16",
+        "use_cpu": ctx.device == "cpu",
+        "dataloader_pin_memory": ctx.device != "cpu",
+        "seed": ctx.seed if seed is None else seed,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",  # `Progress` decides by time
+        "save_total_limit": 1,
+        "remove_unused_columns": False,
+        "log_level": "error",
+    }
+
+
+def checkpoint_dir(ctx: StageContext) -> Path:
+    return ctx.stage_dir / "checkpoints"
+
+
+class Progress(TrainerCallback):
+    """Tells the reporter about every step, saves every `CHECKPOINT_SECONDS`, and stops at a loss that is no number."""
+
+    def __init__(self, ctx: StageContext) -> None:
+        self._reporter = ctx.reporter
+        self._saved = time.monotonic()
+        self._counted: tuple[float, float] | None = None
+        """(seconds, tokens) at the last log."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._reporter.activity(f"working on step {state.global_step + 1} of {state.max_steps}")
+
+    on_substep_end = on_step_begin
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._reporter.activity("measuring the validation loss")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self._saved >= CHECKPOINT_SECONDS:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "train_runtime" in logs:
+            return
+        metrics = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float))}
+        if not math.isfinite(metrics.get("loss", 0.0)):
+            raise FailedPreconditionError(
+                f"the loss is not a number at step {state.global_step}; lower optimizer.learningRate or use "
+                "precision fp32"
+            )
+        now, tokens = time.monotonic(), metrics.get("num_tokens", 0.0)
+        if self._counted is not None and tokens > self._counted[1]:
+            metrics["tokens_per_second"] = (tokens - self._counted[1]) / (now - self._counted[0])
+        self._counted = (now, tokens)
+        self._reporter.step(state.global_step, state.max_steps, **metrics)
+
+
+def train(trainer: Trainer, ctx: StageContext, *, folder: Path | None = None) -> dict[str, float]:
+    """Trains to the end, from the newest complete checkpoint where there is one, and measures the validation loss."""
+    trainer.remove_callback(PrinterCallback)
+    folder = folder or checkpoint_dir(ctx)
+    newest = newest_checkpoint(folder)
+    if newest is not None:
+        ctx.reporter.note(f"continuing from {newest.name}")
+    with storage_errors(folder):
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    return trainer.evaluate() if trainer.eval_dataset is not None else {}
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose state, which is written last, can be read; a killed writer's is passed over."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_bytes())
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def finish_causal(start: Start, spec: TrlStage, ctx: StageContext) -> dict[str, Path]:
+    """Writes `model` (plain folder) and, of LoRA, `adapter`; returns them by name."""
+    artifacts = {"model": ctx.stage_dir / "model"}
+    with_adapter = spec.lora is not None
+    if with_adapter:
+        artifacts["adapter"] = ctx.stage_dir / "adapter"
+        ctx.reporter.note("saving the adapter and merging it")
+        save_adapter(start.model, artifacts["adapter"])
+        merge_to_folder(start.folder, artifacts["adapter"], artifacts["model"], stop_ids=start.stop_ids)
+    else:
+        ctx.reporter.note("saving the model")
+        save_model(start.model, start.tokenizer, artifacts["model"], start.stop_ids)  # type: ignore[arg-type]
+    gc.collect()
+    return artifacts
+
+
+def project_labelled_positions_only() -> None:
+    """Makes TRL's fused LM head project only the positions that carry a label, on every device.
+
+    TRL 1.16 does so where Triton runs; elsewhere it projects prompts and padding too, because compilers of some
+    accelerators dislike changing shapes. On a CPU those projections cost a third of a training step.
+    """
+    assert hasattr(trl.trainer.utils, "_use_triton"), "TRL has changed; look at add_fused_lm_head"
+    trl.trainer.utils._use_triton = lambda device: True
+
+
+project_labelled_positions_only()
