@@ -43,7 +43,9 @@ class ControllerConfig(FrozenModel):
     """Folder with the pod templates `trainer.yaml`, `policy.yaml`, `reward.yaml`, `reference.yaml`."""
     storage: Storage = Storage()
     prometheus_url: str | None = None
-    """Prometheus that scrapes the gateways; a canary needs it."""
+    """Prometheus that scrapes the gateways: errors and latency; a canary needs it."""
+    database_env: str = "STEERSMAN_DATABASE"
+    """Environment variable with the URL of the gateways' database: feedback; a canary needs it."""
     mlflow_url: str | None = None
     """MLflow registry that gets the aliases `candidate` and `champion`; None: none."""
     registered_model: str = "steersman-chat"

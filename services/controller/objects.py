@@ -37,14 +37,8 @@ SERVICES_OF_STAGE: dict[str, tuple[str, ...]] = {
 }
 """Which services a stage talks to."""
 
-_RETRYABLE = {
-    "SteersmanError",
-    "UnavailableError",
-    "DeadlineError",
-    "InternalError",
-    "RateLimitedError",
-    "ConflictError",
-}
+_RETRYABLE = {SteersmanError, UnavailableError, DeadlineError, InternalError, RateLimitedError, ConflictError}
+"""Errors that a repetition may mend."""
 
 
 def final_exit_codes() -> list[int]:

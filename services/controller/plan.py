@@ -85,6 +85,7 @@ class _Planner:
     def __init__(self, run: Manifest, observed: Observed, settings: Settings, now: datetime) -> None:
         self.run = run
         self.meta = run["metadata"]
+        self.generation = str(self.meta.get("generation", 0))
         self.annotations: Json = self.meta.get("annotations") or {}
         self.observed = observed
         self.settings = settings
@@ -131,7 +132,7 @@ class _Planner:
             self._set(start_time=format_time(self.now))
             self._event("Started", f"{len(manifest.spec.stages)} stages")
         if self.status.phase == "Suspended":
-            self._event("Resumed", "the run goes on", key=format_time(self.now))
+            self._event("Resumed", "the run goes on", key=self.generation)
         self._known_stages(manifest)
         if not self.observed.has_manifest:
             self.actions.append(Create("ConfigMap", objects.manifest_map(self.run, manifest, self.settings)))
@@ -164,7 +165,7 @@ class _Planner:
             self._set_stage(name, phase="Running", start_time=start, completion_time=None)
             self._set(step=None, total_steps=None, tokens_per_second=None)
             self._wait(name, "StageStarted", f"{name}: Job created")
-            self._event("StageStarted", name, key=format_time(self.now))
+            self._event("StageStarted", name, key=f"{name}-{self.generation}")
         else:
             self._stage_running(name, job)
 
@@ -174,7 +175,9 @@ class _Planner:
         if job.failed_pods:
             reason = objects.reason_of_exit(job.exit_code)
             self._set_stage(name, exit_code=job.exit_code, reason=reason, log=job.log)
-            self._event("StageRetried", f"{name}: {reason}, attempt {job.failed_pods + 1}", key=str(job.failed_pods))
+            self._event(
+                "StageRetried", f"{name}: {reason}, attempt {job.failed_pods + 1}", key=f"{name}-{job.failed_pods}"
+            )
         said = job.progress
         seen = {
             "step": said.step,
@@ -269,7 +272,7 @@ class _Planner:
     def _suspend(self, manifest: AlignmentRun) -> None:
         """Frees the hardware; what is written stays, and the stage goes on from its checkpoint."""
         if self.status.phase != "Suspended":
-            self._event("Suspended", "the run is held", key=format_time(self.now))
+            self._event("Suspended", "the run is held", key=self.generation)
         self._stop(manifest, keep_canary=True)
         self._set(phase="Suspended", message="suspended; set spec.suspend to false to go on")
         self._condition("Progressing", False, "Suspended", "spec.suspend is true")
@@ -279,7 +282,7 @@ class _Planner:
         token = self.annotations.get(RETRY)
         if self.old.phase != "Failed" or token is None or token == self.old.retry:
             return False
-        self._set(retry=token, phase="Running", completion_time=None)
+        self._set(retry=token, phase="Running", message="running the failed stage again", completion_time=None)
         for name in manifest.stage_names():
             job = self.observed.jobs.get(name)
             if job is not None and job.failed:

@@ -64,7 +64,8 @@ def verdict(signals: VariantSignals, champion: VariantSignals | None, limits: Ca
     if champion is not None and signals.feedback >= max(limits.min_feedback, 1) and champion.feedback > 0:
         increase = signals.thumbs_down_share - champion.thumbs_down_share
         if increase > limits.max_thumbs_down_increase:
-            return f"thumbs down rose by {increase:.1%} over the champion's, more than {limits.max_thumbs_down_increase:.1%}"
+            limit = limits.max_thumbs_down_increase
+            return f"thumbs down rose by {increase:.1%} over the champion's, more than {limit:.1%}"
     return None
 
 
@@ -110,9 +111,8 @@ def plan_release(
     if _serves(service, status):
         return _promoted(status)
     if stage.canary is None:
-        return _step(
-            status, "Releasing", f"giving {name} the new model", _patch(service, {"predictor": _stable(status)})
-        )
+        body = {"predictor": {"model": {"storageUri": model}}}
+        return _step(status, "Releasing", f"giving {name} the new model", _patch(service, body))
     if not settings.can_watch:
         return _step(status, "Releasing", "a canary needs controller.prometheusUrl; set it, or remove the canary")
     others = [entry["predictor"].get("name") for entry in service["spec"].get("canary") or []]
@@ -153,7 +153,8 @@ def _canary(limits: Canary, status: ReleaseStatus, service: Manifest, observed: 
         return _hold(status, f"{percent}%: waiting for {missing:.0f} more judgements")
     if status.step + 1 < len(limits.steps):
         return _enter(limits, status, service, status.step + 1, now)
-    body = _patch(service, {"predictor": _stable(status), "canary": None})
+    predictor = {"name": status.candidate, "model": {"storageUri": status.model}}
+    body = _patch(service, {"predictor": predictor, "canary": None})
     return _hold(status, f"promoting {status.candidate}", body)
 
 
@@ -214,22 +215,14 @@ _NOT_IN_CANARY = ("name", "maxReplicas", "scaleTarget", "scaleMetric", "scaleMet
 """KServe refuses these in a canary: it uses fixed replicas on one node."""
 
 
-def _stable(status: ReleaseStatus) -> Json:
-    return {"name": status.candidate, "model": {"storageUri": status.model}}
-
-
 def _model_of(service: Manifest) -> str | None:
     return service["spec"]["predictor"].get("model", {}).get("storageUri")
 
 
 def _serves(service: Manifest, status: ReleaseStatus) -> bool:
-    predictor = service["spec"]["predictor"]
     entries = service["spec"].get("canary") or []
-    return (
-        predictor.get("name") == status.candidate
-        and _model_of(service) == status.model
-        and not any(entry["predictor"].get("name") == status.candidate for entry in entries)
-    )
+    canaries = [entry["predictor"].get("name") for entry in entries]
+    return _model_of(service) == status.model and status.candidate not in canaries
 
 
 def _is_ready(service: Manifest, candidate: str, percent: int) -> bool:

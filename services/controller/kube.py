@@ -1,0 +1,103 @@
+"""The few calls of the Kubernetes API that the controller makes, on plain dictionaries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from kubernetes.aio.client import ApiClient
+from kubernetes.aio.client.exceptions import ApiException
+from kubernetes.aio.dynamic.client import DynamicClient
+
+Json = dict[str, Any]
+MERGE_PATCH = "application/merge-patch+json"
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Where objects of a kind live."""
+
+    group: str
+    version: str
+    plural: str
+
+    def path(self, namespace: str, name: str | None = None, subresource: str | None = None) -> str:
+        root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
+        parts = [root, "namespaces", namespace, self.plural, name, subresource]
+        return "/".join(part for part in parts if part)
+
+
+RESOURCES: Mapping[str, Resource] = {
+    "AlignmentRun": Resource("steersman.dev", "v1alpha1", "alignmentruns"),
+    "ConfigMap": Resource("", "v1", "configmaps"),
+    "Service": Resource("", "v1", "services"),
+    "Pod": Resource("", "v1", "pods"),
+    "Event": Resource("", "v1", "events"),
+    "Job": Resource("batch", "v1", "jobs"),
+    "StatefulSet": Resource("apps", "v1", "statefulsets"),
+    "InferenceService": Resource("serving.kserve.io", "v1beta1", "inferenceservices"),
+}
+
+
+class Kube:
+    """Thin and typed by nothing but dictionaries; errors are the client's ApiException."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self._client = DynamicClient(client)
+
+    async def get(self, kind: str, namespace: str, name: str) -> Json | None:
+        """The object; None when it does not exist, or when its kind does not."""
+        try:
+            return await self._json("get", RESOURCES[kind].path(namespace, name))
+        except ApiException as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+
+    async def list(self, kind: str, namespace: str, selector: str | None = None) -> list[Json]:
+        """Objects of a namespace that carry the labels of `selector`."""
+        answer = await self._json("get", RESOURCES[kind].path(namespace), label_selector=selector)
+        return list(answer["items"])
+
+    async def create(self, kind: str, namespace: str, body: Json) -> bool:
+        """False when an object of that name exists already."""
+        try:
+            await self._json("post", RESOURCES[kind].path(namespace), body=body)
+        except ApiException as error:
+            if error.status == HTTPStatus.CONFLICT:
+                return False
+            raise
+        return True
+
+    async def patch(self, kind: str, namespace: str, name: str, body: Json, subresource: str | None = None) -> Json:
+        """Merge patch. A stale `metadata.resourceVersion` in it raises ApiException 409."""
+        path = RESOURCES[kind].path(namespace, name, subresource)
+        return await self._json("patch", path, body=body, content_type=MERGE_PATCH)
+
+    async def delete(self, kind: str, namespace: str, name: str) -> None:
+        """Deletes in the foreground: the object stays visible until its pods are gone."""
+        try:
+            await self._json("delete", RESOURCES[kind].path(namespace, name), propagation_policy="Foreground")
+        except ApiException as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+
+    async def pod_log(self, namespace: str, name: str, lines: int) -> str:
+        """Last lines of the first container; empty when the pod has not started or is gone."""
+        path = f"{RESOURCES['Pod'].path(namespace, name, 'log')}?tailLines={lines}"
+        try:
+            return (await self._raw("get", path)).decode(errors="replace")
+        except ApiException as error:
+            if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.BAD_REQUEST):
+                return ""
+            raise
+
+    async def _json(self, method: str, path: str, **options: Any) -> Json:
+        return json.loads(await self._raw(method, path, **options))
+
+    async def _raw(self, method: str, path: str, **options: Any) -> bytes:
+        response = await self._client.request(method, path, serialize=False, _request_timeout=30, **options)
+        return await response.read()

@@ -1,0 +1,219 @@
+"""The kopf operator: events only say which run to look at; `Reconciler` decides and acts.
+
+`on.event` handlers keep nothing in the objects: no annotations, no finalizers of the framework, and an event that is
+missed or comes twice does no harm, because a look at a run reads everything anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import kopf
+from kubernetes.aio import config as kube_config
+from kubernetes.aio.client import ApiClient
+from kubernetes.aio.leaderelection import electionconfig, leaderelection
+from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+from services.controller.config import ControllerConfig, load_templates
+from services.controller.kube import Kube
+from services.controller.model import RUN_LABEL, Settings
+from services.controller.reconcile import RETRY_SECONDS, Reconciler
+from services.controller.registry import Registry
+from services.controller.signals import LiveSignals
+from services.controller.status import TERMINAL
+from steersman.errors import UnavailableError
+
+log = logging.getLogger("steersman.controller")
+
+Key = tuple[str, str]
+"""Namespace and name of a run."""
+
+LOOKS = Counter("steersman_controller_reconciles", "Looks at a run.", ["result"])
+SECONDS = Histogram("steersman_controller_reconcile_seconds", "Time of a look at a run.")
+RUNS = Gauge("steersman_controller_runs", "Runs by phase.", ["phase"])
+
+
+class Dispatcher:
+    """Looks at each run one at a time; what arrives meanwhile leads to one more look."""
+
+    def __init__(self, look: Callable[[str, str], Awaitable[float | None]]) -> None:
+        self._look = look
+        self._timers: dict[Key, asyncio.TimerHandle] = {}
+        self._busy: set[Key] = set()
+        self._again: set[Key] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def add(self, key: Key, delay: float = 0.0) -> None:
+        """Asks for a look after `delay` seconds; an earlier one that is planned already stands."""
+        loop = asyncio.get_running_loop()
+        planned = self._timers.get(key)
+        if planned is not None:
+            if planned.when() <= loop.time() + delay:
+                return
+            planned.cancel()
+        self._timers[key] = loop.call_later(delay, self._start, key)
+
+    def _start(self, key: Key) -> None:
+        self._timers.pop(key, None)
+        if key in self._busy:
+            self._again.add(key)
+            return
+        self._busy.add(key)
+        task = asyncio.get_running_loop().create_task(self._run(key))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, key: Key) -> None:
+        delay: float | None = None
+        start = time.monotonic()
+        try:
+            delay = await self._look(*key)
+            LOOKS.labels("ok").inc()
+        except Exception:
+            log.exception("%s/%s: the look failed; trying again", *key)
+            LOOKS.labels("error").inc()
+            delay = RETRY_SECONDS
+        finally:
+            SECONDS.observe(time.monotonic() - start)
+            self._busy.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            delay = 0.0
+        if delay is not None:
+            self.add(key, max(delay, 0.05))
+
+    async def close(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def resync(kube: Kube, dispatcher: Dispatcher, namespaces: list[str], seconds: float) -> None:
+    """Looks at every run that is not over, again and again: time passes without events."""
+    while True:
+        counts: dict[str, int] = {}
+        for namespace in namespaces:
+            try:
+                runs = await kube.list("AlignmentRun", namespace)
+            except Exception as error:
+                log.warning("runs in %s cannot be listed (%s)", namespace, error)
+                continue
+            for run in runs:
+                phase = (run.get("status") or {}).get("phase", "Pending")
+                counts[phase] = counts.get(phase, 0) + 1
+                if phase not in TERMINAL:
+                    dispatcher.add((namespace, run["metadata"]["name"]))
+        RUNS.clear()
+        for phase, number in counts.items():
+            RUNS.labels(phase).set(number)
+        await asyncio.sleep(seconds)
+
+
+def build_registry(kube: Kube, reconciler: Reconciler, config: ControllerConfig) -> kopf.OperatorRegistry:
+    """Handlers for the run itself and for everything that it owns."""
+    registry = kopf.OperatorRegistry()
+    dispatcher = Dispatcher(reconciler.reconcile)
+    background: list[asyncio.Task[None]] = []
+
+    @kopf.on.startup(registry=registry)
+    async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
+        settings.posting.enabled = False  # events are written with the decision they belong to
+        settings.scanning.disabled = True  # no cluster-wide rights: the kinds are known
+        settings.watching.server_timeout = 300
+        settings.watching.reconnect_backoff = 1.0
+        background.append(asyncio.create_task(resync(kube, dispatcher, config.namespaces, config.resync_seconds)))
+
+    @kopf.on.cleanup(registry=registry)
+    async def stop(**_: Any) -> None:
+        for task in background:
+            task.cancel()
+        await dispatcher.close()
+
+    @kopf.on.event("steersman.dev", "v1alpha1", "alignmentruns", registry=registry)
+    async def run_changed(namespace: str | None, name: str | None, **_: Any) -> None:
+        dispatcher.add((namespace or "", name or ""))
+
+    async def part_changed(namespace: str | None, labels: Any, **_: Any) -> None:
+        dispatcher.add((namespace or "", labels[RUN_LABEL]))
+
+    for group, version, plural in (("batch", "v1", "jobs"), ("apps", "v1", "statefulsets"), ("", "v1", "pods")):
+        kopf.on.event(group, version, plural, labels={RUN_LABEL: kopf.PRESENT}, registry=registry)(part_changed)
+    return registry
+
+
+async def serve(config: ControllerConfig) -> None:
+    """Runs the operator until a signal comes; with leader election, while it holds the Lease.
+
+    Raises:
+        ConfigError: templates are missing.
+        UnavailableError: the API server or the Lease is lost; the process must start anew.
+    """
+    templates = load_templates(config.templates)
+    await kube_config.load_config()
+    database = os.environ.get(config.database_env)
+    signals = LiveSignals(config.prometheus_url, database) if config.prometheus_url and database else None
+    model_registry = Registry(config.mlflow_url, config.registered_model) if config.mlflow_url else None
+    if config.metrics_port is not None:
+        start_http_server(config.metrics_port)
+    async with ApiClient() as client:
+        kube = Kube(client)
+        settings = Settings(templates, config.storage, can_watch=signals is not None)
+        reconciler = Reconciler(kube, settings, signals=signals, registry=model_registry)
+        try:
+            await _lead(client, config, lambda: _operate(build_registry(kube, reconciler, config), config))
+        finally:
+            for source in (signals, model_registry):
+                if source is not None:
+                    await source.close()
+
+
+async def _operate(registry: kopf.OperatorRegistry, config: ControllerConfig) -> None:
+    endpoint = f"http://0.0.0.0:{config.health_port}/healthz" if config.health_port is not None else None
+    await kopf.operator(registry=registry, namespaces=config.namespaces, standalone=True, liveness_endpoint=endpoint)
+
+
+async def _lead(client: ApiClient, config: ControllerConfig, work: Callable[[], Awaitable[None]]) -> None:
+    """Does the work while the Lease is held; without leader election, at once."""
+    election = config.leader_election
+    if election is None:
+        await work()
+        return
+    identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+    done = asyncio.Event()
+
+    async def lead() -> None:
+        try:
+            await work()
+        finally:
+            done.set()
+
+    duration = election.duration_seconds
+    settings = electionconfig.Config(
+        LeaseLock(election.lease, election.namespace, identity, client),
+        lease_duration=duration,
+        renew_deadline=duration * 2 / 3,
+        retry_period=duration / 5,
+        onstarted_leading=lead,
+        onstopped_leading=None,
+    )
+    leader = asyncio.create_task(leaderelection.LeaderElection(settings).run())
+    finished = asyncio.create_task(done.wait())
+    await asyncio.wait({leader, finished}, return_when=asyncio.FIRST_COMPLETED)
+    lost = leader.done()
+    for task in (leader, finished):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    if lost:
+        raise UnavailableError(f"the Lease {election.namespace}/{election.lease} is lost; starting anew")
