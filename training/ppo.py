@@ -142,9 +142,10 @@ class Trainer:
         """Advantages from scores, KL and values; all statistics are those of the whole batch."""
         spec = self.spec
         kl = kl_estimators.k1(old, batch.ref_logprobs)
-        scores = rewards.penalize_missing_eos(batch.scores, batch.ended, spec.missing_eos_penalty)
+        scores = batch.scores
         if spec.score_clip is not None:
             scores = rewards.clip_scores(scores, -spec.score_clip, spec.score_clip)
+        scores = rewards.penalize_missing_eos(scores, batch.ended, spec.missing_eos_penalty)
         if spec.whiten_scores:
             scores = whiten(scores)
         beta = self.kl_controller.value
