@@ -187,7 +187,3 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run's folder with an 
     if not any(run_dir.glob("evaluate*/evaluation.json")):
         raise NotFoundError(f"{run_dir} has no evaluation.json; run a manifest with an evaluate stage first")
     conclude(run_dir, Usage(run_dir / "usage.json"), again=True)
-
-
-if __name__ == "__main__":
-    main()
