@@ -36,12 +36,12 @@ class Services:
         self.stop_ids = stop_ids(self.tokenizer, _generation_config(model))
         fingerprint = tokenizer_fingerprint(self.tokenizer)
         note, patience = context.reporter.note, spec.start_timeout_seconds
-        needed = [("policy", spec.policy), ("reward", spec.reward)] + ([("reference", spec.reference)] if reference else [])
-        for name, service in needed:
+        needed = {"policy": spec.policy, "reward": spec.reward} | ({"reference": spec.reference} if reference else {})
+        for name, service in needed.items():
             if not service.endpoints:
                 raise ConfigError(f"services.{name}.endpoints is empty; give host:port of the running service")
         if len(spec.policy.weights_endpoints) != len(spec.policy.endpoints):
-            raise ConfigError("services.policy.weightsEndpoints needs one address for each of services.policy.endpoints")
+            raise ConfigError("services.policy.weightsEndpoints needs an address for each policy endpoint")
         replicas = [
             PolicyReplica(target, weights, patience, note)
             for target, weights in zip(spec.policy.endpoints, spec.policy.weights_endpoints, strict=True)

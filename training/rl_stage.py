@@ -6,11 +6,10 @@ import shutil
 
 import torch
 
-from steersman.artifacts import atomic_dir
 from steersman.config.manifest import PpoSpec, RlStage
 from steersman.config.stages import reward_model_folders
 from steersman.nn.hardware import use_fast_exact_matmul
-from steersman.nn.lora import save_adapter, save_merged
+from steersman.nn.lora import merge_to_folder, save_adapter, save_model
 from training.checkpoint import Checkpoints
 from training.connect import Services
 from training.context import StageContext
@@ -58,8 +57,8 @@ def run_rl(spec: RlStage, context: StageContext) -> None:
     ).run()
     context.reporter.activity("writing the aligned model")
     if spec.lora is not None:
-        with atomic_dir(context.stage_dir / "adapter") as folder:
-            save_adapter(model.policy, folder)
-    with atomic_dir(context.stage_dir / "model") as folder:
-        save_merged(model.policy, context.policy_model, folder)
+        save_adapter(model.policy, context.stage_dir / "adapter")
+        merge_to_folder(context.policy_model, context.stage_dir / "adapter", context.stage_dir / "model")
+    else:
+        save_model(model.policy, services.tokenizer, context.stage_dir / "model")
     shutil.rmtree(checkpoints, ignore_errors=True)
