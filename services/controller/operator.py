@@ -190,13 +190,18 @@ async def _lead(client: ApiClient, config: ControllerConfig, work: Callable[[], 
         await work()
         return
     identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
-    done = asyncio.Event()
+    result: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def lead() -> None:
         try:
             await work()
-        finally:
-            done.set()
+        except Exception as error:
+            result.set_exception(error)
+        else:
+            result.set_result(None)
+
+    async def stopped() -> None:
+        log.warning("the Lease %s/%s is lost", election.namespace, election.lease)
 
     duration = election.duration_seconds
     settings = electionconfig.Config(
@@ -205,15 +210,13 @@ async def _lead(client: ApiClient, config: ControllerConfig, work: Callable[[], 
         renew_deadline=duration * 2 / 3,
         retry_period=duration / 5,
         onstarted_leading=lead,
-        onstopped_leading=None,
+        onstopped_leading=stopped,
     )
     leader = asyncio.create_task(leaderelection.LeaderElection(settings).run())
-    finished = asyncio.create_task(done.wait())
-    await asyncio.wait({leader, finished}, return_when=asyncio.FIRST_COMPLETED)
-    lost = leader.done()
-    for task in (leader, finished):
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-    if lost:
+    await asyncio.wait({leader, result}, return_when=asyncio.FIRST_COMPLETED)
+    if not result.done():
         raise UnavailableError(f"the Lease {election.namespace}/{election.lease} is lost; starting anew")
+    leader.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await leader
+    result.result()

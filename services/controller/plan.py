@@ -109,8 +109,9 @@ class _Planner:
                 self._finish("Failed", "InvalidManifest", str(error))
             return self._plan()
         self._condition("Valid", True, "Valid", "the manifest is complete and consistent")
-        if self.old.phase in TERMINAL and not self._retry(manifest):
-            self._after_the_end(manifest)
+        if self.old.phase in TERMINAL:
+            if not self._retry(manifest):
+                self._after_the_end(manifest)
         elif self.annotations.get(CANCEL) == "true":
             self._stop(manifest)
             self._finish("Cancelled", "Cancelled", f"cancelled by the annotation {CANCEL}")

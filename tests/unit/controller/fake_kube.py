@@ -1,0 +1,220 @@
+"""An API server in memory with the rules that matter here: merge patches, resource versions, generations, owners."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+from kubernetes.aio.client.exceptions import ApiException
+
+Json = dict[str, Any]
+
+TEMPLATE = {
+    "metadata": {"labels": {"app.kubernetes.io/name": "steersman"}},
+    "spec": {
+        "containers": [
+            {
+                "name": "main",
+                "image": "registry.example/steersman:1",
+                "args": ["--config", "/etc/steersman/config.yaml"],
+                "volumeMounts": [{"name": "artifacts", "mountPath": "/artifacts"}],
+            }
+        ],
+        "volumes": [{"name": "artifacts", "persistentVolumeClaim": {"claimName": "steersman-artifacts"}}],
+    },
+}
+TRAINER = copy.deepcopy(TEMPLATE)
+TRAINER["spec"]["containers"][0].pop("args")  # type: ignore[index]
+TEMPLATES = {"trainer": TRAINER, "policy": TEMPLATE, "reward": TEMPLATE, "reference": TEMPLATE}
+
+DATA = {
+    "demonstrations": {"train": "demos.jsonl"},
+    "preferences": {"train": "prefs.jsonl"},
+    "prompts": {"train": "prompts.jsonl", "heldout": "s3://bucket/heldout.jsonl"},
+}
+
+
+def alignment_run(name: str = "demo", *, uid: str = "uid-1", **spec: Any) -> Json:
+    """A run with every kind of stage; `spec` replaces fields of the spec."""
+    stages = [{"sft": {}}, {"rewardModel": {}}, {"rl": {"steps": 2}}, {"evaluate": {}}]
+    return {
+        "apiVersion": "steersman.dev/v1alpha1",
+        "kind": "AlignmentRun",
+        "metadata": {"name": name, "namespace": "ml", "uid": uid, "generation": 1, "resourceVersion": "1"},
+        "spec": {"data": DATA, "stages": stages, **spec},
+    }
+
+
+def inference_service(name: str = "chat", uri: str = "pvc://steersman-artifacts/old") -> Json:
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {"name": name, "namespace": "ml", "uid": "isvc", "resourceVersion": "1"},
+        "spec": {
+            "predictor": {
+                "minReplicas": 2,
+                "maxReplicas": 4,
+                "model": {"modelFormat": {"name": "steersman"}, "storageUri": uri},
+            }
+        },
+    }
+
+
+def merge(target: Any, patch: Any) -> Any:
+    """RFC 7386."""
+    if not isinstance(patch, dict):
+        return copy.deepcopy(patch)
+    out = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            out.pop(key, None)
+        else:
+            out[key] = merge(out.get(key), value)
+    return out
+
+
+class FakeKube:
+    """Has the interface of `services.controller.kube.Kube`."""
+
+    def __init__(self) -> None:
+        self.objects: dict[tuple[str, str, str], Json] = {}
+        self.logs: dict[str, str] = {}
+        self.writes: list[tuple[str, str, str]] = []
+        self._versions = itertools.count(100)
+
+    def put(self, body: Json) -> Json:
+        meta = body["metadata"]
+        self.objects[body["kind"], meta["namespace"], meta["name"]] = body
+        return body
+
+    def find(self, kind: str, name: str) -> Json | None:
+        return self.objects.get((kind, "ml", name))
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(name for found, _, name in self.objects if found == kind)
+
+    async def get(self, kind: str, namespace: str, name: str) -> Json | None:
+        found = self.objects.get((kind, namespace, name))
+        return copy.deepcopy(found)
+
+    async def list(self, kind: str, namespace: str, selector: str | None = None) -> list[Json]:
+        found = [body for (k, n, _), body in self.objects.items() if (k, n) == (kind, namespace)]
+        if selector:
+            key, _, value = selector.partition("=")
+            found = [body for body in found if body["metadata"].get("labels", {}).get(key) == value]
+        return copy.deepcopy(found)
+
+    async def create(self, kind: str, namespace: str, body: Json) -> bool:
+        key = (kind, namespace, body["metadata"]["name"])
+        if key in self.objects:
+            return False
+        self.writes.append(("create", kind, key[2]))
+        body = copy.deepcopy(body)
+        body["metadata"] |= {"uid": f"uid-{next(self._versions)}", "resourceVersion": str(next(self._versions))}
+        body["metadata"]["generation"] = 1
+        self.objects[key] = body
+        return True
+
+    async def patch(self, kind: str, namespace: str, name: str, body: Json, subresource: str | None = None) -> Json:
+        key = (kind, namespace, name)
+        if key not in self.objects:
+            raise ApiException(status=404, reason="Not Found")
+        current = self.objects[key]
+        expected = body.get("metadata", {}).get("resourceVersion")
+        if expected is not None and expected != current["metadata"]["resourceVersion"]:
+            raise ApiException(status=409, reason="Conflict")
+        wanted = merge(current, body)
+        if subresource is None:
+            wanted["status"] = current.get("status", {})
+        else:
+            wanted = {**current, "status": wanted.get("status", {})}
+        if {k: v for k, v in wanted.items() if v != {}} == {k: v for k, v in current.items() if v != {}}:
+            return copy.deepcopy(current)
+        self.writes.append(("patch", kind, name))
+        wanted["metadata"] = {**wanted["metadata"], "resourceVersion": str(next(self._versions))}
+        if wanted.get("spec") != current.get("spec"):
+            wanted["metadata"]["generation"] = current["metadata"].get("generation", 0) + 1
+        self.objects[key] = wanted
+        if wanted["metadata"].get("deletionTimestamp") and not wanted["metadata"].get("finalizers"):
+            self._remove(key)
+        return copy.deepcopy(wanted)
+
+    async def delete(self, kind: str, namespace: str, name: str) -> None:
+        key = (kind, namespace, name)
+        body = self.objects.get(key)
+        if body is None:
+            return
+        self.writes.append(("delete", kind, name))
+        if body["metadata"].get("finalizers"):
+            body["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+            body["metadata"]["resourceVersion"] = str(next(self._versions))
+        else:
+            self._remove(key)
+
+    async def pod_log(self, namespace: str, name: str, lines: int) -> str:
+        return "\n".join(self.logs.get(name, "").splitlines()[-lines:])
+
+    def _remove(self, key: tuple[str, str, str]) -> None:
+        """Removes an object and, as the garbage collector does, what it owns."""
+        uid = self.objects.pop(key)["metadata"].get("uid")
+        for other, body in list(self.objects.items()):
+            if any(owner.get("uid") == uid for owner in body["metadata"].get("ownerReferences") or []):
+                self._remove(other)
+
+    # What the cluster's own controllers and kubelets would do
+
+    def finish_job(self, name: str) -> None:
+        self.set_status("Job", name, {"succeeded": 1, "conditions": [{"type": "Complete", "status": "True"}]})
+
+    def fail_pod(self, job: str, code: int, log: str, *, final: bool, number: int = 1) -> None:
+        labels = self.objects["Job", "ml", job]["metadata"]["labels"]
+        owner = {"uid": self.objects["Job", "ml", job]["metadata"]["uid"]}
+        ended = {"exitCode": code, "message": log}
+        self.put(
+            {
+                "kind": "Pod",
+                "metadata": {
+                    "name": f"{job}-x{number}",
+                    "namespace": "ml",
+                    "labels": labels,
+                    "ownerReferences": [owner],
+                    "creationTimestamp": f"2026-01-01T00:00:{number:02}Z",
+                },
+                "status": {"phase": "Failed", "containerStatuses": [{"state": {"terminated": ended}}]},
+            }
+        )
+        status: Json = {"failed": number}
+        if final:
+            status["conditions"] = [{"type": "Failed", "status": "True", "reason": "PodFailurePolicy"}]
+        self.set_status("Job", job, status)
+
+    def run_pod(self, job: str, log: str) -> None:
+        meta = self.objects["Job", "ml", job]["metadata"]
+        self.put(
+            {
+                "kind": "Pod",
+                "metadata": {
+                    "name": f"{job}-live",
+                    "namespace": "ml",
+                    "labels": meta["labels"],
+                    "ownerReferences": [{"uid": meta["uid"]}],
+                },
+                "status": {"phase": "Running"},
+            }
+        )
+        self.logs[f"{job}-live"] = log
+
+    def services_up(self) -> None:
+        """Every StatefulSet reaches its wanted replicas."""
+        for (kind, _, _), body in self.objects.items():
+            if kind == "StatefulSet":
+                replicas = body["spec"]["replicas"]
+                body["status"] = {
+                    "observedGeneration": body["metadata"]["generation"],
+                    "updatedReplicas": replicas,
+                    "readyReplicas": replicas,
+                }
+
+    def set_status(self, kind: str, name: str, status: Json) -> None:
+        self.objects[kind, "ml", name]["status"] = status
