@@ -10,6 +10,9 @@ import typer
 if TYPE_CHECKING:
     from steersman.data.importing import ImportJob, Summary
 
+DEFAULT_STORE = "sqlite:///steersman.db"
+StoreOption = Annotated[str, typer.Option(envvar="STEERSMAN_STORE", help="Database URL.")]
+
 app = typer.Typer(help="Feedback data: import, export, agreement, release.", no_args_is_help=True)
 
 
@@ -143,6 +146,287 @@ def formats() -> None:
     table.add_row("table", "by the columns", "-", "JSONL, JSON, CSV, Parquet with a column map")
     table.add_row("steersman", "--rows", "-", "rows that have the canonical shape already")
     Console().print(table)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Canonical rows, JSONL or Parquet.")],
+    target: Annotated[Path, typer.Argument(help="File to write.")],
+    to: Annotated[str, typer.Option(help="jsonl, parquet or label-studio.")] = "jsonl",
+) -> None:
+    """Writes canonical rows as JSONL, Parquet or Label Studio tasks."""
+    from steersman.data import export as exporting
+
+    count = exporting.export(source, target, to)
+    typer.echo(f"{count:,} rows written to {target}")
+
+
+@app.command()
+def label_studio_config(
+    rows: Annotated[str, typer.Argument(help="Row type of the exported file.")],
+    aspect: Annotated[list[str], typer.Option(help="Aspects to rate.")] = [],  # noqa: B006
+) -> None:
+    """Prints the labelling configuration for Label Studio that fits exported tasks."""
+    from steersman.data.export import label_studio_config as config
+    from steersman.data.records import ROW_TYPES
+    from steersman.errors import ConfigError
+
+    if rows not in ROW_TYPES:
+        raise ConfigError(f"rows: {rows!r} is no row type; known are {', '.join(ROW_TYPES)}")
+    typer.echo(config(ROW_TYPES[rows], aspect))
+
+
+@app.command()
+def create_project(
+    name: str,
+    kind: Annotated[str, typer.Argument(help="compare, rank, rate or edit.")],
+    guidelines: Annotated[Path | None, typer.Option(help="Markdown file, shown beside the task.")] = None,
+    aspect: Annotated[list[str], typer.Option(help="rate: aspects, each judged 1 to 5.")] = [],  # noqa: B006
+    overlap: Annotated[int, typer.Option(help="Labelers for each item.")] = 3,
+    honeypot_every: Annotated[int, typer.Option(help="Every n-th task has a known answer; 0 never.")] = 0,
+    threshold: Annotated[list[str], typer.Option(help="As min_alpha=0.6; blocks releases.")] = [],  # noqa: B006
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Makes a labelling project."""
+    from pydantic import ValidationError
+
+    from steersman.data.agreement import Thresholds
+    from steersman.data.records import describe_validation_error
+    from steersman.errors import ConfigError
+    from steersman.store import Store, judging
+
+    try:
+        thresholds = Thresholds.model_validate(parse_pairs(threshold, "--threshold"))
+    except ValidationError as error:
+        raise ConfigError(f"--threshold {describe_validation_error(error)}") from None
+    with Store.open(store).transaction() as session:
+        judging.create_project(
+            session,
+            name,
+            kind,
+            guidelines=guidelines.read_text() if guidelines else "",
+            aspects=aspect,
+            overlap=overlap,
+            honeypot_every=honeypot_every,
+            thresholds=thresholds.model_dump(exclude_none=True),
+        )
+    typer.echo(f"project {name} made")
+
+
+@app.command()
+def projects(store: StoreOption = DEFAULT_STORE) -> None:
+    """Lists the labelling projects."""
+    import sqlalchemy as sa
+    from rich.console import Console
+    from rich.table import Table
+
+    from steersman.store import Store
+    from steersman.store.models import Item, LabelerDay, Project
+
+    items = sa.select(sa.func.count()).where(Item.project_id == Project.id).scalar_subquery()
+    judged = (
+        sa.select(sa.func.coalesce(sa.func.sum(LabelerDay.judgements), 0))
+        .where(LabelerDay.project_id == Project.id)
+        .scalar_subquery()
+    )
+    table = Table("project", "kind", "overlap", "items", "judgements")
+    with Store.open(store).reading() as session:
+        for project, item_count, judgements in session.execute(
+            sa.select(Project, items, judged).order_by(Project.name)
+        ):
+            table.add_row(project.name, project.kind, str(project.overlap), f"{item_count:,}", f"{int(judgements):,}")
+    Console().print(table)
+
+
+@app.command()
+def add(
+    project: str,
+    files: Annotated[list[str], typer.Argument(help="Canonical rows; a preference gives two candidates.")],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Adds rows with answers to a project as items to be judged."""
+    from steersman.data.export import read_any
+    from steersman.store import Store
+    from steersman.store.judging import add_items, get_project, item_of_row
+
+    with Store.open(store).transaction() as session:
+        target = get_project(session, project)
+        added = sum(add_items(session, target, map(item_of_row, read_any(file))) for file in files)
+    typer.echo(f"{added:,} items added to {project}")
+
+
+@app.command()
+def generate(
+    project: str,
+    prompts: Annotated[str, typer.Argument(help="Rows with a prompt.")],
+    policy: Annotated[list[str], typer.Option(help="host:port of a policy service; several for several models.")],
+    n: Annotated[int, typer.Option(help="Answers a prompt and model.")] = 2,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    seed: int = 0,
+    concurrency: Annotated[int, typer.Option(help="Prompts under way at once.")] = 16,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Generates candidates through the policy service and adds them to a project."""
+    import asyncio
+
+    from steersman.candidates import Sampling
+    from steersman.candidates import generate as candidates
+    from steersman.data.export import read_any
+    from steersman.store import Store
+    from steersman.store.judging import add_items, get_project, item_of_row
+    from steersman.store.verdicts import MAX_CANDIDATES
+
+    opened = Store.open(store)
+    with opened.reading() as session:
+        target = get_project(session, project)
+    least, most = {"compare": (2, 2), "rank": (2, MAX_CANDIDATES)}.get(target.kind, (1, 1))
+    sampling = Sampling(n, max_new_tokens, temperature, seed=seed, concurrency=concurrency)
+
+    async def run() -> tuple[int, int]:
+        added = short = 0
+        async for found in candidates(policy, read_any(prompts), sampling):
+            if len(found.candidates) < least:
+                short += 1
+                continue
+            with opened.transaction() as session:
+                added += add_items(session, target, [item_of_row(found.row, found.candidates[:most])])
+        return added, short
+
+    added, short = asyncio.run(run())
+    typer.echo(f"{added:,} items added to {project}; {short:,} prompts got fewer than {least} different answers")
+
+
+@app.command()
+def agreement(
+    project: str,
+    json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Shows how far the labelers of a project agree, and what would block a release."""
+    from steersman.cli.agreement_table import print_report
+    from steersman.data.agreement import Thresholds
+    from steersman.store import Store
+    from steersman.store.judging import get_project
+    from steersman.store.statistics import agreement_report
+
+    with Store.open(store).reading() as session:
+        found = get_project(session, project)
+        report = agreement_report(session, found)
+        failures = report.failures(Thresholds.model_validate(found.thresholds))
+    if json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        print_report(report, failures)
+
+
+@app.command()
+def release(
+    name: Annotated[str, typer.Argument(help="Name of the data set.")],
+    source: Annotated[list[str], typer.Option(help="project:NAME, feedback, or a file of canonical rows.")],
+    out: Annotated[Path, typer.Option(help="Folder of all releases.")] = Path("releases"),
+    option: Annotated[list[str], typer.Option("--set", help="As ties=keep, pii.entities=email,name.")] = [],  # noqa: B006
+    splits: Annotated[str, typer.Option(help="Shares; a prompt lies on one side only.")] = "train=0.95,test=0.05",
+    threshold: Annotated[list[str], typer.Option(help="As min_alpha=0.6, instead of the projects'.")] = [],  # noqa: B006
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Makes the next version of a data set; blocked when agreement misses a threshold."""
+    from pydantic import ValidationError
+
+    from steersman.data.records import describe_validation_error
+    from steersman.data.rules import ReleaseOptions
+    from steersman.errors import ConfigError
+    from steersman.store import Store
+    from steersman.store.releases import publish
+
+    values: dict[str, object] = {"name": name, "sources": source, "splits": parse_shares(splits)}
+    for key, value in parse_pairs(option, "--set").items():
+        group, dot, inner = key.partition(".")
+        listed = inner in ("entities", "regions") or key in ("customers", "exclude_customers", "licences")
+        given = [part for part in value.split(",") if part] if listed else value
+        if dot:
+            values.setdefault(group, {})[inner] = given  # type: ignore[index]
+        else:
+            values[key] = given
+    if threshold:
+        values["thresholds"] = parse_pairs(threshold, "--threshold")
+    try:
+        options = ReleaseOptions.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"release {describe_validation_error(error)}") from None
+    made, created = publish(Store.open(store), options, out)
+    card = made.card
+    typer.echo(
+        f"{name} v{made.version}: {'made' if created else 'nothing changed since'}; {card['rows']:,} rows "
+        f"({', '.join(f'{split} {n:,}' for split, n in card['splits'].items())}), SHA-256 {made.digest}, {made.url}"
+    )
+    for reason, count in card["left out"].items():
+        typer.echo(f"  left out: {count:,} x {reason}")
+
+
+@app.command()
+def releases(store: StoreOption = DEFAULT_STORE) -> None:
+    """Lists the releases and checks their files."""
+    import sqlalchemy as sa
+    from rich.console import Console
+    from rich.table import Table
+
+    from steersman.errors import SteersmanError
+    from steersman.store import Store
+    from steersman.store.models import Release
+    from steersman.store.releases import verify
+
+    table = Table("release", "rows", "made", "state", "folder")
+    with Store.open(store).reading() as session:
+        for found in session.scalars(sa.select(Release).order_by(Release.name, Release.version)):
+            try:
+                verify(found)
+                state = "good"
+            except SteersmanError as error:
+                state = error.message
+            made = f"{found.created_at:%Y-%m-%d %H:%M}"
+            table.add_row(f"{found.name} v{found.version}", f"{found.card['rows']:,}", made, state, found.url)
+    Console().print(table)
+
+
+@app.command()
+def trained(
+    name: str,
+    version: int,
+    run: Annotated[str, typer.Option(help="Name of the run.")],
+    model: Annotated[str, typer.Option(help="Name and version of the model.")],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Records that a model was trained on a release."""
+    from steersman.store import Store
+    from steersman.store.releases import get_release, record_training
+
+    with Store.open(store).transaction() as session:
+        record_training(session, get_release(session, name, version), run, model)
+    typer.echo(f"{model} of {run} was trained on {name} v{version}")
+
+
+@app.command()
+def delete_customer(
+    customer: str,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Deletes a tenant's data, makes new versions without it, lists the models trained on the old ones."""
+    from steersman.store import Store
+    from steersman.store import releases as register
+
+    if not yes:
+        typer.confirm(f"Delete all data of {customer!r}? This cannot be undone.", abort=True)
+    report = register.delete_customer(Store.open(store), customer)
+    typer.echo(f"{report.items:,} items and {report.answers:,} answers deleted")
+    for name, version in report.new_versions.items():
+        typer.echo(f"{name}: {'no row is left' if version is None else f'use v{version}'}")
+    typer.echo(f"withdrawn, files erased: {', '.join(report.withdrawn) or 'none'}")
+    for entry in report.models:
+        typer.echo(f"trained on deleted data: {entry['model']} of {entry['run']} (on {entry['release']})")
+    if report.files:
+        typer.echo(f"remove the tenant's rows from these files too: {', '.join(report.files)}")
 
 
 if __name__ == "__main__":

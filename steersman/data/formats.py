@@ -42,7 +42,8 @@ class Format:
     """A data set format that `steersman data import` knows."""
 
     name: str
-    row_type: type[Row]
+    row_type: type[Row] | None
+    """None: each row by its own keys."""
     convert: Converter
     licence: str | None
     """Licence of the public data set; None where a format is used by many."""
@@ -406,6 +407,33 @@ def _oasst_label(node: dict[str, Any], name: str) -> float:
     return (labels.get(name) or {}).get("value", 0.0)
 
 
+def label_studio(record: dict[str, Any], options: ImportOptions) -> Converted:
+    """Tasks exported by `steersman data export --to label-studio`, or by Label Studio with the same configuration.
+
+    Each annotation that says something gives one row; cancelled ones are left out.
+    """
+    done = [a for a in record.get("annotations") or [] if not a.get("was_cancelled")]
+    if not done:
+        if "messages" in record["data"]:
+            yield dict(record["data"])
+        else:
+            yield Skip("task without an annotation")
+    for annotation in done:
+        row = dict(record["data"])
+        for result in annotation["result"]:
+            value = result["value"]
+            if result["type"] == "pairwise":
+                sides = ("answer_1", "answer_2") if value["selected"] == "left" else ("answer_2", "answer_1")
+                row["chosen"], row["rejected"] = (row[side] for side in sides)
+            elif result["type"] == "choices":
+                row["label"] = value["choices"][0] == "good"
+            elif result["type"] == "rating":
+                row.setdefault("aspects", {})[result["from_name"]] = value["rating"]
+        for side in ("answer_1", "answer_2"):
+            row.pop(side, None)
+        yield row
+
+
 FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
@@ -422,6 +450,7 @@ FORMATS: dict[str, Format] = {
         Format("helpsteer", Aspects, helpsteer, "CC-BY-4.0", "NVIDIA HelpSteer"),
         Format("ultrafeedback", Aspects, ultrafeedback, "MIT", "OpenBMB UltraFeedback"),
         Format("usr", Aspects, usr, "MIT", "USR ratings of Topical-Chat"),
+        Format("label-studio", None, label_studio, None, "Label Studio tasks with annotations"),
         Format("oasst", Preference, oasst, "Apache-2.0", "OpenAssistant trees, ranks to pairs"),
         Format("oasst-demonstrations", Demonstration, oasst_demonstrations, "Apache-2.0", "OpenAssistant best paths"),
     )

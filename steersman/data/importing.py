@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from steersman.artifacts import atomic_dir
 from steersman.data.formats import Format, ImportOptions, Skip
-from steersman.data.records import Position, describe_validation_error, file_digest
+from steersman.data.records import Position, describe_validation_error, file_digest, row_type_of
 from steersman.data.sources import Record, read_hugging_face, read_records
 from steersman.data.splits import SeenSet, Splits, encode
 from steersman.errors import DataError, StorageError
@@ -106,7 +106,7 @@ def convert_rows(
     seen = SeenSet()
     known = {"source": job.format.name, "licence": job.format.licence, **job.metadata}
     known = {name: value for name, value in known.items() if value is not None}
-    validate = job.format.row_type.model_validate
+    row_type = job.format.row_type
 
     def skip(where: str, reason: str) -> None:
         summary.skip(reason, where)
@@ -125,9 +125,12 @@ def convert_rows(
                 continue
             row = {"id": f"{where}.{part}" if part else where, **known, **row}
             try:
-                validate(row)
+                (row_type or row_type_of(row)).model_validate(row)
             except ValidationError as error:
                 skip(where, describe_validation_error(error))
+                continue
+            except DataError as error:
+                skip(where, error.message)
                 continue
             line, fingerprint = encode(row)
             if len(line) > MAX_ROW_BYTES:

@@ -100,6 +100,8 @@ class Scrubber:
 
     @cached_property
     def _recognizers(self) -> dict[str, Any]:
+        if not set(self._options.entities) & set(_HINTS):
+            return {}
         from presidio_analyzer.predefined_recognizers import (
             CreditCardRecognizer,
             EmailRecognizer,

@@ -219,13 +219,29 @@ def _read_parquet(path: str | os.PathLike[str], position: Position | None) -> It
     number = 0
     with open_bytes(path, position) as stream:
         try:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
+            file = pq.ParquetFile(stream)
+            as_json = [f.name for f in file.schema_arrow if (f.metadata or {}).get(b"steersman.encoding") == b"json"]
+            for batch in file.iter_batches(batch_size=256):
                 for data in batch.to_pylist():
                     number += 1
-                    yield Record(number, data)
+                    yield Record(number, _from_parquet(data, as_json))
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             yield Record(number + 1, DataError(f"{name}:{number + 1}: damaged Parquet ({reason}); fetch it again"))
+
+
+def _from_parquet(data: dict[str, Any], as_json: list[str]) -> dict[str, Any]:
+    """A row as JSON lines would hold it: empty cells are absent, JSON text is what it stands for."""
+    row = {name: value for name, value in data.items() if value is not None}
+    for name in as_json:
+        if name in row:
+            row[name] = orjson.loads(row[name])
+    for value in row.values():
+        if isinstance(value, list):
+            for turn in value:
+                if isinstance(turn, dict) and isinstance(turn.get("tool_calls"), str):
+                    turn["tool_calls"] = orjson.loads(turn["tool_calls"])
+    return row
 
 
 def read_hugging_face(name: str, *, split: str | None = None, config: str | None = None) -> Iterator[Record]:

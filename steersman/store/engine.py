@@ -73,7 +73,7 @@ class Store:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A session that changes nothing and sees one state of the data; it neither waits for writers nor stops them."""
+        """A session that changes nothing and sees one state of the data, beside any writers."""
         engine = self.engine
         if engine.dialect.name == "postgresql":
             engine = engine.execution_options(isolation_level="REPEATABLE READ")

@@ -17,6 +17,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from steersman.data.records import Row
+from steersman.data.splits import encode
 from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError
 from steersman.store.models import Assignment, Item, Judgement, Labeler, LabelerDay, Project, now
 from steersman.store.tallies import Judged, Tallies, disagreement
@@ -25,6 +27,8 @@ from steersman.store.verdicts import KINDS, MAX_CANDIDATES, Verdict
 #: An assignment that nobody answered for so long goes to somebody else.
 STALE_AFTER = dt.timedelta(hours=2)
 _CHUNK = 2000
+# What a row says of its answers; an item is judged anew.
+_JUDGED = ("margin", "soft_label", "label", "aspects", "scales")
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,28 @@ def ensure_labeler(session: Session, name: str) -> Labeler:
         session.add(labeler)
         session.flush()
     return labeler
+
+
+def item_of_row(row: Row, candidates: list[dict[str, Any]] | None = None) -> NewItem:
+    """A canonical row as an item: its answers are the candidates unless others are given; the rest is metadata.
+
+    Without an id of its own the key is a hash of the row's content.
+    """
+    data = row.to_dict()
+    fingerprint = encode(data)[1]
+    prompt = data.pop("prompt", None)
+    answers = [data.pop(name) for name in ("chosen", "rejected", "completion") if name in data]
+    if prompt is None:
+        messages = data.pop("messages")
+        prompt, answers = messages[:-1], [messages[-1:]]
+    return NewItem(
+        key=data.pop("id", None) or f"{fingerprint:016x}",
+        prompt=prompt,
+        candidates=candidates or [{"messages": answer} for answer in answers],
+        customer=data.pop("customer", None),
+        consent=data.pop("consent", None),
+        meta={name: value for name, value in data.items() if name not in _JUDGED},
+    )
 
 
 def add_items(session: Session, project: Project, items: Iterable[NewItem]) -> int:

@@ -109,7 +109,7 @@ def delete_customer(store: Store, customer: str) -> DeletionReport:
         held = _holding(session, customer)
         if set(_names(held)) - set(staged):
             raise ConflictError(f"a release with rows of {customer!r} was made meanwhile; delete again")
-        new_versions = {name: _replace(session, name, *staged[name]) for name in _names(held)}
+        new_versions = {name: _replace(session, customer, *staged[name]) for name in _names(held)}
         models = [
             {"release": f"{release.name} v{release.version}", "run": row.run, "model": row.model}
             for release in held
@@ -179,15 +179,14 @@ def _stage_without(session: Session, name: str, customer: str) -> tuple[Release,
     return last, staged, draft
 
 
-def _replace(session: Session, name: str, last: Release, staged: Path | None, draft: Draft | None) -> int | None:
+def _replace(session: Session, customer: str, last: Release, staged: Path | None, draft: Draft | None) -> int | None:
     """Registers a staged version; returns the version to use from now on, None where no row was left."""
-    newest = latest(session, name)
+    newest = latest(session, last.name)
     if newest is None or newest.id != last.id:
-        raise ConflictError(f"data set {name}: another version was made meanwhile; delete again")
+        raise ConflictError(f"data set {last.name}: another version was made meanwhile; delete again")
     if staged is not None and draft is not None:
-        return _admit(session, name, staged, draft).version
-    held = session.scalar(sa.select(sa.func.count()).where(ReleaseCustomer.release_id == last.id))
-    return None if held else last.version
+        return _admit(session, last.name, staged, draft).version
+    return last.version if session.get(ReleaseCustomer, (last.id, customer)) is None else None
 
 
 def _staging_folder(parent: Path) -> Path:
