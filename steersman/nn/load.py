@@ -23,7 +23,7 @@ from transformers import (
 
 from steersman.errors import ConfigError, NotFoundError
 from steersman.nn.hardware import DTYPES
-from steersman.nn.reward import RewardModel, read_settings
+from steersman.nn.reward import Aspect, RewardModel, read_settings
 from steersman.nn.trunk import is_decoder, skip_padding
 
 
@@ -127,13 +127,14 @@ def load_reward_backbone(folder: Path, *, device: str = "cpu") -> tuple[PreTrain
     model = load_classifier(folder / member.folder, device=device)
     if not is_decoder(model):
         raise ConfigError(f"{folder}: an encoder cannot become a critic; use ppo.critic.kind: valueHead")
+    aspects = list(settings.aspects.values()) or [Aspect(weight=1.0)]
+    weights = torch.tensor([aspect.weight * aspect.std for aspect in aspects], device=device)
+    offset = sum(aspect.weight * aspect.mean for aspect in aspects)
     scores: nn.Linear = model.score  # type: ignore[assignment]
-    weights = torch.tensor(list(settings.aspects.values()) or [1.0], device=device)
-    std = member.std * settings.std
     head = nn.Linear(model.config.hidden_size, 1, device=device)
     with torch.no_grad():
-        head.weight.copy_((weights @ scores.weight)[None] / std)
-        head.bias.fill_(-(member.mean / member.std + settings.mean) / settings.std)
+        head.weight.copy_((weights @ scores.weight)[None] / (member.std * settings.std))
+        head.bias.fill_(((offset - member.mean) / member.std - settings.mean) / settings.std)
     model.score = nn.Identity()
     return model, head
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steersman.artifacts import atomic_dir
 from steersman.config.manifest import Lora
 from steersman.errors import ConfigError
-from steersman.nn.load import load_causal_lm, load_classifier
+from steersman.nn.fused_lora import fuse_lora
+from steersman.nn.load import load_causal_lm, load_classifier, load_tokenizer
 
 _HEADS = ("score", "classifier")
 
@@ -44,6 +46,7 @@ def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
     except ValueError as error:
         raise ConfigError(f"lora.targetModules {lora.target_modules!r} does not fit the model ({error})") from None
     _refuse_tied_targets(wrapped)
+    fuse_lora(wrapped)
     return wrapped  # type: ignore[return-value]
 
 
@@ -53,10 +56,12 @@ def load_adapter(model: nn.Module, adapter: Path, *, trainable: bool = False) ->
     return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)  # type: ignore[arg-type]
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Writes adapter weights (safetensors) and config, whole or not at all."""
+def save_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Writes adapter weights (safetensors) and config, and a tokenizer that differs from the base's, atomically."""
     with atomic_dir(folder) as partial:
         model.save_pretrained(str(partial), save_embedding_layers=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
         (partial / "README.md").unlink(missing_ok=True)
 
 
@@ -71,11 +76,16 @@ def merge_to_folder(base: Path, adapter: Path, folder: Path, *, stop_ids: Sequen
     """
     check_adapter_folder(adapter)
     config = PeftConfig.from_pretrained(str(adapter))
-    model = load_classifier(base) if config.task_type == TaskType.SEQ_CLS else load_causal_lm(base)
+    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else base)
+    if config.task_type == TaskType.SEQ_CLS:
+        model = load_classifier(base, num_labels=_outputs_of(adapter))
+        model.config.pad_token_id = tokenizer.pad_token_id
+    else:
+        model = load_causal_lm(base)
     wrapped = load_adapter(model, adapter)
     _refuse_tied_targets(wrapped)
     merged = wrapped.merge_and_unload(safe_merge=True)
-    save_model(merged, AutoTokenizer.from_pretrained(adapter if _has_tokenizer(adapter) else base), folder, stop_ids)
+    save_model(merged, tokenizer, folder, stop_ids)
     del model, wrapped, merged
     gc.collect()
 
@@ -119,8 +129,13 @@ def check_adapter_folder(folder: Path) -> None:
             raise ConfigError(f"{folder}: {name} is missing; an adapter folder in PEFT format has it")
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer_config.json").is_file()
+def _outputs_of(adapter: Path) -> int:
+    """Outputs of the classification head that an adapter folder carries."""
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
+        heads = [name for name in tensors.keys() if name.endswith(("score.weight", "out_proj.weight"))]
+        if not heads:
+            raise ConfigError(f"{adapter}: the adapter of a classifier has no head; train it with modules_to_save")
+        return int(tensors.get_slice(heads[0]).get_shape()[0])
 
 
 def _refuse_tied_targets(model: PeftModel) -> None:

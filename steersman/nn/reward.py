@@ -1,6 +1,6 @@
 """A trained reward model: one or several sequence classifiers that give a conversation one number.
 
-    raw_m    = score of member m, or sum_a weight_a * aspect_a
+    raw_m    = score of member m, or sum_a weight_a * (std_a * output_a + mean_a)
     z_m      = (raw_m - mean_m) / std_m
     reward   = (combine_m(z_m) - mean) / std,   combine: mean or worst case of the members
 
@@ -39,6 +39,15 @@ class Member(FrozenModel):
     """Its standard deviation there."""
 
 
+class Aspect(FrozenModel):
+    weight: float
+    """Weight in the reward."""
+    mean: float = 0.0
+    """Mean of the ratings in the training data; the head learns (rating - mean) / std."""
+    std: Annotated[float, Field(gt=0)] = 1.0
+    """Their standard deviation."""
+
+
 class RewardSettings(FrozenModel):
     """The content of `reward.json`."""
 
@@ -46,8 +55,8 @@ class RewardSettings(FrozenModel):
     """Name of the scorer."""
     objective: Literal["pairwise", "binary", "aspects"] = "pairwise"
     """What it was trained for."""
-    aspects: dict[str, float] = {}
-    """Weight of every aspect, in the order of the head's outputs."""
+    aspects: dict[str, Aspect] = {}
+    """In the order of the head's outputs; empty where there is one output."""
     members: Annotated[list[Member], Field(min_length=1)] = [Member(folder=".")]
     """The models of an ensemble; one member is the usual case."""
     ensemble_mode: Literal["mean", "worst"] = "mean"
@@ -69,7 +78,7 @@ class Scores:
     members: Tensor
     """[M, N], raw."""
     aspects: Tensor | None
-    """[N, A], mean over the members; None without aspects."""
+    """[N, A] in the unit of the ratings, mean over the members; None without aspects."""
 
 
 class RewardModel:
@@ -145,8 +154,9 @@ class RewardModel:
     def combine(self, raw: Tensor) -> Scores:
         """Scores from the heads' outputs, fp32 [M, N, A or 1]."""
         settings = self.settings
-        weights = torch.tensor(list(settings.aspects.values())) if settings.aspects else torch.ones(1)
-        values = raw @ weights
+        aspects = list(settings.aspects.values()) or [Aspect(weight=1.0)]
+        ratings = raw * torch.tensor([a.std for a in aspects]) + torch.tensor([a.mean for a in aspects])
+        values = ratings @ torch.tensor([a.weight for a in aspects])
         means = torch.tensor([member.mean for member in settings.members])[:, None]
         stds = torch.tensor([member.std for member in settings.members])[:, None]
         scaled = (values - means) / stds
@@ -154,7 +164,7 @@ class RewardModel:
         return Scores(
             reward=(combined - settings.mean) / settings.std,
             members=values,
-            aspects=raw.mean(0) if settings.aspects else None,
+            aspects=ratings.mean(0) if settings.aspects else None,
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
