@@ -27,9 +27,9 @@ LICENCE = "CC0-1.0 (generated)"
 SOURCE = "steersman.demo"
 MANIFEST = "manifest.json"
 CUSTOMER_SHARES = {"train": 0.65, "validation": 0.12, "heldout": 0.23}
-SAME_STYLE = 0.05
+SAME_STYLE = 0.04
 """Share of comparisons in which both candidates have the same manner; most of them become ties."""
-SENIOR = 0.5
+SENIOR = 0.65
 """Share of comparisons in which one candidate comes from a senior agent, who always answers well."""
 MAX_PROMPT, MAX_ANSWER = 39, 32
 """Most pieces (see `_pieces`) of a prompt and an answer: at most 60 rendered tokens and 36 tokens of SmolLM2."""
