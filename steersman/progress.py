@@ -26,7 +26,7 @@ from steersman.artifacts import storage_errors
 
 QUIET_SECONDS = 3.5
 """Longest silence; the promise to users is 5 seconds."""
-_SHOWN = ("reward", "loss", "accuracy", "kl")
+_SHOWN = ("reward", "loss", "eval_loss", "accuracy", "kl")
 """Metrics on the line; all of them are in the metrics file."""
 _RECENT = 8
 """Steps that the estimate of the time left looks back on."""
@@ -35,8 +35,8 @@ _RECENT = 8
 class ConsoleReporter:
     """Tells of a stage's progress; a context manager, because a heartbeat runs beside it.
 
-    Every step also becomes one row `{"step", "total", **metrics}` of the metrics file. A run that continues
-    repeats steps; the rows of repeated steps are replaced, so that the file reads like that of an unbroken run.
+    Every call of `step` also becomes one row `{"step", "total", **metrics}` of the metrics file. A run that continues
+    repeats steps: the rows from its first step on are dropped, so that the file reads like that of an unbroken run.
     """
 
     def __init__(self, stage: str, metrics_path: Path | None = None, *, stream: TextIO | None = None) -> None:
@@ -53,7 +53,7 @@ class ConsoleReporter:
         self._thread = threading.Thread(target=self._beat, daemon=True, name="progress")
         self._activity = "starting"
         self._activity_since = self._last_shown = time.monotonic()
-        self._last_step: int | None = None
+        self._continued = False
         self._times: deque[float] = deque(maxlen=_RECENT + 1)
 
     def __enter__(self) -> ConsoleReporter:
@@ -113,9 +113,9 @@ class ConsoleReporter:
     def _append(self, row: Mapping[str, Any]) -> None:
         assert self._metrics is not None
         with storage_errors(self._metrics):
-            if self._last_step is None or row["step"] <= self._last_step:
+            if not self._continued:
                 drop_rows_from(self._metrics, row["step"])
-            self._last_step = row["step"]
+                self._continued = True
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()

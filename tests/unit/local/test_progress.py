@@ -60,6 +60,14 @@ def test_a_continued_run_replaces_the_rows_it_repeats(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in rows(path)] == [(1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0)]
 
 
+def test_training_and_validation_of_one_step_are_two_rows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with ConsoleReporter("sft", path, stream=io.StringIO()) as reporter:
+        reporter.step(1, 1, loss=2.0)
+        reporter.step(1, 1, eval_loss=3.0)
+    assert rows(path) == [{"step": 1, "total": 1, "loss": 2.0}, {"step": 1, "total": 1, "eval_loss": 3.0}]
+
+
 def test_a_torn_line_alone_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st')
@@ -78,7 +86,7 @@ def test_silence_is_filled_with_what_is_going_on(monkeypatch: pytest.MonkeyPatch
 
 def test_a_full_disk_is_one_sentence() -> None:
     reporter = ConsoleReporter("rl", Path("/dev/full"), stream=io.StringIO())
-    reporter._last_step = 0  # /dev/full cannot be read back
+    reporter._continued = True  # /dev/full cannot be read back
     with pytest.raises(StorageError, match="disk full while saving /dev/full"):
         reporter.step(1, 2, loss=1.0)
 
