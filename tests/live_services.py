@@ -1,4 +1,8 @@
-"""Real policy, reward and reference servers around tiny models, on an event loop in a thread of the test."""
+"""Real policy, reward and reference servers around tiny models, on an event loop in a thread of the test.
+
+A pytest plugin for all suites. What needs torch is imported when a server starts, so that suites
+without models stay quick.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,10 @@ from typing import Any
 
 import pytest
 
-from services.policy.build import build_engine, load_chat_format
-from services.policy.config import PolicyConfig
-from services.policy.servicer import PolicyServicer
-from services.policy.weights import WeightsServicer
-from services.reference.config import ReferenceConfig
-from services.reference.engine import ReferenceEngine
-from services.reference.servicer import ReferenceServicer
-from services.reward.config import RewardConfig
-from services.reward.engine import RewardEngine
-from services.reward.servicer import RewardServicer
 from steersman.config.base import dump_yaml, load_model
 from steersman.config.manifest import AlignmentRun
 from steersman.rpc.server import Server
-from steersman.testing.models import tiny_llama, tiny_tokenizer
 from steersman.v1 import policy_pb2_grpc, reference_pb2_grpc, reward_pb2_grpc, weights_pb2_grpc
-from training.stage import run_stage
 
 
 class LoopThread:
@@ -55,6 +47,11 @@ class Cluster:
     endpoints: dict[str, list[str]] = field(default_factory=dict)
 
     def start_policy(self, model: Path, **options: Any) -> None:
+        from services.policy.build import build_engine, load_chat_format
+        from services.policy.config import PolicyConfig
+        from services.policy.servicer import PolicyServicer
+        from services.policy.weights import WeightsServicer
+
         config = PolicyConfig(
             model=str(model), port=0, weights_port=0, precision="fp32", threads=1, drain_seconds=0, **options
         )
@@ -80,6 +77,10 @@ class Cluster:
         self._add(server, "policy", "weights")
 
     def start_reward(self, scorers: list[dict[str, Any]], **options: Any) -> None:
+        from services.reward.config import RewardConfig
+        from services.reward.engine import RewardEngine
+        from services.reward.servicer import RewardServicer
+
         raw = {"port": 0, "precision": "fp32", "threads": 1, "drainSeconds": 0, "scorers": scorers, **options}
         config = load_model(RewardConfig, raw, "test")
         engine = RewardEngine(config)
@@ -87,6 +88,10 @@ class Cluster:
         self._start(config, engine, lambda: RewardServicer(engine, config), register, "reward", "RewardService")
 
     def start_reference(self, model: Path, **options: Any) -> None:
+        from services.reference.config import ReferenceConfig
+        from services.reference.engine import ReferenceEngine
+        from services.reference.servicer import ReferenceServicer
+
         config = ReferenceConfig(model=str(model), port=0, precision="fp32", threads=1, drain_seconds=0, **options)
         engine = ReferenceEngine(config)
         register = reference_pb2_grpc.add_ReferenceServiceServicer_to_server
@@ -130,6 +135,8 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Llama with a byte-level tokenizer."""
+    from steersman.testing.models import tiny_llama, tiny_tokenizer
+
     folder = tmp_path_factory.mktemp("tiny")
     tiny_llama().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -139,6 +146,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_manifest(tmp_path: Path) -> Callable[..., Path]:
     """Writes prompts and a manifest with one stage, runs it, and returns the stage's folder."""
+    from training.stage import run_stage
 
     def run(
         cluster: Cluster, model: Path, stage: dict[str, Any], *, prompts: list[str], name: str = "run", **spec: Any
