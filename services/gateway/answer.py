@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.gateway.auth.callers import Caller
+from services.gateway.tools.desk import Proposal
 from steersman.errors import InternalError
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
@@ -63,7 +64,10 @@ class Answer:
     """
 
     def __init__(
-        self, answer_id: str, question: Question, stream: AsyncGenerator[PolicyServiceChatResponse, None]
+        self,
+        answer_id: str,
+        question: Question,
+        stream: Callable[[Answer], AsyncGenerator[PolicyServiceChatResponse, None]],
     ) -> None:
         self.id = answer_id
         self.question = question
@@ -71,13 +75,14 @@ class Answer:
         self.created = int(time.time())
         self.choices: list[Choice] = []
         self.sources: list[Source] = []
+        self.proposals: list[Proposal] = []
         self.prompt_tokens = 0
         self.weights_version = 0
         self.feedback_token = ""
         self.first_token_seconds = 0.0
         self.on_end: Callable[[Answer, BaseException | None], Awaitable[None]] | None = None
         self._start = time.monotonic()
-        self._stream = stream
+        self._stream = stream(self)
         self._first: PolicyServiceChatResponse | None = None
         self._wanted = max(question.request.n, 1)
         self._finished = 0
@@ -170,7 +175,7 @@ class Answer:
 def replay(question: Question, stored: dict[str, Any]) -> Answer:
     """An answer that was given before, in one piece; token log-probabilities are not kept."""
 
-    async def stream() -> AsyncGenerator[PolicyServiceChatResponse, None]:
+    async def stream(answer: Answer) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         for index, choice in enumerate(stored["choices"]):
             yield PolicyServiceChatResponse(
                 choice_index=index,
@@ -185,7 +190,7 @@ def replay(question: Question, stored: dict[str, Any]) -> Answer:
                 ],
             )
 
-    answer = Answer(stored["id"], question, stream())
+    answer = Answer(stored["id"], question, stream)
     answer.created = stored["created"]
     answer.sources = [Source(**source) for source in stored["sources"]]
     return answer

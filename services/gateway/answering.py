@@ -8,6 +8,7 @@ REST (OpenAI), Open Inference Protocol and native gRPC only translate to `Questi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import logging
 import secrets
@@ -25,6 +26,7 @@ from services.gateway.memory import Memory
 from services.gateway.metrics import Metrics
 from services.gateway.quotas import Quotas
 from services.gateway.recorder import Record, Recorder, audit_row
+from services.gateway.tools.grounding import Grounding
 from steersman.errors import DeadlineError, NotFoundError, SteersmanError
 from steersman.store.engine import Store
 from steersman.v1 import common_pb2
@@ -54,6 +56,7 @@ class Assistant:
         self.recorder = Recorder(store)
         self.quotas = Quotas(store)
         self.memory = Memory(store, config.memory)
+        self.grounding = Grounding(config.tools, store, metrics)
         self.draining = False
         self._tokens = tokens
         self._idempotency = IdempotencyKeys(store)
@@ -107,7 +110,7 @@ class Assistant:
             turns = await self.memory.recall(question.caller, question.conversation_id)
             _set_messages(question.request, [*turns, *asked])
         self._add_system_prompt(question.request)
-        answer = Answer(f"{question.id_prefix}-{secrets.token_hex(12)}", question, self._generate(question.request))
+        answer = Answer(f"{question.id_prefix}-{secrets.token_hex(12)}", question, self._stream)
         answer.model = question.model or self.config.model
         answer.feedback_token = self._tokens.issue(answer.id, question.caller.tenant)
 
@@ -159,17 +162,19 @@ class Assistant:
         if prompt and request.messages and request.messages[0].role != "system":
             _set_messages(request, [common_pb2.Message(role="system", content=prompt), *request.messages])
 
+    async def _stream(self, answer: Answer) -> AsyncGenerator[PolicyServiceChatResponse, None]:
+        async with self.admission.place(), contextlib.aclosing(self.grounding.answer(answer, self._generate)) as stream:
+            async for response in stream:
+                yield response
+
     async def _generate(self, request: PolicyServiceChatRequest) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         seconds = self.config.limits.answer_seconds
-        async with self.admission.place():
-            stream = self.pool.stream(request, seconds)
-            try:
+        try:
+            async with contextlib.aclosing(self.pool.stream(request, seconds)) as stream:
                 async for response in stream:
                     yield response
-            except DeadlineError:
-                raise DeadlineError(f"The answer took longer than {seconds:g} s; ask for fewer tokens") from None
-            finally:
-                await stream.aclose()
+        except DeadlineError:
+            raise DeadlineError(f"The answer took longer than {seconds:g} s; ask for fewer tokens") from None
 
     async def _finish(
         self, answer: Answer, asked: list[common_pb2.Message], claim: Claim | None, error: BaseException | None

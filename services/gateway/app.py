@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from services.gateway.actions import actions_router
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.errors import BadRequestError, error_response
@@ -32,6 +33,7 @@ def create_app(assistant: Assistant, auth: Authenticator, feedback: FeedbackDesk
     app.include_router(openai_router(assistant, auth, "/v1"))
     app.include_router(openai_router(assistant, auth, "/openai/v1"), include_in_schema=False)
     app.include_router(feedback_router(feedback, auth))
+    app.include_router(actions_router(assistant.grounding.desk, auth, assistant.recorder))
     app.include_router(health_router(assistant, auth, metrics))
     app.include_router(pages_router(assistant))
     _add_error_handlers(app)

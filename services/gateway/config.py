@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from services.gateway.tools.config import ToolsConfig
 from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
 from steersman.rpc.client import ClientTls
 from steersman.rpc.server import Tls
@@ -151,6 +152,7 @@ class GatewayConfig(FrozenModel):
     """None: yes, unless only this machine can reach the gateway."""
     identity: IdentityConfig = IdentityConfig()
     memory: MemoryConfig = MemoryConfig()
+    tools: ToolsConfig = ToolsConfig()
     drain_seconds: Seconds = 30.0
     """How long running streams may still take after SIGTERM."""
 

@@ -89,6 +89,7 @@ class Gateway:
         config = self.config
         await self.pool.start()
         self.assistant.recorder.start()
+        await self.assistant.grounding.start()
         servicer = ChatServicer(self.assistant, self.authenticator, self.feedback)
         self._grpc = _GrpcServer(
             ServerConfig(
@@ -169,6 +170,7 @@ class Gateway:
             ends.append(self._grpc.drain())
         await asyncio.gather(*ends)
         await self.assistant.recorder.close()
+        await self.assistant.grounding.close()
         await self.pool.close()
         self.store.close()
         if self._scratch is not None:

@@ -118,6 +118,23 @@ class Idempotency(GatewayBase):
     expires_at: Mapped[dt.datetime]
 
 
+class ProposedAction(GatewayBase):
+    """A write that the bot proposed to a customer."""
+
+    __tablename__ = "gateway_proposed_actions"
+
+    id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    tenant: Mapped[str] = mapped_column(sa.String(200))
+    customer: Mapped[str] = mapped_column(sa.String(200))
+    action: Mapped[str] = mapped_column(sa.String(32))
+    arguments: Mapped[dict[str, Any]]
+    transcript: Mapped[list[Any]]
+    state: Mapped[str] = mapped_column(sa.String(16))
+    """proposed, running or done."""
+    ticket: Mapped[str] = mapped_column(sa.String(200))
+    expires_at: Mapped[dt.datetime]
+
+
 def open_store(url: str) -> Store:
     """Opens the database with the tables of `steersman.store` and the gateway's own."""
     store = Store.open(url)

@@ -109,6 +109,7 @@ def _about(answer: Answer) -> dict[str, Any]:
         "feedback_token": answer.feedback_token,
         "weights_version": answer.weights_version,
         "sources": [source.as_json() for source in answer.sources],
+        "proposed_actions": [proposal.as_json() for proposal in answer.proposals],
     }
 
 

@@ -1,0 +1,43 @@
+"""Confirming what the bot proposed."""
+
+from __future__ import annotations
+
+import orjson
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from services.gateway.auth.authenticator import Authenticator
+from services.gateway.openai.documentation import error_responses
+from services.gateway.recorder import Record, Recorder, audit_row
+from services.gateway.tools.desk import DONE, Desk
+from steersman.errors import NotFoundError
+
+
+def actions_router(desk: Desk | None, auth: Authenticator, recorder: Recorder) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["Actions"])
+
+    @router.post(
+        "/actions/{action_id}/confirm",
+        summary="Carry out a proposed action, once",
+        description="The id is the idempotency key: confirming again gives the same ticket.",
+        responses={
+            200: {"description": "Done.", "content": {"application/json": {"schema": {"type": "object"}}}},
+            **error_responses(401, 403, 404, 408, 409, 413, 429, 500, 503),
+        },
+    )
+    async def confirm(request: Request, action_id: str) -> Response:
+        caller = await auth.caller(request.headers)
+        caller.require("act")
+        if desk is None:
+            raise NotFoundError("There is no such proposed action; actions are switched off")
+        proposal, ticket = await desk.confirm(caller, action_id)
+        text = DONE[proposal.action].format(ticket=ticket, **proposal.arguments)
+        records = [{"system": "desk", "record": ticket}]
+        row = audit_row(caller, request.state.request_id, "act", proposal.action, records=records)
+        await recorder.put(Record(row))
+        return Response(
+            orjson.dumps({"id": proposal.id, "action": proposal.action, "ticket": ticket, "text": text}),
+            media_type="application/json",
+        )
+
+    return router

@@ -1,0 +1,222 @@
+"""Configuration of business systems, tools and hand-over."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from steersman.config.base import FrozenModel
+
+Kind = Literal["order", "delivery", "invoice", "stock", "customer"]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+# A path in the business system; nothing that could end a query or a URL.
+FieldPath = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_./]{0,127}$")]
+
+
+class RecordKind(FrozenModel):
+    """Where one kind of record lies, whom it belongs to, and what of it may leave."""
+
+    entity: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,127}$")]
+    """Tryton model or OData entity set."""
+    number: FieldPath
+    """Field that people call the record's number."""
+    owner: FieldPath | None
+    """Field that holds the customer's key; null only for records that belong to nobody, such as stock."""
+    fields: Annotated[dict[str, FieldPath], Field(min_length=1)]
+    """Name shown to the model -> field. Nothing else leaves the system."""
+    where: list[Any] | str | None = None
+    """Fixed further condition: a Tryton domain or an OData filter."""
+    newest_first: FieldPath | None = None
+    """Field by which the latest records are found when no number was said."""
+
+
+def _tryton_kinds() -> dict[Kind, RecordKind]:
+    return {
+        "order": RecordKind(
+            entity="sale.sale",
+            number="number",
+            owner="party.code",
+            fields={
+                "number": "number",
+                "date": "sale_date",
+                "state": "state",
+                "shipping": "shipment_state",
+                "invoicing": "invoice_state",
+                "total": "total_amount",
+                "currency": "currency.code",
+            },
+            where=[["number", "!=", None]],
+            newest_first="id",
+        ),
+        "delivery": RecordKind(
+            entity="stock.shipment.out",
+            number="number",
+            owner="customer.code",
+            fields={
+                "number": "number",
+                "state": "state",
+                "planned": "planned_date",
+                "shipped": "effective_date",
+                "for": "origins",
+            },
+            where=[["number", "!=", None]],
+            newest_first="id",
+        ),
+        "invoice": RecordKind(
+            entity="account.invoice",
+            number="number",
+            owner="party.code",
+            fields={
+                "number": "number",
+                "date": "invoice_date",
+                "state": "state",
+                "total": "total_amount",
+                "to_pay": "amount_to_pay",
+                "currency": "currency.code",
+            },
+            where=[["type", "=", "out"], ["number", "!=", None]],
+            newest_first="id",
+        ),
+        "stock": RecordKind(
+            entity="product.product",
+            number="code",
+            owner=None,
+            fields={"code": "code", "name": "template.name", "available": "quantity"},
+        ),
+        "customer": RecordKind(
+            entity="party.party", number="code", owner="code", fields={"code": "code", "name": "name"}
+        ),
+    }
+
+
+class _System(FrozenModel):
+    name: Name
+    """Shown as the source of facts."""
+    tenants: list[str] = []
+    """Tenants that may ask it; empty: all."""
+    seconds: Annotated[float, Field(gt=0, le=60)] = 5.0
+    """Longest wait for one query."""
+
+
+class TrytonSystem(_System):
+    """Tryton's REST interface (trytond 7.4 or newer) with the key of a user application `rest`."""
+
+    type: Literal["tryton"]
+    url: str
+    """Of the server, for example http://erp:8000."""
+    database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,63}$")]
+    key_env: str
+    """Environment variable with the user application's key."""
+    kinds: dict[Kind, RecordKind] = Field(default_factory=_tryton_kinds)
+    stock_locations: list[int] = []
+    """Ids of the warehouses whose goods count as available."""
+
+    @model_validator(mode="after")
+    def _owned(self) -> TrytonSystem:
+        _check_owners(self.kinds)
+        return self
+
+
+class ODataSystem(_System):
+    """An OData v4 service, for example of SAP S/4HANA or CAP."""
+
+    type: Literal["odata"]
+    url: str
+    """Of the service, for example https://s4/sap/opu/odata4/.../0001."""
+    authorization_env: str | None = None
+    """Environment variable with the whole Authorization header."""
+    kinds: dict[Kind, RecordKind]
+    """What S/4HANA calls order, delivery ... differs by release, so there is no default."""
+
+    @model_validator(mode="after")
+    def _owned(self) -> ODataSystem:
+        _check_owners(self.kinds)
+        return self
+
+
+def _check_owners(kinds: dict[Kind, RecordKind]) -> None:
+    for kind, record in kinds.items():
+        if record.owner is None and kind != "stock":
+            raise ValueError(f"kinds.{kind}.owner is missing: records of customers need the field with their owner")
+
+
+class McpTool(FrozenModel):
+    """One tool of an MCP server that may be used."""
+
+    name: str
+    customer_argument: str | None
+    """Argument that the gateway fills with the verified customer, whatever the model wrote; null only for tools that
+    read nothing of customers."""
+
+
+class McpServer(FrozenModel):
+    """A Model Context Protocol server, over stdio (`command`) or streamable HTTP (`url`)."""
+
+    name: Name
+    command: list[str] = []
+    """Program and arguments."""
+    env: dict[str, str] = {}
+    url: str | None = None
+    authorization_env: str | None = None
+    """Environment variable with the Authorization header for `url`."""
+    tools: Annotated[list[McpTool], Field(min_length=1)]
+    """What is not listed here is not offered to the model."""
+    tenants: list[str] = []
+    seconds: Annotated[float, Field(gt=0, le=60)] = 10.0
+
+    @model_validator(mode="after")
+    def _one_transport(self) -> McpServer:
+        if bool(self.command) == bool(self.url):
+            raise ValueError("give either command or url")
+        return self
+
+
+class Webhook(FrozenModel):
+    """Tickets as signed HTTP POST: `X-Steersman-Signature: t=<unix>,v1=<HMAC-SHA256 hex of "t.body">`."""
+
+    url: str
+    secret_env: str
+    """Environment variable with the shared secret, at least 32 characters."""
+
+
+class RequestTracker(FrozenModel):
+    """Tickets through the REST 2 interface of Request Tracker."""
+
+    url: str
+    """For example https://rt.example.com."""
+    token_env: str
+    """Environment variable with an authentication token."""
+    queue: str = "General"
+
+
+class HandOver(FrozenModel):
+    """Tickets for people: hand-over of a conversation, and return requests. Off unless configured."""
+
+    webhook: Webhook | None = None
+    request_tracker: RequestTracker | None = None
+    seconds: Annotated[float, Field(gt=0, le=60)] = 10.0
+    propose_seconds: Annotated[int, Field(gt=0)] = 1800
+    """How long a proposed action may still be confirmed."""
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> HandOver:
+        if (self.webhook is None) == (self.request_tracker is None):
+            raise ValueError("give either webhook or requestTracker")
+        return self
+
+
+class ToolsConfig(FrozenModel):
+    """Facts from business systems."""
+
+    mode: Literal["lookup", "tools"] = "lookup"
+    """`lookup`: numbers in the message are looked up and the records put into the prompt, for models that cannot call
+    tools; `tools`: the model calls them."""
+    systems: list[Annotated[TrytonSystem | ODataSystem, Field(discriminator="type")]] = []
+    mcp_servers: list[McpServer] = []
+    hand_over: HandOver | None = None
+    """None: no writes at all."""
+    rounds: Annotated[int, Field(gt=0, le=10)] = 4
+    """Most turns of tool calls in one answer."""
+    records: Annotated[int, Field(gt=0, le=20)] = 5
+    """Most records looked up for one message."""

@@ -1,0 +1,156 @@
+"""Reading business records: only the asking customer's, only the listed fields.
+
+This is the one place where ownership is decided. `owner_value` comes from a verified token and nothing else; a query
+for records with an owner cannot be built without it, and a row that comes back with another owner is dropped. What is
+not there and what belongs to somebody else look the same: not found.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from services.gateway.auth.callers import Caller
+from services.gateway.metrics import Metrics
+from services.gateway.tools.config import Kind, RecordKind
+from steersman.errors import SteersmanError
+
+log = logging.getLogger("steersman.gateway")
+
+NUMBER = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,39}$")
+_LONGEST_TEXT = 300
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record of the customer who asks."""
+
+    system: str
+    kind: Kind
+    number: str
+    fields: Mapping[str, Any]
+
+    @property
+    def source(self) -> str:
+        return f"{self.kind}/{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What is asked of a system; `owner` is set for every kind that has one."""
+
+    kind: RecordKind
+    number: str | None
+    owner: str | None
+    limit: int
+
+
+class System(Protocol):
+    name: str
+    tenants: Sequence[str]
+    kinds: Mapping[Kind, RecordKind]
+
+    async def fetch(self, query: Query) -> list[dict[str, Any]]:
+        """Rows by the system's own field names: the listed fields and the owner.
+
+        Raises:
+            UnavailableError: the system does not answer, or answers something else.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+def query_for(kind: RecordKind, number: str | None, owner_value: str | None, limit: int) -> Query | None:
+    """The query with its ownership filter; None when nothing may be asked."""
+    if kind.owner is not None and not owner_value:
+        return None
+    return Query(kind, number, owner_value if kind.owner is not None else None, limit)
+
+
+def belongs(kind: RecordKind, row: Mapping[str, Any], owner_value: str | None) -> bool:
+    """Whether a row is the customer's, by what the system itself says."""
+    return kind.owner is None or (bool(owner_value) and dig(row, kind.owner) == owner_value)
+
+
+class Records:
+    """All systems together."""
+
+    def __init__(self, systems: Sequence[System], metrics: Metrics) -> None:
+        self._systems = list(systems)
+        self._metrics = metrics
+
+    def kinds(self, tenant: str) -> set[Kind]:
+        return {kind for system in self._allowed(tenant) for kind in system.kinds}
+
+    async def find(self, caller: Caller, kind: Kind, number: str | None, limit: int = 3) -> list[Record]:
+        """Records of this kind that the caller's customer owns; empty means not found.
+
+        Raises:
+            UnavailableError: no system could be asked.
+        """
+        if number is not None and not NUMBER.match(number):
+            return []
+        found: list[Record] = []
+        failure: SteersmanError | None = None
+        for system in self._allowed(caller.tenant):
+            record_kind = system.kinds.get(kind)
+            if record_kind is None:
+                continue
+            owner = caller.customer.id if caller.customer else None
+            wanted = owner if kind == "customer" else number
+            if wanted is None and record_kind.newest_first is None:
+                continue
+            query = query_for(record_kind, wanted, owner, limit)
+            if query is None:
+                self._metrics.lookups.labels(system.name, "no_customer").inc()
+                continue
+            try:
+                rows = await system.fetch(query)
+            except SteersmanError as error:
+                log.warning("a business system failed: %s", error, extra={"system": system.name})
+                self._metrics.lookups.labels(system.name, "failed").inc()
+                failure = error
+                continue
+            rows = [row for row in rows if belongs(record_kind, row, owner)]
+            self._metrics.lookups.labels(system.name, "found" if rows else "not_found").inc()
+            found.extend(_record(system.name, kind, record_kind, row) for row in rows[:limit])
+        if not found and failure is not None:
+            raise failure
+        return found
+
+    def _allowed(self, tenant: str) -> list[System]:
+        return [system for system in self._systems if not system.tenants or tenant in system.tenants]
+
+    async def close(self) -> None:
+        for system in self._systems:
+            await system.close()
+
+
+def dig(row: Mapping[str, Any], path: str) -> Any:
+    """A value by its path: `party.code` or `ToParty/Code`."""
+    value: Any = row
+    for part in re.split(r"[./]", path):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _record(system: str, kind: Kind, record_kind: RecordKind, row: Mapping[str, Any]) -> Record:
+    fields = {name: clean(dig(row, path)) for name, path in record_kind.fields.items()}
+    return Record(system, kind, str(clean(dig(row, record_kind.number))), fields)
+
+
+def clean(value: Any) -> Any:
+    """A value as plain data: text without control and invisible characters, and not too long."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): clean(each) for key, each in list(value.items())[:20]}
+    if isinstance(value, (list, tuple)):
+        return [clean(each) for each in value[:20]]
+    text = _CONTROL.sub(" ", str(value)).strip()
+    return text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + "…"
