@@ -1,7 +1,8 @@
 """Attention over the cache's rows: one new token a row (decode), or spans of prompt tokens without padding (prefill).
 
-Both are given to the model as one packed row of T tokens with explicit positions. Grouped query heads are folded
-into query rows, so that keys and values are never repeated.
+Both are given to the model as one packed row of T tokens with explicit positions. Inside attention both become
+blocks of queries per cache row, in which the query heads that share a key head are further queries: keys and values
+are never repeated.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,18 +23,57 @@ from steersman.errors import ConfigError
 
 SLOT_ATTENTION = "steersman_slots"
 
+_PIECE = 256
+"""Queries of one span in a block: bounds the scores that exist at a time for long prompts."""
+_BLOCK_SCORES = 1 << 21
+"""Scores of one head in a block of several spans."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer scores: factor, last positions seen (itself included), soft cap (Gemma 2)."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
 
 class Step(Protocol):
     """One forward pass: knows which token lies where in the cache."""
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
         """q [T, heads, head dim], k and v [T, kv heads, head dim], rotated -> [T, heads, head dim].
 
-        Stores keys and values. `window`: number of last positions seen, itself included.
+        Stores keys and values.
         """
         ...
+
+
+def _mask(positions: Tensor, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[..., length]: 0 where a query at `positions` [...] looks, -inf elsewhere."""
+    seen, here = torch.arange(length, device=positions.device), positions.unsqueeze(-1)
+    hidden = seen > here
+    if window is not None:
+        hidden |= seen <= here - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
+
+
+def _block_attention(q: Tensor, store: LayerCache, rows: slice | Tensor, mask: Tensor, how: Scores) -> Tensor:
+    """q [S, kv heads, M, dim] over the first L tokens of S cache rows, mask [S, 1, M or 1, L] -> as q."""
+    length = mask.shape[-1]
+    values = store.values[rows, :, :length]
+    if store.transposed:
+        keys = store.keys[rows, :, :, :length]
+    else:
+        keys = store.keys[rows, :, :length]
+        if how.softcap is None:
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=how.scale)
+        keys = keys.transpose(2, 3)
+    scores = torch.bmm((q * how.scale).flatten(0, 1), keys.flatten(0, 1)).view(*q.shape[:3], length)
+    if how.softcap is not None:
+        scores.div_(how.softcap).tanh_().mul_(how.softcap)
+    weights = torch.softmax(scores.add_(mask), -1)
+    return torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).view(q.shape)
 
 
 @dataclass
@@ -45,11 +86,9 @@ class DecodeStep:
     longest: int
     """Largest position + 1."""
     _indices: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _masks: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
         store = self.cache.layer(layer, k)
         rows, kv_heads, dim = k.shape
         key_index, value_index = self._index(kv_heads, dim, store.transposed)
@@ -58,30 +97,16 @@ class DecodeStep:
             store.keys.put_(key_index, k)
         else:
             store.keys.view(-1, dim).index_copy_(0, key_index, k.reshape(-1, dim))
-        length = min(-(-self.longest // 16) * 16, self.cache.capacity)
-        group = q.shape[1] // kv_heads
-        if softcap is None and not store.transposed:
-            out = F.scaled_dot_product_attention(
-                q.reshape(rows, kv_heads, group, dim),
-                store.keys[:rows, :, :length],
-                store.values[:rows, :, :length],
-                attn_mask=self._mask(window, 1, length, q.dtype).view(rows, 1, 1, length),
-                scale=scale,
-            )
-            return out.reshape(rows, -1, dim)
-        folded = q.reshape(rows * kv_heads, group, dim)
-        keys = store.keys[:rows].flatten(0, 1)
-        keys = keys[:, :, :length] if store.transposed else keys[:, :length].transpose(1, 2)
-        mask = self._mask(window, kv_heads, length, q.dtype)
-        if softcap is None:
-            scores = torch.baddbmm(mask, folded, keys, alpha=scale)
-        else:
-            scores = torch.tanh(torch.bmm(folded, keys) * (scale / softcap)) * softcap + mask
-        values = store.values[:rows].flatten(0, 1)[:, :length]
-        return torch.bmm(torch.softmax(scores, -1), values).view(rows, -1, dim)
+        mask = self._masks.get((how.window, q.dtype))
+        if mask is None:
+            length = min(-(-self.longest // 16) * 16, self.cache.capacity)
+            mask = _mask(self.positions.view(-1, 1, 1), length, how.window, q.dtype)
+            self._masks[how.window, q.dtype] = mask
+        folded = q.reshape(rows, kv_heads, -1, dim)
+        return _block_attention(folded, store, slice(rows), mask, how).reshape(q.shape)
 
     def _index(self, heads: int, dim: int, transposed: bool) -> tuple[Tensor, Tensor]:
-        """Where the new keys and values go: rows of the flattened storage, or elements of transposed keys."""
+        """Where the new keys and values go: lines of the flattened storage, or elements of transposed keys."""
         found = self._indices.get((heads, dim, transposed))
         if found is None:
             capacity, device = self.cache.capacity, self.positions.device
@@ -93,19 +118,6 @@ class DecodeStep:
                 elements = lines[:, :, None] * dim + torch.arange(dim, device=device)
                 key_index = elements * capacity + self.positions[:, None, None]
             found = self._indices[heads, dim, transposed] = key_index, value_index
-        return found
-
-    def _mask(self, window: int | None, repeat: int, length: int, dtype: torch.dtype) -> Tensor:
-        """[B * repeat, 1, length]: 0 where a row looks, -inf elsewhere."""
-        found = self._masks.get((window, repeat, dtype))
-        if found is None:
-            seen = torch.arange(length, device=self.positions.device)
-            here = self.positions[:, None]
-            hidden = seen > here
-            if window is not None:
-                hidden |= seen <= here - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
-            found = self._masks[window, repeat, dtype] = mask.repeat_interleave(repeat, 0).unsqueeze(1)
         return found
 
 
@@ -121,37 +133,76 @@ class Span:
 
 
 @dataclass
+class _Block:
+    """Queries of several spans, padded to the longest."""
+
+    rows: Tensor
+    """int64 [S]"""
+    index: Tensor
+    """int64 [S, n], which packed token is a query; padding repeats the last."""
+    real: Tensor
+    """int64 [tokens], places of the real queries in the flattened block"""
+    tokens: Tensor
+    """int64 [tokens], the packed tokens at these places"""
+    positions: Tensor
+    """int64 [S, n]"""
+    length: int
+    masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None, dtype: torch.dtype, group: int) -> Tensor:
+        found = self.masks.get((window, dtype))
+        if found is None:
+            found = _mask(self.positions, self.length, window, dtype).repeat(1, group, 1).unsqueeze(1)
+            self.masks[window, dtype] = found
+        return found
+
+
 class PrefillStep:
-    """Spans of prompts, one after the other."""
+    """Spans of prompts, one after the other in the packed row."""
 
-    cache: KVCache
-    spans: Sequence[Span]
+    def __init__(self, cache: KVCache, spans: Sequence[Span], device: torch.device) -> None:
+        self._cache = cache
+        self._spans = spans
+        self._device = device
+        self._blocks = [self._block(pieces) for pieces in _grouped(spans)]
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        store = self.cache.layer(layer, k)
+    def _block(self, pieces: Sequence[_Piece]) -> _Block:
+        starts, ends, offsets = (
+            np.array([[getattr(piece, name)] for piece in pieces]) for name in ("start", "end", "offset")
+        )
+        steps = np.arange((ends - starts).max())
+        clipped = np.minimum(steps, ends - starts - 1)
+        index = offsets + clipped
+        real = np.flatnonzero(steps < ends - starts)
+        rows = np.array([piece.row for piece in pieces])
+        length = min(-(-int(ends.max()) // 16) * 16, self._cache.capacity)
+        tokens = index.reshape(-1)[real]
+        on_device = [torch.from_numpy(one).to(self._device) for one in (rows, index, real, tokens, starts + clipped)]
+        return _Block(on_device[0], on_device[1], on_device[2], on_device[3], on_device[4], length)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
         self.store(layer, k, v)
-        out = torch.empty_like(q)
-        offset = 0
-        for span in self.spans:
-            tokens = slice(offset, offset + span.end - span.start)
-            offset = tokens.stop
-            if span.start == 0:
-                keys, values = k[tokens], v[tokens]
-            else:
-                keys, values = _read(store, span.row, span.end)
-            out[tokens] = _span_attention(q[tokens], keys, values, span.start, scale, window, softcap)
+        store = self._cache.layer(layer, k)
+        kv_heads, dim = k.shape[1:]
+        group = q.shape[1] // kv_heads
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for block in self._blocks:
+            count, widest = block.index.shape
+            queries = q[block.index].view(count, widest, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+            folded = queries.reshape(count, kv_heads, group * widest, dim)
+            found = _block_attention(folded, store, block.rows, block.mask(how.window, q.dtype, group), how)
+            found = found.view(count, kv_heads, group, widest, dim).permute(0, 3, 1, 2, 4)
+            out[block.tokens] = found.reshape(count * widest, -1, dim)[block.real]
         return out
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Writes keys and values [T, kv heads, head dim], then copies the shared prefixes."""
-        store = self.cache.layer(layer, k)
+        """Writes keys and values [T, kv heads, head dim], and copies the shared prefixes."""
+        store = self._cache.layer(layer, k)
         offset = 0
-        for span in self.spans:
+        for span in self._spans:
             count = span.end - span.start
             if span.donor is not None:
-                self.cache.copy(store, span.donor, span.row, span.start)
+                self._cache.copy(store, span.donor, span.row, span.start)
             place = slice(span.start, span.end)
             store.values[span.row, :, place] = v[offset : offset + count].transpose(0, 1)
             keys = k[offset : offset + count]
@@ -162,36 +213,39 @@ class PrefillStep:
             offset += count
 
 
-def _read(store: LayerCache, row: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [tokens, kv heads, head dim] of a row."""
-    values = store.values[row, :, :tokens].transpose(0, 1)
-    if store.transposed:
-        return store.keys[row, :, :, :tokens].permute(2, 0, 1), values
-    return store.keys[row, :, :tokens].transpose(0, 1), values
+class _Piece(NamedTuple):
+    """Queries [start, end) of one row; `offset`: where they begin in the packed row."""
+
+    row: int
+    start: int
+    end: int
+    offset: int
+
+    @property
+    def queries(self) -> int:
+        return self.end - self.start
 
 
-def _span_attention(
-    q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """Causal attention of q [n, heads, dim] at positions start.. over k, v [start + n, kv heads, dim]."""
-    count, total = len(q), len(k)
-    here = torch.arange(start, total, device=q.device)[:, None]
-    seen = torch.arange(total, device=q.device)
-    mask = seen <= here
-    if window is not None:
-        mask &= seen > here - window
-    q_h, k_h, v_h = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    if softcap is None:
-        plain = start == 0 and (window is None or window >= total)
-        out = F.scaled_dot_product_attention(
-            q_h, k_h, v_h, attn_mask=None if plain else mask, is_causal=plain, scale=scale, enable_gqa=True
-        )
-        return out[0].transpose(0, 1)
-    group = q.shape[1] // k.shape[1]
-    folded = q_h.view(1, k.shape[1], group, count, -1)
-    scores = torch.tanh(folded @ k_h.unsqueeze(2).transpose(-1, -2) * (scale / softcap)) * softcap
-    scores = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
-    return (scores @ v_h.unsqueeze(2)).reshape(q.shape[1], count, -1).transpose(0, 1)
+def _grouped(spans: Sequence[Span]) -> list[list[_Piece]]:
+    """The spans in pieces, in groups of similar size."""
+    pieces: list[_Piece] = []
+    offset = 0
+    for span in spans:
+        for start in range(span.start, span.end, _PIECE):
+            pieces.append(_Piece(span.row, start, min(start + _PIECE, span.end), offset + start - span.start))
+        offset += span.end - span.start
+    pieces.sort(key=lambda piece: (piece.end, piece.queries))
+    groups: list[list[_Piece]] = []
+    for piece in pieces:  # by `end`: the piece's keys are the most of its group
+        if groups:
+            widest = max(piece.queries, *(one.queries for one in groups[-1]))
+            narrowest = min(piece.queries, *(one.queries for one in groups[-1]))
+            similar = piece.end <= 2 * groups[-1][0].end and widest <= 2 * narrowest
+            if similar and (len(groups[-1]) + 1) * widest * piece.end <= _BLOCK_SCORES:
+                groups[-1].append(piece)
+                continue
+        groups.append([piece])
+    return groups
 
 
 def _slot_attention(
@@ -215,8 +269,8 @@ def _slot_attention(
             f"({'attention sinks' if s_aux is not None else 'it drops keyword arguments'}); use the vllm engine"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return steersman_step.attend(module.layer_idx, q, k, v, scale, sliding_window, softcap).unsqueeze(0), None
+    how = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    return steersman_step.attend(module.layer_idx, q, k, v, how).unsqueeze(0), None
 
 
 AttentionInterface.register(SLOT_ATTENTION, _slot_attention)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from services.policy.engines.attention import SLOT_ATTENTION, DecodeStep, PrefillStep
+from services.policy.engines.attention import SLOT_ATTENTION, DecodeStep, PrefillStep, Scores
 from services.policy.engines.weights import Linear, Parameter, WeightStore
 from steersman.errors import ConfigError
 
@@ -105,7 +105,7 @@ class LlamaDecoder:
             if index == last and isinstance(step, PrefillStep):
                 step.store(index, k, v)  # nobody reads what the last layer makes of a prompt
                 break
-            attended = step.attend(index, q, k, v, layer.scale, layer.window, None)
+            attended = step.attend(index, q, k, v, layer.scores)
             x = layer.finish(x, attended.flatten(1), self._dtype)
         return x
 
@@ -129,10 +129,10 @@ class _Layer:
     def __init__(self, module: Any, prefix: str, store: WeightStore, pack: bool) -> None:
         attention = module.self_attn
         self.head_dim: int = attention.head_dim
-        self.scale: float = attention.scaling
-        self.window: int | None = getattr(attention, "sliding_window", None)
-        if self.window is None and attention.config.model_type == "mistral":
-            self.window = attention.config.sliding_window
+        window = getattr(attention, "sliding_window", None)
+        if attention.config.model_type == "mistral":
+            window = attention.config.sliding_window
+        self.scores = Scores(attention.scaling, window)
         self._heads = attention.q_proj.out_features // self.head_dim
         self._kv_heads = attention.k_proj.out_features // self.head_dim
         self._input_norm = _Norm(module.input_layernorm, prefix + "input_layernorm.weight", store)

@@ -350,7 +350,9 @@ class TransformersEngine:
     def _prefill(self, spans: list[Span]) -> None:
         token_ids = np.concatenate([self._rows[span.row].prompt[span.start : span.end] for span in spans])
         positions = np.concatenate([np.arange(span.start, span.end) for span in spans])
-        self._decoder.prefill(self._tensor(token_ids), self._tensor(positions), PrefillStep(self._cache, spans))
+        self._decoder.prefill(
+            self._tensor(token_ids), self._tensor(positions), PrefillStep(self._cache, spans, self._device)
+        )
 
     def _decode(self) -> None:
         """One token for every running sample."""
