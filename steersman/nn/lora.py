@@ -132,7 +132,7 @@ def check_adapter_folder(folder: Path) -> None:
 def _outputs_of(adapter: Path) -> int:
     """Outputs of the classification head that an adapter folder carries."""
     with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
-        heads = [name for name in tensors.keys() if name.endswith(("score.weight", "out_proj.weight"))]
+        heads = [name for name in tensors.keys() if name.endswith(("score.weight", "out_proj.weight"))]  # noqa: SIM118 - not a dict
         if not heads:
             raise ConfigError(f"{adapter}: the adapter of a classifier has no head; train it with modules_to_save")
         return int(tensors.get_slice(heads[0]).get_shape()[0])

@@ -157,12 +157,8 @@ class RewardModel:
         aspects = list(settings.aspects.values()) or [Aspect(weight=1.0)]
         ratings = raw * torch.tensor([a.std for a in aspects]) + torch.tensor([a.mean for a in aspects])
         values = ratings @ torch.tensor([a.weight for a in aspects])
-        means = torch.tensor([member.mean for member in settings.members])[:, None]
-        stds = torch.tensor([member.std for member in settings.members])[:, None]
-        scaled = (values - means) / stds
-        combined = scaled.amin(0) if settings.ensemble_mode == "worst" else scaled.mean(0)
         return Scores(
-            reward=(combined - settings.mean) / settings.std,
+            reward=(combined(settings, values) - settings.mean) / settings.std,
             members=values,
             aspects=ratings.mean(0) if settings.aspects else None,
         )
@@ -171,6 +167,14 @@ class RewardModel:
         if self._precision != "bf16":
             return nullcontext()
         return torch.autocast(self.device, dtype=torch.bfloat16)
+
+
+def combined(settings: RewardSettings, raw: Tensor) -> Tensor:
+    """One value [N] from the members' raw rewards [M, N], each in units of its own spread."""
+    means = torch.tensor([member.mean for member in settings.members])[:, None]
+    stds = torch.tensor([member.std for member in settings.members])[:, None]
+    scaled = (raw - means) / stds
+    return scaled.amin(0) if settings.ensemble_mode == "worst" else scaled.mean(0)
 
 
 def head_outputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

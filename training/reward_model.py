@@ -1,0 +1,399 @@
+"""Reward models: pairwise ranking, preferred / not preferred, or ratings of several aspects.
+
+    pairwise  L = -log sigmoid(r(x, chosen) - r(x, rejected) - margin) + c (r(x, chosen) + r(x, rejected))^2
+    binary    L = -log sigmoid(+r) for preferred answers, -log sigmoid(-r) for the others
+    aspects   L = sum_a (output_a - (rating_a - mean_a) / std_a)^2 over the ratings that exist
+
+TRL's RewardTrainer computes the first (margin: Llama 2, equation 2; c: Eisenstein et al. 2023); the others, which TRL
+lacks, are a small transformers Trainer over `training.algorithms.reward_losses`. A decoder's score is read at the token
+that ends the answer. In the end every member is a plain folder, its mean and spread on a reference set stand in
+`reward.json`, and what it is worth on held-out comparisons in `evaluation.json`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
+from trl import RewardConfig, RewardTrainer
+
+from steersman.artifacts import atomic_dir
+from steersman.config.manifest import RewardModelStage
+from steersman.data.records import Aspects, Preference, Row
+from steersman.errors import ConfigError, DataError
+from steersman.nn.load import disable_dropout, load_classifier, load_reward_model, load_tokenizer, quiet_libraries
+from steersman.nn.lora import merge_to_folder, quantization, save_adapter, save_model
+from steersman.nn.prepare import check_tokenizer_matches, resolve_model
+from steersman.nn.reward import (
+    Aspect,
+    Member,
+    RewardModel,
+    RewardSettings,
+    combined,
+    head_outputs,
+    pad_rows,
+    write_settings,
+)
+from steersman.nn.tokens import IGNORE, conversation_parts, distinct_pad_token
+from steersman.nn.trunk import is_decoder
+from training.algorithms.reward_losses import aspect_loss, binary_loss
+from training.context import DataFiles, StageContext
+from training.reward_evaluation import ScoredPair, evaluate_pairs, evaluate_ratings
+from training.trl_setup import Progress, check_length, checkpoint_dir, numbered_rows, options, prepare, train
+
+_REFERENCE_ROWS = 256
+"""Conversations that mean and standard deviation are measured on."""
+
+
+def run_reward_model(spec: RewardModelStage, ctx: StageContext) -> dict[str, Path]:
+    """Trains every member and returns `model`, `evaluation` and `predictions`.
+
+    Raises:
+        DataError: a row is wrong, too long, or lacks its margin or all aspects; the message begins with `file:line`.
+    """
+    quiet_libraries()
+    base = _backbone(spec, ctx)
+    tokenizer = load_tokenizer(base)
+    data = RewardData(spec, tokenizer)
+    kind = "aspects" if spec.objective == "aspects" else "preferences"
+    files = ctx.files(kind)
+    work = ctx.stage_dir / "members"
+    settings = RewardSettings(
+        name=spec.name,
+        objective=spec.objective,
+        aspects=data.aspect_scales(files.train),
+        ensemble_mode=spec.ensemble_mode,
+        members=[Member(folder=f"member-{number}") for number in range(spec.ensemble)],
+        max_length=spec.max_length,
+    )
+    for number in range(spec.ensemble):
+        if not (work / f"member-{number}").is_dir():
+            train_member(spec, ctx, base, data, settings, number, work / f"member-{number}")
+    settings = _normalised(settings, work, data, files, ctx)
+    artifacts = {"model": ctx.stage_dir / "model"}
+    _assemble(settings, work, artifacts["model"])
+    model = load_reward_model(artifacts["model"], device=ctx.device, precision=ctx.precision)
+    evaluation, predictions = _evaluate(model, data, ctx)
+    for name, content in (
+        ("evaluation.json", json.dumps(evaluation, indent=2).encode()),
+        ("predictions.jsonl", b"".join(orjson.dumps(row) + b"\n" for row in predictions)),
+    ):
+        (ctx.stage_dir / name).write_bytes(content)
+        artifacts[name.partition(".")[0]] = ctx.stage_dir / name
+    shutil.rmtree(work)
+    return artifacts
+
+
+def _backbone(spec: RewardModelStage, ctx: StageContext) -> Path:
+    if spec.base is not None:
+        return resolve_model(spec.base, ctx.cache_dir, note=ctx.reporter.note)
+    if spec.init_from == "sft" and ctx.sft_model is None:
+        ctx.reporter.note("there is no SFT stage before; the reward model starts from the base model")
+    return ctx.sft_model if spec.init_from == "sft" and ctx.sft_model is not None else ctx.base_model
+
+
+class RewardData:
+    """Files of rows as tokens, for one objective and one tokenizer."""
+
+    def __init__(self, spec: RewardModelStage, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._spec = spec
+        self.tokenizer = tokenizer
+
+    def tokens(self, prompt: Sequence[Any], answer: Sequence[Any], where: str) -> tuple[list[int], int]:
+        """Token ids of prompt and answer, and how many of them are the answer's."""
+        messages = [message.model_dump(exclude_none=True) for message in (*prompt, *answer)]
+        try:
+            before, after = conversation_parts(self.tokenizer, messages)
+        except DataError as error:
+            raise DataError(f"{where}: {error.message}") from None
+        check_length(len(before) + len(after), self._spec.max_length, where)
+        said = "\n".join(message.content for message in answer)
+        return before + after, len(after) or len(self.tokenizer(said, add_special_tokens=False)["input_ids"])
+
+    def pairs(self, path: Path) -> Dataset:
+        """`chosen_ids`, `rejected_ids` and, where the stage asks for it, `margin`."""
+        rows = []
+        for where, row in numbered_rows(path, Preference):
+            pair: dict[str, Any] = {
+                "chosen_ids": self.tokens(row.prompt, row.chosen, where)[0],
+                "rejected_ids": self.tokens(row.prompt, row.rejected, where)[0],
+            }
+            if self._spec.margin:
+                if row.margin is None:
+                    raise DataError(f"{where}: margin is missing; add it, or set rewardModel.margin: false")
+                pair["margin"] = row.margin
+            rows.append(pair)
+        return Dataset.from_list(rows)
+
+    def judged(self, path: Path) -> Dataset:
+        """`input_ids` and `labels` [1]: 1 for chosen answers, 0 for rejected ones."""
+        rows = []
+        for pair in self.pairs(path):
+            rows.append({"input_ids": pair["chosen_ids"], "labels": [1.0]})
+            rows.append({"input_ids": pair["rejected_ids"], "labels": [0.0]})
+        return Dataset.from_list(rows)
+
+    def rated(self, path: Path, scales: dict[str, Aspect]) -> Dataset:
+        """`input_ids` and `labels` [A]: standardised ratings, -100 where an aspect is not rated."""
+        rows = []
+        for where, row in numbered_rows(path, Aspects):
+            labels = [
+                (row.aspects[name] - scale.mean) / scale.std if name in row.aspects else float(IGNORE)
+                for name, scale in scales.items()
+            ]
+            if all(label == IGNORE for label in labels):
+                raise DataError(f"{where}: aspects: none of {', '.join(scales)} is rated; add one or remove the row")
+            rows.append({"input_ids": self.tokens(row.prompt, row.completion, where)[0], "labels": labels})
+        return Dataset.from_list(rows)
+
+    def aspect_scales(self, path: Path) -> dict[str, Aspect]:
+        """Weight, mean and spread of every aspect of the stage; empty for the other objectives."""
+        if self._spec.objective != "aspects":
+            return {}
+        rows = [row.aspects for _, row in numbered_rows(path, Aspects)]
+        scales = {}
+        for name, weight in self._spec.aspects.items():
+            values = np.array([row[name] for row in rows if name in row])
+            if not len(values):
+                known = ", ".join(sorted({key for row in rows for key in row}))
+                raise DataError(f"{path.name}: no row rates the aspect {name!r} of the stage; the rows rate {known}")
+            scales[name] = Aspect(weight=weight, mean=float(values.mean()), std=float(values.std()) or 1.0)
+        return scales
+
+
+def train_member(
+    spec: RewardModelStage,
+    ctx: StageContext,
+    base: Path,
+    data: RewardData,
+    settings: RewardSettings,
+    number: int,
+    folder: Path,
+) -> None:
+    """Trains one model of an ensemble and writes it as a plain folder; members differ by their seed only."""
+    seed = ctx.seed + 1000 * number
+    if spec.ensemble > 1:
+        ctx.reporter.note(f"member {number + 1} of {spec.ensemble}")
+    torch.manual_seed(seed)  # the new head
+    outputs = max(1, len(settings.aspects))
+    model = load_classifier(
+        base, num_labels=outputs, device=ctx.device, quantization_config=quantization(spec.lora, ctx.device)
+    )
+    check_tokenizer_matches(model.config, data.tokenizer, chat=False)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or spec.max_length
+    if not is_decoder(model) and spec.max_length > limit - 2:
+        raise ConfigError(
+            f"rewardModel.maxLength is {spec.max_length}, but the encoder reads {limit - 2} tokens; lower it"
+        )
+    if is_decoder(model):
+        data.tokenizer.pad_token = distinct_pad_token(data.tokenizer) or data.tokenizer.pad_token
+        read_last_token(model)
+    model.config.pad_token_id = data.tokenizer.pad_token_id
+    trained = prepare(model, spec, seed)
+    checkpoints = checkpoint_dir(ctx) / f"member-{number}"
+    arguments = {**options(spec, ctx, seed), "output_dir": str(checkpoints)}
+    files = ctx.files("aspects" if spec.objective == "aspects" else "preferences")
+    make = _pairwise_trainer if spec.objective == "pairwise" else _pointwise_trainer
+    trainer = make(spec, trained, arguments, data, files, settings, Progress(ctx))
+    train(trainer, ctx, folder=checkpoints)
+    ctx.reporter.note("saving the reward model")
+    if spec.lora is not None:
+        adapter = ctx.stage_dir / ("adapter" if spec.ensemble == 1 else f"adapter-{number}")
+        save_adapter(trained, adapter, data.tokenizer)  # type: ignore[arg-type]
+        del trainer, trained, model
+        gc.collect()
+        merge_to_folder(base, adapter, folder)
+    else:
+        disable_dropout(model)
+        save_model(model, data.tokenizer, folder)
+
+
+def read_last_token(model: nn.Module) -> None:
+    """Makes a decoder's score be read at the last token by length, in place.
+
+    transformers looks for the last token that is not the pad token, which overlooks the end of the answer where padding
+    is done with EOS.
+    """
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=head_outputs(model, input_ids, attention_mask))
+
+    model.forward = forward  # type: ignore[method-assign]
+
+
+def _pairwise_trainer(
+    spec: RewardModelStage,
+    model: Any,
+    arguments: dict[str, Any],
+    data: RewardData,
+    files: DataFiles,
+    settings: RewardSettings,
+    progress: Progress,
+) -> Trainer:
+    return RewardTrainer(
+        model=model,
+        args=RewardConfig(
+            **arguments,
+            max_length=None,
+            center_rewards_coefficient=spec.center_rewards or None,
+            disable_dropout=not (spec.lora and spec.lora.dropout),
+        ),
+        train_dataset=data.pairs(files.train),
+        eval_dataset=data.pairs(files.validation) if files.validation else None,
+        processing_class=data.tokenizer,
+        callbacks=[progress],
+    )
+
+
+def _pointwise_trainer(
+    spec: RewardModelStage,
+    model: Any,
+    arguments: dict[str, Any],
+    data: RewardData,
+    files: DataFiles,
+    settings: RewardSettings,
+    progress: Progress,
+) -> Trainer:
+    load: Callable[[Path], Dataset] = (
+        data.judged if spec.objective == "binary" else lambda path: data.rated(path, settings.aspects)
+    )
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids, mask = pad_rows([row["input_ids"] for row in rows], data.tokenizer.pad_token_id, "cpu")
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    return PointwiseTrainer(
+        model=model,
+        args=TrainingArguments(**arguments, prediction_loss_only=True, label_names=["labels"]),
+        train_dataset=load(files.train),
+        eval_dataset=load(files.validation) if files.validation else None,
+        data_collator=collate,
+        callbacks=[progress],
+        binary=spec.objective == "binary",
+    )
+
+
+class PointwiseTrainer(Trainer):
+    """Judges answers one by one. The loss is normalised by the labels of the whole optimizer step."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, binary: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._binary = binary
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return samples, sum(int((batch["labels"] != IGNORE).sum()) for batch in samples)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs["labels"]
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        logits = outputs.logits.float()
+        count = num_items_in_batch or int((labels != IGNORE).sum())
+        if self._binary:
+            loss, _ = binary_loss(logits[:, 0], labels[:, 0] > 0.5, denominator=count)
+        else:
+            loss, _ = aspect_loss(logits, labels.masked_fill(labels == IGNORE, torch.nan), denominator=count)
+        return (loss, outputs) if return_outputs else loss
+
+
+def _normalised(
+    settings: RewardSettings, work: Path, data: RewardData, files: DataFiles, ctx: StageContext
+) -> RewardSettings:
+    """Settings with mean and spread of the rewards on (at most 256 answers of) the validation or training file."""
+    ctx.reporter.note("measuring mean and spread of the rewards")
+    write_settings(work, settings)
+    model = load_reward_model(work, device=ctx.device, precision=ctx.precision)
+    rows: list[list[int]] = []
+    kind: type[Row] = Aspects if settings.aspects else Preference
+    for where, row in numbered_rows(files.validation or files.train, kind):
+        for name in ("chosen", "rejected", "completion"):
+            if hasattr(row, name):
+                rows.append(data.tokens(row.prompt, getattr(row, name), where)[0])  # type: ignore[attr-defined]
+        if len(rows) >= _REFERENCE_ROWS:
+            break
+    scores = model.score(rows, on_batch=lambda done: ctx.reporter.activity(f"scored {done} of {len(rows)} answers"))
+    if len(settings.members) == 1:
+        return _with(settings, mean=float(scores.members.mean()), std=float(scores.members.std()) or 1.0)
+    members = [
+        Member(folder=member.folder, mean=float(raw.mean()), std=float(raw.std()) or 1.0)
+        for member, raw in zip(settings.members, scores.members, strict=True)
+    ]
+    scaled = combined(_with(settings, members=members), scores.members)
+    return _with(settings, members=members, mean=float(scaled.mean()), std=float(scaled.std()) or 1.0)
+
+
+def _with(settings: RewardSettings, **values: Any) -> RewardSettings:
+    return settings.model_copy(update=values)
+
+
+def _assemble(settings: RewardSettings, work: Path, folder: Path) -> None:
+    """The folder of one model is the model itself plus `reward.json`; an ensemble has a folder for each member."""
+    with atomic_dir(folder) as partial:
+        if len(settings.members) == 1:
+            shutil.copytree(work / settings.members[0].folder, partial, dirs_exist_ok=True)
+            settings = _with(settings, members=[Member(folder=".")])
+        else:
+            for member in settings.members:
+                shutil.copytree(work / member.folder, partial / member.folder)
+        write_settings(partial, settings)
+
+
+def _evaluate(model: RewardModel, data: RewardData, ctx: StageContext) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluation and predictions on the held-out rows (the validation rows where there are none)."""
+    result: dict[str, Any] = {}
+    predictions: list[dict[str, Any]] = []
+    ctx.reporter.note("measuring the reward model on held-out rows")
+
+    def score(rows: list[list[int]]) -> Any:
+        return model.score(rows, on_batch=lambda done: ctx.reporter.activity(f"scored {done} of {len(rows)} answers"))
+
+    preferences = ctx.data.get("preferences")
+    path = preferences and (preferences.heldout or preferences.validation)
+    if path:
+        rows = list(numbered_rows(path, Preference))
+        chosen = [data.tokens(row.prompt, row.chosen, where) for where, row in rows]
+        rejected = [data.tokens(row.prompt, row.rejected, where) for where, row in rows]
+        scores = score([ids for ids, _ in chosen + rejected])
+        raw, n = scores.members.mean(0), len(rows)
+        pairs = [
+            ScoredPair(
+                chosen=float(scores.reward[i]),
+                rejected=float(scores.reward[n + i]),
+                raw_difference=float(raw[i] - raw[n + i]),
+                chosen_length=chosen[i][1],
+                rejected_length=rejected[i][1],
+                margin=row.margin,
+            )
+            for i, (_, row) in enumerate(rows)
+        ]
+        result.update(evaluate_pairs(pairs))
+        for (where, row), pair in zip(rows, pairs, strict=True):
+            values = {"chosen": pair.chosen, "rejected": pair.rejected, "margin": pair.margin}
+            predictions.append({"row": row.id or where, **values, "correct": pair.chosen > pair.rejected})
+    ratings = ctx.data.get("aspects") if model.settings.aspects else None
+    path = ratings and (ratings.heldout or ratings.validation)
+    if path:
+        names = list(model.settings.aspects)
+        rated = list(numbered_rows(path, Aspects))
+        scores = score([data.tokens(row.prompt, row.completion, where)[0] for where, row in rated])
+        expected = np.array([[row.aspects.get(name, np.nan) for name in names] for _, row in rated])
+        result["aspects"] = evaluate_ratings(scores.aspects.numpy(), expected, names)
+        for number, (where, answer) in enumerate(rated):
+            values = dict(zip(names, scores.aspects[number].tolist(), strict=True))
+            predictions.append({"row": answer.id or where, "reward": float(scores.reward[number]), "aspects": values})
+    return result, predictions
