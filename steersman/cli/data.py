@@ -142,7 +142,8 @@ def formats() -> None:
 
     table = Table("format", "rows", "licence of the public set", "about")
     for entry in FORMATS.values():
-        table.add_row(entry.name, entry.row_type.__name__.lower(), entry.licence or "-", entry.about)
+        kind = entry.row_type.__name__.lower() if entry.row_type else "any"
+        table.add_row(entry.name, kind, entry.licence or "-", entry.about)
     table.add_row("table", "by the columns", "-", "JSONL, JSON, CSV, Parquet with a column map")
     table.add_row("steersman", "--rows", "-", "rows that have the canonical shape already")
     Console().print(table)

