@@ -25,7 +25,6 @@ class Forward:
 
     logprobs: Tensor
     values: Tensor | None
-    entropy: Tensor
 
 
 class PolicyModel(nn.Module):
@@ -75,18 +74,15 @@ class PolicyModel(nn.Module):
         self.shared_trunk = self.critic is None
 
     def forward(self, batch: PackedBatch) -> Forward:
-        """Log-probabilities, entropies and values of the response tokens of a packed batch."""
+        """Log-probabilities and values of the response tokens of a packed batch."""
         with self._autocast():
             hidden = hidden_states(self.policy, batch)[batch.predictor]
-            logprobs, entropy = token_logprobs(
-                hidden, self.head_weight, batch.targets, temperature=self._temperature, with_entropy=True
-            )
+            logprobs, _ = token_logprobs(hidden, self.head_weight, batch.targets, temperature=self._temperature)
             values = None
             if self.value_head is not None:
                 states = hidden if self.critic is None else hidden_states(self.critic, batch)[batch.predictor]
                 values = self.value_head(states)[:, 0].float()
-        assert entropy is not None
-        return Forward(logprobs, values, entropy)
+        return Forward(logprobs, values)
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """fp32 [t] only."""

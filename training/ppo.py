@@ -216,8 +216,9 @@ class Trainer:
         drift = mismatch.mismatch_stats(estimates.old_logprobs, batch.engine_logprobs, spec.mismatch_cap)
         return {
             "kl_coefficient": beta,
+            "entropy": -batch.engine_logprobs.mean().item(),
             "grad_norm": sum(norms) / len(norms),
-            **stats.merge(policy_stats).means(),
+            **{name: value for name, value in stats.merge(policy_stats).means().items() if name != "entropy"},
             **(stats.merge(value_stats).means() if value_stats else {}),
             **{f"mismatch_{name}": value for name, value in drift.means().items()},
         } | {"kl": sequence_kl}
@@ -312,7 +313,7 @@ class Trainer:
         clipping: dict[str, Any] = {"clip_low": spec.clip, "dual_clip": spec.dual_clip, "weights": weights}
         if spec.algorithm in ("ppo", "reinforce"):
             return losses.ppo_policy_loss(
-                forward.logprobs, old, advantages, denominator=totals.tokens, entropy=forward.entropy, **clipping
+                forward.logprobs, old, advantages, denominator=totals.tokens, **clipping
             )
         per_sample = segments.segment_mean(advantages, lengths)
         if spec.algorithm == "rloo":
@@ -325,7 +326,6 @@ class Trainer:
                 lengths,
                 denominator=totals.samples,
                 clip_low=spec.clip,
-                entropy=forward.entropy,
             )
         return losses.grpo_loss(
             forward.logprobs,
@@ -334,7 +334,6 @@ class Trainer:
             lengths,
             average="samples" if spec.algorithm == "grpo" else "tokens",
             denominator=totals.samples if spec.algorithm == "grpo" else totals.samples * limit,
-            entropy=forward.entropy,
             **clipping,
         )
 
