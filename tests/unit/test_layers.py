@@ -1,0 +1,66 @@
+"""The shape of the code base: layers, a core without torch, stubs that match the contract."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_layers_hold(repo_root: Path) -> None:
+    assert "0 broken" in run(str(BIN / "lint-imports"), "--no-cache", cwd=repo_root)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "steersman",
+        "steersman.artifacts",
+        "steersman.cli",
+        "steersman.config",
+        "steersman.data.records",
+        "steersman.demo",
+        "steersman.local.executor",
+        "steersman.local.serve",
+        "steersman.progress",
+        "steersman.report",
+        "steersman.rpc.client",
+        "steersman.rpc.server",
+        "services.gateway.__main__",
+        "services.policy.__main__",
+        "services.reference.__main__",
+        "services.reward.__main__",
+        "training.stage",
+    ],
+)
+def test_imports_no_torch(module: str, repo_root: Path) -> None:
+    program = f"import sys, {module}; raise SystemExit('torch' in sys.modules)"
+    run(sys.executable, "-c", program, cwd=repo_root)
+
+
+def test_stubs_are_what_the_contract_generates(repo_root: Path, tmp_path: Path) -> None:
+    protos = sorted(path.relative_to(repo_root / "proto").as_posix() for path in repo_root.glob("proto/**/*.proto"))
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    run(sys.executable, "-m", "grpc_tools.protoc", "-Iproto", *outputs, *protos, cwd=repo_root)
+    generated = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*_pb2*")}
+    committed = {
+        path.relative_to(repo_root): path.read_bytes()
+        for path in (repo_root / "steersman" / "v1").iterdir()
+        if "_pb2" in path.name
+    }
+    assert sorted(generated) == sorted(committed), "run make proto"
+    assert [name for name in generated if generated[name] != committed[name]] == [], "run make proto"
+
+
+def test_the_contract_is_clean(repo_root: Path) -> None:
+    run(str(BIN / "buf"), "lint", "proto", cwd=repo_root)
