@@ -72,9 +72,7 @@ class _Trainer(DPOTrainer):
         return dataset
 
 
-def preference_dataset(
-    path: Path, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], max_length: int
-) -> Dataset:
+def preference_dataset(path: Path, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], max_length: int) -> Dataset:
     """Rows `prompt_ids`, `chosen_ids` and `rejected_ids` of a file of preferences."""
     rows = []
     for where, row in numbered_rows(path, Preference):
@@ -95,7 +93,7 @@ def prompt_and_answer(
     """Token ids of a prompt and of its answer, end token included; turns before the last belong to the prompt."""
     turns = [message.model_dump(exclude_none=True) for message in (*prompt, *answer)]
     if len(answer) > 1:
-        raise DataError(f"{where}: an answer of {len(answer)} turns; move all but the last assistant turn to the prompt")
+        raise DataError(f"{where}: an answer of {len(answer)} turns; move all but the last to the prompt")
     try:
         return prompt_ids(tokenizer, turns[:-1]), answer_ids(tokenizer, turns[:-1], turns[-1], stop_ids)
     except DataError as error:

@@ -11,6 +11,7 @@ from typing import Literal
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -187,7 +188,7 @@ def _load(auto: type, folder: Path, dtype: torch.dtype | str, attention: str, **
         return auto.from_pretrained(  # type: ignore[attr-defined]
             folder, config=config, dtype=kind, attn_implementation=attention, use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from error
 
 

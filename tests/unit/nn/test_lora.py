@@ -1,0 +1,161 @@
+"""Adapters: the fused product equals PEFT's, and what is merged is what was trained."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from steersman.config.manifest import Lora
+from steersman.errors import ConfigError
+from steersman.nn.fused_lora import fuse_lora
+from steersman.nn.load import load_causal_lm, load_classifier
+from steersman.nn.lora import attach_lora, load_adapter, merge_to_folder, quantization, save_adapter
+from steersman.testing.models import save_model_folder, tiny_llama, tiny_qwen2, tiny_roberta_reward, tiny_tokenizer
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+def train_a_little(model: torch.nn.Module, seed: int = 0) -> None:
+    """Moves every trainable weight, so that nothing is the identity any more."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def peft_forward_everywhere(model: torch.nn.Module) -> None:
+    """Undoes `fuse_lora`."""
+    for module in model.modules():
+        module.__dict__.pop("forward", None) if type(module).__name__ == "Linear" else None
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16 autocast"])
+def test_the_fused_product_equals_pefts(build, dtype):
+    fused = attach_lora(build(), Lora(rank=4))
+    train_a_little(fused)
+    plain = copy.deepcopy(fused)
+    peft_forward_everywhere(plain)
+    results = []
+    for model in (fused, plain):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != "fp32"):
+            logits = model(IDS).logits
+        logits.float().square().mean().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((logits.float(), grads))
+    tolerance = 1e-5 if dtype == "fp32" else 3e-2
+    torch.testing.assert_close(results[0][0], results[1][0], atol=tolerance, rtol=tolerance)
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, grad in results[0][1].items():
+        scale = results[1][1][name].abs().max().clamp(min=1e-6)
+        torch.testing.assert_close(grad / scale, results[1][1][name] / scale, atol=10 * tolerance, rtol=0, msg=name)
+
+
+def test_a_disabled_adapter_gives_the_base_model():
+    base = tiny_llama()
+    expected = base(IDS).logits.detach().clone()
+    model = attach_lora(base, Lora(rank=4))
+    train_a_little(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(IDS).logits, expected)
+    assert (model(IDS).logits - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("lora", [Lora(rank=4), Lora(rank=4, use_dora=True)], ids=["lora", "dora"])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2], ids=["tied", "untied"])
+def test_merged_folder_equals_the_trained_model(tmp_path, lora, build):
+    base = save_model_folder(tmp_path / "base", build())
+    model = attach_lora(load_causal_lm(base), lora)
+    train_a_little(model)
+    save_adapter(model, tmp_path / "adapter")
+    merge_to_folder(base, tmp_path / "adapter", tmp_path / "merged", stop_ids=[0, 2])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(IDS).logits, model.eval()(IDS).logits, atol=1e-5, rtol=1e-4)
+    tied = build().config.tie_word_embeddings
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    names = load_file(tmp_path / "merged" / "model.safetensors").keys()
+    assert not any("lora" in name or "base_layer" in name for name in names)
+    assert names == load_file(base / "model.safetensors").keys()
+    assert merged.generation_config.eos_token_id == [0, 2]
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tiny_tokenizer().chat_template
+
+
+def test_the_adapter_folder_is_peft_format(tmp_path):
+    model = attach_lora(tiny_llama(), Lora(rank=4))
+    train_a_little(model)
+    save_adapter(model, tmp_path / "adapter")
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    other = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    torch.testing.assert_close(other(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_training_continues_from_an_adapter(tmp_path):
+    model = attach_lora(tiny_llama(), Lora(rank=4))
+    train_a_little(model)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(tiny_llama(), tmp_path / "adapter", trainable=True)
+    trainable = [name for name, parameter in again.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    again(IDS).logits.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in again.parameters() if parameter.requires_grad)
+    frozen = load_adapter(tiny_llama(), tmp_path / "adapter")
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+def test_an_encoders_head_is_trained_saved_and_merged(tmp_path):
+    base = save_model_folder(tmp_path / "base", tiny_roberta_reward(num_labels=3), tiny_tokenizer(chat_template=None))
+    model = attach_lora(load_classifier(base, num_labels=3), Lora(rank=4))
+    assert any("classifier" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    train_a_little(model)
+    save_adapter(model, tmp_path / "adapter")
+    merge_to_folder(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 3
+    torch.testing.assert_close(merged(IDS).logits, model.eval()(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_tied_embeddings_are_no_target():
+    with pytest.raises(ConfigError, match="share their weights"):
+        attach_lora(tiny_llama(), Lora(target_modules=["q_proj", "lm_head"]))
+    attach_lora(tiny_qwen2(), Lora(target_modules=["q_proj", "lm_head"]))
+
+
+def test_unknown_target_modules_are_named():
+    with pytest.raises(ConfigError, match=r"lora\.targetModules \['nothing'\] does not fit"):
+        attach_lora(tiny_llama(), Lora(target_modules=["nothing"]))
+
+
+def test_four_bits_need_a_gpu():
+    assert quantization(Lora(), "cpu") is None
+    assert quantization(None, "cpu") is None
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        quantization(Lora(quantize="nf4"), "cpu")
+
+
+def test_an_incomplete_adapter_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"adapter_config\.json is missing"):
+        merge_to_folder(tmp_path, tmp_path, tmp_path / "merged")
+
+
+def test_dropout_and_variants_stay_with_peft():
+    model = attach_lora(tiny_llama(), Lora(rank=4, dropout=0.5))
+    train_a_little(model)
+    model.train()
+    torch.manual_seed(0)
+    first = model(IDS).logits
+    assert (model(IDS).logits - first).abs().max() > 1e-4, "dropout is lost"
+    fuse_lora(model)
+    model.merge_adapter()
+    merged = model.eval()(IDS).logits
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(IDS).logits, merged, atol=1e-5, rtol=1e-4)
