@@ -22,7 +22,7 @@ def actions_router(desk: Desk | None, auth: Authenticator, recorder: Recorder) -
         description="The id is the idempotency key: confirming again gives the same ticket.",
         responses={
             200: {"description": "Done.", "content": {"application/json": {"schema": {"type": "object"}}}},
-            **error_responses(401, 403, 404, 408, 409, 413, 429, 500, 503),
+            **error_responses(400, 401, 403, 404, 408, 409, 413, 429, 500, 503),
         },
     )
     async def confirm(request: Request, action_id: str) -> Response:

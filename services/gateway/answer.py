@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ class Question:
     conversation_id: str = ""
     """Continue this stored conversation; empty: none."""
     idempotency_key: str = ""
+    traceparent: str = ""
+    """W3C trace context of the caller."""
     own_tools: bool = False
     """The caller brings its own tools; then the gateway offers none."""
 
@@ -108,7 +110,7 @@ class Answer:
             raise
         self.first_token_seconds = self.seconds
 
-    async def __aiter__(self) -> AsyncIterator[PolicyServiceChatResponse]:
+    async def __aiter__(self) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         try:
             if self._first is not None:
                 first, self._first = self._first, None

@@ -27,6 +27,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.quotas import Quotas
 from services.gateway.recorder import Record, Recorder, audit_row
 from services.gateway.tools.grounding import Grounding
+from services.gateway.tracing import Tracer
 from steersman.errors import DeadlineError, NotFoundError, SteersmanError
 from steersman.store.engine import Store
 from steersman.v1 import common_pb2
@@ -57,6 +58,7 @@ class Assistant:
         self.quotas = Quotas(store)
         self.memory = Memory(store, config.memory)
         self.grounding = Grounding(config.tools, store, metrics)
+        self.tracer = Tracer(config.telemetry)
         self.draining = False
         self._tokens = tokens
         self._idempotency = IdempotencyKeys(store)
@@ -112,9 +114,11 @@ class Assistant:
         self._add_system_prompt(question.request)
         answer = Answer(f"{question.id_prefix}-{secrets.token_hex(12)}", question, self._stream)
         answer.model = question.model or self.config.model
+        span = self.tracer.start(answer, answer.model)
         answer.feedback_token = self._tokens.issue(answer.id, question.caller.tenant)
 
         async def on_end(answer: Answer, error: BaseException | None) -> None:
+            self.tracer.end(span, answer, _outcome(answer, error), error)
             await self._finish(answer, asked, claim, error)
 
         answer.on_end = on_end

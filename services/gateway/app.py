@@ -19,23 +19,26 @@ from services.gateway.metrics import Metrics
 from services.gateway.middleware import FrontMiddleware
 from services.gateway.openai.documentation import BODIES, definitions
 from services.gateway.openai.router import openai_router
-from services.gateway.pages.router import pages_router
+from services.gateway.pages.router import PREFIXES, error_page, pages_router
 from steersman import __version__
 from steersman.errors import InvalidArgumentError, NotFoundError, SteersmanError
+from steersman.store.engine import Store
 
 
 class MethodNotAllowedError(InvalidArgumentError):
     http_status = 405
 
 
-def create_app(assistant: Assistant, auth: Authenticator, feedback: FeedbackDesk, metrics: Metrics) -> FastAPI:
+def create_app(
+    assistant: Assistant, auth: Authenticator, feedback: FeedbackDesk, metrics: Metrics, store: Store
+) -> FastAPI:
     app = FastAPI(title="Steersman gateway", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(openai_router(assistant, auth, "/v1"))
     app.include_router(openai_router(assistant, auth, "/openai/v1"), include_in_schema=False)
     app.include_router(feedback_router(feedback, auth))
     app.include_router(actions_router(assistant.grounding.desk, auth, assistant.recorder))
     app.include_router(health_router(assistant, auth, metrics))
-    app.include_router(pages_router(assistant))
+    app.include_router(pages_router(assistant, auth, store))
     _add_error_handlers(app)
     _extend_openapi(app)
     app.add_middleware(FrontMiddleware, limits=assistant.config.limits, metrics=metrics)
@@ -45,6 +48,8 @@ def create_app(assistant: Assistant, auth: Authenticator, feedback: FeedbackDesk
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(SteersmanError)
     async def known(request: Request, error: SteersmanError) -> Response:
+        if request.url.path.startswith(PREFIXES):
+            return error_page(request, error)
         return error_response(error, path=request.url.path)
 
     @app.exception_handler(RequestValidationError)
@@ -65,6 +70,19 @@ def _add_error_handlers(app: FastAPI) -> None:
         return response
 
 
+_OIP_ERRORS = {
+    str(status): {
+        "description": "An error in the Open Inference Protocol's shape.",
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
+            }
+        },
+    }
+    for status in (400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)
+}
+
+
 def _extend_openapi(app: FastAPI) -> None:
     generate = app.openapi
 
@@ -75,9 +93,11 @@ def _extend_openapi(app: FastAPI) -> None:
             schemas.update(definitions(*BODIES, FeedbackBody))
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)
-            for operations in document["paths"].values():
+            for path, operations in document["paths"].items():
                 for operation in operations.values():
-                    operation.get("responses", {}).pop("422", None)
+                    operation["responses"].pop("422", None)
+                    if path.startswith("/v2"):
+                        operation["responses"].update(_OIP_ERRORS)
         return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -128,6 +128,13 @@ class IdentityConfig(FrozenModel):
     signed_header: SignedHeader | None = None
 
 
+class Telemetry(FrozenModel):
+    """OpenTelemetry traces after the GenAI conventions; texts are never in them."""
+
+    otlp_endpoint: str | None = None
+    """OTLP over HTTP, for example http://collector:4318/v1/traces; None: no traces."""
+
+
 class GatewayConfig(FrozenModel):
     host: str = "127.0.0.1"
     """Address to listen on; `0.0.0.0` in a pod."""
@@ -153,6 +160,7 @@ class GatewayConfig(FrozenModel):
     identity: IdentityConfig = IdentityConfig()
     memory: MemoryConfig = MemoryConfig()
     tools: ToolsConfig = ToolsConfig()
+    telemetry: Telemetry = Telemetry()
     drain_seconds: Seconds = 30.0
     """How long running streams may still take after SIGTERM."""
 

@@ -104,7 +104,7 @@ class Gateway:
         self.grpc_port = self._grpc.ports[0]
         listener = _listen(config.host, config.port)
         self.port = listener.getsockname()[1]
-        app = create_app(self.assistant, self.authenticator, self.feedback, self.metrics)
+        app = create_app(self.assistant, self.authenticator, self.feedback, self.metrics, self.store)
         self._oip.mount(app)
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
@@ -171,6 +171,7 @@ class Gateway:
         await asyncio.gather(*ends)
         await self.assistant.recorder.close()
         await self.assistant.grounding.close()
+        self.assistant.tracer.close()
         await self.pool.close()
         self.store.close()
         if self._scratch is not None:

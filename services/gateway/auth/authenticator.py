@@ -14,6 +14,7 @@ from services.gateway.config import GatewayConfig
 from steersman.errors import UnauthenticatedError
 
 SESSION_COOKIE = "steersman_session"
+_BY_NAME = "name-"
 _OPEN = Caller(ANONYMOUS, "default", ALL_SCOPES)
 
 
@@ -40,14 +41,31 @@ class Authenticator:
         customer = await self._customers.verify(headers, caller.tenant)
         return replace(caller, customer=customer) if customer is not None else caller
 
+    async def begin_session(self, key: str, name: str) -> str:
+        """The cookie of a browser session: of a key, or, where no key is needed, of a person's name.
+
+        Raises:
+            UnauthenticatedError: the key is not valid.
+        """
+        if self._required or key:
+            return self._sessions.issue((await self._keys.verify(key)).key_id)
+        name = name.strip()
+        if not 1 <= len(name) <= 60 or not name.isprintable():
+            raise UnauthenticatedError("Say your name in 1 to 60 characters")
+        # Hexadecimal: the parts of a session are separated by dots.
+        return self._sessions.issue(_BY_NAME + name.encode().hex())
+
     async def _application(self, headers: Mapping[str, str]) -> Caller:
         scheme, _, credential = headers.get("authorization", "").partition(" ")
         credential = credential.strip()
         if scheme.lower() == "bearer" and credential.startswith("sk-"):
             return await self._keys.verify(credential)
         if (cookie := _cookie(headers)) is not None:
-            key_id = self._sessions.verify(cookie)
-            return await self._keys.by_id(key_id)
+            subject = self._sessions.verify(cookie)
+            if not subject.startswith(_BY_NAME):
+                return await self._keys.by_id(subject)
+            if not self._required:
+                return replace(_OPEN, name=bytes.fromhex(subject.removeprefix(_BY_NAME)).decode())
         if not self._required:
             return _OPEN
         if credential:

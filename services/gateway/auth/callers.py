@@ -32,6 +32,8 @@ class Caller:
     key_id: str
     tenant: str
     scopes: frozenset[str]
+    name: str = ANONYMOUS
+    """Whose key it is; the name of a labeler."""
     customer: Customer | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None

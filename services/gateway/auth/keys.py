@@ -116,6 +116,7 @@ class KeyRing:
             key_id=key.id,
             tenant=key.tenant,
             scopes=frozenset(key.scopes),
+            name=key.note or key.id,
             requests_per_minute=key.requests_per_minute,
             tokens_per_minute=key.tokens_per_minute,
             tokens_per_day=key.tokens_per_day,

@@ -39,20 +39,20 @@ class FeedbackTokens:
 
 
 class Sessions:
-    """`KEY_ID.EXPIRY.SIGNATURE`: the cookie of a browser that logged in with an API key."""
+    """`SUBJECT.EXPIRY.SIGNATURE`: the cookie of a browser session; the subject is the id of a key, or a name."""
 
     def __init__(self, secret: bytes) -> None:
         self._signer = _Signer(secret, "session")
 
-    def issue(self, key_id: str) -> str:
+    def issue(self, subject: str) -> str:
         expiry = int(time.time()) + SESSION_SECONDS
-        return f"{key_id}.{expiry}.{self._signer.sign(f'{key_id}|{expiry}')}"
+        return f"{subject}.{expiry}.{self._signer.sign(f'{subject}|{expiry}')}"
 
     def verify(self, cookie: str) -> str:
-        """The key id; raises UnauthenticatedError."""
-        key_id, _, rest = cookie.partition(".")
+        """The subject; raises UnauthenticatedError."""
+        subject, _, rest = cookie.partition(".")
         expiry, _, signature = rest.partition(".")
-        good = hmac.compare_digest(signature.encode(), self._signer.sign(f"{key_id}|{expiry}").encode())
+        good = hmac.compare_digest(signature.encode(), self._signer.sign(f"{subject}|{expiry}").encode())
         if not good or not expiry.isdigit() or int(expiry) < time.time():
             raise UnauthenticatedError("The session has expired; log in again")
-        return key_id
+        return subject

@@ -47,11 +47,12 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
             model=body.model,
             conversation_id=body.conversation_id or "",
             idempotency_key=request.headers.get("idempotency-key", ""),
+            traceparent=request.headers.get("traceparent", ""),
             own_tools=bool(body.tools),
         )
         answer = await until_disconnect(request.receive, assistant.answer(question))
         if body.stream:
-            return EventStream(_chat_events(answer, body))
+            return EventStream(_chat_events(answer, body), answer.close)
         return _json(await until_disconnect(request.receive, _chat_object(answer, bool(body.logprobs))))
 
     @router.post("/completions", **COMPLETIONS_DOC)
@@ -73,7 +74,7 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
         ]
         answers = await until_disconnect(request.receive, _answer_all(assistant, questions))
         if body.stream:
-            return EventStream(_completion_events(answers[0], body))
+            return EventStream(_completion_events(answers[0], body), answers[0].close)
         return _json(await until_disconnect(request.receive, _completion_object(answers, body)))
 
     @router.get("/models", **MODELS_DOC)
@@ -162,7 +163,7 @@ async def _chat_events(answer: Answer, body: ChatCompletionRequest) -> AsyncGene
     }
     tail: dict[str, Any] = {"usage": None} if with_usage else {}
     begun: set[int] = set()
-    async with contextlib.aclosing(_closing(answer)) as responses:
+    async with contextlib.aclosing(aiter(answer)) as responses:
         async for response in responses:
             index = response.choice_index
             delta: dict[str, Any] = {}
@@ -186,14 +187,6 @@ async def _chat_events(answer: Answer, body: ChatCompletionRequest) -> AsyncGene
     if with_usage:
         yield event({**head, "system_fingerprint": fingerprint(answer), "choices": [], "usage": usage(answer)})
     yield DONE
-
-
-async def _closing(answer: Answer) -> AsyncGenerator[Any, None]:
-    try:
-        async for response in answer:
-            yield response
-    finally:
-        await answer.close()
 
 
 def _numbered(key: str, index: int) -> str:
@@ -253,7 +246,7 @@ async def _completion_events(answer: Answer, body: CompletionRequest) -> AsyncGe
         "model": answer.model,
     }
     offsets: dict[int, int] = {}
-    async with contextlib.aclosing(_closing(answer)) as responses:
+    async with contextlib.aclosing(aiter(answer)) as responses:
         async for response in responses:
             index, finish = response.choice_index, FINISH_REASONS.get(response.finish_reason)
             choice: dict[str, Any] = {"index": index, "text": response.delta, "logprobs": None, "finish_reason": finish}

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from urllib.parse import quote, urlsplit
 
-from fastapi import APIRouter
-from fastapi.responses import FileResponse, Response
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from services.gateway.answering import Assistant
-from steersman.errors import NotFoundError
+from services.gateway.auth.authenticator import SESSION_COOKIE, Authenticator
+from services.gateway.auth.tokens import SESSION_SECONDS
+from services.gateway.pages.labelling import labelling_router
+from services.gateway.pages.operator import operator_router
+from services.gateway.pages.rendering import HERE, form_of, render
+from steersman.errors import NotFoundError, SteersmanError, UnauthenticatedError
+from steersman.store.engine import Store
 
-HERE = Path(__file__).resolve().parent
 _STATIC = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-_templates = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined)
+# Where errors are shown to people, not to programs.
+PREFIXES = ("/label", "/login", "/operator")
 
 
-def render(name: str, status: int = 200, **values: Any) -> Response:
-    """A page from its template; every value is escaped."""
-    text = _templates.get_template(name).render(**values)
-    return Response(text, status, headers={"cache-control": "no-store"}, media_type="text/html; charset=utf-8")
-
-
-def pages_router(assistant: Assistant) -> APIRouter:
+def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
@@ -38,4 +36,50 @@ def pages_router(assistant: Assistant) -> APIRouter:
             raise NotFoundError(f"There is nothing at /static/{name}")
         return FileResponse(path, media_type=f"{media_type}; charset=utf-8")
 
+    @router.get("/login")
+    async def login_page(next: str = "/") -> Response:
+        return render("login.html", next=_local(next), required=auth.required, error="")
+
+    @router.post("/login")
+    async def log_in(request: Request) -> Response:
+        form = await form_of(request)
+        target = _local(form.get("next", "/"))
+        try:
+            session = await auth.begin_session(form.get("key", ""), form.get("name", ""))
+        except SteersmanError as error:
+            return render("login.html", 401, next=target, required=auth.required, error=error.message)
+        response = RedirectResponse(target, 303)
+        response.set_cookie(
+            SESSION_COOKIE,
+            session,
+            max_age=SESSION_SECONDS,
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
+        return response
+
+    @router.post("/logout")
+    async def log_out(request: Request) -> Response:
+        await form_of(request)
+        response = RedirectResponse("/login", 303)
+        response.delete_cookie(SESSION_COOKIE)
+        return response
+
+    router.include_router(labelling_router(store, auth))
+    router.include_router(operator_router(assistant, store, auth))
     return router
+
+
+def error_page(request: Request, error: SteersmanError) -> Response:
+    """An error as a page; who is not logged in is asked to."""
+    if isinstance(error, UnauthenticatedError) and request.method == "GET":
+        return RedirectResponse(f"/login?next={quote(request.url.path)}", 303)
+    return render("error.html", error.http_status, message=error.message)
+
+
+def _local(target: str) -> str:
+    """A path on this host; anything else could lead people elsewhere."""
+    parts = urlsplit(target)
+    good = target.startswith("/") and not target.startswith(("//", "/\\")) and not parts.netloc and not parts.scheme
+    return target if good and target.isprintable() else "/"

@@ -100,7 +100,7 @@ class Grounding:
             tokens = 0
             async with contextlib.aclosing(generate(request)) as responses:
                 async for response in responses:
-                    calls.extend(response.tool_calls)
+                    calls.extend(_copy(call) for call in response.tool_calls)
                     said.append(response.delta)
                     tokens = response.completion_tokens or tokens
                     if response.completion_tokens:
@@ -129,6 +129,10 @@ class Grounding:
                     completion_tokens=used,
                 )
                 return
+
+
+def _copy(call: common_pb2.ToolCall) -> common_pb2.ToolCall:
+    return common_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
 
 
 def transcript(request: PolicyServiceChatRequest) -> list[dict[str, str]]:

@@ -27,11 +27,11 @@ _WORDS: dict[Kind, str] = {
 }
 _STEMS = {kind: re.compile(rf"\b(?:{words})\b") for kind, words in _WORDS.items()}
 _HUMAN = re.compile(
-    r"\b(?:(?:a|real|with|to an?|live) (?:human|person|agent|colleague)|human (?:being|agent)|speak to someone"
+    r"\b(?:(?:talk|speak|chat|connect|transfer|pass|hand) .{0,30}\b(?:human|person|agent|colleague|someone)"
     r"|mit (?:einem menschen|jemandem|einem mitarbeiter)|un (?:humain|conseiller)|una? persona|un operatore"
     r"|een mens|um humano)\b"
 )
-_NUMBER = re.compile(r"(?<![\w./@-])#?([A-Za-z]{0,6}[-/]?\d[A-Za-z0-9/_-]{0,30})(?![\w@])")
+_NUMBER = re.compile(r"(?<![\w./@-])#?([A-Za-z]{0,6}[-/]?\d[A-Za-z0-9/_-]{0,30})(?![\w@]|\.\d)")
 _NUMBERED: tuple[Kind, ...] = ("order", "delivery", "invoice")
 
 _HEADER = (
@@ -69,20 +69,21 @@ def fold(text: str) -> str:
 def wishes(text: str, most: int) -> list[Wish]:
     """Which records a message asks for, in its order.
 
-    A number belongs to the kind whose word stands nearest before it, or after it; a number without any such word may
-    be an order, a delivery or an invoice.
+    A number belongs to the kind whose word stands nearest; a number without any such word may be an order, a delivery
+    or an invoice.
     """
     folded = unicodedata.normalize("NFKC", text)
     lowered = fold(folded)
-    mentions = sorted((match.start(), kind) for kind, stem in _STEMS.items() for match in stem.finditer(lowered))
+    mentions = sorted(
+        (match.start(), match.end(), kind) for kind, stem in _STEMS.items() for match in stem.finditer(lowered)
+    )
     found: list[Wish] = []
     for match in _NUMBER.finditer(folded):
-        before = [kind for start, kind in mentions if start <= match.start()]
-        after = [kind for start, kind in mentions if start > match.start()]
-        numbered = before[-1:] or after[:1]
-        kinds: Sequence[Kind] = numbered if numbered and numbered[0] != "customer" else _NUMBERED
+        gaps = [(max(match.start() - end, start - match.end()), kind) for start, end, kind in mentions]
+        nearest = min((gap for gap in gaps if gap[1] != "customer"), key=lambda gap: gap[0], default=None)
+        kinds: Sequence[Kind] = (nearest[1],) if nearest else _NUMBERED
         found.extend(Wish(kind, match.group(1)) for kind in kinds)
-    for _, kind in mentions:
+    for _, _, kind in mentions:
         if kind != "stock" and not any(wish.kind == kind for wish in found):
             found.append(Wish(kind, None))
     return list(dict.fromkeys(found))[:most]

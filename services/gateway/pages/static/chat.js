@@ -10,14 +10,11 @@ const model = document.body.dataset.model;
 let turns = [];
 let running = null;
 
+// An application opens the page as /#customer=<token>; a fragment never reaches a server's log.
+const customer = new URLSearchParams(location.hash.slice(1)).get("customer");
+
 function headers() {
-  const key = sessionStorage.getItem("key");
-  const customer = sessionStorage.getItem("customer");
-  return {
-    "content-type": "application/json",
-    ...(key ? { authorization: `Bearer ${key}` } : {}),
-    ...(customer ? { "x-steersman-customer": customer } : {}),
-  };
+  return { "content-type": "application/json", ...(customer ? { "x-customer-token": customer } : {}) };
 }
 
 function add(kind, text) {
@@ -71,7 +68,7 @@ async function ask(text) {
       body: JSON.stringify({ model, messages: turns, stream: true }),
       signal: running.signal,
     });
-    if (response.status === 401) askForKey();
+    if (response.status === 401 && !customer) location.assign("/login?next=/");
     if (!response.ok) throw new Error(await problem(response));
     for await (const chunk of events(response.body)) {
       if (chunk.error) throw new Error(chunk.error.message);
@@ -97,11 +94,6 @@ async function ask(text) {
   if (about) finish(bubble, about);
 }
 
-function askForKey() {
-  const key = prompt("This gateway needs an API key:");
-  if (key) sessionStorage.setItem("key", key);
-}
-
 function finish(bubble, about) {
   if (about.sources?.length) {
     const list = document.createElement("ul");
@@ -114,6 +106,7 @@ function finish(bubble, about) {
     }
     conversation.append(list);
   }
+  for (const proposal of about.proposed_actions ?? []) addProposal(proposal);
   const tools = document.querySelector("#answer-tools").content.firstElementChild.cloneNode(true);
   conversation.append(tools);
   tools.scrollIntoView({ block: "end" });
@@ -122,6 +115,24 @@ function finish(bubble, about) {
   up.addEventListener("click", () => judge(tools, about, { thumbs: "up" }, up, down));
   down.addEventListener("click", () => judge(tools, about, { thumbs: "down" }, down, up));
   tools.querySelector(".edit").addEventListener("click", () => edit(bubble, tools, about));
+}
+
+function addProposal(proposal) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = "Confirm";
+  button.addEventListener("click", async () => {
+    button.disabled = true;
+    const response = await fetch(`/v1/actions/${proposal.id}/confirm`, { method: "POST", headers: headers() });
+    if (!response.ok) {
+      add("assistant", await problem(response)).classList.add("error");
+      button.disabled = false;
+      return;
+    }
+    add("assistant", (await response.json()).text);
+    button.remove();
+  });
+  conversation.append(button);
 }
 
 async function judge(tools, about, judgement, chosen, other) {

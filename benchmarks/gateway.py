@@ -1,0 +1,377 @@
+"""What the gateway adds to an engine that is called directly. `make bench-gateway` writes build/bench/gateway.json.
+
+Engine, gateway and client are processes of their own. The engine is `steersman.testing.fake_policy`, so the numbers
+are the gateway's. Direct and gateway rounds alternate, so that noise of the machine hits both; on a busy machine look
+at `gateway_cpu_seconds_per_request`, which does not depend on who else runs.
+
+    python benchmarks/gateway.py [--quick] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import psutil
+
+from steersman.testing.fake_policy import FakePolicy, serve_policy
+from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = 48
+QUESTION = " ".join(["word"] * (WORDS - 2))  # "You said: " makes two more
+BODY = {"model": "steersman", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4096}
+
+
+# --- processes --------------------------------------------------------------------------------------------------
+
+
+async def run_engine(port: int, seconds_per_token: float) -> None:
+    """The engine's process."""
+    async with serve_policy(FakePolicy(seconds_per_token=seconds_per_token, keep_requests=False), port):
+        await asyncio.Event().wait()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@dataclass
+class Stack:
+    """A running engine and gateway."""
+
+    engine: str
+    port: int
+    gateway: psutil.Process
+
+
+@contextlib.contextmanager
+def stack(seconds_per_token: float, *, one_core: bool = False, **limits: Any) -> Iterator[Stack]:
+    """Starts both; with `one_core` the gateway may use only the first core, and the others only the rest."""
+    engine_port, port = _free_port(), _free_port()
+    cores = sorted(os.sched_getaffinity(0))
+    first, rest = ({cores[0]}, set(cores[1:]) or {cores[0]}) if one_core else (set(cores), set(cores))
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "port": port,
+            "grpcPort": 0,
+            "policy": {"endpoints": [f"127.0.0.1:{engine_port}"]},
+            "database": f"sqlite:///{folder}/gateway.db",
+            "limits": {"concurrentAnswers": 4096, "queuedAnswers": 4096, **limits},
+        }
+        config = Path(folder) / "gateway.yaml"
+        config.write_text(json.dumps(settings))
+        engine_command = [sys.executable, __file__, "--engine", str(engine_port), "--pace", str(seconds_per_token)]
+        log = (Path(folder) / "gateway.log").open("w")
+        processes = [
+            subprocess.Popen(engine_command, cwd=ROOT),
+            subprocess.Popen([sys.executable, "-m", "services.gateway", "--config", config], cwd=ROOT, stderr=log),
+        ]
+        before = os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(processes[0].pid, rest)
+            os.sched_setaffinity(processes[1].pid, first)
+            os.sched_setaffinity(0, rest)
+            _wait_ready(port, processes)
+            yield Stack(f"127.0.0.1:{engine_port}", port, psutil.Process(processes[1].pid))
+        finally:
+            os.sched_setaffinity(0, before)
+            for process in reversed(processes):
+                process.terminate()
+            for process in processes:
+                process.wait(60)
+            log.close()
+
+
+def _wait_ready(port: int, processes: list[subprocess.Popen[Any]]) -> None:
+    import urllib.error
+    import urllib.request
+
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(process.poll() is not None for process in processes):
+            raise RuntimeError("a process of the benchmark ended at once")
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1)
+            return
+        time.sleep(0.1)
+    raise RuntimeError("the gateway is not ready after 60 s")
+
+
+# --- clients ----------------------------------------------------------------------------------------------------
+
+
+class Http:
+    """One keep-alive connection: just enough HTTP/1.1 to cost next to nothing."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def post(self, body: bytes) -> tuple[int, AsyncIterator[bytes]]:
+        """Status, and the chunks of the body."""
+        if self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        assert self._reader is not None
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n"
+        self._writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+        lines = (await self._reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+        length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
+        return int(lines[0].split()[1]), self._chunks(self._reader, length)
+
+    @staticmethod
+    async def _chunks(reader: asyncio.StreamReader, length: int | None) -> AsyncIterator[bytes]:
+        if length is not None:
+            yield await reader.readexactly(length)
+            return
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            yield (await reader.readexactly(size + 2))[:-2]
+        await reader.readexactly(2)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+async def stream_direct(stub: policy_pb2_grpc.PolicyServiceStub) -> tuple[float, int]:
+    """Seconds to the first token, and tokens."""
+    message = common_pb2.Message(role="user", content=QUESTION)
+    sampling = common_pb2.SamplingParams(max_new_tokens=4096)
+    start, first, tokens = time.perf_counter(), 0.0, 0
+    async for part in stub.Chat(policy_pb2.PolicyServiceChatRequest(messages=[message], sampling=sampling)):
+        first = first or time.perf_counter() - start
+        tokens += len(part.tokens)
+    return first, tokens
+
+
+async def stream_gateway(http: Http) -> tuple[float, int]:
+    start, first, tokens = time.perf_counter(), 0.0, 0
+    status, chunks = await http.post(json.dumps({**BODY, "stream": True}).encode())
+    assert status == 200, status
+    async for chunk in chunks:
+        first = first or time.perf_counter() - start
+        tokens += chunk.count(b'"content":"') - chunk.count(b'"content":""')
+    return first, tokens
+
+
+# --- measurements -----------------------------------------------------------------------------------------------
+
+
+async def _round(streams: int, each: int, one: Any) -> tuple[float, list[float]]:
+    """Tokens a second and times to the first token of `streams` clients that ask `each` times in a row."""
+    firsts: list[float] = []
+    total = 0
+
+    async def client(index: int) -> None:
+        nonlocal total
+        # Streams of real users do not begin at the same instant.
+        await asyncio.sleep(index * 0.02)
+        for _ in range(each):
+            first, tokens = await one(index)
+            firsts.append(first)
+            total += tokens
+
+    start = time.perf_counter()
+    await asyncio.gather(*(client(index) for index in range(streams)))
+    return total / (time.perf_counter() - start), firsts
+
+
+async def measure_streams(pace: float, streams: int, each: int, rounds: int) -> dict[str, float]:
+    direct_rates, gateway_rates = [], []
+    direct_firsts: list[float] = []
+    gateway_firsts: list[float] = []
+    with stack(pace) as running:
+        channel = grpc.aio.insecure_channel(running.engine)
+        stub = policy_pb2_grpc.PolicyServiceStub(channel)
+        connections = [Http(running.port) for _ in range(streams)]
+        await _round(streams, 1, lambda index: stream_gateway(connections[index]))
+        for _ in range(rounds):
+            rate, firsts = await _round(streams, each, lambda index: stream_direct(stub))
+            direct_rates.append(rate)
+            direct_firsts += firsts
+            rate, firsts = await _round(streams, each, lambda index: stream_gateway(connections[index]))
+            gateway_rates.append(rate)
+            gateway_firsts += firsts
+        for connection in connections:
+            connection.close()
+        await channel.close()
+    added = [1000 * (np.quantile(gateway_firsts, q) - np.quantile(direct_firsts, q)) for q in (0.5, 0.99)]
+    return {
+        "streams": streams,
+        "direct_tokens_per_second": statistics.median(direct_rates),
+        "gateway_tokens_per_second": statistics.median(gateway_rates),
+        "throughput_ratio": statistics.median(gateway_rates) / statistics.median(direct_rates),
+        "ttft_direct_ms_p50": 1000 * float(np.quantile(direct_firsts, 0.5)),
+        "ttft_added_ms_p50": float(added[0]),
+        "ttft_added_ms_p99": float(added[1]),
+    }
+
+
+async def measure_requests(seconds: float, clients: int) -> dict[str, float]:
+    """Requests a second of a gateway that may use one core; the engine answers at once."""
+    body = json.dumps({**BODY, "messages": [{"role": "user", "content": "hi"}]}).encode()
+    with stack(0, one_core=True) as running:
+        end, done = 0.0, 0
+
+        async def client() -> None:
+            nonlocal done
+            http = Http(running.port)
+            while time.perf_counter() < end:
+                status, chunks = await http.post(body)
+                assert status == 200, status
+                async for _ in chunks:
+                    pass
+                done += 1
+            http.close()
+
+        for measured in (1.0, seconds):
+            done, end, start = 0, time.perf_counter() + measured, time.perf_counter()
+            used = sum(running.gateway.cpu_times()[:2])
+            await asyncio.gather(*(client() for _ in range(clients)))
+            wall, used = time.perf_counter() - start, sum(running.gateway.cpu_times()[:2]) - used
+    return {
+        "fake_engine_rps": done / wall,
+        "gateway_cpu_seconds_per_request": used / done,
+        "fake_engine_rps_per_cpu_second": done / used,
+    }
+
+
+async def measure_idle(streams: int) -> dict[str, float]:
+    """Memory of the gateway with this many open streams that wait for their next token."""
+    with stack(3600) as running:
+        before = running.gateway.memory_info().rss
+        body = json.dumps({**BODY, "stream": True}).encode()
+        writers = []
+        for _ in range(streams):
+            _, writer = await asyncio.open_connection("127.0.0.1", running.port)
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n"
+            writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+            writers.append(writer)
+        deadline = time.monotonic() + 120
+        while _running_answers(running.port) < streams and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.5)
+        held, memory = _running_answers(running.port), running.gateway.memory_info().rss
+        for writer in writers:
+            writer.close()
+        while _running_answers(running.port) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.5)
+    return {
+        "idle_streams": held,
+        "idle_memory_gib": memory / 2**30,
+        "idle_memory_kib_per_stream": (memory - before) / 1024 / max(held, 1),
+    }
+
+
+def _running_answers(port: int) -> int:
+    import urllib.request
+
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read().decode()
+    line = next(line for line in text.splitlines() if line.startswith("steersman_gateway_running_answers "))
+    return int(float(line.split()[1]))
+
+
+async def measure_overload(seconds: float) -> dict[str, float]:
+    """Ten times the capacity: latency of the served, share refused, memory, and the time to recover."""
+    places, pace = 8, 0.01
+    body = json.dumps({**BODY, "messages": [{"role": "user", "content": "one two three"}]}).encode()
+    with stack(pace, concurrentAnswers=places, queuedAnswers=places // 2) as running:
+
+        async def once(http: Http) -> tuple[int, float]:
+            start = time.perf_counter()
+            status, chunks = await http.post(body)
+            async for _ in chunks:
+                pass
+            return status, time.perf_counter() - start
+
+        calm = Http(running.port)
+        unloaded = statistics.median([(await once(calm))[1] for _ in range(30)])
+        rate = 10 * places / unloaded
+        served: list[float] = []
+        refused = 0
+
+        async def offer() -> None:
+            nonlocal refused
+            http = Http(running.port)
+            status, taken = await once(http)
+            http.close()
+            if status == 200:
+                served.append(taken)
+            else:
+                assert status == 429, status
+                refused += 1
+
+        memory = running.gateway.memory_info().rss
+        start, sent = time.perf_counter(), 0
+        tasks: set[asyncio.Task[None]] = set()
+        while (now := time.perf_counter() - start) < seconds:
+            # An open loop, as far as the client's core allows: at most 200 unanswered.
+            while sent < now * rate and len(tasks) < 200:
+                task = asyncio.create_task(offer())
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+                sent += 1
+            await asyncio.sleep(0.005)
+        grown = running.gateway.memory_info().rss - memory
+        await asyncio.gather(*tasks)
+        recovery = time.perf_counter()
+        while (await once(calm))[1] > 2 * unloaded and time.perf_counter() - recovery < 30:
+            pass
+        recovered = time.perf_counter() - recovery
+        calm.close()
+    return {
+        "overload_seconds": seconds,
+        "overload_offered_per_second": sent / seconds,
+        "overload_served_per_second": len(served) / seconds,
+        "overload_refused_share": refused / max(sent, 1),
+        "overload_latency_over_unloaded": statistics.median(served) / unloaded,
+        "overload_memory_growth_mib": grown / 2**20,
+        "overload_recovery_seconds": recovered,
+    }
+
+
+async def run(quick: bool) -> dict[str, float]:
+    results: dict[str, float] = {}
+    results |= await measure_streams(0.03, 64, 2, 1 if quick else 3)
+    results |= await measure_requests(3 if quick else 10, 32)
+    results |= await measure_idle(200 if quick else 2000)
+    results |= await measure_overload(5 if quick else 60)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shorter, for a first look")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench" / "gateway.json")
+    parser.add_argument("--engine", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--pace", type=float, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(run_engine(options.engine, options.pace))
+        return
+    results = asyncio.run(run(options.quick))
+    text = json.dumps({key: round(value, 4) for key, value in results.items()}, indent=2)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""A replica that speaks OpenAI's API: vLLM, or any other server of that kind."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import httpx
+
+from services.gateway.backends.base import ReplicaInfo
+from services.gateway.errors import BadRequestError
+from steersman.errors import (
+    DeadlineError,
+    InternalError,
+    RateLimitedError,
+    SteersmanError,
+    UnavailableError,
+)
+from steersman.v1 import common_pb2
+from steersman.v1.policy_pb2 import (
+    PolicyServiceChatRequest,
+    PolicyServiceChatResponse,
+    TokenAlternative,
+    TokenLogprob,
+)
+
+_FINISH: dict[str, common_pb2.FinishReason] = {
+    "stop": common_pb2.FINISH_REASON_STOP,
+    "eos_token": common_pb2.FINISH_REASON_STOP,
+    "stop_sequence": common_pb2.FINISH_REASON_STOP,
+    "length": common_pb2.FINISH_REASON_LENGTH,
+    "tool_calls": common_pb2.FINISH_REASON_TOOL_CALLS,
+}
+
+
+class OpenAIReplica:
+    """See `services.gateway.backends.base.Replica`."""
+
+    def __init__(self, url: str, model: str, key: str, connect_seconds: float) -> None:
+        self.target = url
+        self._model = model
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.AsyncClient(
+            base_url=url.rstrip("/").removesuffix("/v1") + "/v1/",
+            headers=headers,
+            timeout=httpx.Timeout(connect_seconds),
+            limits=httpx.Limits(max_connections=None),
+        )
+
+    async def stream(
+        self, request: PolicyServiceChatRequest, seconds: float
+    ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
+        path = "completions" if request.prompt else "chat/completions"
+        body = {"model": self._model, **request_body(request)}
+        translator = Translator()
+        timeout = httpx.Timeout(seconds, connect=self._client.timeout.connect)
+        try:
+            async with self._client.stream("POST", path, json=body, timeout=timeout) as response:
+                if response.status_code != 200:
+                    raise _refusal(response.status_code, _message(await response.aread()))
+                async for line in response.aiter_lines():
+                    if not line.startswith("data:") or line.endswith("[DONE]"):
+                        continue
+                    for translated in translator.take(json.loads(line[5:])):
+                        yield translated
+        except httpx.TimeoutException as error:
+            if isinstance(error, httpx.ConnectTimeout):
+                raise UnavailableError(f"{self.target} cannot be reached") from None
+            raise DeadlineError(f"{self.target} took longer than {seconds:g} s") from None
+        except (httpx.HTTPError, ValueError) as error:
+            raise UnavailableError(f"{self.target} failed ({type(error).__name__})") from None
+        for translated in translator.end():
+            yield translated
+
+    async def probe(self) -> ReplicaInfo:
+        try:
+            response = await self._client.get("models")
+            response.raise_for_status()
+            models = {model["id"]: model for model in response.json()["data"]}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise UnavailableError(f"{self.target}: {type(error).__name__}") from None
+        if self._model not in models:
+            raise UnavailableError(f"{self.target} does not serve '{self._model}' but {sorted(models)}")
+        return ReplicaInfo(self._model, 0, "openai", models[self._model].get("max_model_len") or 0)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+def request_body(request: PolicyServiceChatRequest) -> dict[str, Any]:
+    """The request in OpenAI's form, with vLLM's additions `top_k` and `min_tokens` where they are set."""
+    sampling = request.sampling
+    body: dict[str, Any] = {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        # Servers read it as a signed integer.
+        "seed": sampling.seed % 2**63,
+        "n": request.n or 1,
+    }
+    if request.stop:
+        body["stop"] = list(request.stop)
+    if sampling.top_k:
+        body["top_k"] = sampling.top_k
+    if sampling.min_new_tokens:
+        body["min_tokens"] = sampling.min_new_tokens
+    if request.prompt:
+        return {**body, "prompt": request.prompt, "logprobs": request.top_logprobs}
+    body |= {"messages": [_message_body(message) for message in request.messages], "logprobs": True}
+    if request.top_logprobs:
+        body["top_logprobs"] = request.top_logprobs
+    if request.tools_json:
+        body["tools"] = json.loads(request.tools_json)
+    if request.json_schema:
+        schema = {"name": "answer", "schema": json.loads(request.json_schema), "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return body
+
+
+def _message_body(message: common_pb2.Message) -> dict[str, Any]:
+    body: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        body["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        body["tool_call_id"] = message.tool_call_id
+    return body
+
+
+class Translator:
+    """From chunks in OpenAI's form to responses of the contract.
+
+    A chunk's finish reason is held back until the end: usage comes after it, and so may tool calls.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[int, dict[int, dict[str, str]]] = {}
+        self._finish: dict[int, common_pb2.FinishReason] = {}
+        self._tokens: dict[int, int] = {}
+        self._prompt_tokens = 0
+
+    def take(self, chunk: Mapping[str, Any]) -> list[PolicyServiceChatResponse]:
+        if error := chunk.get("error"):
+            raise InternalError(f"The engine broke off: {_message(json.dumps({'error': error}).encode())}")
+        usage = chunk.get("usage") or {}
+        self._prompt_tokens = usage.get("prompt_tokens") or self._prompt_tokens
+        found = []
+        for choice in chunk.get("choices") or []:
+            index = choice.get("index") or 0
+            delta = choice.get("delta") or {}
+            text = (delta.get("content") if delta else choice.get("text")) or ""
+            tokens = _tokens(choice.get("logprobs"))
+            self._tokens[index] = self._tokens.get(index, 0) + (len(tokens) or bool(text))
+            for call in delta.get("tool_calls") or []:
+                self._take_call(index, call)
+            if reason := choice.get("finish_reason"):
+                self._finish[index] = _FINISH.get(reason, common_pb2.FINISH_REASON_STOP)
+            if text or tokens:
+                found.append(
+                    PolicyServiceChatResponse(
+                        choice_index=index, delta=text, tokens=tokens, completion_tokens=self._tokens[index]
+                    )
+                )
+        return found
+
+    def end(self) -> list[PolicyServiceChatResponse]:
+        """The last response of every choice."""
+        return [
+            PolicyServiceChatResponse(
+                choice_index=index,
+                finish_reason=reason,
+                tool_calls=[common_pb2.ToolCall(**call) for call in self._calls.get(index, {}).values()],
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=self._tokens.get(index, 0),
+            )
+            for index, reason in sorted(self._finish.items())
+        ]
+
+    def _take_call(self, choice: int, call: Mapping[str, Any]) -> None:
+        calls = self._calls.setdefault(choice, {})
+        known = calls.setdefault(call.get("index") or 0, {"id": "", "name": "", "arguments": ""})
+        function = call.get("function") or {}
+        known["id"] = call.get("id") or known["id"]
+        known["name"] = function.get("name") or known["name"]
+        known["arguments"] += function.get("arguments") or ""
+
+
+def _tokens(logprobs: Mapping[str, Any] | None) -> list[TokenLogprob]:
+    if not logprobs:
+        return []
+    if content := logprobs.get("content"):
+        return [
+            TokenLogprob(
+                text=token["token"],
+                logprob=_finite(token["logprob"]),
+                raw=bytes(token.get("bytes") or token["token"].encode()),
+                top=[
+                    TokenAlternative(text=other["token"], logprob=_finite(other["logprob"]))
+                    for other in token.get("top_logprobs") or []
+                ],
+            )
+            for token in content
+        ]
+    texts, values = logprobs.get("tokens") or [], logprobs.get("token_logprobs") or []
+    tops = logprobs.get("top_logprobs") or [None] * len(texts)
+    return [
+        TokenLogprob(
+            text=text,
+            logprob=_finite(value),
+            raw=text.encode(),
+            top=[TokenAlternative(text=other, logprob=_finite(lp)) for other, lp in (top or {}).items()],
+        )
+        for text, value, top in zip(texts, values, tops, strict=False)
+    ]
+
+
+def _finite(value: float | None) -> float:
+    """JSON has no infinity; servers send null or a very small number."""
+    return value if value is not None and math.isfinite(value) else -9999.0
+
+
+def _message(body: bytes) -> str:
+    try:
+        found = json.loads(body)
+        error = found.get("error", found)
+        return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
+    except (ValueError, AttributeError):
+        return "no reason given"
+
+
+def _refusal(status: int, message: str) -> SteersmanError:
+    if status == 429:
+        return RateLimitedError(f"The engine is busy: {message}")
+    if status in (401, 403):
+        # The gateway's own key is wrong; the caller cannot mend that.
+        return UnavailableError("The engine refuses the gateway's key; see policy.apiKeyEnv")
+    if status < 500:
+        return BadRequestError(f"The engine refuses the request: {message}")
+    return UnavailableError(f"The engine failed: {message}")

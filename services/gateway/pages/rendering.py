@@ -1,0 +1,52 @@
+"""Templates and forms of the pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from fastapi import Request
+from fastapi.responses import Response
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from services.gateway.errors import BadRequestError, UnsupportedMediaTypeError
+from steersman.errors import PermissionDeniedError
+
+HERE = Path(__file__).resolve().parent
+_markdown = MarkdownIt("commonmark", {"html": False})
+
+
+def _rendered(text: str) -> Markup:
+    """Markdown without HTML in it."""
+    return Markup(_markdown.render(text))
+
+
+_templates = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined)
+_templates.filters["markdown"] = _rendered
+
+
+def render(name: str, status: int = 200, **values: Any) -> Response:
+    """A page from its template; every value is escaped."""
+    text = _templates.get_template(name).render(**values)
+    return Response(text, status, headers={"cache-control": "no-store"}, media_type="text/html; charset=utf-8")
+
+
+async def form_of(request: Request) -> dict[str, str]:
+    """Fields of a form that was sent from one of our own pages.
+
+    Raises:
+        PermissionDeniedError: it came from a page of another site.
+    """
+    origin = request.headers.get("origin")
+    if origin not in (None, "null") and urlsplit(origin or "").netloc != request.headers.get("host"):
+        raise PermissionDeniedError("The form was sent from another site; open the page here and try again")
+    if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+        raise UnsupportedMediaTypeError("The form must be sent as application/x-www-form-urlencoded")
+    try:
+        text = (await request.body()).decode()
+        return dict(parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=200))
+    except (UnicodeDecodeError, ValueError):
+        raise BadRequestError("The form cannot be read; go back and try again") from None

@@ -1,0 +1,37 @@
+"use strict";
+// Keys of the labelling pages. Without a script everything works by mouse and Tab.
+
+const typing = (element) => element.matches("textarea, select, input:not([type=radio]):not([type=checkbox])");
+const scales = [...document.querySelectorAll("fieldset[data-scale]")];
+
+document.addEventListener("keydown", (event) => {
+  if (event.altKey || event.metaKey) return;
+  const form = document.querySelector("#task");
+  if (event.key === "Enter" && event.ctrlKey) {
+    form?.querySelector("[data-key=Enter]")?.click();
+    return;
+  }
+  if (event.ctrlKey || typing(event.target)) return;
+  if (scales.length && /^[1-5]$/.test(event.key)) {
+    // A digit answers the scale in focus, else the first that is open, and moves on.
+    const open = scales.find((scale) => !scale.querySelector(":checked"));
+    const scale = event.target.closest("fieldset[data-scale]") ?? open ?? scales.at(-1);
+    scale.querySelector(`input[value="${event.key}"]`).checked = true;
+    const next = scales[scales.indexOf(scale) + 1];
+    next?.querySelector("input").focus();
+    event.preventDefault();
+    return;
+  }
+  if (event.key === "Enter" && event.target.matches("button, a, summary")) return;
+  const target = document.querySelector(`[data-key="${CSS.escape(event.key)}"]`);
+  if (target) {
+    event.preventDefault();
+    target.click();
+  }
+});
+
+// A double click must not judge the next item.
+document.querySelector("#task")?.addEventListener("submit", (event) => {
+  if (event.target.dataset.sent) event.preventDefault();
+  event.target.dataset.sent = "1";
+});
