@@ -10,13 +10,13 @@ from random import Random
 from steersman.demo.orderbook import Case, other_value
 
 STYLES = {
-    "good": 0.40,
-    "plain": 0.12,
-    "rude": 0.14,
+    "good": 0.28,
+    "plain": 0.16,
+    "rude": 0.20,
     "curt": 0.06,
-    "rambling": 0.11,
-    "inventing": 0.09,
-    "evasive": 0.08,
+    "rambling": 0.18,
+    "inventing": 0.05,
+    "evasive": 0.07,
 }
 """Share of each manner among the staff's answers."""
 

@@ -224,7 +224,8 @@ def _polite(answer: str) -> float:
 def _concise(answer: str) -> float:
     words = re.findall(r"[\w']+", answer.lower())
     triples = list(zip(words, words[1:], words[2:], strict=False))
-    if len(triples) - len(set(triples)) > 1 or len(set(words)) < len(words) / 2:
+    # Two courtesies may share their opening words; a whole repeated sentence may not.
+    if len(triples) - len(set(triples)) > 3 or len(set(words)) < len(words) / 2:
         return 0.0
     band = 0.5 if len(words) < MIN_WORDS else 1 - max(0, len(words) - MAX_WORDS) / MAX_WORDS
     finished = 1.0 if answer.rstrip().endswith((".", "!", "?", ")", '"')) else 0.5

@@ -107,7 +107,7 @@ def test_demonstrations_are_uneven_and_varied(data: tuple[Path, Manifest]) -> No
     out, manifest = data
     demonstrations = rows(out, "demonstrations.train.jsonl")
     styles = Counter(row["style"] for row in demonstrations)
-    assert 0.33 < styles["good"] / len(demonstrations) < 0.47
+    assert 0.2 < styles["good"] / len(demonstrations) < 0.36
     assert set(styles) == {"good", "plain", "rude", "curt", "rambling", "inventing", "evasive"}
     assert 0.5 < manifest.rubric_of_demonstrations < 0.8
     assert len({row["messages"][2]["content"] for row in demonstrations}) > 0.95 * len(demonstrations)
