@@ -12,8 +12,7 @@ import yaml
 
 from services.controller.config import Storage
 from services.controller.model import POOL_LABEL, RUN_LABEL, SPEC_HASH, STAGE_LABEL, Json, Manifest, Settings
-from steersman.config.manifest import AlignmentRun, Resources, RewardMix, ServiceSpec
-from steersman.config.stages import policy_folder, reward_model_folders
+from steersman.config.manifest import AlignmentRun, Resources, ServiceSpec
 from steersman.errors import (
     CancelledError,
     ConflictError,
@@ -24,18 +23,17 @@ from steersman.errors import (
     UnavailableError,
     all_error_types,
 )
+from steersman.local.services import services_of
 
 PORTS = {"policy": 50051, "reward": 50052, "reference": 50053}
 WEIGHTS_PORT = 50054
 RENDEZVOUS_PORT = 29500
 MANIFEST_MOUNT = "/etc/steersman/run"
 
-SERVICES_OF_STAGE: dict[str, tuple[str, ...]] = {
-    "rl": ("policy", "reward", "reference"),
-    "rejection_sampling": ("policy", "reward"),
-    "evaluate": ("policy", "reward"),
-}
-"""Which services a stage talks to."""
+_ONE_MACHINE = ("host", "drainSeconds", "threads")
+"""Settings of a service that a pod has from the chart."""
+_ONE_WORKER = ("evaluate", "release")
+"""Stages that no second rank can speed up."""
 
 _RETRYABLE = {SteersmanError, UnavailableError, DeadlineError, InternalError, RateLimitedError, ConflictError}
 """Errors that a repetition may mend."""
@@ -49,11 +47,9 @@ def final_exit_codes() -> list[int]:
 
 def reason_of_exit(code: int | None) -> str:
     """One word for an exit code, for example `InvalidArgument`; signals by number (137: OutOfMemoryOrKilled)."""
-    if code is None:
-        return "StageFailed"
     if code == 137:
         return "OutOfMemoryOrKilled"
-    if code > 128:
+    if code is not None and code > 128:
         return f"Signal{code - 128}"
     if code != SteersmanError.exit_code:
         for error in all_error_types():  # parents come before children
@@ -63,40 +59,43 @@ def reason_of_exit(code: int | None) -> str:
 
 
 def object_name(run: str, suffix: str) -> str:
-    """`<run>-<suffix>`, cut with a digest where a 57-character label would not hold it."""
+    """`<run>-<suffix>`, cut with a digest where a label would not hold it and the index of a pod."""
     name = f"{run}-{suffix}"
-    if len(name) <= 57:  # leaves room for the index of a pod
+    if len(name) <= 57:
         return name
     return f"{name[:48].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def spec_hash(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def run_dir(namespace: str, name: str, storage: Storage) -> Path:
+def run_dir(run: Manifest, storage: Storage) -> Path:
     """Folder of a run on the artifacts volume."""
-    return Path(storage.root) / "runs" / namespace / name
+    return Path(storage.root) / "runs" / run["metadata"]["namespace"] / run["metadata"]["name"]
+
+
+def model_uri(run: Manifest, stage: str, storage: Storage) -> str:
+    """Where KServe's storage initializer finds the released model."""
+    return f"pvc://{storage.claim}/{run_dir(run, storage).relative_to(storage.root)}/{stage}/model"
 
 
 def owned(run: Manifest, name: str, labels: dict[str, str] | None = None) -> Json:
     """Metadata of an object that goes away with the run."""
     meta = run["metadata"]
+    owner = {
+        "apiVersion": run["apiVersion"],
+        "kind": run["kind"],
+        "name": meta["name"],
+        "uid": meta["uid"],
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
     return {
         "name": name,
         "namespace": meta["namespace"],
         "labels": {"app.kubernetes.io/managed-by": "steersman", RUN_LABEL: meta["name"], **(labels or {})},
-        "ownerReferences": [
-            {
-                "apiVersion": run["apiVersion"],
-                "kind": run["kind"],
-                "name": meta["name"],
-                "uid": meta["uid"],
-                "controller": True,
-                "blockOwnerDeletion": True,
-            }
-        ],
+        "ownerReferences": [owner],
     }
+
+
+# The manifest that stages read
 
 
 def endpoints(run: Manifest, manifest: AlignmentRun, service: str) -> list[str]:
@@ -124,7 +123,7 @@ def cluster_manifest(run: Manifest, manifest: AlignmentRun, settings: Settings) 
     if not manifest.spec.services.policy.endpoints:
         replicas = services["policy"]["endpoints"]
         services["policy"]["weightsEndpoints"] = [f"{item.rpartition(':')[0]}:{WEIGHTS_PORT}" for item in replicas]
-    for kind, splits in (body["spec"].get("data") or {}).items():
+    for kind, splits in body["spec"]["data"].items():
         if kind == "demo" or not splits:
             continue
         for split, path in splits.items():
@@ -141,17 +140,55 @@ def manifest_map(run: Manifest, manifest: AlignmentRun, settings: Settings) -> J
         "kind": "ConfigMap",
         "metadata": owned(run, object_name(manifest.metadata.name, "manifest")),
         "immutable": True,
-        "data": {"run.yaml": text},
+        "data": {"manifest.yaml": text},
     }
 
 
-def needs(manifest: AlignmentRun, index: int) -> tuple[str, ...]:
-    """The services that the run itself must start for a stage."""
-    wanted = SERVICES_OF_STAGE.get(manifest.spec.stages[index].kind, ())
-    return tuple(name for name in wanted if not getattr(manifest.spec.services, name).endpoints)
+# The services that a run starts
 
 
-def headless_service(run: Manifest, name: str, selector: dict[str, str], ports: dict[str, int]) -> Json:
+def needs(run: Manifest, manifest: AlignmentRun, index: int, storage: Storage) -> dict[str, Json]:
+    """Configuration of the services that the run itself must start for a stage, by name; as on one machine."""
+    stage = manifest.stage_names()[index]
+    base = Path(manifest.spec.model.base)
+    return {
+        service.name.rpartition("-")[0]: {
+            key: value for key, value in service.config.items() if key not in _ONE_MACHINE and value is not None
+        }
+        for service in services_of(manifest, stage, run_dir(run, storage), base)
+    }
+
+
+def service_objects(
+    run: Manifest, manifest: AlignmentRun, service: str, config: Json, settings: Settings
+) -> tuple[Json, Json]:
+    """Headless Service and StatefulSet of one service; the StatefulSet carries a hash of its spec."""
+    name = object_name(manifest.metadata.name, service)
+    spec: ServiceSpec = getattr(manifest.spec.services, service)
+    labels = {POOL_LABEL: manifest.metadata.name, "app.kubernetes.io/component": service}
+    template = _pod(settings.templates[service], {**labels, RUN_LABEL: manifest.metadata.name}, spec.resources)
+    container = template["spec"]["containers"][0]
+    container["args"] = [
+        *(container.get("args") or []),
+        *(part for key, value in config.items() for part in ("--set", f"{key}={json.dumps(value)}")),
+    ]
+    body: Json = {
+        "replicas": spec.replicas,
+        "serviceName": name,
+        "podManagementPolicy": "Parallel",
+        "selector": {"matchLabels": labels},
+        "template": template,
+    }
+    metadata = owned(run, name, {"app.kubernetes.io/component": service})
+    metadata["annotations"] = {SPEC_HASH: hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]}
+    ports = {"grpc": PORTS[service], **({"grpc-weights": WEIGHTS_PORT} if service == "policy" else {})}
+    return (
+        _headless_service(run, name, labels, ports),
+        {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": metadata, "spec": body},
+    )
+
+
+def _headless_service(run: Manifest, name: str, selector: dict[str, str], ports: dict[str, int]) -> Json:
     """DNS names for each pod, those not ready included: health is asked of the pod itself."""
     return {
         "apiVersion": "v1",
@@ -166,67 +203,7 @@ def headless_service(run: Manifest, name: str, selector: dict[str, str], ports: 
     }
 
 
-def service_objects(run: Manifest, manifest: AlignmentRun, index: int, service: str, settings: Settings) -> list[Json]:
-    """Headless Service and StatefulSet of one service for one stage; the StatefulSet carries a hash of its spec."""
-    meta = manifest.metadata
-    name = object_name(meta.name, service)
-    spec: ServiceSpec = getattr(manifest.spec.services, service)
-    selector = {POOL_LABEL: meta.name, "app.kubernetes.io/component": service}
-    template = _pod(settings.templates[service], {**selector, RUN_LABEL: meta.name}, spec.resources)
-    container = template["spec"]["containers"][0]
-    folder = run_dir(run["metadata"]["namespace"], meta.name, settings.storage)
-    overrides = _settings_of(manifest, service, folder, index)
-    container["args"] = [
-        *(container.get("args") or []),
-        *(part for key, value in overrides.items() for part in ("--set", f"{key}={json.dumps(value)}")),
-    ]
-    ports = {"grpc": PORTS[service], **({"weights": WEIGHTS_PORT} if service == "policy" else {})}
-    body: Json = {
-        "replicas": spec.replicas,
-        "serviceName": name,
-        "podManagementPolicy": "Parallel",
-        "selector": {"matchLabels": selector},
-        "template": template,
-    }
-    metadata = owned(run, name, {"app.kubernetes.io/component": service})
-    metadata["annotations"] = {SPEC_HASH: spec_hash(body)}
-    return [
-        headless_service(run, name, selector, ports),
-        {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": metadata, "spec": body},
-    ]
-
-
-def _settings_of(run: AlignmentRun, service: str, folder: Path, index: int) -> Json:
-    """Overrides of a service's configuration file: which model of the run it serves at this stage."""
-    stage = run.stage_names()[index]
-    values: Json = {"precision": run.spec.model.precision, "device": run.spec.model.device}
-    if service == "reward":
-        return {**values, "scorers": scorers(run, index, folder)}
-    values["model"] = str(policy_folder(run, stage, folder) or run.spec.model.base)
-    if service == "policy":
-        policy = run.spec.services.policy
-        values |= {"engine": policy.engine, "kvCacheTokens": policy.kv_cache_tokens}
-        if policy.max_context is not None:
-            values["maxContext"] = policy.max_context
-    return values
-
-
-def scorers(run: AlignmentRun, index: int, folder: Path) -> list[Json]:
-    """What the reward service hosts at a stage: the trained models before it, and the stage's verifiable rewards.
-
-    A stage without a mix of its own (evaluate) is judged by the newest mix before it.
-    """
-    mixes = [stage.spec.reward for stage in run.spec.stages[: index + 1] if hasattr(stage.spec, "reward")]
-    mix: RewardMix = mixes[-1] if mixes else RewardMix()
-    models = reward_model_folders(run, run.stage_names()[index], folder)
-    learned = [
-        {"name": name, "kind": "model", "weight": mix.model_weight, "path": str(path)} for name, path in models.items()
-    ]
-    checked = [
-        {"name": item.name, "kind": "verifiable", "weight": item.weight, "options": item.options}
-        for item in mix.verifiable
-    ]
-    return learned + checked
+# The Job of a stage
 
 
 def stage_objects(run: Manifest, manifest: AlignmentRun, index: int, settings: Settings) -> list[Json]:
@@ -234,16 +211,13 @@ def stage_objects(run: Manifest, manifest: AlignmentRun, index: int, settings: S
     stage = manifest.stage_names()[index]
     name = object_name(manifest.metadata.name, stage)
     trainer = manifest.spec.trainer
-    workers = trainer.workers if manifest.spec.stages[index].kind not in ("evaluate", "release") else 1
-    labels = {STAGE_LABEL: stage, RUN_LABEL: manifest.metadata.name, "app.kubernetes.io/component": "trainer"}
-    template = _pod(settings.templates["trainer"], labels, trainer.resources)
-    pod = template["spec"]
-    pod["restartPolicy"] = "Never"
-    container = pod["containers"][0]
-    folder = str(run_dir(run["metadata"]["namespace"], manifest.metadata.name, settings.storage))
-    container["command"] = ["python", "-m", "training.stage"]
+    workers = 1 if manifest.spec.stages[index].kind in _ONE_WORKER else trainer.workers
+    identity = {STAGE_LABEL: stage, RUN_LABEL: manifest.metadata.name}
+    labels = {**identity, "app.kubernetes.io/component": "trainer"}
+    template = _stage_pod(run, manifest, stage, labels, settings)
+    container = template["spec"]["containers"][0]
     if workers > 1:
-        pod["subdomain"] = name
+        template["spec"]["subdomain"] = name
         container["command"] = [
             "torchrun",
             f"--nnodes={workers}",
@@ -256,22 +230,10 @@ def stage_objects(run: Manifest, manifest: AlignmentRun, index: int, settings: S
             "-m",
             "training.stage",
         ]
-    container["args"] = ["--run-dir", folder, "--stage", stage]
-    container["terminationMessagePolicy"] = "FallbackToLogsOnError"
-    _add_env(container, {"STEERSMAN_PROGRESS": "json", "STEERSMAN_RUN": manifest.metadata.name})
-    prepare = copy.deepcopy(container)
-    prepare["name"] = "prepare"
-    prepare["command"] = ["python", "-m", "steersman.local.prepare"]
-    prepare["args"] = ["--run-dir", folder, "--manifest", f"{MANIFEST_MOUNT}/run.yaml"]
-    prepare["resources"] = {}
-    prepare.setdefault("volumeMounts", []).append({"name": "manifest", "mountPath": MANIFEST_MOUNT, "readOnly": True})
-    pod.setdefault("initContainers", []).append(prepare)
-    pod.setdefault("volumes", []).append(
-        {"name": "manifest", "configMap": {"name": object_name(manifest.metadata.name, "manifest")}}
-    )
     metadata = owned(run, name, labels)
     if trainer.queue is not None:
         metadata["labels"]["kueue.x-k8s.io/queue-name"] = trainer.queue
+    exits = {"containerName": container["name"], "operator": "In", "values": final_exit_codes()}
     spec: Json = {
         "backoffLimit": trainer.backoff_limit,
         "parallelism": workers,
@@ -281,14 +243,7 @@ def stage_objects(run: Manifest, manifest: AlignmentRun, index: int, settings: S
             "rules": [
                 # A drained or preempted node is nobody's fault and costs no retry.
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {
-                        "containerName": container["name"],
-                        "operator": "In",
-                        "values": final_exit_codes(),
-                    },
-                },
+                {"action": "FailJob", "onExitCodes": exits},
             ]
         },
         "template": template,
@@ -296,8 +251,37 @@ def stage_objects(run: Manifest, manifest: AlignmentRun, index: int, settings: S
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
     if workers == 1:
         return [job]
-    selector = {STAGE_LABEL: stage, RUN_LABEL: manifest.metadata.name}
-    return [headless_service(run, name, selector, {"rendezvous": RENDEZVOUS_PORT}), job]
+    return [_headless_service(run, name, identity, {"rendezvous": RENDEZVOUS_PORT}), job]
+
+
+def _stage_pod(run: Manifest, manifest: AlignmentRun, stage: str, labels: dict[str, str], settings: Settings) -> Json:
+    """The pod of a stage: it puts manifest, base model and data into the run's folder, then runs the stage."""
+    template = _pod(settings.templates["trainer"], labels, manifest.spec.trainer.resources)
+    pod = template["spec"]
+    pod["restartPolicy"] = "Never"
+    folder = run_dir(run, settings.storage)
+    container = pod["containers"][0]
+    container["terminationMessagePolicy"] = "FallbackToLogsOnError"  # the end of the log, without a right to read logs
+    container.setdefault("env", []).extend(
+        {"name": key, "value": value}
+        for key, value in (("STEERSMAN_PROGRESS", "json"), ("STEERSMAN_RUN", manifest.metadata.name))
+    )
+    prepare = copy.deepcopy(container)
+    prepare["name"] = "prepare"
+    prepare["command"] = ["sh", "-euc"]
+    copied = f"cp {MANIFEST_MOUNT}/manifest.yaml {folder}/.manifest.yaml.$HOSTNAME"
+    prepare["args"] = [
+        f"mkdir -p {folder}; {copied}; mv {folder}/.manifest.yaml.$HOSTNAME {folder}/manifest.yaml; "
+        f"exec python -m steersman.local.prepare {folder}/manifest.yaml"
+    ]
+    prepare.setdefault("volumeMounts", []).append({"name": "manifest", "mountPath": MANIFEST_MOUNT, "readOnly": True})
+    pod.setdefault("initContainers", []).append(prepare)
+    pod.setdefault("volumes", []).append(
+        {"name": "manifest", "configMap": {"name": object_name(manifest.metadata.name, "manifest")}}
+    )
+    container["command"] = ["python", "-m", "training.stage"]
+    container["args"] = ["--run-dir", str(folder), "--stage", stage]
+    return template
 
 
 def _pod(template: Json, labels: dict[str, str], resources: Resources) -> Json:
@@ -305,24 +289,12 @@ def _pod(template: Json, labels: dict[str, str], resources: Resources) -> Json:
     pod = copy.deepcopy(template)
     meta = pod.setdefault("metadata", {})
     meta["labels"] = {**meta.get("labels", {}), **labels}
-    limits = pod["spec"]["containers"][0].setdefault("resources", {})
-    requests = limits.setdefault("requests", {})
-    caps = limits.setdefault("limits", {})
+    mine: dict[str, Any] = pod["spec"]["containers"][0].setdefault("resources", {})
+    requests, limits = mine.setdefault("requests", {}), mine.setdefault("limits", {})
     if resources.cpu is not None:
         requests["cpu"] = resources.cpu
     if resources.memory is not None:
-        requests["memory"] = caps["memory"] = resources.memory
+        requests["memory"] = limits["memory"] = resources.memory
     if resources.gpus:
-        requests["nvidia.com/gpu"] = caps["nvidia.com/gpu"] = resources.gpus
+        requests["nvidia.com/gpu"] = limits["nvidia.com/gpu"] = resources.gpus
     return pod
-
-
-def _add_env(container: Json, values: dict[str, str]) -> None:
-    env = container.setdefault("env", [])
-    env.extend({"name": name, "value": value} for name, value in values.items())
-
-
-def model_uri(run: Manifest, manifest: AlignmentRun, stage: str, storage: Storage) -> str:
-    """Where KServe's storage initializer finds the released model."""
-    folder = run_dir(run["metadata"]["namespace"], manifest.metadata.name, storage)
-    return f"pvc://{storage.claim}/{folder.relative_to(storage.root)}/{stage}/model"

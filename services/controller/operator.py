@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import kopf
@@ -166,7 +166,7 @@ async def serve(config: ControllerConfig) -> None:
     model_registry = Registry(config.mlflow_url, config.registered_model) if config.mlflow_url else None
     if config.metrics_port is not None:
         start_http_server(config.metrics_port)
-    async with ApiClient() as client:
+    async with ApiClient() as client, _alive(config.health_port):
         kube = Kube(client)
         settings = Settings(templates, config.storage, can_watch=signals is not None)
         reconciler = Reconciler(kube, settings, signals=signals, registry=model_registry)
@@ -178,9 +178,26 @@ async def serve(config: ControllerConfig) -> None:
                     await source.close()
 
 
+@contextlib.asynccontextmanager
+async def _alive(port: int | None) -> AsyncIterator[None]:
+    """Answers every HTTP request while the event loop turns, also in a replica that waits for the Lease."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\nalive\n")
+            await writer.drain()
+        writer.close()
+
+    if port is None:
+        yield
+        return
+    async with await asyncio.start_server(answer, "0.0.0.0", port):
+        yield
+
+
 async def _operate(registry: kopf.OperatorRegistry, config: ControllerConfig) -> None:
-    endpoint = f"http://0.0.0.0:{config.health_port}/healthz" if config.health_port is not None else None
-    await kopf.operator(registry=registry, namespaces=config.namespaces, standalone=True, liveness_endpoint=endpoint)
+    await kopf.operator(registry=registry, namespaces=config.namespaces, standalone=True)
 
 
 async def _lead(client: ApiClient, config: ControllerConfig, work: Callable[[], Awaitable[None]]) -> None:

@@ -226,11 +226,11 @@ class _Planner:
 
     def _services_ready(self, manifest: AlignmentRun, index: int) -> bool:
         """Brings the services of a stage to the state it needs, and those that it does not need to nothing."""
-        needed = objects.needs(manifest, index)
+        needed = objects.needs(self.run, manifest, index, self.settings.storage)
         self._scale_down(manifest, tuple(name for name in objects.PORTS if name not in needed))
         ready = True
-        for service in needed:
-            bodies = objects.service_objects(self.run, manifest, index, service, self.settings)
+        for service, config in needed.items():
+            bodies = objects.service_objects(self.run, manifest, service, config, self.settings)
             wanted = bodies[-1]
             state = self.observed.services.get(service)
             if state is None:
@@ -254,7 +254,7 @@ class _Planner:
         if self.status.release is not None and self.status.release.decision == "Promoted":
             return True
         self._scale_down(manifest, tuple(objects.PORTS))
-        uri = objects.model_uri(self.run, manifest, manifest.stage_names()[index], self.settings.storage)
+        uri = objects.model_uri(self.run, manifest.stage_names()[index], self.settings.storage)
         step = plan_release(self.run, stage, uri, self.status.release, self.observed, self.settings, self.now)
         self._set(release=step.status, phase=step.phase, message=step.message, stage=manifest.stage_names()[index])
         if step.holds_canary:

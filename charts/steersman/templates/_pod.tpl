@@ -116,7 +116,7 @@ securityContext:
     drop: [ALL]
 env:
   - name: HOME
-    value: /tmp/home
+    value: {{ if .cache }}/cache/home{{ else }}/tmp/home{{ end }}
   - name: TMPDIR
     value: /tmp
   {{- if .cache }}
@@ -245,10 +245,13 @@ volumeMounts:
 {{- toYaml (dict "requests" $requests "limits" $limits) -}}
 {{- end -}}
 
-{{/* Startup waits for the model, readiness follows health, liveness only asks whether the process answers. */}}
+{{/*
+Startup waits for the model (of the gateway: for the process), readiness follows health, liveness only asks whether
+the process answers.
+*/}}
 {{- define "steersman.probes" -}}
 startupProbe:
-  {{- include "steersman.probe" (dict "tls" .tls "probe" .probe "live" false) | nindent 2 }}
+  {{- include "steersman.probe" (dict "tls" .tls "probe" .probe "live" (hasKey .probe "http")) | nindent 2 }}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: {{ div (int .values.startSeconds) 10 }}

@@ -6,7 +6,7 @@
 {{- define "steersman.gateway.parts" -}}
 component: gateway
 command: [python, -m, services.gateway]
-args: [--config, /etc/steersman/config.yaml]
+args: [--config, /etc/steersman/config.yaml, --set, database=$(STEERSMAN_DATABASE)]
 ports: [{name: http, port: 8080}, {name: grpc, port: 8081}, {name: metrics, port: 9090}]
 probe: {port: 8081, http: {port: http, live: /healthz, ready: /readyz}}
 tls: {{ .Values.tls.secretName | quote }}

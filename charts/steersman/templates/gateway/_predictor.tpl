@@ -3,17 +3,17 @@ Pod of a KServe predictor: the engine as kserve-container, the gateway as transf
 loopback interface without TLS; KServe's ingress or a mesh encrypts what comes from outside.
 */}}
 {{- define "steersman.gateway.predictor" -}}
-{{- $engine := include "steersman.policy.parts" . | fromYaml | merge (dict
+{{- $engine := include "steersman.policy.parts" . | fromYaml -}}
+{{- $engine = omit $engine "tls" "artifacts" "probe" "ports" "args" | merge (dict
       "root" . "values" .Values.policy "image" .Values.images.gpu "containerName" "kserve-container"
-      "artifacts" "" "tls" "" "ports" list "probe" dict
       "args" (list "--config" "/etc/steersman/config.yaml" "--set" "host=127.0.0.1" "--set" "model=/mnt/models"
               "--set" "metricsPort=null" "--set" "tls=null")) -}}
-{{- $app := dict "name" "STEERSMAN_DEPLOYMENT" "valueFrom" (dict "fieldRef" (dict "fieldPath" "metadata.labels['app']")) -}}
 {{- $front := include "steersman.gateway.parts" . | fromYaml -}}
-{{- $gateway := $front | merge (dict
+{{- $app := dict "name" "STEERSMAN_DEPLOYMENT" "valueFrom" (dict "fieldRef" (dict "fieldPath" "metadata.labels['app']")) -}}
+{{- $gateway := omit $front "tls" "env" "args" | merge (dict
       "root" . "values" .Values.gateway "image" .Values.images.core "containerName" "transformer-container"
-      "tls" "" "env" (prepend $front.env $app)
-      "args" (list "--config" "/etc/steersman/config.yaml" "--set" "deployment=$(STEERSMAN_DEPLOYMENT)")) -}}
+      "env" (prepend $front.env $app)
+      "args" (concat $front.args (list "--set" "deployment=$(STEERSMAN_DEPLOYMENT)"))) -}}
 {{- $pod := include "steersman.podTemplate" $engine | fromYaml -}}
 {{- $container := include "steersman.container" $gateway | fromYaml -}}
 {{- range $container.volumeMounts -}}

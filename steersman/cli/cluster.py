@@ -1,0 +1,239 @@
+"""`steersman submit|status|logs|cancel`: runs in a cluster, for people without kubectl.
+
+Uses the kubeconfig that kubectl would use, or the pod's service account.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steersman.errors import ConfigError, ConflictError, NotFoundError, PermissionDeniedError, UnavailableError
+
+if TYPE_CHECKING:
+    from kubernetes.client import ApiClient
+
+GROUP, VERSION, PLURAL = "steersman.dev", "v1alpha1", "alignmentruns"
+ENDED = ("Succeeded", "RolledBack", "Failed", "Cancelled")
+
+app = typer.Typer(help="Runs in a Kubernetes cluster.", no_args_is_help=True)
+
+Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; the kubeconfig's by default.")]
+Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
+Name = Annotated[str, typer.Argument(help="Name of the run.")]
+
+
+class Cluster:
+    """The API of one namespace; its errors are sentences."""
+
+    def __init__(self, client: ApiClient, namespace: str) -> None:
+        from kubernetes.client import BatchV1Api, CoreV1Api, CustomObjectsApi
+
+        self.namespace = namespace
+        self._runs = CustomObjectsApi(client)
+        self._core = CoreV1Api(client)
+        self._batch = BatchV1Api(client)
+
+    def call(self, what: str, function: Any, *arguments: Any, **options: Any) -> Any:
+        """Calls the client; an error of the API server becomes one of ours.
+
+        Args:
+            what: what is asked for, for the message.
+        """
+        from kubernetes.client.exceptions import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            return function(*arguments, _request_timeout=30, **options)
+        except ApiException as error:
+            kinds = {
+                403: PermissionDeniedError,
+                404: NotFoundError,
+                409: ConflictError,
+                422: ConfigError,
+                400: ConfigError,
+            }
+            raise kinds.get(error.status, UnavailableError)(f"{what}: {_reason(error)}") from None
+        except HTTPError as error:
+            raise UnavailableError(f"{what}: the API server does not answer ({error}); check the kubeconfig") from None
+
+    def submit(self, document: dict[str, Any]) -> dict[str, Any]:
+        """Creates a run, or changes what may change of an existing one."""
+        name = document["metadata"]["name"]
+        place = (GROUP, VERSION, self.namespace, PLURAL)
+        try:
+            return self.call(name, self._runs.create_namespaced_custom_object, *place, document)
+        except ConflictError:
+            return self.call(name, self._runs.patch_namespaced_custom_object, *place, name, document)
+
+    def get(self, name: str) -> dict[str, Any]:
+        place = (GROUP, VERSION, self.namespace, PLURAL, name)
+        return self.call(f"run {name}", self._runs.get_namespaced_custom_object, *place)
+
+    def list(self) -> list[dict[str, Any]]:
+        place = (GROUP, VERSION, self.namespace, PLURAL)
+        return self.call("runs", self._runs.list_namespaced_custom_object, *place)["items"]
+
+    def annotate(self, name: str, annotations: dict[str, str]) -> None:
+        body = {"metadata": {"annotations": annotations}}
+        place = (GROUP, VERSION, self.namespace, PLURAL, name)
+        self.call(f"run {name}", self._runs.patch_namespaced_custom_object, *place, body)
+
+    def logs(self, name: str, stage: str, lines: int) -> str:
+        """End of the log of the newest pod of a stage; what the status kept, where no pod is left."""
+        selector = f"steersman.dev/run={name},steersman.dev/stage={stage}"
+        pods = self.call("pods", self._core.list_namespaced_pod, self.namespace, label_selector=selector).items
+        if pods:
+            newest = max(pods, key=lambda pod: pod.metadata.creation_timestamp)
+            return self.call(
+                f"log of {newest.metadata.name}",
+                self._core.read_namespaced_pod_log,
+                newest.metadata.name,
+                self.namespace,
+                tail_lines=lines,
+            )
+        for entry in (self.get(name).get("status") or {}).get("stages", []):
+            if entry["name"] == stage and entry.get("log"):
+                return str(entry["log"])
+        raise NotFoundError(f"stage {stage} of {name} has no pod and left no log; see steersman status {name}")
+
+
+def connect(context: str | None, namespace: str | None) -> Cluster:
+    """Opens the cluster of the kubeconfig, or the one that this pod runs in."""
+    try:
+        from kubernetes import client, config
+    except ImportError:
+        raise ConfigError("kubernetes is not installed; pip install 'steersman[controller]'") from None
+    try:
+        api = config.new_client_from_config(context=context)
+        contexts, active = config.list_kube_config_contexts()
+        chosen = next((item for item in contexts if item["name"] == context), active)
+        return Cluster(api, namespace or chosen["context"].get("namespace") or "default")
+    except config.ConfigException as error:
+        if context is not None:
+            raise ConfigError(f"--context {context}: {error}") from None
+    try:
+        config.load_incluster_config()
+    except config.ConfigException:
+        raise ConfigError("there is no kubeconfig; set KUBECONFIG, or run kubectl config first") from None
+    here = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+    return Cluster(client.ApiClient(), namespace or here.read_text().strip())
+
+
+@app.command()
+def submit(
+    file: Annotated[Path, typer.Option("--file", "-f", help="Manifest.")],
+    set_: Annotated[list[str], typer.Option("--set", help="spec.a.b=value; repeatable.")] = [],  # noqa: B006
+    namespace: Namespace = None,
+    context: Context = None,
+    watch: Annotated[bool, typer.Option(help="Show the progress until the run ends.")] = False,
+) -> None:
+    """Hand a manifest to the cluster; the same file as for `steersman run`."""
+    from steersman.config.base import apply_overrides, read_yaml
+    from steersman.config.manifest import load_manifest
+
+    run = load_manifest(file, set_)
+    document = apply_overrides(read_yaml(file), set_)
+    cluster = connect(context, namespace or run.metadata.namespace)
+    document["metadata"]["namespace"] = cluster.namespace
+    cluster.submit(document)
+    typer.echo(f"{run.metadata.name}: submitted to {cluster.namespace}")
+    if watch:
+        raise typer.Exit(follow(cluster, run.metadata.name))
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(help="Name of the run; all runs by default.")] = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    watch: Annotated[bool, typer.Option(help="Show the progress until the run ends.")] = False,
+) -> None:
+    """Show where runs are."""
+    cluster = connect(context, namespace)
+    if name is None:
+        for run in cluster.list():
+            typer.echo(summary(run))
+        return
+    if watch:
+        raise typer.Exit(follow(cluster, name))
+    typer.echo(describe(cluster.get(name)))
+
+
+@app.command()
+def logs(
+    name: Name,
+    stage: Annotated[str | None, typer.Argument(help="Stage; the running or failed one by default.")] = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    lines: Annotated[int, typer.Option(min=1, help="How many of the last lines.")] = 200,
+) -> None:
+    """Show the end of a stage's log."""
+    cluster = connect(context, namespace)
+    chosen = stage or (cluster.get(name).get("status") or {}).get("stage")
+    if chosen is None:
+        raise NotFoundError(f"{name} has not begun a stage yet; see steersman status {name}")
+    typer.echo(cluster.logs(name, chosen, lines).rstrip("\n"))
+
+
+@app.command()
+def cancel(name: Name, namespace: Namespace = None, context: Context = None) -> None:
+    """End a run: its Jobs stop, a canary is taken back; what is written stays."""
+    connect(context, namespace).annotate(name, {"steersman.dev/cancel": "true"})
+    typer.echo(f"{name}: asked to stop")
+
+
+def summary(run: dict[str, Any]) -> str:
+    """One line about a run."""
+    state = run.get("status") or {}
+    parts = [run["metadata"]["name"], state.get("phase", "Pending")]
+    if state.get("stage"):
+        steps = f" {state['step']}/{state['totalSteps']}" if "totalSteps" in state else ""
+        parts.append(f"{state['stage']}{steps}")
+    parts += [f"{key} {state[key]:.3g}" for key in ("reward", "kl") if key in state]
+    return "  ".join([*parts, state.get("message", "")]).rstrip()
+
+
+def describe(run: dict[str, Any]) -> str:
+    """Everything that the status says, for people."""
+    state = run.get("status") or {}
+    lines = [summary(run)]
+    for stage in state.get("stages", []):
+        reason = f"  {stage['reason']}, {stage.get('attempts', 0)} failed pods" if "reason" in stage else ""
+        lines.append(f"  {stage['name']:<24}{stage['phase']}{reason}")
+    release = state.get("release")
+    if release:
+        outcome = release.get("decision") or f"{release['percent']}% of the traffic"
+        lines.append(f"  release {release['model']}: {outcome} {release.get('reason') or ''}".rstrip())
+    failed = next((stage for stage in state.get("stages", []) if stage.get("log")), None)
+    if failed:
+        lines += ["", f"The end of {failed['name']}'s log:", failed["log"]]
+    return "\n".join(lines)
+
+
+def follow(cluster: Cluster, name: str, seconds: float = 2.0) -> int:
+    """Prints the line of a run whenever it changes, until it ends; 0 when it succeeded."""
+    last = ""
+    while True:
+        run = cluster.get(name)
+        line = summary(run)
+        if line != last:
+            typer.echo(line)
+            last = line
+        phase = (run.get("status") or {}).get("phase")
+        if phase in ENDED:
+            return 0 if phase == "Succeeded" else 1
+        time.sleep(seconds)
+
+
+def _reason(error: Any) -> str:
+    """The message of the API server's Status, or the HTTP reason."""
+    import json
+
+    try:
+        return str(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return f"{error.status} {error.reason}"
