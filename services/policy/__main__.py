@@ -6,6 +6,7 @@ import asyncio
 
 from services.policy.config import PolicyConfig
 from steersman.rpc.app import service_main
+from steersman.rpc.metrics import GENERATION_RUNNING, GENERATION_WAITING, WEIGHTS_VERSION
 from steersman.rpc.server import Server
 
 
@@ -18,6 +19,10 @@ async def serve(config: PolicyConfig) -> None:
 
     engine = build_engine(config)
     chat = await asyncio.to_thread(load_chat_format, config)
+
+    GENERATION_RUNNING.set_function(lambda: engine.info().running)
+    GENERATION_WAITING.set_function(lambda: engine.info().waiting)
+    WEIGHTS_VERSION.set_function(lambda: engine.info().weights_version)
 
     async def close() -> None:
         await asyncio.to_thread(engine.close)

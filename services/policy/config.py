@@ -22,8 +22,6 @@ class PolicyConfig(ServerConfig):
     """Data plane: PolicyService."""
     weights_port: Annotated[int, Field(ge=0, le=65535)] = 50054
     """Control plane: WeightsService, on a listener of its own."""
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Prometheus metrics; None: none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic; `auto` measures on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

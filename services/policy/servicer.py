@@ -12,6 +12,7 @@ import numpy as np
 from services.policy.chat import ChatFormat, answer
 from services.policy.engine import Engine, Event, GenerationRequest, RequestFailed, SampleFinished, SamplingParams
 from steersman.errors import FailedPreconditionError, InvalidArgumentError
+from steersman.rpc.metrics import GENERATED_TOKENS
 from steersman.rpc.wire import pack_rows, unpack_rows
 from steersman.v1 import common_pb2, policy_pb2_grpc
 from steersman.v1 import policy_pb2 as pb
@@ -53,6 +54,7 @@ async def events_of(engine: Engine, request: GenerationRequest) -> AsyncIterator
                 raise event.error
             if isinstance(event, SampleFinished):
                 unfinished -= 1
+                GENERATED_TOKENS.inc(len(event.token_ids))
             yield event
     finally:
         if unfinished:
@@ -71,7 +73,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         loaded = self._engine.info().weights_version
         if request.HasField("weights_version") and request.weights_version != loaded:
             raise FailedPreconditionError(
-                f"weights version {request.weights_version} is asked for, {loaded} is loaded; publish the weights again",
+                f"weights version {request.weights_version} is asked for, {loaded} is loaded; publish them again",
                 details={"loaded_version": loaded},
             )
         generation = GenerationRequest(

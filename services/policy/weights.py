@@ -74,7 +74,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
                 )
             self._check(manifest)
             self._close_transaction()
-            self._open = _Transaction(request.version, manifest, tempfile.TemporaryFile())
+            self._open = _Transaction(request.version, manifest, tempfile.TemporaryFile())  # noqa: SIM115
             return pb.BeginUpdateResponse()
 
     def _check(self, manifest: pb.WeightsManifest) -> None:
@@ -84,7 +84,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             raise InvalidArgumentError("manifest.sha256 must be 64 hexadecimal digits")
         if not 0 < manifest.size <= self._config.max_upload_bytes:
             raise InvalidArgumentError(
-                f"manifest.size is {manifest.size}; it must be between 1 and maxUploadBytes ({self._config.max_upload_bytes})"
+                f"manifest.size is {manifest.size}; it must be 1 to maxUploadBytes ({self._config.max_upload_bytes})"
             )
         if (manifest.kind == pb.WEIGHTS_KIND_LORA) != bool(manifest.adapter_config_json):
             raise InvalidArgumentError("manifest.adapter_config_json belongs to kind LORA, and only to it")

@@ -16,8 +16,6 @@ class ReferenceConfig(ServerConfig):
     """Name that the service reports."""
     port: Annotated[int, Field(ge=0, le=65535)] = 50053
     """ReferenceService."""
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Prometheus metrics; None: none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic; `auto` measures on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

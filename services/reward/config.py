@@ -35,8 +35,6 @@ class RewardConfig(ServerConfig):
     """What scores; the reward is their weighted sum."""
     port: Annotated[int, Field(ge=0, le=65535)] = 50052
     """RewardService."""
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Prometheus metrics; None: none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic; `auto` measures on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

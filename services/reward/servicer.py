@@ -11,6 +11,7 @@ from services.reward.config import RewardConfig
 from services.reward.engine import Item, RewardEngine
 from steersman.errors import InvalidArgumentError
 from steersman.rpc.batcher import TokenBudgetBatcher
+from steersman.rpc.metrics import SCORE_FAILURES, SCORED_ITEMS
 from steersman.rpc.wire import unpack_rows
 from steersman.v1 import reward_pb2 as pb
 from steersman.v1 import reward_pb2_grpc
@@ -27,7 +28,10 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         items = [
             _item(f"items[{index}]", item, request.tokenizer_fingerprint) for index, item in enumerate(request.items)
         ]
-        return pb.ScoreResponse(scores=await self.batcher.submit(items))
+        scores = await self.batcher.submit(items)
+        SCORED_ITEMS.inc(len(scores))
+        SCORE_FAILURES.inc(sum(not score.HasField("reward") for score in scores))
+        return pb.ScoreResponse(scores=scores)
 
     async def GetRewardInfo(
         self, request: pb.GetRewardInfoRequest, context: grpc.aio.ServicerContext

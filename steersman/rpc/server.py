@@ -10,7 +10,7 @@ import logging
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import grpc
 from google.protobuf import any_pb2
@@ -18,9 +18,11 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
+from pydantic import Field
 
 from steersman.config.base import FrozenModel
 from steersman.errors import ConfigError, SteersmanError
+from steersman.rpc.metrics import serve_metrics, track
 
 log = logging.getLogger("steersman.rpc")
 
@@ -46,6 +48,8 @@ class ServerConfig(FrozenModel):
     """Where models that are not folders yet are kept."""
     tls: Tls | None = None
     """None: plain text, for one machine or behind a mesh."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Prometheus metrics; None: none."""
     drain_seconds: float = 30.0
     """How long running calls may still take after SIGTERM."""
     max_message_bytes: int = MAX_MESSAGE_BYTES
@@ -102,7 +106,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         def unary(function: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
-                    return await function(request, context)
+                    with track(method):
+                        return await function(request, context)
                 except (asyncio.CancelledError, grpc.aio.AbortError):
                     raise
                 except Exception as error:
@@ -113,8 +118,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         def stream(function: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
-                    async for response in function(request, context):
-                        yield response
+                    with track(method):
+                        async for response in function(request, context):
+                            yield response
                 except (asyncio.CancelledError, grpc.aio.AbortError):
                     raise
                 except Exception as error:
@@ -201,6 +207,8 @@ class Server:
 
     async def run(self, load: Callable[[], Awaitable[Any]] | None = None) -> None:
         """Listens, loads (health: NOT_SERVING meanwhile), serves until SIGTERM or SIGINT, drains."""
+        if self._config.metrics_port is not None:
+            serve_metrics(self._config.host, self._config.metrics_port)
         await self.start()
         if load is not None:
             await load()

@@ -360,3 +360,19 @@ def test_the_server_drains(cluster: Any, tiny_model: Path) -> None:
     with pytest.raises(grpc.RpcError) as caught:  # noqa: PT012
         policy_pb2_grpc.PolicyServiceStub(channel).GetPolicyInfo(policy_pb2.GetPolicyInfoRequest(), timeout=5)
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_calls_are_counted_by_method_and_status(stubs: Stubs) -> None:
+    from prometheus_client import REGISTRY
+
+    def count(code: str) -> float:
+        labels = {"method": "/steersman.v1.PolicyService/Generate", "code": code}
+        return REGISTRY.get_sample_value("steersman_requests_total", labels) or 0.0
+
+    before = count("OK"), count("INVALID_ARGUMENT")
+    tokens = REGISTRY.get_sample_value("steersman_generated_tokens_total") or 0.0
+    samples = generate(stubs)
+    error_of(lambda: stubs.policy.Generate(policy_pb2.GenerateRequest()))
+    assert (count("OK"), count("INVALID_ARGUMENT")) == (before[0] + 1, before[1] + 1)
+    made = sum(sum(sample.token_ids.lengths) for sample in samples)
+    assert REGISTRY.get_sample_value("steersman_generated_tokens_total") == tokens + made
