@@ -27,6 +27,7 @@ from typing import Any
 from steersman.config.manifest import AlignmentRun
 from steersman.errors import ConfigError, ConflictError
 from steersman.local import folder, process
+from steersman.local.prepare import data_digests
 from steersman.local.services import endpoint_overrides, services_of
 from steersman.local.supervisor import Supervisor
 from steersman.local.usage import Usage
@@ -134,7 +135,13 @@ def _prepare(run: AlignmentRun, run_dir: Path) -> tuple[AlignmentRun, Path]:
     manifest = folder.manifest_path(run_dir)
     data_is_there = run.spec.data.demo is None or (run_dir / "data").is_dir()
     known = _read_prepared(path)
-    if known is None or known["for"] != run.spec.model.base or not Path(known["base"]).is_dir() or not data_is_there:
+    digests = data_digests(run, run_dir)
+    if (
+        known is None
+        or (known["for"], known["data"]) != (run.spec.model.base, digests)
+        or not Path(known["base"]).is_dir()
+        or not data_is_there
+    ):
         run_child(
             "prepare", "steersman.local.prepare", [str(manifest)], run_dir / "logs" / "prepare.log", _environment(run)
         )

@@ -42,7 +42,7 @@ def find_model(path: Path) -> tuple[Path, str, dict[str, Any]]:
 
 
 def serve(path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT) -> None:
-    """Serves until it is interrupted.
+    """Serves until it is interrupted, which is its orderly end.
 
     Args:
         path: a model folder or a run's folder.
@@ -72,10 +72,13 @@ def serve(path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT) 
         supervisor.ensure([policy, gateway])
         say("serve", f"{model} as '{name}'")
         say("serve", f"chat page http://127.0.0.1:{port}/  OpenAI API http://127.0.0.1:{port}/v1  Ctrl-C stops it")
-        while True:
-            for told in supervisor.tend():
-                say("serve", told)
-            time.sleep(0.2)
+        try:
+            while True:
+                for told in supervisor.tend():
+                    say("serve", told)
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            say("serve", "stopping")
 
 
 def _free_from(port: int, field: str) -> int:

@@ -1,0 +1,296 @@
+"""`steersman run` with real processes: whole runs, kills and continuation, bad input.
+
+One unbroken run of a tiny model is made once; the others start from copies of its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from steersman.testing.models import save_model_folder, tiny_llama, tiny_tokenizer
+
+STEERSMAN = str(Path(sys.executable).with_name("steersman"))
+STEPS = 6
+GENERATION = {"maxNewTokens": 8}
+MANIFEST: dict[str, Any] = {
+    "apiVersion": "steersman.dev/v1alpha1",
+    "kind": "AlignmentRun",
+    "metadata": {"name": "tiny"},
+    "spec": {
+        "model": {"base": "base", "precision": "fp32", "threads": 1},
+        "data": {"demo": {"demonstrations": 16, "preferences": 16, "prompts": 12, "heldoutPrompts": 8}},
+        "stages": [
+            {"sft": {"maxSteps": 2, "batchSize": 4, "microBatchSize": 4}},
+            {"rewardModel": {"maxSteps": 2, "batchSize": 4, "microBatchSize": 4}},
+            {
+                "rl": {
+                    "steps": STEPS,
+                    "promptsPerStep": 2,
+                    "samplesPerPrompt": 2,
+                    "generation": GENERATION,
+                    "deterministic": True,
+                }
+            },
+            {"evaluate": {"generation": GENERATION, "checks": [{"name": "demo-rubric"}]}},
+        ],
+    },
+}
+KEYS = {
+    *("seconds", "peak_memory_gib", "reward", "rlhf_minus_sft", "rubric", "rm_accuracy", "length_baseline"),
+    *("kl", "no_eos", "logprob_mismatch", "seed"),
+}
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def write(folder: Path, manifest: dict[str, Any]) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(manifest))
+    return path
+
+
+def steersman(folder: Path, *arguments: str, shell: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the manifest in `folder`; `shell` is put before the command."""
+    command = [STEERSMAN, "run", "-f", str(folder / "run.yaml"), "--run-dir", str(folder / "run"), *arguments]
+    if shell:
+        command = ["bash", "-c", f'{shell}; exec "$@"', "bash", *command]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def weights(folder: Path) -> str:
+    """Hash of the aligned model."""
+    return json.loads((folder / "run" / "rl" / "complete.json").read_text())["files"]["model/model.safetensors"]
+
+
+def no_process_of(folder: Path) -> bool:
+    """Whether nothing is left that was started for this folder."""
+    return not [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model, a manifest, and the complete run of it."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    save_model_folder(folder / "base", tiny_llama())
+    write(folder, MANIFEST)
+    done = steersman(folder, "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def before_rl(unbroken: Path, tmp_path: Path) -> Path:
+    """The same with the reward model complete and reinforcement learning to come, in the same place of the disk."""
+    folder = tmp_path / "copy"
+    shutil.copytree(unbroken, folder, ignore=shutil.ignore_patterns("rl", "evaluate", "report", "services", "logs"))
+    manifest = json.loads(json.dumps(MANIFEST))
+    # The folder is another one, the model and so the digest are not.
+    manifest["spec"]["model"]["base"] = str(unbroken / "base")
+    manifest["spec"]["stages"].pop()
+    write(folder, manifest)
+    return folder
+
+
+def test_a_run_ends_with_all_numbers_and_artifacts(unbroken: Path) -> None:
+    lines = (unbroken / "stdout").read_text().splitlines()
+    numbers = json.loads(lines[-1])
+    assert set(numbers) >= KEYS
+    assert set(numbers["reward"]) == {"base", "sft", "rlhf"}
+    assert numbers["logprob_mismatch"] < 1e-4
+    assert {"prepare", "services", "sft", "reward-model", "rl", "evaluate", "total"} <= set(numbers["seconds"])
+    assert numbers["peak_memory_gib"] > 0.1
+    run = unbroken / "run"
+    for stage in ("sft", "reward-model", "rl", "evaluate"):
+        assert (run / stage / "config.yaml").is_file()
+        assert (run / stage / "complete.json").is_file()
+    assert len((run / "rl" / "metrics.jsonl").read_text().splitlines()) == STEPS
+    assert (run / "rl" / "adapter" / "adapter_config.json").is_file()
+    assert (run / "report" / "report.html").is_file()
+    assert any(line.startswith(f"rl  [##########] step {STEPS}/{STEPS}  reward ") for line in lines)
+    assert no_process_of(run)
+
+
+def test_a_complete_run_is_not_run_again(unbroken: Path) -> None:
+    written = (unbroken / "run" / "rl" / "complete.json").stat().st_mtime_ns
+    done = steersman(unbroken, "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("sft", "reward-model", "rl", "evaluate"):
+        assert f"{stage}  is complete" in done.stdout
+    assert (unbroken / "run" / "rl" / "complete.json").stat().st_mtime_ns == written
+    assert "services  " not in done.stdout
+
+
+class Watched:
+    """A run in progress that tells its events."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [STEERSMAN, "run", "-f", str(folder / "run.yaml"), "--run-dir", str(folder / "run")]
+        environment = os.environ | {"STEERSMAN_PROGRESS": "json"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+
+    def child(self, module: str) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if module in child.cmdline())
+
+    def wait(self) -> tuple[int, str]:
+        _, errors = self.process.communicate()
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def watch() -> Iterator[Callable[[Path], Watched]]:
+    started: list[Watched] = []
+
+    def start(folder: Path) -> Watched:
+        started.append(Watched(folder))
+        return started[-1]
+
+    yield start
+    for watched in started:
+        watched.process.kill()
+        watched.process.communicate()
+
+
+def test_a_killed_trainer_continues_to_the_same_weights(
+    unbroken: Path, before_rl: Path, watch: Callable[[Path], Watched]
+) -> None:
+    broken = watch(before_rl)
+    for event in broken.events():
+        if event["event"] == "progress" and event["stage"] == "rl" and event["step"] == 2:
+            broken.child("training.stage").kill()
+    code, errors = broken.wait()
+    assert code == 128 + signal.SIGKILL
+    assert errors.startswith("steersman: rl was killed by signal 9")
+    assert "start the run again, it continues there" in errors
+    assert no_process_of(before_rl / "run")
+
+    done = steersman(before_rl)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (before_rl / "run" / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert weights(before_rl) == weights(unbroken)
+
+
+def test_killed_services_come_back_and_the_weights_are_the_same(
+    unbroken: Path, before_rl: Path, watch: Callable[[Path], Watched]
+) -> None:
+    victims = ["services.policy", "services.reward", "services.reference"]
+    broken = watch(before_rl)
+    notes = []
+    for event in broken.events():
+        if event["event"] == "progress" and event["stage"] == "rl" and victims and event["step"] < STEPS:
+            broken.child(victims.pop(0)).kill()
+        if event["event"] == "note" and event["stage"] == "services":
+            notes.append(event["text"])
+    code, errors = broken.wait()
+    assert code == 0, errors
+    assert not victims
+    for name in ("policy-0", "reward-0", "reference-0"):
+        assert any(note.startswith(f"{name} ended (killed by signal 9") for note in notes)
+    assert weights(before_rl) == weights(unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_leaves_nothing_behind(
+    number: signal.Signals, before_rl: Path, watch: Callable[[Path], Watched]
+) -> None:
+    stopped = watch(before_rl)
+    # The services are up and the trainer has begun to load.
+    for event in stopped.events():
+        if event["stage"] == "rl":
+            break
+    stopped.process.send_signal(number)
+    code, errors = stopped.wait()
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert number == signal.SIGKILL or errors == "steersman: stopped\n"
+    psutil.wait_procs(
+        [p for p in psutil.process_iter(["cmdline"]) if str(before_rl) in " ".join(p.cmdline())], timeout=30
+    )
+    assert no_process_of(before_rl / "run")
+
+
+def changed(**spec: Any) -> dict[str, Any]:
+    manifest = json.loads(json.dumps(MANIFEST))
+    manifest["spec"] |= spec
+    return manifest
+
+
+class TestBadInput:
+    """Each ends with one sentence and a code, and leaves no half-written artifact under its final name."""
+
+    @pytest.fixture
+    def folder(self, unbroken: Path, tmp_path: Path) -> Path:
+        (tmp_path / "base").symlink_to(unbroken / "base")
+        return tmp_path
+
+    def refused(self, folder: Path, code: int, *words: str, shell: str = "") -> None:
+        done = steersman(folder, shell=shell)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        for word in words:
+            assert word in done.stderr
+        for stage in ("sft", "reward-model", "rl"):
+            assert not (folder / "run" / stage / "model").exists()
+            assert not (folder / "run" / stage / "complete.json").exists()
+        assert no_process_of(folder / "run")
+
+    def test_wrong_field(self, folder: Path) -> None:
+        write(folder, changed(stages=[{"sft": {"maxstep": 2}}]))
+        self.refused(folder, 2, "spec.stages.0.sft.maxstep is not a known field", "did you mean 'maxSteps'?")
+
+    def test_missing_data_file(self, folder: Path) -> None:
+        write(folder, changed(data={"demonstrations": {"train": "nope.jsonl"}}, stages=[{"sft": {}}]))
+        self.refused(folder, 2, "spec.data.demonstrations.train:", "nope.jsonl does not exist")
+
+    def test_row_without_an_answer(self, folder: Path) -> None:
+        good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+        bad = {"messages": [{"role": "user", "content": "a"}]}
+        (folder / "rows.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+        write(folder, changed(data={"demonstrations": {"train": "rows.jsonl"}}, stages=[{"sft": {}}]))
+        self.refused(folder, 2, "rows.jsonl:2: messages:")
+
+    def test_tokenizer_that_does_not_match_the_weights(self, folder: Path) -> None:
+        (folder / "base").unlink()
+        save_model_folder(folder / "base", tiny_llama(vocab_size=100), tiny_tokenizer())
+        write(folder, changed())
+        self.refused(folder, 2, "the tokenizer does not match the weights")
+
+    def test_prompt_longer_than_the_context(self, folder: Path) -> None:
+        row = {"prompt": [{"role": "user", "content": "long " * 200}]}
+        (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        reward = {"verifiable": [{"name": "regex", "options": {"pattern": "a"}}]}
+        stage = {"rl": {"algorithm": "rloo", "generation": GENERATION, "reward": reward}}
+        write(folder, changed(data={"prompts": {"train": "rows.jsonl"}}, stages=[stage]))
+        self.refused(folder, 2, "rows.jsonl:1:", "tokens")
+
+    def test_reward_service_down(self, folder: Path) -> None:
+        services = {"reward": {"endpoints": ["127.0.0.1:9"]}, "startTimeoutSeconds": 2}
+        stage = {"rl": {"algorithm": "rloo", "generation": GENERATION}}
+        write(folder, changed(stages=[stage], services=services))
+        self.refused(folder, 9, "RewardService", "127.0.0.1:9")
+
+    def test_full_disk_while_saving(self, folder: Path) -> None:
+        # A limit on the size of a file is refused like a full disk; logs and data stay below it, weights do not.
+        write(folder, changed(stages=[MANIFEST["spec"]["stages"][0]]))
+        self.refused(folder, 11, "disk full while saving", "free at least", shell="ulimit -f 80")
