@@ -25,8 +25,8 @@ SLOT_ATTENTION = "steersman_slots"
 
 _PIECE = 256
 """Queries of one span in a block: bounds the scores that exist at a time for long prompts."""
-_BLOCK_SCORES = 1 << 21
-"""Scores of one head in a block of several spans."""
+_BLOCK_SCORES = 1 << 16
+"""Scores of one head in a block of several spans: small enough to stay in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,14 +234,13 @@ def _grouped(spans: Sequence[Span]) -> list[list[_Piece]]:
         for start in range(span.start, span.end, _PIECE):
             pieces.append(_Piece(span.row, start, min(start + _PIECE, span.end), offset + start - span.start))
         offset += span.end - span.start
-    pieces.sort(key=lambda piece: (piece.end, piece.queries))
+    pieces.sort(key=lambda piece: (piece.queries, piece.end))
     groups: list[list[_Piece]] = []
-    for piece in pieces:  # by `end`: the piece's keys are the most of its group
+    for piece in pieces:
         if groups:
-            widest = max(piece.queries, *(one.queries for one in groups[-1]))
-            narrowest = min(piece.queries, *(one.queries for one in groups[-1]))
-            similar = piece.end <= 2 * groups[-1][0].end and widest <= 2 * narrowest
-            if similar and (len(groups[-1]) + 1) * widest * piece.end <= _BLOCK_SCORES:
+            ends = [piece.end, *(one.end for one in groups[-1])]
+            similar = piece.queries <= 2 * groups[-1][0].queries and max(ends) <= 2 * min(ends)
+            if similar and len(ends) * piece.queries * max(ends) <= _BLOCK_SCORES:
                 groups[-1].append(piece)
                 continue
         groups.append([piece])
