@@ -73,8 +73,9 @@ def run_manifest(run: AlignmentRun, run_dir: Path, *, force_restart: bool = Fals
 
 
 def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> None:
-    environment = _environment(run, base)
-    with Supervisor(run_dir / "services", environment, run.spec.services.start_timeout_seconds) as supervisor:
+    with Supervisor(
+        run_dir / "services", _environment(run, base), run.spec.services.start_timeout_seconds
+    ) as supervisor:
         for name in run.stage_names():
             if _is_done(run, name, run_dir):
                 say(name, "is complete, see " + str(run_dir / name))
@@ -85,7 +86,7 @@ def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> N
             overrides = endpoint_overrides(run, services, supervisor)
             try:
                 with usage.phase(name):
-                    _run_stage(name, run_dir, overrides, environment, supervisor)
+                    _run_stage(name, run_dir, overrides, _environment(run, base, shared=bool(services)), supervisor)
             except StageFailed:
                 conclude(run_dir, usage)  # a gate that is not passed has numbers to show
                 raise
@@ -160,9 +161,9 @@ def _read_prepared(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _environment(run: AlignmentRun, base: Path | None = None) -> dict[str, str]:
+def _environment(run: AlignmentRun, base: Path | None = None, *, shared: bool = True) -> dict[str, str]:
     local = base is not None or "/" not in run.spec.model.base or Path(run.spec.model.base).is_dir()
-    return process.child_environment(run.spec.model.threads, offline=local)
+    return process.child_environment(run.spec.model.threads, offline=local, shared=shared)
 
 
 def _is_done(run: AlignmentRun, name: str, run_dir: Path) -> bool:
