@@ -22,15 +22,17 @@ A message is one sentence (or two): the field, file or row; the reason; the mend
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import grpc
+if TYPE_CHECKING:
+    import grpc
 
 
 class SteersmanError(Exception):
     """Base of every error that Steersman raises on purpose."""
 
-    grpc_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
+    # Name of a grpc.StatusCode; a name, so that errors do not need grpc.
+    grpc_code: ClassVar[str] = "UNKNOWN"
     http_status: ClassVar[int] = 500
     exit_code: ClassVar[int] = 1
     # The `type` of an error in the OpenAI shape.
@@ -46,7 +48,7 @@ class SteersmanError(Exception):
 
 
 class InvalidArgumentError(SteersmanError):
-    grpc_code = grpc.StatusCode.INVALID_ARGUMENT
+    grpc_code = "INVALID_ARGUMENT"
     http_status = 400
     exit_code = 2
     openai_type = "invalid_request_error"
@@ -61,46 +63,46 @@ class DataError(InvalidArgumentError):
 
 
 class ChecksumError(InvalidArgumentError):
-    grpc_code = grpc.StatusCode.DATA_LOSS
+    grpc_code = "DATA_LOSS"
 
 
 class FailedPreconditionError(SteersmanError):
-    grpc_code = grpc.StatusCode.FAILED_PRECONDITION
+    grpc_code = "FAILED_PRECONDITION"
     http_status = 409
     exit_code = 3
     openai_type = "invalid_request_error"
 
 
 class NotFoundError(SteersmanError):
-    grpc_code = grpc.StatusCode.NOT_FOUND
+    grpc_code = "NOT_FOUND"
     http_status = 404
     exit_code = 4
     openai_type = "not_found_error"
 
 
 class ConflictError(SteersmanError):
-    grpc_code = grpc.StatusCode.ABORTED
+    grpc_code = "ABORTED"
     http_status = 409
     exit_code = 5
     openai_type = "conflict_error"
 
 
 class UnauthenticatedError(SteersmanError):
-    grpc_code = grpc.StatusCode.UNAUTHENTICATED
+    grpc_code = "UNAUTHENTICATED"
     http_status = 401
     exit_code = 6
     openai_type = "authentication_error"
 
 
 class PermissionDeniedError(SteersmanError):
-    grpc_code = grpc.StatusCode.PERMISSION_DENIED
+    grpc_code = "PERMISSION_DENIED"
     http_status = 403
     exit_code = 7
     openai_type = "permission_error"
 
 
 class RateLimitedError(SteersmanError):
-    grpc_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    grpc_code = "RESOURCE_EXHAUSTED"
     http_status = 429
     exit_code = 8
     openai_type = "rate_limit_error"
@@ -111,57 +113,57 @@ class RateLimitedError(SteersmanError):
 
 
 class UnavailableError(SteersmanError):
-    grpc_code = grpc.StatusCode.UNAVAILABLE
+    grpc_code = "UNAVAILABLE"
     http_status = 503
     exit_code = 9
 
 
 class DeadlineError(SteersmanError):
-    grpc_code = grpc.StatusCode.DEADLINE_EXCEEDED
+    grpc_code = "DEADLINE_EXCEEDED"
     http_status = 504
     exit_code = 10
 
 
 class CancelledError(SteersmanError):
-    grpc_code = grpc.StatusCode.CANCELLED
+    grpc_code = "CANCELLED"
     http_status = 499
     exit_code = 130
 
 
 class StorageError(SteersmanError):
-    grpc_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    grpc_code = "RESOURCE_EXHAUSTED"
     http_status = 507
     exit_code = 11
 
 
 class InternalError(SteersmanError):
-    grpc_code = grpc.StatusCode.INTERNAL
+    grpc_code = "INTERNAL"
     http_status = 500
     exit_code = 1
 
 
-_FROM_GRPC: dict[grpc.StatusCode, type[SteersmanError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
-    grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
-    grpc.StatusCode.DATA_LOSS: ChecksumError,
-    grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
-    grpc.StatusCode.NOT_FOUND: NotFoundError,
-    grpc.StatusCode.ALREADY_EXISTS: ConflictError,
-    grpc.StatusCode.ABORTED: ConflictError,
-    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
-    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: RateLimitedError,
-    grpc.StatusCode.UNAVAILABLE: UnavailableError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
-    grpc.StatusCode.CANCELLED: CancelledError,
+_FROM_GRPC: dict[str, type[SteersmanError]] = {
+    "INVALID_ARGUMENT": InvalidArgumentError,
+    "OUT_OF_RANGE": InvalidArgumentError,
+    "DATA_LOSS": ChecksumError,
+    "FAILED_PRECONDITION": FailedPreconditionError,
+    "NOT_FOUND": NotFoundError,
+    "ALREADY_EXISTS": ConflictError,
+    "ABORTED": ConflictError,
+    "UNAUTHENTICATED": UnauthenticatedError,
+    "PERMISSION_DENIED": PermissionDeniedError,
+    "RESOURCE_EXHAUSTED": RateLimitedError,
+    "UNAVAILABLE": UnavailableError,
+    "DEADLINE_EXCEEDED": DeadlineError,
+    "CANCELLED": CancelledError,
 }
 
 
 def from_grpc(error: grpc.RpcError, service: str) -> SteersmanError:
     """Turns a client-side gRPC error into the error of the tree, naming the service."""
-    code = error.code()
+    code = error.code().name
     cls = _FROM_GRPC.get(code, InternalError)
-    return cls(f"{service}: {error.details() or code.name}", details={"grpc_code": code.name, "service": service})
+    return cls(f"{service}: {error.details() or code}", details={"grpc_code": code, "service": service})
 
 
 def all_error_types() -> list[type[SteersmanError]]:

@@ -35,7 +35,7 @@ def track(method: str) -> Iterator[None]:
     try:
         yield
     except SteersmanError as error:
-        code = error.grpc_code.name
+        code = error.grpc_code
         raise
     except (asyncio.CancelledError, GeneratorExit):
         code = "CANCELLED"

@@ -79,7 +79,7 @@ def to_status(error: SteersmanError) -> grpc.Status:
     detail = any_pb2.Any()
     detail.Pack(info)
     return rpc_status.to_status(
-        status_pb2.Status(code=error.grpc_code.value[0], message=error.message, details=[detail])
+        status_pb2.Status(code=grpc.StatusCode[error.grpc_code].value[0], message=error.message, details=[detail])
     )
 
 

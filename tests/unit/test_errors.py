@@ -1,0 +1,38 @@
+"""The one tree of errors: every class has its place in every mapping."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from steersman.errors import SteersmanError, all_error_types, from_grpc
+from steersman.rpc.server import to_status
+
+
+class FakeRpcError(grpc.RpcError):
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        self._code, self._details = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+
+@pytest.mark.parametrize("cls", all_error_types())
+def test_every_error_maps_to_grpc_http_and_exit_code(cls: type[SteersmanError]) -> None:
+    error = cls("field x: reason; mend", details={"field": "x"})
+    status = to_status(error)
+    assert status.code == grpc.StatusCode[cls.grpc_code]
+    assert status.details == "field x: reason; mend"
+    assert 400 <= cls.http_status < 600
+    assert 0 < cls.exit_code < 256
+    assert cls.openai_type
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
+def test_every_status_comes_back_as_an_error_of_the_tree(code: grpc.StatusCode) -> None:
+    error = from_grpc(FakeRpcError(code, "reason"), "policy")
+    assert isinstance(error, SteersmanError)
+    assert str(error) == "policy: reason"
