@@ -238,12 +238,18 @@ def _from_parquet(data: dict[str, Any], as_json: list[str]) -> dict[str, Any]:
     for name in as_json:
         if name in row:
             row[name] = orjson.loads(row[name])
-    for value in row.values():
-        if isinstance(value, list):
-            for turn in value:
-                if isinstance(turn, dict) and isinstance(turn.get("tool_calls"), str):
-                    turn["tool_calls"] = orjson.loads(turn["tool_calls"])
-    return row
+    return {name: _turns(value) if isinstance(value, list) else value for name, value in row.items()}
+
+
+def _turns(values: list[Any]) -> list[Any]:
+    """Messages without their empty fields; other lists as they are."""
+    if not all(isinstance(turn, dict) and "role" in turn for turn in values):
+        return values
+    turns = [{name: value for name, value in turn.items() if value is not None} for turn in values]
+    for turn in turns:
+        if isinstance(turn.get("tool_calls"), str):
+            turn["tool_calls"] = orjson.loads(turn["tool_calls"])
+    return turns
 
 
 def read_hugging_face(name: str, *, split: str | None = None, config: str | None = None) -> Iterator[Record]:

@@ -411,24 +411,14 @@ def undo(session: Session, project: Project, labeler: Labeler) -> Task | None:
 
 
 def progress(session: Session, project: Project, labeler: Labeler) -> Progress:
-    mine = sa.select(Assignment.item_id).where(
-        Assignment.item_id == Item.id, Assignment.labeler_id == labeler.id, Assignment.state != "open"
+    mine = sa.select(Assignment.item_id).where(Assignment.item_id == Item.id, Assignment.labeler_id == labeler.id)
+    free = sa.select(sa.func.count(Item.id)).where(
+        Item.project_id == project.id, Item.honeypot == sa.false(), Item.open_slots > 0, ~mine.exists()
     )
-    left = session.scalar(
-        sa.select(sa.func.count())
-        .select_from(Item)
-        .where(
-            Item.project_id == project.id,
-            Item.honeypot.is_(False),
-            sa.or_(
-                sa.and_(Item.open_slots > 0, ~mine.exists()),
-                sa.exists().where(
-                    Assignment.item_id == Item.id, Assignment.labeler_id == labeler.id, Assignment.state == "open"
-                ),
-            ),
-        )
+    held = sa.select(sa.func.count(Assignment.item_id)).where(
+        Assignment.labeler_id == labeler.id, Assignment.project_id == project.id, Assignment.state == "open"
     )
-    return Progress(_done(session, project, labeler), left or 0)
+    return Progress(_done(session, project, labeler), (session.scalar(free) or 0) + (session.scalar(held) or 0))
 
 
 def _done(session: Session, project: Project, labeler: Labeler) -> int:

@@ -1,4 +1,4 @@
-"""The import pipeline: malformed input is named and passed, duplicates go, prompts stay on one side, memory stays flat."""
+"""The import pipeline: malformed input is named and passed, duplicates go, prompts stay on one side."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def reasons(summary: Summary) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
-        (b'{"chosen": "\n', "not valid JSON (unexpected end of data at column 13); mend or remove the line"),
+        (
+            b'{"chosen": "\n',
+            "not valid JSON (unexpected control character in string at column 13); mend or remove the line",
+        ),
         (b'{"chosen": "\xe9t\xe9"}\n', "not UTF-8 (byte 13 is 0xe9); save the file as UTF-8"),
         (b'["a", "b"]\n', "a JSON list, expected an object; mend or remove the row"),
         (b"null\n", "a JSON NoneType, expected an object; mend or remove the row"),
@@ -97,7 +100,7 @@ def test_a_truncated_gzip_gives_its_rows_and_names_where_it_breaks(tmp_path: Pat
     ("text", "kept", "reason"),
     [
         (b'[{"a": "1"},\n{"a": },\n{"a": "3"}]', ["1", "3"], "a.json:2: not valid JSON"),
-        (b'[{"a": "1"},\n{"a": "2"\n', ["1"], "a.json:2: not valid JSON"),
+        (b'[{"a": "1"},\n{"a": "2"\n', ["1"], "a.json:3: not valid JSON"),
         (b'[{"a": "1"},\n{"a": "\xff"},\n{"a": "3"}]', ["1", "3"], "a.json:2: not UTF-8"),
         (b'[{"a": "1"},\n7,\n{"a": "3"}]', ["1", "3"], "a.json:2: a JSON int, expected an object"),
         (b'[{"a": "1"}', ["1"], "a.json:1: the array has no closing bracket"),
