@@ -11,7 +11,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from steersman.config.base import FrozenModel, dump_yaml
+from steersman.config.base import dump_yaml
 from steersman.config.manifest import AlignmentRun, load_manifest
 from steersman.config.stages import (
     data_files,
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="spec.a.b=c", help="override; repeatable")
     arguments = parser.parse_args()
     try:
-        run_stage(arguments.run_dir.absolute(), arguments.stage, getattr(arguments, "set"))
+        run_stage(arguments.run_dir.absolute(), arguments.stage, arguments.set)
     except SteersmanError as error:
         print(f"{arguments.stage}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -76,13 +76,13 @@ def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
     mark_complete(run, name, run_dir)
 
 
-def _reporter(name: str, folder: Path):  # noqa: ANN202
+def _reporter(name: str, folder: Path):
     from steersman.progress import ConsoleReporter
 
     return ConsoleReporter(name, folder / "metrics.jsonl")
 
 
-def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):  # noqa: ANN001, ANN201
+def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):
     """What the stage is given; checks its data files before anything is loaded."""
     from steersman.nn.hardware import pick_device, pick_precision, set_threads
     from steersman.nn.prepare import resolve_model
@@ -115,8 +115,6 @@ def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):  # noq
         cache_dir=cache_dir,
         data=data,
     )
-
-
 
 
 if __name__ == "__main__":
