@@ -107,10 +107,9 @@ class Assistant:
             raise
 
     async def _begin(self, question: Question, claim: Claim | None) -> Answer:
-        asked = list(question.request.messages)
         if question.conversation_id:
             turns = await self.memory.recall(question.caller, question.conversation_id)
-            _set_messages(question.request, [*turns, *asked])
+            _set_messages(question.request, [*turns, *question.request.messages])
         self._add_system_prompt(question.request)
         answer = Answer(f"{question.id_prefix}-{secrets.token_hex(12)}", question, self._stream)
         answer.model = question.model or self.config.model
@@ -119,7 +118,7 @@ class Assistant:
 
         async def on_end(answer: Answer, error: BaseException | None) -> None:
             self.tracer.end(span, answer, _outcome(answer, error), error)
-            await self._finish(answer, asked, claim, error)
+            await self._finish(answer, claim, error)
 
         answer.on_end = on_end
         await answer.open()
@@ -180,9 +179,7 @@ class Assistant:
         except DeadlineError:
             raise DeadlineError(f"The answer took longer than {seconds:g} s; ask for fewer tokens") from None
 
-    async def _finish(
-        self, answer: Answer, asked: list[common_pb2.Message], claim: Claim | None, error: BaseException | None
-    ) -> None:
+    async def _finish(self, answer: Answer, claim: Claim | None, error: BaseException | None) -> None:
         """Counts and records; a complete answer is on disk before its last token is handed out."""
         caller, metrics = answer.question.caller, self.metrics
         outcome = _outcome(answer, error)
@@ -198,9 +195,7 @@ class Assistant:
             conversation = self.memory.row(
                 caller, answer.question.conversation_id, answer.question.request, answer.choices[0].text
             )
-        record = Record(
-            _audit_row(answer, outcome), tuple(_answer_rows(answer, asked, self.config.deployment)), conversation
-        )
+        record = Record(_audit_row(answer, outcome), tuple(_answer_rows(answer, self.config.deployment)), conversation)
         if not answer.complete:
             # Nobody waits for what broke off; it is still recorded.
             try:
@@ -245,10 +240,10 @@ def _audit_row(answer: Answer, outcome: str) -> dict[str, Any]:
     )
 
 
-def _answer_rows(answer: Answer, asked: list[common_pb2.Message], deployment: str) -> list[dict[str, Any]]:
+def _answer_rows(answer: Answer, deployment: str) -> list[dict[str, Any]]:
     """Rows of `steersman.store.models.Answer`; choice 1 of an answer has the id `ID.1`."""
     question = answer.question
-    prompt = [{"role": m.role, "content": _storable(m.content)} for m in question.request.messages or asked]
+    prompt = [{"role": m.role, "content": _storable(m.content)} for m in question.request.messages]
     if question.request.prompt:
         prompt = [{"role": "user", "content": _storable(question.request.prompt)}]
     return [

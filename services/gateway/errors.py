@@ -23,6 +23,10 @@ class TooLargeError(InvalidArgumentError):
     http_status = 413
 
 
+class LargeHeadersError(InvalidArgumentError):
+    http_status = 431
+
+
 class SlowRequestError(InvalidArgumentError):
     http_status = 408
 

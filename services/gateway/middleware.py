@@ -14,12 +14,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.config import Limits
-from services.gateway.errors import SlowRequestError, TooLargeError, error_response
+from services.gateway.errors import LargeHeadersError, SlowRequestError, TooLargeError, error_response
 from services.gateway.metrics import Metrics
 from steersman.errors import CancelledError, InternalError, SteersmanError
 
 log = logging.getLogger("steersman.gateway")
 
+_HEADER_BYTES = 32_768
 _REQUEST_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
 
 _SECURITY_HEADERS = {
@@ -59,6 +60,8 @@ class FrontMiddleware:
 
         start = time.perf_counter()
         try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > _HEADER_BYTES:
+                raise LargeHeadersError(f"The headers are larger than {_HEADER_BYTES} bytes; send less")
             limited = _LimitedBody(scope, receive, self._limits)
             await self._app(scope, limited, send_with_headers)
         except (ClientDisconnect, CancelledError):

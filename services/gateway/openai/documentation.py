@@ -56,7 +56,7 @@ _ANSWER: dict[int | str, dict[str, Any]] = {
         "description": "The answer; with `stream` server-sent events that end with `data: [DONE]`.",
         "content": {
             "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": {},
         },
     }
 }

@@ -221,7 +221,7 @@ async def test_a_running_idempotent_request_conflicts_and_a_failed_one_may_repea
         await until(lambda: policy.running == 0)
         policy.seconds_per_token = 0
         async with asyncio.timeout(10):
-            while (await http.post(CHAT, json=BODY, headers=headers)).status_code != 200:
+            while (await http.post(CHAT, json=BODY, headers=headers)).status_code != 200:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
 

@@ -235,7 +235,7 @@ def _make_database(scripts: Path, setup: Path, config: Path, folder: Path) -> No
     environment = {**os.environ, "TRYTONPASSFILE": str(folder / "password")}
     modules = ["sale", "account_invoice_stock"]
     admin = [scripts / "trytond-admin", "-c", config, "-d", "erp", "--all", "--email", "admin@example.com"]
-    run = {"check": True, "stdin": subprocess.DEVNULL, "env": environment, "timeout": 280}
+    run = {"check": True, "stdin": subprocess.DEVNULL, "env": environment, "timeout": 900}
     subprocess.run([*admin, "-u", *modules, "--activate-dependencies"], stderr=subprocess.DEVNULL, **run)
     made = subprocess.run([sys.executable, setup, config, "erp"], stdout=subprocess.PIPE, **run)
     (folder / "facts.json").write_bytes(made.stdout.splitlines()[-1])
