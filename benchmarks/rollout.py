@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -102,7 +103,7 @@ def generate(model: PreTrainedModel, work: Workload) -> None:
     for row, prompt in enumerate(work.prompts):
         ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, longest - len(prompt) :] = 1
-    model.generate(
+    model.generate(  # type: ignore[operator]
         ids,
         attention_mask=mask,
         max_new_tokens=max(work.lengths),
@@ -189,7 +190,7 @@ def ceilings() -> dict[str, float]:
     found = {}
     for name, dtype in (("gemm_fp32_gflops", torch.float32), ("gemm_bf16_gflops", torch.bfloat16)):
         a = torch.ones(1024, 1024, dtype=dtype)
-        found[name] = 2 * 1024**3 / best(lambda a=a: a @ a) / 1e9  # type: ignore[misc]
+        found[name] = 2 * 1024**3 / best(functools.partial(torch.mm, a, a)) / 1e9
     large = torch.ones(1 << 27)
     found["memory_read_gb_s"] = large.nbytes / best(large.sum) / 1e9
     return found
@@ -216,9 +217,9 @@ def run(folder: Path, precisions: list[str], rounds: int, threads: int) -> dict[
             rollout(stub, Workload("warm-up", works[1].prompts[:8], [4] * 8))
         for round_number in range(rounds):
             for work in works:
-                contenders: dict[str, Callable[[], object]] = {"generate bf16": lambda work=work: generate(peer, work)}
+                contenders: dict[str, Callable[[], object]] = {"generate bf16": functools.partial(generate, peer, work)}
                 for name, (stub, _) in stubs.items():
-                    contenders[name] = lambda stub=stub, work=work: rollout(stub, work)
+                    contenders[name] = functools.partial(rollout, stub, work)
                 for name, action in contenders.items():
                     start = time.perf_counter()
                     result = action()

@@ -130,7 +130,8 @@ class WeightStore:
         else:
             changed = self._checked(update.tensors)
             target = self._current | changed
-        stale = {name for name, tensor in target.items() if tensor is not self._current[name]}
+        # What is given counts as new even when it is the same object: its content may have changed.
+        stale = changed.keys() | {name for name, tensor in target.items() if tensor is not self._current[name]}
         places = [
             holder.prepare(self._gather(holder, target))
             for holder in self._holders

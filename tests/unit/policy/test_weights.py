@@ -132,3 +132,15 @@ def test_a_wrong_update_is_refused_and_changes_nothing(engine, build, update, me
         engine.load_weights(update)
     assert engine.info().weights_version == 0
     assert_serves(engine, build())
+
+
+def test_a_tensor_changed_in_place_is_loaded_again(engine, build) -> None:
+    changed = build()
+    tensors = {
+        "lm_head.weight" if build is tiny_qwen2 else "model.embed_tokens.weight": changed.lm_head.weight.detach()
+    }
+    for version in (1, 2):
+        with torch.no_grad():
+            changed.lm_head.weight.mul_(1.5)
+        engine.load_weights(WeightsUpdate(version, "full", tensors))
+        assert_serves(engine, changed)
