@@ -43,4 +43,10 @@ def build_engine(config: PolicyConfig) -> Engine:
             max_context=config.max_context,
             kv_cache_tokens=config.kv_cache_tokens,
         )
+    if config.engine == "tgi":
+        from services.policy.engines.tgi import TgiEngine
+
+        if config.engine_url is None:
+            raise ConfigError("engineUrl is missing; set the address of the TGI server")
+        return TgiEngine(config.engine_url, model_folder(config), name=config.model_name)
     raise ConfigError(f"engine {config.engine} is not available in this build; use transformers")
