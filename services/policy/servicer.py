@@ -44,7 +44,11 @@ async def events_of(engine: Engine, request: GenerationRequest) -> AsyncIterator
     """The engine's events of one request as an async stream; leaving it early cancels the request."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Event] = asyncio.Queue()
-    handle = engine.submit(request, lambda event: loop.call_soon_threadsafe(queue.put_nowait, event))
+
+    def deliver(event: Event) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    handle = engine.submit(request, deliver)
     unfinished = len(request.prompts) * request.n
     try:
         while unfinished:

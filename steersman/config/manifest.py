@@ -514,8 +514,6 @@ class PolicyServiceSpec(ServiceSpec):
     """host:port of the replicas' control planes (WeightsService), in the order of `endpoints`."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Generation engine."""
-    weights_endpoints: list[str] = []
-    """host:port of the replicas' control planes, in the order of `endpoints`."""
     max_context: Positive | None = None
     """Longest prompt plus answer; None: the model's."""
     kv_cache_tokens: Positive = 16_384

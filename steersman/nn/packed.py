@@ -246,18 +246,23 @@ def packed_attention(
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
+def _unwrapped(model: Any) -> Any:
+    """The transformers model below PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def enable_packed(model: nn.Module) -> None:
     """Switches a transformers model (PEFT-wrapped or not) to packed attention, in place."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _unwrapped(model)
     if not getattr(base, "_supports_attention_backend", False):
         raise ConfigError(f"{type(base).__name__} has no exchangeable attention; use a decoder such as Llama")
-    base.set_attn_implementation(PACKED_ATTENTION)  # type: ignore[operator]
+    base.set_attn_implementation(PACKED_ATTENTION)
 
 
 def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Last hidden states [T, hidden] of the trunk; the LM head is not run."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    trunk = getattr(base, base.base_model_prefix)  # type: ignore[arg-type]
+    base = _unwrapped(model)
+    trunk = getattr(base, base.base_model_prefix)
     output = trunk(
         input_ids=batch.token_ids[None],
         position_ids=batch.position_ids[None],
