@@ -90,7 +90,8 @@ def micro_batches(batch: SampleBatch, group_ids: list[int], budget: int) -> list
     chunks: list[tuple[int, int, list[int]]] = []
     for group, samples in members.items():
         prompt = len(batch.prompts[group])
-        size, chunk = prompt, []
+        size = prompt
+        chunk: list[int] = []
         for sample in samples:
             length = len(batch.responses[sample])
             if chunk and size + length > budget:

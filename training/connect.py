@@ -68,7 +68,7 @@ class Services:
 
     def decode(self, token_ids: np.ndarray) -> str:
         """Text of an answer without special tokens."""
-        return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)).strip()
 
     def rollouts(self, generation: Generation) -> Rollouts:
         return Rollouts(

@@ -56,7 +56,7 @@ class PolicyModel(nn.Module):
         self._device, self._precision, self._temperature = device, precision, temperature
         base = load_causal_lm(folder, dtype=torch.float32, device=device)
         self._lora = lora
-        self.policy: nn.Module = attach_lora(base, lora) if lora is not None else base
+        self.policy: Any = attach_lora(base, lora) if lora is not None else base
         enable_packed(self.policy)
         self.head_weight: Tensor = base.get_output_embeddings().weight
         self.critic: nn.Module | None = None

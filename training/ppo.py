@@ -15,6 +15,7 @@ share everything but the advantage and need no critic.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -357,7 +358,7 @@ class Trainer:
         elif options.schedule == "linear":
             factor = 1.0 - share
         elif options.schedule == "cosine":
-            factor = 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * share))))
+            factor = 0.5 * (1.0 + math.cos(math.pi * share))
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
 
