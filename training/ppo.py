@@ -93,7 +93,8 @@ class Trainer:
         self.demonstrations = demonstrations
         # lm-human-preferences uses Adam with eps 1e-5; fused: one kernel for all parameters.
         decay = spec.optimizer.weight_decay
-        groups = [{"params": model.policy_parameters(), "lr": spec.optimizer.learning_rate, "weight_decay": decay}]
+        rate = spec.optimizer.learning_rate
+        groups: list[dict[str, Any]] = [{"params": model.policy_parameters(), "lr": rate, "weight_decay": decay}]
         if model.critic_parameters():
             groups.append(
                 {"params": model.critic_parameters(), "lr": self.ppo.critic.learning_rate, "weight_decay": 0.0}
