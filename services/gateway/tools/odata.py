@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -46,7 +47,9 @@ class OData:
         if query.number is None and kind.newest_first:
             parameters["$orderby"] = f"{kind.newest_first} desc"
         try:
-            response = await self._client.get(kind.entity, params=parameters)
+            # OData wants %20 for a space, not the plus sign of forms.
+            query_string = urlencode(parameters, quote_via=quote, safe="$/(),")
+            response = await self._client.get(f"{kind.entity}?{query_string}")
             response.raise_for_status()
             rows = response.json()["value"]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:

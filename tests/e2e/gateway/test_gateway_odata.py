@@ -86,7 +86,7 @@ async def test_orders_of_a_real_odata_service(cap: str, identities: Identities) 
             assert (await ask("C'C", "order 4"))[1] == [{"system": "s4", "record": "order/4"}]
             for text in ("order 3", "order 3' or '1' eq '1", "order 3) or (1 eq 1", "order 3&$filter=1 eq 1"):
                 said, sources = await ask("C-A", text)
-                assert sources == [], text
+                assert {source["record"] for source in sources} <= {"order/1", "order/2"}, text
                 assert "Bob" not in said
                 assert "blocked" not in said
             for customer in ("C-A' or '1' eq '1", "x' or SalesOrder eq '3"):

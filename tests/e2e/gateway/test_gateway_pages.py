@@ -76,7 +76,7 @@ async def test_chat_streams_and_takes_judgements() -> None:
         await shoot(page, "chat")
         await page.fill("#question", "and then?")
         await page.click("#send")
-        await page.wait_for_function("document.querySelectorAll('.tools').length === 2")
+        await page.locator(".tools").nth(1).wait_for()
         assert [m.role for m in policy.requests[1].messages] == ["user", "assistant", "user"]
         with gateway.store.reading() as session:
             events = {e.kind: e.value for e in session.scalars(sa.select(FeedbackEvent))}
@@ -93,7 +93,7 @@ async def test_chat_stops_when_told_to() -> None:
         await page.goto(url)
         await page.fill("#question", "go")
         await page.keyboard.press("Enter")
-        await page.wait_for_function("document.querySelector('.turn.assistant')?.textContent.includes('word')")
+        await page.locator(".turn.assistant", has_text="word").wait_for()
         await page.click("#stop")
         await page.wait_for_selector("#send:visible")
         await page.wait_for_timeout(300)
@@ -141,17 +141,17 @@ async def test_comparing_by_keyboard_with_skip_flag_and_undo() -> None:
         await shoot(page, "compare")
         shown = [await page.inner_text(f".answer:nth-child({n}) .text") for n in (1, 2)]
         await page.keyboard.press("2")
-        await page.wait_for_function("document.querySelector('#progress').textContent.includes('1 done')")
+        await page.locator("#progress", has_text="1 done").wait_for()
         (verdict,) = _verdicts(gateway.store)
         best = verdict.verdict["ranking"][0][0]
         assert shown[0].endswith(f"-{best}")
         assert verdict.verdict["strength"] == 2
         await page.keyboard.press("u")
-        await page.wait_for_function("document.querySelector('#progress').textContent.includes('0 done')")
+        await page.locator("#progress", has_text="0 done").wait_for()
         assert _verdicts(gateway.store) == []
         for key, done in (("4", "1 done"), ("s", "2 done")):
             await page.keyboard.press(key)
-            await page.wait_for_function(f"document.querySelector('#progress').textContent.includes('{done}')")
+            await page.locator("#progress", has_text=done).wait_for()
         await page.keyboard.press("f")
         assert await page.is_checked("[name=unsafe]")
         await page.keyboard.press("7")
@@ -216,4 +216,4 @@ async def test_pages_need_the_right_key(tmp_path: Path) -> None:
         assert await fits(page)
         answer = await page.request.get(f"{url}/label")
         assert answer.status == 403
-        assert "scope 'label'" in await answer.text()
+        assert "lacks the scope" in await answer.text()

@@ -41,15 +41,15 @@ BODY: dict[str, Any] = {"model": "steersman", "messages": [{"role": "user", "con
 async def _exchange(port: int, data: bytes) -> bytes:
     """What comes back for raw bytes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answer = b""
     try:
         writer.write(data)
-        await writer.drain()
-        writer.write_eof()
-        return await asyncio.wait_for(reader.read(), 20)
-    except ConnectionError:
-        return b""
+        async with asyncio.timeout(20):
+            while len(answer.partition(b"\r\n\r\n")[2]) <= 10 and (part := await reader.read(65536)):
+                answer += part
     finally:
         writer.close()
+    return answer
 
 
 def _request(body: bytes, content_type: bytes = b"application/json", path: bytes = CHAT.encode()) -> bytes:
