@@ -290,7 +290,8 @@ class Trainer:
             loss = loss * 0.0
         if forward.values is None:
             return loss, policy_stat, None
-        assert estimates.old_values is not None and estimates.returns is not None
+        assert estimates.old_values is not None
+        assert estimates.returns is not None
         value_loss, value_stat = losses.value_loss(
             forward.values,
             estimates.old_values[micro.tokens].to(device),
@@ -314,9 +315,7 @@ class Trainer:
         spec, limit = self.spec, self.spec.generation.max_new_tokens
         clipping: dict[str, Any] = {"clip_low": spec.clip, "dual_clip": spec.dual_clip, "weights": weights}
         if spec.algorithm in ("ppo", "reinforce"):
-            return losses.ppo_policy_loss(
-                forward.logprobs, old, advantages, denominator=totals.tokens, **clipping
-            )
+            return losses.ppo_policy_loss(forward.logprobs, old, advantages, denominator=totals.tokens, **clipping)
         per_sample = segments.segment_mean(advantages, lengths)
         if spec.algorithm == "rloo":
             # The ratio is that of the whole sequence, so its correction for the engine is, too.

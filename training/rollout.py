@@ -9,6 +9,7 @@ So scoring overlaps generation, and still what one scoring call holds does not d
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -105,11 +106,11 @@ class Rollouts:
         missing = [n] * len(prompts)
         samples: list[list[Sample | None]] = [[None] * n for _ in prompts]
         futures: dict[int, Future[list[list[Scored]]]] = {}
-        tokens = done = 0
-        for sample in self._policy.generate([prompt.ids for prompt in prompts], n, sampling):
+        tokens = 0
+        stream = self._policy.generate([prompt.ids for prompt in prompts], n, sampling)
+        for done, sample in enumerate(stream, start=1):
             samples[sample.prompt_index][sample.sample_index] = sample
             missing[sample.prompt_index] -= 1
-            done += 1
             tokens += len(sample.token_ids)
             self._activity(f"generating {done}/{n * len(prompts)}")
             block = sample.prompt_index // size
@@ -147,7 +148,7 @@ class Rollouts:
             for (_, sample), score, ref, text in zip(rows, scores, references, texts, strict=True)
         ]
         sizes = np.cumsum([0] + [len(group) for group in samples])
-        return [flat[lo:hi] for lo, hi in zip(sizes, sizes[1:], strict=False)]
+        return [flat[lo:hi] for lo, hi in itertools.pairwise(sizes)]
 
 
 def score_item(prompt: Prompt, token_ids: np.ndarray, text: str) -> reward_pb2.ScoreItem:

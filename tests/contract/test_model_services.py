@@ -60,7 +60,7 @@ def generate(stubs: Stubs, prompts: list[np.ndarray] = PROMPTS, n: int = 2, **fi
 
 
 def error_of(call: Any) -> grpc.RpcError:
-    with pytest.raises(grpc.RpcError) as caught:  # noqa: PT012
+    with pytest.raises(grpc.RpcError) as caught:
         result = call()
         if isinstance(result, Iterator):
             list(result)
@@ -357,7 +357,7 @@ def test_the_server_drains(cluster: Any, tiny_model: Path) -> None:
     cluster.start_policy(tiny_model)
     channel = grpc.insecure_channel(cluster.endpoints["policy"][0])
     cluster.loop.run(cluster.servers.pop().drain())
-    with pytest.raises(grpc.RpcError) as caught:  # noqa: PT012
+    with pytest.raises(grpc.RpcError) as caught:
         policy_pb2_grpc.PolicyServiceStub(channel).GetPolicyInfo(policy_pb2.GetPolicyInfoRequest(), timeout=5)
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
