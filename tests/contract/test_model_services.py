@@ -60,7 +60,7 @@ def generate(stubs: Stubs, prompts: list[np.ndarray] = PROMPTS, n: int = 2, **fi
 
 
 def error_of(call: Any) -> grpc.RpcError:
-    with pytest.raises(grpc.RpcError) as caught:
+    with pytest.raises(grpc.RpcError) as caught:  # noqa: PT012
         result = call()
         if isinstance(result, Iterator):
             list(result)
