@@ -103,7 +103,7 @@ def _wait_ready(port: int, processes: list[subprocess.Popen[Any]]) -> None:
     import urllib.error
     import urllib.request
 
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if any(process.poll() is not None for process in processes):
             raise RuntimeError("a process of the benchmark ended at once")
@@ -111,7 +111,7 @@ def _wait_ready(port: int, processes: list[subprocess.Popen[Any]]) -> None:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1)
             return
         time.sleep(0.1)
-    raise RuntimeError("the gateway is not ready after 60 s")
+    raise RuntimeError("the gateway is not ready after 300 s")
 
 
 # --- clients ----------------------------------------------------------------------------------------------------

@@ -133,13 +133,14 @@ def _conversations(inputs: Sequence[InferInput]) -> list[list[common_pb2.Message
 def _elements(tensor: InferInput) -> list[str]:
     try:
         values = tensor.as_numpy().reshape(-1).tolist()
-        return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+        texts = [value.decode() if isinstance(value, bytes) else value for value in values]
     except UnicodeDecodeError:
         raise BadRequestError(f"inputs.{tensor.name} must be UTF-8", param="inputs") from None
-    except SteersmanError:
-        raise
     except Exception:
         raise BadRequestError(f"inputs.{tensor.name}: shape and data do not fit", param="inputs") from None
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRequestError(f"inputs.{tensor.name} must hold texts", param="inputs")
+    return texts
 
 
 def _sampling(parameters: Mapping[str, Any]) -> common_pb2.SamplingParams:

@@ -114,6 +114,8 @@ class Gateway:
                 server_header=False,
                 lifespan="off",
                 timeout_graceful_shutdown=int(config.drain_seconds),
+                # Longer than proxies keep idle connections, so that they never send into a closing one.
+                timeout_keep_alive=75,
                 ssl_certfile=config.tls.cert if config.tls else None,
                 ssl_keyfile=config.tls.key if config.tls else None,
                 ssl_ca_certs=str(config.tls.client_ca) if config.tls and config.tls.client_ca else None,
