@@ -75,7 +75,8 @@ async def test_services_come_up_for_rl_with_the_models_of_the_run_and_go_down_af
     policy = world.kube.find("StatefulSet", "demo-policy")
     arguments = policy["spec"]["template"]["spec"]["containers"][0]["args"]
     assert 'model="/artifacts/runs/ml/demo/sft/model"' in arguments
-    scorers = world.kube.find("StatefulSet", "demo-reward")["spec"]["template"]["spec"]["containers"][0]["args"][-1]
+    arguments = world.kube.find("StatefulSet", "demo-reward")["spec"]["template"]["spec"]["containers"][0]["args"]
+    scorers = next(argument for argument in arguments if argument.startswith("scorers="))
     assert json.loads(scorers.partition("=")[2])[0]["path"] == "/artifacts/runs/ml/demo/reward-model/model"
 
     world.kube.services_up()

@@ -1,0 +1,114 @@
+"""Everything that the chart renders is valid: for Helm, for three Kubernetes versions, and for the CRDs of others."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+
+SCHEMAS = Path(__file__).parent / "schemas"
+VERSIONS = ("1.31", "1.34", "1.37")
+VARIANTS = [
+    ("default",),
+    ("cpu",),
+    ("prod",),
+    ("default", "policy.autoscaling.kind=hpa", "gateway.autoscaling.kind=hpa", "controller.replicas=2"),
+    ("default", "policy.autoscaling.kind=keda", "controller.prometheusUrl=http://prometheus:9090"),
+    (
+        "default",
+        "reward.enabled=true",
+        "reference.enabled=true",
+        "tls.secretName=certs",
+        "airGapped=true",
+        "policy.modelCache.kind=claim",
+        "imagePullSecrets[0].name=registry",
+        "images.gpu.digest=sha256:" + "a" * 64,
+    ),
+]
+OTHERS = {
+    "InferenceService", "ServingRuntime", "ServiceMonitor", "PodMonitor", "PrometheusRule", "ScaledObject",
+}  # fmt: skip
+
+
+def crd_schema(kind: str) -> dict[str, Any]:
+    return json.loads(gzip.decompress((SCHEMAS / f"{kind}.json.gz").read_bytes()))
+
+
+def test_lint_is_strict_and_silent(helm, chart):
+    for arguments in (
+        ["--set", "database.existingSecret=x"],
+        ["-f", f"{chart}/values-cpu.yaml"],
+        ["-f", f"{chart}/values-prod.yaml"],
+    ):
+        done = helm.run("lint", "--strict", str(chart), *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "[WARNING]" not in done.stdout
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "+".join(variant)[:60])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_rendered_objects_are_valid_kubernetes(helm, variant, version):
+    for document in helm.render(*variant):
+        if document["kind"] not in OTHERS:
+            kubernetes_validate.validate(document, version, strict=True)
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[2], VARIANTS[4]], ids=["prod", "keda"])
+def test_rendered_objects_are_valid_for_kserve_prometheus_and_keda(helm, variant):
+    seen = set()
+    for document in helm.render(*variant):
+        if document["kind"] in OTHERS:
+            seen.add(document["kind"])
+            jsonschema.Draft202012Validator(crd_schema(document["kind"])).validate(document)
+    assert seen == (OTHERS - {"ScaledObject"} if variant[0] == "prod" else {"ScaledObject"})
+
+
+def test_a_wrong_object_would_be_found(helm, find):
+    """The schemas are strict: a field that does not exist is refused."""
+    deployment = json.loads(json.dumps(find(helm.render("default"), "Deployment", "policy")))
+    deployment["spec"]["template"]["spec"]["containers"][0]["imagePolicy"] = "Always"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(deployment, VERSIONS[-1], strict=True)
+    service = json.loads(json.dumps(find(helm.render("prod"), "InferenceService", "chat")))
+    service["spec"]["predictor"]["model"]["storageUrl"] = "pvc://x"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(crd_schema("InferenceService")).validate(service)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "policy.replicsa=2",
+        "policy.gpus=-1",
+        "gateway.mode=lambda",
+        "images.gpu.digest=latest",
+        "artifacts.size=lots",
+        "database.mode=mysql",
+        "trainer.modelCache.kind=hostPath",
+        "policy.autoscaling.kind=vpa",
+        "monitoring.serviceMonitor.interval=soon",
+    ],
+)
+def test_wrong_values_are_refused_by_the_schema(helm, chart, wrong):
+    done = helm.run("template", "x", str(chart), "--set", "database.existingSecret=x", "--set", wrong)
+    assert done.returncode != 0
+    assert wrong.partition("=")[0].split(".")[-1] in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([], "database.existingSecret is needed"),
+        (["--set", "database.mode=sqlite"], "gateway.replicas must be 1"),
+        (["--set", "gateway.mode=kserve", "--set", "database.existingSecret=x"], "gateway.kserve.storageUri is needed"),
+    ],
+)
+def test_what_is_missing_is_said(helm, chart, values, words):
+    done = helm.run("template", "x", str(chart), *values)
+    assert done.returncode != 0
+    assert words in done.stderr
