@@ -428,7 +428,3 @@ def delete_customer(
         typer.echo(f"trained on deleted data: {entry['model']} of {entry['run']} (on {entry['release']})")
     if report.files:
         typer.echo(f"remove the tenant's rows from these files too: {', '.join(report.files)}")
-
-
-if __name__ == "__main__":
-    app()

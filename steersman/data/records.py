@@ -131,7 +131,7 @@ class Preference(Prompt):
     def _check_answers(self) -> Preference:
         _check_answer("chosen", self.chosen)
         _check_answer("rejected", self.rejected)
-        if self.chosen == self.rejected:
+        if _texts(self.chosen) == _texts(self.rejected) and self.chosen == self.rejected:
             raise _wrong("rejected", "the same as chosen; remove the pair, it carries no preference")
         return self
 
@@ -358,6 +358,10 @@ def describe_validation_error(error: ValidationError) -> str:
 
 def _wrong(field: str, reason: str) -> PydanticCustomError:
     return PydanticCustomError("steersman_row", "{text}", {"text": f"{field}: {reason}"})
+
+
+def _texts(messages: list[Message]) -> list[str]:
+    return [message.content for message in messages]
 
 
 def _check_system_first(field: str, messages: list[Message]) -> None:
