@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from steersman.cli import data
+from steersman.cli import cluster, data
 
 if TYPE_CHECKING:
     from steersman.config.manifest import AlignmentRun
@@ -25,8 +24,7 @@ app = typer.Typer(
 model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 app.add_typer(data.app, name="data")
 app.add_typer(model_app, name="model")
-if importlib.util.find_spec("steersman.cli.cluster"):
-    app.add_typer(importlib.import_module("steersman.cli.cluster").app)
+app.add_typer(cluster.app)
 
 _EXTRA_OF_LIBRARY = {
     "engine": ("torch", "transformers", "peft", "safetensors", "accelerate", "gguf"),
