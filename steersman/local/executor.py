@@ -24,14 +24,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from steersman.config.manifest import AlignmentRun
-from steersman.errors import ConfigError, ConflictError
+from steersman.config.manifest import AlignmentRun, ServicesSpec
+from steersman.errors import ConfigError, ConflictError, UnavailableError
 from steersman.local import folder, process
 from steersman.local.prepare import data_digests
-from steersman.local.services import endpoint_overrides, services_of
+from steersman.local.services import GRPC_NAMES, endpoint_overrides, services_of
 from steersman.local.supervisor import Supervisor
 from steersman.local.usage import Usage
 from steersman.progress import ConsoleReporter, clock, say
+from steersman.rpc.client import open_channel, wait_ready
 
 
 class StageFailed(Exception):
@@ -82,6 +83,8 @@ def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> N
                 continue
             services = services_of(run, name, run_dir, base)
             with usage.phase("services"):
+                if services:
+                    _await_given(run.spec.services)
                 supervisor.ensure(services)
             overrides = endpoint_overrides(run, services, supervisor)
             try:
@@ -91,6 +94,22 @@ def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> N
                 conclude(run_dir, usage)  # a gate that is not passed has numbers to show
                 raise
             say(name, f"complete after {clock(usage.seconds[name])}")
+
+
+def _await_given(services: ServicesSpec) -> None:
+    """Waits for the services that the manifest gives endpoints for, before own ones are started.
+
+    Raises:
+        UnavailableError: one does not answer.
+    """
+    given = [(name, target) for name in GRPC_NAMES for target in getattr(services, name).endpoints]
+    for name, target in given:
+        with ConsoleReporter("services") as reporter, open_channel(target) as channel:
+            reporter.activity(f"waiting for the {name} service at {target}")
+            try:
+                wait_ready(channel, GRPC_NAMES[name], services.start_timeout_seconds)
+            except UnavailableError as error:
+                raise UnavailableError(f"spec.services.{name}.endpoints: {target}: {error}") from None
 
 
 def _run_stage(
@@ -117,7 +136,7 @@ def run_child(
         while child.poll() is None:
             for told in supervisor.tend() if supervisor else ():
                 say("services", told)
-            time.sleep(0.1)
+            time.sleep(0.2)
     finally:
         process.stop([child])
     code = child.returncode

@@ -9,7 +9,7 @@ from typing import Any
 from steersman.config.stages import read_complete
 from steersman.errors import NotFoundError
 from steersman.local import folder, process
-from steersman.local.services import DRAIN_SECONDS
+from steersman.local.services import DRAIN_SECONDS, GRPC_NAMES
 from steersman.local.supervisor import Service, Supervisor
 from steersman.progress import say
 
@@ -51,7 +51,7 @@ def serve(path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT) 
     """
     model, name, options = find_model(path)
     config = {"host": "127.0.0.1", "drainSeconds": DRAIN_SECONDS, "model": str(model), "modelName": name, **options}
-    policy = Service("policy", "services.policy", "steersman.v1.PolicyService", config, ("port", "weightsPort"))
+    policy = Service("policy", "services.policy", GRPC_NAMES["policy"], config, ("port", "weightsPort"))
     environment = process.child_environment(options.get("threads", 0), offline=True)
     with Supervisor(logs, environment, start_timeout=300.0) as supervisor:
         supervisor.ensure([policy])

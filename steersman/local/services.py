@@ -11,6 +11,11 @@ from steersman.local.supervisor import Service, Supervisor
 
 DRAIN_SECONDS = 3.0
 """On one machine nobody else uses the services, so what is still running when they stop is not wanted any more."""
+GRPC_NAMES = {
+    "policy": "steersman.v1.PolicyService",
+    "reward": "steersman.v1.RewardService",
+    "reference": "steersman.v1.ReferenceService",
+}
 _USES_SERVICES = ("rl", "rejection_sampling", "evaluate")
 
 
@@ -49,7 +54,7 @@ def policy_service(run: AlignmentRun, model: Path, name: str) -> Service:
         "maxContext": spec.max_context,
         "kvCacheTokens": spec.kv_cache_tokens,
     }
-    return Service(name, "services.policy", "steersman.v1.PolicyService", config, ("port", "weightsPort"))
+    return Service(name, "services.policy", GRPC_NAMES["policy"], config, ("port", "weightsPort"))
 
 
 def endpoint_overrides(run: AlignmentRun, services: list[Service], supervisor: Supervisor) -> list[str]:
@@ -68,9 +73,8 @@ def _replicas(
     services: ServicesSpec, kind: str, config: dict[str, Any], run: AlignmentRun, stage_name: str
 ) -> list[Service]:
     config = {**config, "mergeRequests": not _deterministic(run, stage_name)}
-    health = {"reward": "steersman.v1.RewardService", "reference": "steersman.v1.ReferenceService"}[kind]
     count = getattr(services, kind).replicas
-    return [Service(f"{kind}-{index}", f"services.{kind}", health, config) for index in range(count)]
+    return [Service(f"{kind}-{index}", f"services.{kind}", GRPC_NAMES[kind], config) for index in range(count)]
 
 
 def _common(run: AlignmentRun) -> dict[str, Any]:

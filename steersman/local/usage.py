@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -54,8 +55,13 @@ class Usage:
         self.seconds.pop(phase, None)
 
     def _watch(self) -> None:
+        last = 0
         while not self._done.wait(self._interval):
-            self.peak_memory_gib = round(max(self.peak_memory_gib, tree_memory() / 2**30), 3)
+            resident = tree_memory(shared_once=False)
+            # Counting shared pages once means a walk over all pages, so it is done only where it can change the peak.
+            if resident > self.peak_memory_gib * 2**30 and abs(resident - last) > resident / 100:
+                last = resident
+                self.peak_memory_gib = round(max(self.peak_memory_gib, tree_memory() / 2**30), 3)
 
     def _save(self) -> None:
         partial = self._path.with_name(f".{self._path.name}")
@@ -63,16 +69,21 @@ class Usage:
         partial.replace(self._path)
 
 
-def tree_memory() -> int:
-    """Bytes of this process and its descendants, pages that they share counted once (PSS)."""
+def tree_memory(*, shared_once: bool = True) -> int:
+    """Bytes in memory of this process and its descendants.
+
+    Args:
+        shared_once: pages that they share count once (PSS), instead of in every process (RSS), which is cheap.
+    """
     me = psutil.Process()
-    return sum(_memory(process) for process in [me, *me.children(recursive=True)])
+    return sum(_memory(process, shared_once) for process in [me, *me.children(recursive=True)])
 
 
-def _memory(process: psutil.Process) -> int:
+def _memory(process: psutil.Process, shared_once: bool) -> int:
     try:
-        return process.memory_full_info().pss
-    except psutil.AccessDenied:
+        if shared_once:
+            with contextlib.suppress(psutil.AccessDenied):
+                return process.memory_full_info().pss
         return process.memory_info().rss
     except psutil.NoSuchProcess:
         return 0

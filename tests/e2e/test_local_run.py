@@ -30,6 +30,7 @@ MANIFEST: dict[str, Any] = {
     "metadata": {"name": "tiny"},
     "spec": {
         "model": {"base": "base", "precision": "fp32", "threads": 1},
+        "services": {"startTimeoutSeconds": 1800},
         "data": {"demo": {"demonstrations": 16, "preferences": 16, "prompts": 12, "heldoutPrompts": 8}},
         "stages": [
             {"sft": {"maxSteps": 2, "batchSize": 4, "microBatchSize": 4}},
@@ -52,7 +53,7 @@ KEYS = {
     *("kl", "no_eos", "logprob_mismatch", "seed"),
 }
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> Path:
