@@ -25,6 +25,8 @@ from steersman.store.verdicts import Verdict
 
 T = TypeVar("T")
 _LETTERS = "ABCDEF"
+_LARGEST_ID = 2**31 - 1
+"""Databases refuse larger integers with an error of their own."""
 # Seven answers from left to right: name, strength, label, key.
 COMPARE = [
     ("left", 3, "A is far better", "1"),
@@ -85,7 +87,7 @@ def labelling_router(store: Store, auth: Authenticator) -> APIRouter:
 
 
 def _project(session: Session, project_id: int) -> Project:
-    project = session.get(Project, project_id)
+    project = session.get(Project, project_id) if project_id <= _LARGEST_ID else None
     if project is None:
         raise NotFoundError("There is no such project")
     return project
@@ -119,7 +121,7 @@ def _said(messages: list[dict[str, Any]]) -> str:
 def _judge(session: Session, project_id: int, labeler: Labeler, form: dict[str, str]) -> None:
     project = _project(session, project_id)
     item_id = _number(form, "item_id", int)
-    assignment = session.get(Assignment, (item_id, labeler.id))
+    assignment = session.get(Assignment, (item_id, labeler.id)) if abs(item_id) <= _LARGEST_ID else None
     if assignment is None or assignment.project_id != project.id:
         raise NotFoundError("This item is not assigned to you any more; go on with the next one")
     seconds = min(max(time.time() - _number(form, "shown_at", float), 0.0), 3600.0)
