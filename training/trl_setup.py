@@ -130,6 +130,7 @@ def options(spec: TrlStage, ctx: StageContext, seed: int | None = None) -> dict[
         "report_to": [],
         "disable_tqdm": True,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would hide a loss that is no number
         "save_strategy": "no",  # `Progress` decides by time
         "save_total_limit": 1,
         "remove_unused_columns": False,
