@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,3 +125,19 @@ def _micro(batch: SampleBatch, chunks: list[tuple[int, list[int]]], offsets: Ten
         samples=torch.tensor(samples, dtype=torch.int64),
         tokens=torch.cat(tokens) if tokens else torch.zeros(0, dtype=torch.int64),
     )
+
+
+def token_chunks(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], budget: int
+) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """Splits (prompt, answer) pairs in their order by token budget; a single pair above it stays alone."""
+    chunks: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    total = 0
+    for prompt, answer in pairs:
+        size = len(prompt) + len(answer)
+        if not chunks or total + size > budget:
+            chunks.append([])
+            total = 0
+        chunks[-1].append((prompt, answer))
+        total += size
+    return chunks

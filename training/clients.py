@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import grpc
@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
-from steersman.errors import CancelledError, SteersmanError, UnavailableError, from_grpc
+from steersman.errors import CancelledError, ConflictError, SteersmanError, UnavailableError, from_grpc
 from steersman.rpc.client import open_channel, wait_ready
 from steersman.rpc.wire import pack_rows, unpack_rows
 from steersman.v1 import (
@@ -38,6 +38,10 @@ from steersman.v1 import (
 
 CHUNK_BYTES = 4 * 1024 * 1024
 CALL_SECONDS = 600.0
+GENERATE_SECONDS = 6 * 3600.0
+"""A batch is one call; that the other side is gone is noticed by keepalive, long before."""
+MAX_FRUITLESS = 5
+"""Calls in a row that may break off without a single new sample."""
 _TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
 
 T = TypeVar("T")
@@ -84,13 +88,20 @@ class _Remote:
         self._service = service
         self._patience = patience
         self._note = note
+        self._closed = threading.Event()
         self.channel = open_channel(target)
+
+    def close(self) -> None:
+        """Ends running calls and every wait: nobody wants the answers any more."""
+        self._closed.set()
+        self.channel.close()
 
     def wait(self) -> None:
         told = 0.0
 
         def tick(waited: float) -> None:
             nonlocal told
+            self._check_open()
             if waited - told >= 3:
                 told = waited
                 self._note(f"waiting for {self._service} at {self.target} ({waited:.0f} s)")
@@ -99,19 +110,30 @@ class _Remote:
             wait_ready(self.channel, self._service, self._patience, tick)
         except UnavailableError as error:
             raise UnavailableError(f"{self.target}: {error}") from None
+        except ValueError:
+            self._check_open()  # grpc's answer to a call on a closed channel
+            raise
 
     def retrying(self, call: Callable[[], T]) -> T:
-        """Repeats `call` while the service is away; gives up after the patience."""
-        deadline = time.monotonic() + self._patience
+        """Repeats `call` while the service is away; gives up when it has been failing for longer than the patience."""
+        failing_since: float | None = None
         while True:
+            self._check_open()
             try:
                 return call()
             except grpc.RpcError as error:
-                if error.code() not in _TRANSIENT or time.monotonic() > deadline:
+                self._check_open()
+                now = time.monotonic()
+                failing_since = failing_since or now
+                if error.code() not in _TRANSIENT or now - failing_since > self._patience:
                     raise from_grpc(error, f"{self._service} at {self.target}") from None
                 self._note(f"{self._service} at {self.target} went away; waiting for it")
-                time.sleep(0.5)
+                self._closed.wait(0.5)
                 self.wait()
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise CancelledError(f"{self._service} at {self.target} is not needed any more")
 
 
 class PolicyReplica(_Remote):
@@ -120,7 +142,12 @@ class PolicyReplica(_Remote):
     def __init__(self, target: str, weights_target: str, patience: float, note: Note) -> None:
         super().__init__(target, "steersman.v1.PolicyService", patience, note)
         self._stub = policy_pb2_grpc.PolicyServiceStub(self.channel)
-        self._weights = weights_pb2_grpc.WeightsServiceStub(open_channel(weights_target))
+        self._weights_channel = open_channel(weights_target)
+        self._weights = weights_pb2_grpc.WeightsServiceStub(self._weights_channel)
+
+    def close(self) -> None:
+        super().close()
+        self._weights_channel.close()
 
     def info(self) -> policy_pb2.GetPolicyInfoResponse:
         return self.retrying(lambda: self._stub.GetPolicyInfo(policy_pb2.GetPolicyInfoRequest(), timeout=30))
@@ -153,19 +180,22 @@ class PolicyReplica(_Remote):
             weights_pb2.CommitUpdateRequest(version=version), timeout=CALL_SECONDS
         ).pause_seconds
 
-    def generate(self, request: policy_pb2.GenerateRequest) -> Iterator[Sample]:
-        """Streams samples as they finish; a grpc.RpcError passes through."""
-        for response in self._stub.Generate(request, timeout=CALL_SECONDS):
-            (tokens,) = unpack_rows(response.token_ids, np.int32, "token_ids")
-            (logprobs,) = unpack_rows(response.logprobs, np.float32, "logprobs")
-            yield Sample(
-                prompt_index=response.prompt_index,
-                sample_index=response.sample_index,
-                token_ids=tokens,
-                logprobs=logprobs,
-                ended=response.finish_reason == common_pb2.FINISH_REASON_STOP,
-                versions=tuple(response.weights_versions),
-            )
+    def generate(self, request: policy_pb2.GenerateRequest) -> Any:
+        """The running call: an iterator of responses that can be cancelled."""
+        return self._stub.Generate(request, timeout=GENERATE_SECONDS)
+
+
+def _sample(response: policy_pb2.GenerateResponse) -> Sample:
+    (tokens,) = unpack_rows(response.token_ids, np.int32, "token_ids")
+    (logprobs,) = unpack_rows(response.logprobs, np.float32, "logprobs")
+    return Sample(
+        prompt_index=response.prompt_index,
+        sample_index=response.sample_index,
+        token_ids=tokens,
+        logprobs=logprobs,
+        ended=response.finish_reason == common_pb2.FINISH_REASON_STOP,
+        versions=tuple(response.weights_versions),
+    )
 
 
 def _chunks(version: int, data: bytes) -> Iterator[weights_pb2.UploadChunksRequest]:
@@ -180,12 +210,20 @@ class PolicyPool:
     def __init__(self, replicas: Sequence[PolicyReplica], fingerprint: str) -> None:
         self._replicas = list(replicas)
         self._fingerprint = fingerprint
-        self._threads = ThreadPoolExecutor(len(self._replicas), thread_name_prefix="policy")
+        self._threads = ThreadPoolExecutor(len(self._replicas), thread_name_prefix="publish")
+        self._publishing = threading.Lock()
         self._published: WeightsPayload | None = None
+        self._issued: set[int] = set()
         self.version: int | None = None
         """Version that the next batch must be made with; None: what the replicas started with."""
         for replica in self._replicas:
             replica.wait()
+
+    def close(self) -> None:
+        """Ends running calls."""
+        for replica in self._replicas:
+            replica.close()
+        self._threads.shutdown(wait=False)
 
     def info(self) -> policy_pb2.GetPolicyInfoResponse:
         """Of the first replica; they run the same model."""
@@ -197,46 +235,52 @@ class PolicyPool:
         A replica that has this payload loaded already (a trainer that resumes) keeps it.
         """
         start = time.monotonic()
-        statuses = list(self._threads.map(lambda replica: replica.status(), self._replicas))
-        same = {status.loaded_version for status in statuses if status.loaded_sha256 == payload.sha256}
-        newest = max(status.loaded_version for status in statuses)
-        version = newest if len(same) == 1 and newest in same else newest + 1
-        list(self._threads.map(lambda replica: replica.publish(version, payload), self._replicas))
-        self._published, self.version = payload, version
+        with self._publishing:
+            statuses = list(self._threads.map(lambda replica: replica.status(), self._replicas))
+            same = {status.loaded_version for status in statuses if status.loaded_sha256 == payload.sha256}
+            newest = max(status.loaded_version for status in statuses)
+            version = newest if same == {newest} else newest + 1
+            self._issued.add(version)
+            list(self._threads.map(lambda replica: replica.publish(version, payload), self._replicas))
+            self._published, self.version = payload, version
         return time.monotonic() - start
 
-    def generate(self, prompts: Sequence[np.ndarray], n: int, sampling: common_pb2.SamplingParams) -> Iterator[Sample]:
+    def restore(self, replica: PolicyReplica) -> None:
+        """Gives a replica that came back with other weights the published ones."""
+        with self._publishing:
+            if self._published is None or self.version is None:
+                return
+            if replica.status().loaded_version != self.version:
+                replica.publish(self.version, self._published)
+
+    def may_have_made(self, versions: Sequence[int], in_flight: bool) -> bool:
+        """Whether this pool published these weights: the last ones, or `in_flight` any."""
+        return self.version is None or (self._issued if in_flight else {self.version}).issuperset(versions)
+
+    def generate(
+        self, prompts: Sequence[np.ndarray], n: int, sampling: common_pb2.SamplingParams, *, in_flight: bool = False
+    ) -> Iterator[Sample]:
         """Samples of all prompts in the order in which they finish; `prompt_index` counts over all prompts.
 
         A replica that dies loses its part of the batch, which is made again once it is back with
         the same weights, so that the result is the same.
+
+        Args:
+            in_flight: weights may be published meanwhile; samples that are under way go on with the new ones.
+
+        Raises:
+            ConflictError: a token was made with weights that this pool has not published.
         """
         arrived: queue.Queue[Sample | BaseException | None] = queue.Queue()
         bounds = np.linspace(0, len(prompts), len(self._replicas) + 1).astype(int)
+        request = policy_pb2.GenerateRequest(n=n, sampling=sampling, tokenizer_fingerprint=self._fingerprint)
         parts = [
-            (replica, lo, hi) for replica, lo, hi in zip(self._replicas, bounds, bounds[1:], strict=False) if hi > lo
+            _Part(self, replica, prompts[low:high], int(low), request, in_flight)
+            for replica, low, high in zip(self._replicas, bounds, bounds[1:], strict=False)
+            if high > low
         ]
-        stop = threading.Event()
-
-        def work(replica: PolicyReplica, low: int, high: int) -> None:
-            try:
-                for sample in self._part(replica, prompts[low:high], n, sampling, stop):
-                    arrived.put(
-                        Sample(
-                            sample.prompt_index + low,
-                            sample.sample_index,
-                            sample.token_ids,
-                            sample.logprobs,
-                            sample.ended,
-                            sample.versions,
-                        )
-                    )
-                arrived.put(None)
-            except BaseException as error:
-                arrived.put(error)
-
         for part in parts:
-            self._threads.submit(work, *part)
+            threading.Thread(target=part.run, args=(arrived,), name="generate", daemon=True).start()
         running = len(parts)
         try:
             while running:
@@ -248,39 +292,84 @@ class PolicyPool:
                 else:
                     yield item
         finally:
-            stop.set()
+            for part in parts:
+                part.cancel()
 
-    def _part(
+
+class _Part:
+    """What one replica makes of a batch."""
+
+    def __init__(
         self,
+        pool: PolicyPool,
         replica: PolicyReplica,
         prompts: Sequence[np.ndarray],
-        n: int,
-        sampling: common_pb2.SamplingParams,
-        stop: threading.Event,
-    ) -> Iterator[Sample]:
-        request = policy_pb2.GenerateRequest(
-            prompts=pack_rows(prompts), n=n, sampling=sampling, tokenizer_fingerprint=self._fingerprint
-        )
-        if self.version is not None:
-            request.weights_version = self.version
-        seen: set[tuple[int, int]] = set()
-        while not stop.is_set():
-            try:
-                for sample in replica.generate(request):
-                    key = (sample.prompt_index, sample.sample_index)
-                    if key not in seen:
-                        seen.add(key)
-                        yield sample
-                return
-            except grpc.RpcError as error:
-                if error.code() == grpc.StatusCode.FAILED_PRECONDITION and self._published is not None:
-                    pass  # the replica came back with the weights that it was started with
-                elif error.code() not in _TRANSIENT:
-                    raise from_grpc(error, f"policy service at {replica.target}") from None
-                replica.retrying(replica.info)
-                if self._published is not None and self.version is not None:
-                    replica.publish(self.version, self._published)
-        raise CancelledError("generation was given up")
+        offset: int,
+        request: policy_pb2.GenerateRequest,
+        in_flight: bool,
+    ) -> None:
+        self._pool = pool
+        self._replica = replica
+        self._offset = offset
+        self._in_flight = in_flight
+        self._request = policy_pb2.GenerateRequest(prompts=pack_rows(prompts))
+        self._request.MergeFrom(request)
+        self._missing = {(prompt, sample) for prompt in range(len(prompts)) for sample in range(request.n)}
+        self._stop = threading.Event()
+        self._call: Any = None
+
+    def cancel(self) -> None:
+        """Ends the call, so that the replica stops working on it."""
+        self._stop.set()
+        if self._call is not None:
+            self._call.cancel()
+
+    def run(self, arrived: queue.Queue[Sample | BaseException | None]) -> None:
+        """Puts every sample once, and at the end None or what went wrong."""
+        try:
+            fruitless = 0
+            while self._missing and not self._stop.is_set():
+                before = len(self._missing)
+                try:
+                    for sample in self._samples():
+                        arrived.put(sample)
+                    if self._missing:
+                        raise UnavailableError(f"policy service at {self._replica.target}: the stream ended early")
+                except grpc.RpcError as error:
+                    fruitless = fruitless + 1 if len(self._missing) == before else 0
+                    self._recover(error, fruitless)
+            arrived.put(None)
+        except BaseException as error:
+            arrived.put(error)
+
+    def _samples(self) -> Iterator[Sample]:
+        if self._pool.version is not None:
+            self._request.weights_version = self._pool.version
+        self._call = self._replica.generate(self._request)
+        if self._stop.is_set():
+            self._call.cancel()
+        for response in self._call:
+            sample = _sample(response)
+            if not self._pool.may_have_made(sample.versions, self._in_flight):
+                raise ConflictError(
+                    f"policy service at {self._replica.target} made a sample with weights {list(sample.versions)}, "
+                    f"this run published {self._pool.version}; give every run a policy service of its own"
+                )
+            key = (sample.prompt_index, sample.sample_index)
+            if key in self._missing:
+                self._missing.remove(key)
+                yield replace(sample, prompt_index=sample.prompt_index + self._offset)
+
+    def _recover(self, error: grpc.RpcError, fruitless: int) -> None:
+        """Waits until the replica is back and has the weights; raises what this does not mend."""
+        other_weights = error.code() == grpc.StatusCode.FAILED_PRECONDITION
+        if self._stop.is_set():
+            raise CancelledError("generation was given up")
+        if not (other_weights or error.code() in _TRANSIENT) or fruitless > MAX_FRUITLESS:
+            raise from_grpc(error, f"policy service at {self._replica.target}") from None
+        if not other_weights:
+            self._stop.wait(0.5)
+        self._pool.restore(self._replica)
 
 
 class RewardClient(_Remote):

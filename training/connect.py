@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from training.rollout import Prompt, Rollouts
 
 
 class Services:
-    """The three services as one stage sees them, and the tokenizer that they share."""
+    """The three services as one stage sees them, and the tokenizer that they share; a context manager."""
 
     def __init__(self, context: StageContext, model: Path, *, reference: bool) -> None:
         """Args:
@@ -33,7 +34,7 @@ class Services:
         spec = context.spec.services
         self.context = context
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
-        self.stop_ids = stop_ids(self.tokenizer, _generation_config(model))
+        self.stop_ids = stop_ids(self.tokenizer, generation_config(model))
         fingerprint = tokenizer_fingerprint(self.tokenizer)
         note, patience = context.reporter.note, spec.start_timeout_seconds
         needed = {"policy": spec.policy, "reward": spec.reward} | ({"reference": spec.reference} if reference else {})
@@ -59,6 +60,18 @@ class Services:
                 "start it with the model of this run"
             )
 
+    def __enter__(self) -> Services:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends running calls, so that a process that failed does not wait for them."""
+        clients: list[Any] = [self.policy, *self.reward, *self.reference]
+        for client in clients:
+            client.close()
+
     def prompts(self, kind: str, generation: Generation) -> list[Prompt]:
         """Prompts of a split (`train` or `heldout`) that leave room for an answer."""
         path = getattr(self.context.files("prompts"), kind)
@@ -76,5 +89,5 @@ class Services:
         )
 
 
-def _generation_config(model: Path) -> GenerationConfig | None:
+def generation_config(model: Path) -> GenerationConfig | None:
     return GenerationConfig.from_pretrained(model) if (model / "generation_config.json").is_file() else None

@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from steersman.config.manifest import Critic, Lora
+from steersman.errors import ConfigError, FailedPreconditionError
 from steersman.nn.load import load_causal_lm, load_reward_backbone
 from steersman.nn.logprobs import token_logprobs
-from steersman.nn.lora import attach_lora
+from steersman.nn.lora import attach_lora, quantization
 from steersman.nn.packed import PackedBatch, enable_packed, hidden_states
 from training.clients import WeightsPayload
+from training.parallel import sharded_like, unsharded, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,7 @@ class PolicyModel(nn.Module):
         precision: str,
         temperature: float,
         seed: int,
+        gradient_checkpointing: bool = False,
     ) -> None:
         """Args:
         folder: the policy to start from.
@@ -50,15 +55,24 @@ class PolicyModel(nn.Module):
         device, precision: fp32 weights; `bf16` runs the products under autocast.
         temperature: of the sampling; log-probabilities have it applied.
         seed: of LoRA's initialisation.
+        gradient_checkpointing: recompute the layers in the backward pass.
+
+        Raises:
+            ConfigError: 4-bit weights that this machine cannot hold, or a head of an unknown kind.
         """
         super().__init__()
         torch.manual_seed(seed)
         self._device, self._precision, self._temperature = device, precision, temperature
-        base = load_causal_lm(folder, dtype=torch.float32, device=device)
+        base = load_causal_lm(
+            folder, dtype=torch.float32, device=device, quantization_config=quantization(lora, device)
+        )
+        self._softcap = _softcap(base)
         self._lora = lora
         self.policy: Any = attach_lora(base, lora) if lora is not None else base
         enable_packed(self.policy)
-        self.head_weight: Tensor = base.get_output_embeddings().weight
+        head: Any = base.get_output_embeddings()
+        self.head_weight: Tensor = head.weight
+        self._head_bias: Tensor | None = head.bias
         self.critic: nn.Module | None = None
         self.value_head: nn.Linear | None = None
         if critic is not None and critic.kind == "valueHead":
@@ -69,26 +83,44 @@ class PolicyModel(nn.Module):
             assert reward_model is not None
             self.critic, self.value_head = load_reward_backbone(reward_model, device=device)
             if lora is not None:
-                self.critic = attach_lora(self.critic, lora)
+                self.critic = attach_lora(self.critic, lora.model_copy(update={"quantize": None}))
             enable_packed(self.critic)
         self.shared_trunk = self.critic is None
+        if gradient_checkpointing:
+            for model in (base, self.critic):
+                if model is not None:
+                    _unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, batch: PackedBatch) -> Forward:
-        """Log-probabilities and values of the response tokens of a packed batch."""
+    def forward(self, batch: PackedBatch, *, detach_values: bool = False) -> Forward:
+        """Log-probabilities and values of the response tokens of a packed batch.
+
+        Args:
+            detach_values: the value loss must not reach a trunk that the policy shares (critic warm-up).
+        """
         with self._autocast():
             hidden = hidden_states(self.policy, batch)[batch.predictor]
-            logprobs, _ = token_logprobs(hidden, self.head_weight, batch.targets, temperature=self._temperature)
             values = None
             if self.value_head is not None:
                 states = hidden if self.critic is None else hidden_states(self.critic, batch)[batch.predictor]
+                if detach_values and self.shared_trunk:
+                    states = states.detach()
                 values = self.value_head(states)[:, 0].float()
-        return Forward(logprobs, values)
+            return Forward(self._token_logprobs(hidden, batch), values)
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """fp32 [t] only."""
         with self._autocast():
-            hidden = hidden_states(self.policy, batch)[batch.predictor]
-            return token_logprobs(hidden, self.head_weight, batch.targets, temperature=self._temperature)[0]
+            return self._token_logprobs(hidden_states(self.policy, batch)[batch.predictor], batch)
+
+    def _token_logprobs(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        return token_logprobs(
+            hidden,
+            self.head_weight,
+            batch.targets,
+            bias=self._head_bias,
+            temperature=self._temperature,
+            softcap=self._softcap,
+        )[0]
 
     def _autocast(self) -> Any:
         if self._precision != "bf16":
@@ -105,24 +137,70 @@ class PolicyModel(nn.Module):
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Everything that training changes, by name."""
-        return {name: parameter.data for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Everything that training changes, by name; of several ranks all must call it."""
+        return {name: whole(parameter.data) for name, parameter in self._trained().items()}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """Restores what `trained_state` gave."""
-        own = self.trained_state()
-        assert own.keys() == state.keys(), "the checkpoint belongs to another configuration"
-        for name, value in state.items():
-            own[name].copy_(value)
+        """Restores what `trained_state` gave.
 
+        Raises:
+            FailedPreconditionError: the state is that of another model or other options.
+        """
+        own = self._trained()
+        if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in state.items()}:
+            raise FailedPreconditionError(
+                "the checkpoint was made with another model or other lora and critic options; remove the stage's "
+                "folder to start over"
+            )
+        for name, value in state.items():
+            own[name].data.copy_(sharded_like(value, own[name].data))
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @torch.no_grad()
     def payload(self, dtype: torch.dtype) -> WeightsPayload:
-        """What the policy service needs to serve these weights: the adapter, or all weights in `dtype`."""
-        if self._lora is not None:
-            config = self.policy.peft_config["default"].to_dict()  # type: ignore[index,union-attr]
-            tensors = get_peft_model_state_dict(self.policy)
-            return WeightsPayload.of("lora", tensors, {key: _plain(value) for key, value in config.items()})
-        tensors = {name: value.to(dtype) for name, value in self.policy.named_parameters()}
-        return WeightsPayload.of("full", tensors)
+        """What the policy service needs to serve these weights; of several ranks all must call it.
+
+        LoRA goes as the adapter. DoRA rescales the rows of the weights, which no sum of two factors can express, so it
+        goes as the merged weights of the adapted layers.
+
+        Args:
+            dtype: of full weights, the service's own; an adapter goes in fp32 and is merged there.
+        """
+        if self._lora is None:
+            tensors = {name: whole(value).to(dtype) for name, value in self.policy.named_parameters()}
+            return WeightsPayload.of("full", tensors)
+        if self._lora.use_dora:
+            return WeightsPayload.of("full", _merged_layers(self.policy, dtype))
+        config = self.policy.peft_config["default"].to_dict()  # type: ignore[index,union-attr]
+        tensors = whole(dict(get_peft_model_state_dict(self.policy)))
+        return WeightsPayload.of("lora", tensors, {key: _plain(value) for key, value in config.items()})
+
+
+def _merged_layers(policy: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights of the adapted layers with the adapter merged, by their transformers name."""
+    merged = {}
+    with unsharded(policy):
+        for name, module in policy.get_base_model().named_modules():
+            if isinstance(module, LoraLayer):
+                variant = module.lora_variant["default"]
+                weight: Any = module.get_base_layer().weight
+                merged[f"{name}.weight"] = variant.merge_safe(module, "default", weight).to(dtype)
+    return merged
+
+
+def _softcap(base: PreTrainedModel) -> float | None:
+    """Cap of the logits; refuses heads that scale them, whose log-probabilities would silently be wrong."""
+    config = base.config.get_text_config()
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ConfigError(f"{type(base).__name__} scales its logits ({name}), which is not supported")
+    return getattr(config, "final_logit_softcapping", None)
+
+
+def _unwrapped(model: Any) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _plain(value: Any) -> Any:

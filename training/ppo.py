@@ -15,32 +15,38 @@ share everything but the advantage and need no critic.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from steersman.config.manifest import PpoSpec, RlStage
 from steersman.nn.packed import pack
+from training.ahead import Ahead
 from training.algorithms import advantages as estimators
 from training.algorithms import kl as kl_estimators
 from training.algorithms import losses, mismatch, rewards, segments, stats
 from training.algorithms.kl import AdaptiveKL, FixedKL
 from training.algorithms.moments import Moments, whiten
-from training.batch import MicroBatch, SampleBatch, micro_batches
+from training.batch import MicroBatch, SampleBatch, micro_batches, token_chunks
 from training.checkpoint import Checkpoints
 from training.clients import PolicyPool
+from training.optimizer import PolicyOptimizer
+from training.parallel import Ranks
 from training.policy_model import Forward, PolicyModel
-from training.rollout import Prompt, Rollouts, exclude_failed, to_batch
+from training.rollout import Prompt, Rollouts, exclude_failed, exclude_stale, to_batch
+
+Pair = tuple[np.ndarray, np.ndarray]
+"""(prompt ids, answer ids)"""
 
 
 @dataclass(frozen=True, eq=False)
 class Estimates:
-    """What one batch teaches, from the policy that sampled it."""
+    """What one batch teaches, from the policy that is about to be updated."""
 
     old_logprobs: Tensor
     """fp32 [T], of the trainer's own forward pass."""
@@ -56,10 +62,18 @@ class Estimates:
 
 @dataclass(frozen=True)
 class Totals:
-    """Response tokens and samples of a whole optimizer step, over all micro-batches."""
+    """Response tokens and samples of a whole optimizer step, over all micro-batches and ranks."""
 
     tokens: int
     samples: int
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Everything rank 0 has collected for one step."""
+
+    batch: SampleBatch
+    metrics: dict[str, float]
 
 
 class Trainer:
@@ -76,10 +90,13 @@ class Trainer:
         reporter: Any,
         *,
         seed: int,
-        demonstrations: Sequence[tuple[Any, Any]] = (),
+        demonstrations: Sequence[Pair] = (),
+        ranks: Ranks = Ranks(),
     ) -> None:
         """Args:
-        demonstrations: (prompt ids, answer ids) for PPO-ptx.
+        rollouts, policy: only rank 0 uses them.
+        demonstrations: for PPO-ptx.
+        ranks: this process among those that train together; the model is sharded already.
         """
         self.spec = spec
         self.ppo = spec.ppo or PpoSpec()
@@ -91,39 +108,65 @@ class Trainer:
         self.reporter = reporter
         self.seed = seed
         self.demonstrations = demonstrations
-        # lm-human-preferences uses Adam with eps 1e-5; fused: one kernel for all parameters.
-        decay = spec.optimizer.weight_decay
-        rate = spec.optimizer.learning_rate
-        groups: list[dict[str, Any]] = [{"params": model.policy_parameters(), "lr": rate, "weight_decay": decay}]
-        if model.critic_parameters():
-            groups.append(
-                {"params": model.critic_parameters(), "lr": self.ppo.critic.learning_rate, "weight_decay": 0.0}
-            )
-        self.optimizer = torch.optim.AdamW(groups, eps=1e-5, fused=True)
-        self.base_rates = [group["lr"] for group in groups]
+        self.ranks = ranks
+        self.optimizer = PolicyOptimizer(model, spec.optimizer, self.ppo.critic.learning_rate, ranks)
         self.kl_controller: FixedKL | AdaptiveKL = FixedKL(spec.kl_coefficient)
         if spec.adaptive_kl is not None:
             adaptive = spec.adaptive_kl
             self.kl_controller = AdaptiveKL(spec.kl_coefficient, adaptive.target, adaptive.horizon)
-        self.dtype = torch.bfloat16 if policy.info().model.dtype == "bf16" else torch.float32
+        self.steps_of_version: dict[int, int] = {}
+        """Steps that were done when a weights version was published."""
 
     def run(self) -> None:
         """All steps that are not done yet."""
         done = self.restore()
-        self.publish()
-        for step in range(done, self.spec.steps):
-            started = time.monotonic()
-            prompts = self.prompts_of(step)
-            scored, timing = self.rollouts.collect(prompts, self.spec.samples_per_prompt, self.step_seed(step))
-            batch, failed = exclude_failed(to_batch(prompts, scored), scored, self.spec.max_failed_share)
-            collected = time.monotonic()
-            metrics = self.update(batch, step)
-            updated = time.monotonic()
-            if (step + 1) % self.spec.checkpoint_every == 0 or step + 1 == self.spec.steps:
-                self.save(step + 1)
-            timing["seconds_publish"] = self.publish()
-            timing |= {"seconds_update": updated - collected, "seconds": time.monotonic() - started}
-            self.reporter.step(step + 1, self.spec.steps, **self.report(batch, failed, metrics, timing))
+        self.publish(done)
+        with Ahead(self.collect, range(done, self.spec.steps), self.spec.max_staleness) as ahead:
+            for step in range(done, self.spec.steps):
+                started = time.monotonic()
+                experience = self.ranks.from_first(ahead.take)
+                collected = time.monotonic()
+                metrics = self.update(experience.batch, step)
+                updated = time.monotonic()
+                if (step + 1) % self.spec.checkpoint_every == 0 or step + 1 == self.spec.steps:
+                    self.save(step + 1)
+                publishing = self.publish(step + 1)
+                if self.ranks.is_first:
+                    timing = {
+                        "weights_version": float(self.policy.version or 0),
+                        "seconds_update": updated - collected,
+                        "seconds_publish": publishing,
+                        "seconds": time.monotonic() - started,
+                    }
+                    self.report(step + 1, {**experience.metrics, **metrics, **timing})
+
+    # -- experience ------------------------------------------------------------------------------
+
+    def collect(self, step: int) -> Experience:
+        """Generates and scores the samples of a step."""
+        spec = self.spec
+        prompts = self.prompts_of(step)
+        scored, timing = self.rollouts.collect(
+            prompts, spec.samples_per_prompt, self.step_seed(step), in_flight=spec.max_staleness > 0
+        )
+        batch, failed = exclude_failed(to_batch(prompts, scored), scored, spec.max_failed_share)
+        metrics = {"failed": float(failed), **timing}
+        if spec.max_staleness:
+            ages = step - torch.tensor([self.steps_of_version.get(v, step) for v in batch.versions.tolist()])
+            batch, stale = exclude_stale(batch, ages, spec.max_staleness)
+            metrics |= {"staleness": ages.float().mean().item(), "stale": float(stale)}
+        scores = Moments.of(batch.scores)
+        return Experience(
+            batch,
+            {
+                "reward": scores.mean,
+                "reward_std": scores.std,
+                **{f"reward_{name}": Moments.of(values).mean for name, values in batch.parts.items()},
+                "length": batch.lengths.float().mean().item(),
+                "no_eos": 1.0 - batch.ended.float().mean().item(),
+                **metrics,
+            },
+        )
 
     def prompts_of(self, step: int) -> list[Prompt]:
         """The prompts of a step: a function of the seed and the step alone, so that a resumed run repeats it."""
@@ -178,52 +221,30 @@ class Trainer:
         """Optimizer steps on one batch; returns metrics."""
         spec = self.spec
         self.model.train()
+        only_critic = spec.algorithm == "ppo" and step < self.ppo.critic.warmup_steps
         plan = self.plan(batch, step)
-        estimates: Estimates | None = None
-        policy_stats: list[losses.PolicyStats] = []
-        value_stats: list[losses.ValueStats] = []
+        first: list[Forward] = []
+        if len(plan) == 1 and len(plan[0]) == 1 and self.ranks.world == 1:
+            # Strictly on-policy and in one piece: the update's own forward pass gives the old values, too.
+            first = [self.forward(plan[0][0], only_critic)]
+            estimates = self.estimate(batch, *self.in_batch_order(batch, plan[0], first))
+        else:
+            whole = micro_batches(batch, self.groups(batch), spec.micro_batch_tokens)
+            estimates = self.estimate(batch, *self.in_batch_order(batch, whole))
+        collected: list[Gathered] = []
         norms: list[float] = []
-        only_critic = step < self.ppo.critic.warmup_steps and spec.algorithm == "ppo"
         for number, minibatch in enumerate(plan):
-            self.set_learning_rate(step + number / len(plan))
-            totals = Totals(sum(len(m.tokens) for m in minibatch), sum(len(m.samples) for m in minibatch))
-            if estimates is None and len(plan) == 1 and len(minibatch) == 1:
-                # Strictly on-policy and in one piece: the update's own forward pass gives old values, too.
-                forward = self.forward(minibatch[0])
-                estimates = self.estimate(batch, *self.in_batch_order(batch, minibatch, [forward]))
-                forwards: list[Forward | None] = [forward]
-            else:
-                if estimates is None:
-                    whole = micro_batches(batch, self.groups(batch), spec.micro_batch_tokens)
-                    estimates = self.estimate(batch, *self.in_batch_order(batch, whole))
-                forwards = [None] * len(minibatch)
-            for micro, forward_ in zip(minibatch, forwards, strict=True):
-                loss, policy_stat, value_stat = self.loss(
-                    batch, estimates, micro, forward_ or self.forward(micro), totals, only_critic
-                )
-                loss.backward()
-                policy_stats.append(policy_stat)
-                if value_stat is not None:
-                    value_stats.append(value_stat)
-                self.reporter.activity(f"updating {number + 1}/{len(plan)}")
-            if self.ppo.ptx_coefficient and not only_critic:
-                self.ptx_loss(step, number).backward()
-            norms.append(self.optimizer_step())
-            if spec.stop_kl is not None and stats.merge(policy_stats).means()["approx_kl"] > spec.stop_kl:
+            self.reporter.activity(f"updating {number + 1}/{len(plan)}")
+            gathered = self.backward(batch, estimates, minibatch, only_critic, first)
+            collected.append(gathered)
+            if spec.stop_kl is not None and gathered.policy.means()["approx_kl"] > spec.stop_kl:
+                self.optimizer.clear()
                 break
-        assert estimates is not None
-        sequence_kl = segments.segment_sum(estimates.kl, batch.lengths).mean().item()
-        beta = self.kl_controller.value
-        self.kl_controller = self.kl_controller.update(sequence_kl, len(batch))
-        drift = mismatch.mismatch_stats(estimates.old_logprobs, batch.engine_logprobs, spec.mismatch_cap)
-        return {
-            "kl_coefficient": beta,
-            "entropy": -batch.engine_logprobs.mean().item(),
-            "grad_norm": sum(norms) / len(norms),
-            **{name: value for name, value in stats.merge(policy_stats).means().items() if name != "entropy"},
-            **(stats.merge(value_stats).means() if value_stats else {}),
-            **{f"mismatch_{name}": value for name, value in drift.means().items()},
-        } | {"kl": sequence_kl}
+            if self.ppo.ptx_coefficient and not only_critic:
+                self.ptx_backward(step, number)
+            progress = (step + (number + 0.5) / len(plan)) / spec.steps
+            norms.append(self.optimizer.step(progress, only_critic=only_critic))
+        return self.metrics_of(batch, estimates, collected, norms)
 
     def groups(self, batch: SampleBatch) -> list[int]:
         return sorted(set(batch.group.tolist()))
@@ -242,28 +263,53 @@ class Trainer:
                 plan.append(micro_batches(batch, members, self.spec.micro_batch_tokens))
         return [minibatch for minibatch in plan if minibatch]
 
-    def forward(self, micro: MicroBatch) -> Forward:
-        return self.model(pack(micro.groups, self.model.head_weight.device))
+    def forward(self, micro: MicroBatch, only_critic: bool = False) -> Forward:
+        return self.model(pack(micro.groups, self.model.head_weight.device), detach_values=only_critic)
 
     def in_batch_order(
-        self, batch: SampleBatch, minibatch: Sequence[MicroBatch], forwards: Sequence[Forward] | None = None
+        self, batch: SampleBatch, minibatch: Sequence[MicroBatch], forwards: Sequence[Forward] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and values [T] of the whole batch, without a graph."""
         total = int(batch.lengths.sum())
         old, values = torch.zeros(total), torch.zeros(total)
-        has_values = False
-        for number, micro in enumerate(minibatch):
-            if forwards is not None:
+        for number, (micro, counts) in enumerate(self.ranks.share(minibatch)):
+            if forwards:
                 forward = forwards[number]
             else:
+                self.reporter.activity(f"old log-probabilities {number + 1}")
                 with torch.no_grad():
                     forward = self.forward(micro)
-                self.reporter.activity(f"old log-probabilities {number + 1}/{len(minibatch)}")
-            old[micro.tokens] = forward.logprobs.detach().cpu()
-            if forward.values is not None:
-                has_values = True
-                values[micro.tokens] = forward.values.detach().cpu()
-        return old, values if has_values else None
+            if counts:
+                old[micro.tokens] = forward.logprobs.detach().cpu()
+                if forward.values is not None:
+                    values[micro.tokens] = forward.values.detach().cpu()
+        has_values = self.model.value_head is not None
+        return self.ranks.add(old), self.ranks.add(values) if has_values else None
+
+    def backward(
+        self,
+        batch: SampleBatch,
+        estimates: Estimates,
+        minibatch: Sequence[MicroBatch],
+        only_critic: bool,
+        forwards: list[Forward],
+    ) -> Gathered:
+        """Gradients of one optimizer step; the micro-batches' shares add up to its loss.
+
+        Args:
+            forwards: forward passes that were made already, used up here.
+        """
+        totals = Totals(sum(len(m.tokens) for m in minibatch), sum(len(m.samples) for m in minibatch))
+        parts: list[Gathered] = []
+        for micro, counts in self.ranks.share(minibatch):
+            forward = forwards.pop(0) if forwards else self.forward(micro, only_critic)
+            loss, part = self.loss(batch, estimates, micro, forward, totals, only_critic)
+            (loss * (self.ranks.scale if counts else 0.0)).backward()
+            if counts:
+                parts.append(part)
+        policy = stats.merge([losses.PolicyStats(), *(part.policy for part in parts)])
+        value = stats.merge([losses.ValueStats(), *(part.value for part in parts)])
+        return Gathered(self.ranks.merge(policy), self.ranks.merge(value))
 
     def loss(
         self,
@@ -273,34 +319,32 @@ class Trainer:
         forward: Forward,
         totals: Totals,
         only_critic: bool,
-    ) -> tuple[Tensor, losses.PolicyStats, losses.ValueStats | None]:
-        """The micro-batch's share of the loss; shares add up to the loss of the optimizer step."""
-        spec, device = self.spec, forward.logprobs.device
+    ) -> tuple[Tensor, Gathered]:
+        """The micro-batch's share of the loss."""
+        device = forward.logprobs.device
         old = estimates.old_logprobs[micro.tokens].to(device)
         engine = batch.engine_logprobs[micro.tokens].to(device)
-        loss, policy_stat = self.policy_loss(
+        loss, policy_stats = self.policy_loss(
             forward,
             old,
             estimates.advantages[micro.tokens].to(device),
-            mismatch.truncated_importance_weights(old, engine, spec.mismatch_cap),
+            mismatch.truncated_importance_weights(old, engine, self.spec.mismatch_cap),
             batch.lengths[micro.samples].to(device),
             totals,
         )
-        if only_critic:
-            loss = loss * 0.0
         if forward.values is None:
-            return loss, policy_stat, None
+            return loss, Gathered(policy_stats, losses.ValueStats())
         assert estimates.old_values is not None
         assert estimates.returns is not None
-        value_loss, value_stat = losses.value_loss(
+        value_loss, value_stats = losses.value_loss(
             forward.values,
             estimates.old_values[micro.tokens].to(device),
             estimates.returns[micro.tokens].to(device),
             denominator=totals.tokens,
             clip=self.ppo.critic.clip or None,
         )
-        weight = self.ppo.critic.coefficient if self.model.shared_trunk else 1.0
-        return loss + weight * value_loss, policy_stat, value_stat
+        value_loss = value_loss * (self.ppo.critic.coefficient if self.model.shared_trunk else 1.0)
+        return value_loss if only_critic else loss + value_loss, Gathered(policy_stats, value_stats)
 
     def policy_loss(
         self,
@@ -321,12 +365,7 @@ class Trainer:
             # The ratio is that of the whole sequence, so its correction for the engine is, too.
             per_sample = per_sample * segments.segment_sum(weights.log(), lengths).exp().clamp(max=spec.mismatch_cap)
             return losses.rloo_loss(
-                forward.logprobs,
-                old,
-                per_sample,
-                lengths,
-                denominator=totals.samples,
-                clip_low=spec.clip,
+                forward.logprobs, old, per_sample, lengths, denominator=totals.samples, clip_low=spec.clip
             )
         return losses.grpo_loss(
             forward.logprobs,
@@ -338,81 +377,88 @@ class Trainer:
             **clipping,
         )
 
-    def ptx_loss(self, step: int, number: int) -> Tensor:
-        """PPO-ptx (InstructGPT, equation 2): language-model loss on demonstrations."""
+    def ptx_backward(self, step: int, number: int) -> None:
+        """PPO-ptx (InstructGPT, equation 2): adds the gradient of the language-model loss on demonstrations."""
         generator = torch.Generator().manual_seed(self.step_seed(step) * 17 + number)
         picked = torch.randint(len(self.demonstrations), (self.spec.prompts_per_step,), generator=generator).tolist()
-        batch = pack(
-            [(self.demonstrations[i][0], [self.demonstrations[i][1]]) for i in picked], self.model.head_weight.device
-        )
-        return self.ppo.ptx_coefficient * losses.nll_loss(
-            self.model.logprobs(batch), denominator=int(batch.lengths.sum())
-        )
+        pairs = [self.demonstrations[index] for index in picked]
+        tokens = sum(len(answer) for _, answer in pairs)
+        for chunk, counts in self.ranks.share(token_chunks(pairs, self.spec.micro_batch_tokens)):
+            packed = pack([(prompt, [answer]) for prompt, answer in chunk], self.model.head_weight.device)
+            loss = losses.nll_loss(self.model.logprobs(packed), denominator=tokens)
+            (loss * (self.ppo.ptx_coefficient * self.ranks.scale if counts else 0.0)).backward()
 
-    def set_learning_rate(self, progress: float) -> None:
-        """Warm-up and decay over the steps of the stage."""
-        options, share = self.spec.optimizer, progress / self.spec.steps
-        factor = 1.0
-        if options.warmup_ratio and share < options.warmup_ratio:
-            factor = (progress + 1) / (options.warmup_ratio * self.spec.steps + 1)
-        elif options.schedule == "linear":
-            factor = 1.0 - share
-        elif options.schedule == "cosine":
-            factor = 0.5 * (1.0 + math.cos(math.pi * share))
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * factor
-
-    def optimizer_step(self) -> float:
-        """Clips policy and critic together, steps, and returns the gradient norm."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.optimizer.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+    def metrics_of(
+        self, batch: SampleBatch, estimates: Estimates, collected: Sequence[Gathered], norms: Sequence[float]
+    ) -> dict[str, float]:
+        """Metrics of an update; the KL coefficient follows."""
+        sequence_kl = segments.segment_sum(estimates.kl, batch.lengths).mean().item()
+        beta = self.kl_controller.value
+        self.kl_controller = self.kl_controller.update(sequence_kl, len(batch))
+        policy = stats.merge([gathered.policy for gathered in collected])
+        value = stats.merge([gathered.value for gathered in collected])
+        drift = mismatch.mismatch_stats(estimates.old_logprobs, batch.engine_logprobs, self.spec.mismatch_cap)
+        metrics = {
+            "kl_coefficient": beta,
+            "entropy": -batch.engine_logprobs.mean().item(),
+            "policy_loss": policy.loss / max(policy.count, 1.0),
+            "grad_norm": sum(norms) / max(len(norms), 1),
+            "updates": float(len(norms)),
+            **{name: number for name, number in policy.means().items() if name != "entropy"},
+            **(value.means() if value.count else {}),
+            **{f"mismatch_{name}": number for name, number in drift.means().items()},
+        }
+        return metrics | {"kl": sequence_kl}
 
     # -- weights, state, metrics -----------------------------------------------------------------
 
-    def publish(self) -> float:
+    def publish(self, steps: int) -> float:
+        """Loads the weights after `steps` steps on every policy replica; returns the seconds it took."""
         self.reporter.activity("publishing weights")
-        return self.policy.publish(self.model.payload(self.dtype))
+        dtype = self.ranks.from_first(lambda: _dtype(self.policy.info().model.dtype))
+        payload = self.model.payload(dtype)
+        if not self.ranks.is_first:
+            return 0.0
+        seconds = self.policy.publish(payload)
+        assert self.policy.version is not None
+        self.steps_of_version[self.policy.version] = steps
+        return seconds
 
     def save(self, step: int) -> None:
         self.reporter.activity("saving a checkpoint")
-        self.checkpoints.save(
-            step,
-            {
-                "model": self.model.trained_state(),
-                "optimizer": self.optimizer.state_dict(),
-                "kl_controller": asdict(self.kl_controller),
-            },
-        )
+        state = {
+            "model": self.model.trained_state(),
+            "optimizer": self.optimizer.state(),
+            "kl_controller": asdict(self.kl_controller),
+        }
+        if self.ranks.is_first:
+            self.checkpoints.save(step, state)
 
     def restore(self) -> int:
         """Loads the newest checkpoint; returns the steps that are done."""
         found = self.checkpoints.load()
+        self.ranks.barrier()
         if found is None:
             return 0
         step, state = found
         self.model.load_trained_state(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load(state["optimizer"])
         self.kl_controller = type(self.kl_controller)(**state["kl_controller"])
         self.reporter.note(f"continues after step {step}")
         return step
 
-    def report(
-        self, batch: SampleBatch, failed: int, metrics: dict[str, float], timing: dict[str, float]
-    ) -> dict[str, float]:
-        """Metrics of a step by name."""
-        scores = Moments.of(batch.scores)
-        return {
-            "reward": scores.mean,
-            "reward_std": scores.std,
-            **{f"reward_{name}": Moments.of(values).mean for name, values in batch.parts.items()},
-            "length": batch.lengths.float().mean().item(),
-            "no_eos": 1.0 - batch.ended.float().mean().item(),
-            "failed": float(failed),
-            "weights_version": float(self.policy.version or 0),
-            **metrics,
-            **timing,
-            "tokens_per_s": timing["generated_tokens"] / timing["seconds"],
-        }
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        metrics["tokens_per_s"] = metrics["generated_tokens"] / metrics["seconds"]
+        self.reporter.step(step, self.spec.steps, **metrics)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Statistics of an optimizer step; those of values are empty without a critic."""
+
+    policy: losses.PolicyStats
+    value: losses.ValueStats
+
+
+def _dtype(name: str) -> torch.dtype:
+    return torch.bfloat16 if name in ("bf16", "bfloat16") else torch.float32

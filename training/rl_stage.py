@@ -3,62 +3,125 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from steersman.config.manifest import PpoSpec, RlStage
 from steersman.config.stages import reward_model_folders
+from steersman.errors import ConfigError
 from steersman.nn.hardware import use_fast_exact_matmul
-from steersman.nn.lora import merge_to_folder, save_adapter, save_model
+from steersman.nn.load import load_tokenizer
+from steersman.nn.lora import merge_to_folder, quantization, save_adapter, save_model
+from steersman.nn.tokens import stop_ids, tokenizer_fingerprint
 from training.checkpoint import Checkpoints
-from training.connect import Services
+from training.connect import Services, generation_config
 from training.context import StageContext
+from training.parallel import Ranks
 from training.policy_model import PolicyModel
-from training.ppo import Trainer
+from training.ppo import Pair, Trainer
 from training.prompts import load_answers
 
 
 def run_rl(spec: RlStage, context: StageContext) -> None:
     """Aligns the policy; `model/` is a plain folder, `adapter/` the PEFT adapter where one was trained."""
+    if (context.stage_dir / "model").is_dir():
+        return  # written last; the process was killed before the stage was marked complete
+    quantization(spec.lora, context.device)
+    critic_folder = _critic_folder(spec, context)
+    demonstrations = _demonstrations(spec, context)
     if spec.deterministic:
         torch.use_deterministic_algorithms(True)
     else:
         use_fast_exact_matmul()
+    ranks = Ranks.join(context.device)
+    with Services(context, context.policy_model, reference=True) if ranks.is_first else nullcontext() as services:
+        prompts = services.prompts("train", spec.generation) if services is not None else []
+        context.reporter.note(
+            f"{len(prompts)} prompts, {spec.algorithm}, {'LoRA' if spec.lora else 'full fine-tuning'}"
+            + (f", rank {ranks.rank} of {ranks.world}" if ranks.world > 1 else "")
+        )
+        model = build_model(spec, context, critic_folder)
+        for part in (model.policy, model.critic):
+            if part is not None:
+                ranks.shard(part)
+        checkpoints = context.stage_dir / "checkpoints"
+        Trainer(
+            spec,
+            model,
+            services.rollouts(spec.generation) if services is not None else None,  # type: ignore[arg-type]
+            services.policy if services is not None else None,  # type: ignore[arg-type]
+            prompts,
+            Checkpoints(checkpoints),
+            context.reporter,
+            seed=context.seed,
+            demonstrations=demonstrations,
+            ranks=ranks,
+        ).run()
+    if ranks.world > 1:
+        state = model.trained_state()
+        if ranks.is_first:
+            model = build_model(spec, context, critic_folder)
+            model.load_trained_state(state)
+    if ranks.is_first:
+        context.reporter.activity("writing the aligned model")
+        write_model(spec, context, model)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    ranks.barrier()
+
+
+def build_model(spec: RlStage, context: StageContext, critic_folder: Path | None) -> PolicyModel:
+    """Policy and critic as the stage starts with them."""
     ppo = (spec.ppo or PpoSpec()) if spec.algorithm == "ppo" else None
-    services = Services(context, context.policy_model, reference=True)
-    prompts = services.prompts("train", spec.generation)
-    demonstrations = []
-    if ppo is not None and ppo.ptx_coefficient:
-        path = context.files("demonstrations").train
-        demonstrations = load_answers(path, services.tokenizer, services.stop_ids)
-    context.reporter.note(f"{len(prompts)} prompts, {spec.algorithm}, {'LoRA' if spec.lora else 'full fine-tuning'}")
-    rewards = list(reward_model_folders(context.run, context.name, context.run_dir).values())
-    model = PolicyModel(
+    return PolicyModel(
         context.policy_model,
         spec.lora,
         ppo.critic if ppo is not None else None,
-        rewards[0] if rewards else None,
+        critic_folder,
         device=context.device,
         precision=context.precision,
         temperature=spec.generation.temperature,
         seed=context.seed,
+        gradient_checkpointing=spec.gradient_checkpointing,
     )
-    checkpoints = context.stage_dir / "checkpoints"
-    Trainer(
-        spec,
-        model,
-        services.rollouts(spec.generation),
-        services.policy,
-        prompts,
-        Checkpoints(checkpoints),
-        context.reporter,
-        seed=context.seed,
-        demonstrations=demonstrations,
-    ).run()
-    context.reporter.activity("writing the aligned model")
+
+
+def write_model(spec: RlStage, context: StageContext, model: PolicyModel) -> None:
+    """Writes `adapter/` where there is one and then `model/`."""
+    policy: Any = model.policy
     if spec.lora is not None:
-        save_adapter(model.policy, context.stage_dir / "adapter")
+        save_adapter(policy, context.stage_dir / "adapter")
         merge_to_folder(context.policy_model, context.stage_dir / "adapter", context.stage_dir / "model")
     else:
-        save_model(model.policy, services.tokenizer, context.stage_dir / "model")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+        save_model(policy, load_tokenizer(context.policy_model), context.stage_dir / "model")
+
+
+def _critic_folder(spec: RlStage, context: StageContext) -> Path | None:
+    """The reward model that a separate critic starts from; None without one.
+
+    Raises:
+        ConfigError: it has another vocabulary than the policy, whose tokens a critic values.
+    """
+    if spec.algorithm != "ppo" or (spec.ppo or PpoSpec()).critic.kind != "rewardModel":
+        return None
+    name, folder = next(iter(reward_model_folders(context.run, context.name, context.run_dir).items()))
+    members = [path for path in (folder, *sorted(folder.glob("*"))) if (path / "tokenizer_config.json").is_file()]
+    fingerprints = [tokenizer_fingerprint(load_tokenizer(path)) for path in (context.policy_model, *members[:1])]
+    if len(set(fingerprints)) > 1:
+        raise ConfigError(
+            f"ppo.critic.kind is rewardModel, but reward model {name} has another tokenizer than the policy; "
+            "use kind: valueHead"
+        )
+    return folder
+
+
+def _demonstrations(spec: RlStage, context: StageContext) -> Sequence[Pair]:
+    """What PPO-ptx learns beside; read before any model is loaded."""
+    if spec.ppo is None or not spec.ppo.ptx_coefficient:
+        return ()
+    tokenizer = load_tokenizer(context.policy_model)
+    stops = stop_ids(tokenizer, generation_config(context.policy_model))
+    return load_answers(context.files("demonstrations").train, tokenizer, stops)

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -86,10 +86,17 @@ class Rollouts:
         self._decode = decode
         self._generation = generation
         self._activity = activity
-        self._threads = ThreadPoolExecutor(8, thread_name_prefix="scoring")
+        # Two pools: a block's task waits for its reference call, which must not wait for a block's task.
+        self._blocks = ThreadPoolExecutor(BLOCKS, thread_name_prefix="scoring")
+        self._references = ThreadPoolExecutor(BLOCKS, thread_name_prefix="reference")
 
-    def collect(self, prompts: Sequence[Prompt], n: int, seed: int) -> tuple[list[list[Scored]], dict[str, float]]:
+    def collect(
+        self, prompts: Sequence[Prompt], n: int, seed: int, *, in_flight: bool = False
+    ) -> tuple[list[list[Scored]], dict[str, float]]:
         """`n` scored samples of every prompt, and where the time went.
+
+        Args:
+            in_flight: weights may be published meanwhile, see `PolicyPool.generate`.
 
         Returns:
             For every prompt its samples by sample index, and seconds and tokens of generation.
@@ -107,7 +114,7 @@ class Rollouts:
         samples: list[list[Sample | None]] = [[None] * n for _ in prompts]
         futures: dict[int, Future[list[list[Scored]]]] = {}
         tokens = 0
-        stream = self._policy.generate([prompt.ids for prompt in prompts], n, sampling)
+        stream = self._policy.generate([prompt.ids for prompt in prompts], n, sampling, in_flight=in_flight)
         for done, sample in enumerate(stream, start=1):
             samples[sample.prompt_index][sample.sample_index] = sample
             missing[sample.prompt_index] -= 1
@@ -116,7 +123,10 @@ class Rollouts:
             block = sample.prompt_index // size
             low, high = block * size, min((block + 1) * size, len(prompts))
             if not any(missing[low:high]):
-                futures[block] = self._threads.submit(self._score, block, prompts[low:high], samples[low:high])
+                futures[block] = self._blocks.submit(self._score, block, prompts[low:high], samples[low:high])
+            for future in futures.values():
+                if future.done():
+                    result_of(future, "scoring")  # a failure ends the batch at once
         generated = time.monotonic()
         self._activity("scoring")
         scored = [rows for block in sorted(futures) for rows in result_of(futures[block], "scoring")]
@@ -133,7 +143,7 @@ class Rollouts:
         if self._reference:
             client = spread(self._reference, block)
             pairs = [(prompt.ids, sample.token_ids) for prompt, sample in rows]
-            reference = self._threads.submit(client.logprobs, pairs, self._generation.temperature)
+            reference = self._references.submit(client.logprobs, pairs, self._generation.temperature)
         texts = [self._decode(sample.token_ids) for _, sample in rows]
         items = [score_item(prompt, sample.token_ids, text) for (prompt, sample), text in zip(rows, texts, strict=True)]
         client_ = spread(self._reward, block)
@@ -162,16 +172,24 @@ def score_item(prompt: Prompt, token_ids: np.ndarray, text: str) -> reward_pb2.S
     )
 
 
+def parts_of(score: reward_pb2.ItemScore) -> dict[str, float]:
+    """What every scorer said, and its aspects as `scorer.aspect`; a scorer that failed is not in it."""
+    values = {}
+    for part in score.parts:
+        if part.HasField("value"):
+            values[part.name] = part.value
+        values |= {f"{part.name}.{aspect}": value for aspect, value in part.aspects.items()}
+    return values
+
+
 def to_batch(prompts: Sequence[Prompt], scored: Sequence[Sequence[Scored]]) -> SampleBatch:
     """The batch of all samples; missing scores are NaN."""
     flat = [(group, item) for group, items in enumerate(scored) for item in items]
-    names = sorted({part.name for _, item in flat for part in item.score.parts})
+    parts = [parts_of(item.score) for _, item in flat]
+    names = sorted({name for values in parts for name in values})
 
     def floats(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32)
-
-    def part(item: Scored, name: str) -> float:
-        return next((p.value for p in item.score.parts if p.name == name and p.HasField("value")), math.nan)
 
     def joined(rows: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *rows]))
@@ -183,11 +201,16 @@ def to_batch(prompts: Sequence[Prompt], scored: Sequence[Sequence[Scored]]) -> S
         lengths=torch.tensor([len(item.sample.token_ids) for _, item in flat]),
         engine_logprobs=joined([item.sample.logprobs for _, item in flat]),
         ref_logprobs=joined([item.ref_logprobs for _, item in flat if item.ref_logprobs is not None]),
-        scores=floats([item.score.reward if item.score.HasField("reward") else math.nan for _, item in flat]),
-        parts={name: floats([part(item, name) for _, item in flat]) for name in names},
+        scores=floats([_reward(item.score) for _, item in flat]),
+        parts={name: floats([values.get(name, math.nan) for values in parts]) for name in names},
         ended=torch.tensor([item.sample.ended for _, item in flat]),
         versions=torch.tensor([item.sample.versions[0] if item.sample.versions else 0 for _, item in flat]),
     )
+
+
+def _reward(score: reward_pb2.ItemScore) -> float:
+    """NaN where it is missing or no number: never 0."""
+    return score.reward if score.HasField("reward") and math.isfinite(score.reward) else math.nan
 
 
 def exclude_failed(batch: SampleBatch, scored: Sequence[Sequence[Scored]], max_share: float) -> tuple[SampleBatch, int]:
@@ -204,5 +227,14 @@ def exclude_failed(batch: SampleBatch, scored: Sequence[Sequence[Scored]], max_s
             f"{count} of {len(batch)} samples have no reward ({'; '.join(reasons)[:300]}); the run pauses here: "
             "mend the reward service and start the run again, it continues at this step"
         )
-    batch = replace(batch, scores=batch.scores)
     return batch.select(~failed & (batch.lengths > 0)), count
+
+
+def exclude_stale(batch: SampleBatch, ages: Tensor, limit: int) -> tuple[SampleBatch, int]:
+    """Leaves out samples with a token that is older than `limit` steps, and counts them.
+
+    Args:
+        ages: int64 [N], steps between the oldest weights that made a token of the sample and the newest.
+    """
+    stale = ages > limit
+    return batch.select(~stale), int(stale.sum())

@@ -13,6 +13,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
 from steersman.errors import ConfigError
+from steersman.rewards import check_reward
 
 API_VERSION = "steersman.dev/v1alpha1"
 KIND = "AlignmentRun"
@@ -175,6 +176,18 @@ class RewardModelStage(FrozenModel):
     gradient_checkpointing: bool = False
     """Trades time for memory."""
 
+    @model_validator(mode="after")
+    def _check(self) -> RewardModelStage:
+        if self.margin and self.objective != "pairwise":
+            raise ValueError(f"margin belongs to the objective pairwise, not to {self.objective}; remove it")
+        if self.aspects and self.objective != "aspects":
+            raise ValueError(f"aspects has no meaning for the objective {self.objective}; set objective: aspects")
+        if self.objective == "aspects" and not any(self.aspects.values()):
+            raise ValueError("aspects is empty or has only zeros; give the weight of every aspect")
+        if self.ensemble_mode == "worst" and self.ensemble == 1:
+            raise ValueError("ensembleMode worst needs several models; set ensemble to at least 2")
+        return self
+
 
 class VerifiableReward(FrozenModel):
     """A reward that is computed, not learned."""
@@ -185,6 +198,14 @@ class VerifiableReward(FrozenModel):
     """Weight in the sum."""
     options: dict[str, Any] = {}
     """Options of that reward, for example `pattern` of `regex`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> VerifiableReward:
+        try:
+            check_reward(self.name, self.options)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 class RewardMix(FrozenModel):
@@ -293,6 +314,8 @@ class RlStage(FrozenModel):
     """Batches that generation may run ahead; 0: strictly on-policy."""
     max_failed_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of a batch that may lack a reward before the run pauses."""
+    gradient_checkpointing: bool = False
+    """Trades time for memory."""
     checkpoint_every: Positive = 1
     """Steps between checkpoints; a killed trainer repeats at most these."""
     deterministic: bool = False
@@ -314,6 +337,17 @@ class RlStage(FrozenModel):
             raise ValueError("lora.dropout must be 0: the trainer's policy would differ from the sampled one")
         if self.minibatches > self.prompts_per_step:
             raise ValueError("minibatches must not exceed promptsPerStep: the samples of a prompt stay together")
+        if self.dual_clip is not None and self.algorithm == "rloo":
+            raise ValueError("dualClip has no meaning for rloo, whose ratio is that of the whole answer; remove it")
+        if self.adaptive_kl is not None and not self.kl_coefficient:
+            raise ValueError("adaptiveKl multiplies klCoefficient, which is 0; set it above 0")
+        if self.stop_kl is not None and self.epochs * self.minibatches == 1:
+            raise ValueError("stopKl needs epochs or minibatches above 1: a single update starts at a KL of 0")
+        if self.deterministic and self.max_staleness:
+            raise ValueError("deterministic needs maxStaleness 0: generation ahead of training is a matter of timing")
+        critic = self.ppo.critic if self.ppo is not None else Critic()
+        if critic.kind == "rewardModel" and critic.coefficient != Critic().coefficient:
+            raise ValueError("ppo.critic.coefficient belongs to kind valueHead; a separate critic has its learningRate")
         return self
 
 
@@ -371,6 +405,14 @@ class DpoStage(FrozenModel):
     """Longer conversations are refused."""
     gradient_checkpointing: bool = False
     """Trades time for memory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DpoStage:
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError("loss robust needs the share of wrong labels; set labelSmoothing above 0")
+        if self.label_smoothing and self.loss in ("ipo", "hinge"):
+            raise ValueError(f"labelSmoothing has no meaning for the loss {self.loss}; remove it")
+        return self
 
 
 class KtoStage(FrozenModel):
@@ -582,8 +624,9 @@ class RunSpec(FrozenModel):
             need = _DATA_OF_STAGE.get(stage.kind)
             if stage.reward_model is not None and stage.reward_model.objective == "aspects":
                 need = "aspects"
-                if not stage.reward_model.aspects:
-                    raise ValueError(f"{where}.rewardModel.aspects is empty; give the weight of every aspect")
+            lora: Lora | None = getattr(stage.spec, "lora", None)
+            if lora is not None and lora.quantize and self.model.device == "cpu":
+                raise ValueError(f"{where}.lora.quantize needs a CUDA device, but model.device is cpu; remove it")
             if need and self.data.demo is None and getattr(self.data, need) is None:
                 raise ValueError(f"{where} ({stage.kind}) needs data.{need}; add it or use data.demo")
             if stage.kind in ("rl", "rejection_sampling"):
@@ -605,7 +648,16 @@ class RunSpec(FrozenModel):
         names = [stage.reward_model.name for stage in self.stages if stage.reward_model is not None]
         if len(set(names)) != len(names):
             raise ValueError("two rewardModel stages have the same name; give each its own")
+        self._scorers_are_told_apart(names)
         return self
+
+    def _scorers_are_told_apart(self, models: list[str]) -> None:
+        for index, stage in enumerate(self.stages):
+            online = stage.rl or stage.rejection_sampling
+            names = [*models, *(reward.name for reward in online.reward.verifiable)] if online is not None else []
+            double = next((name for name in names if names.count(name) > 1), None)
+            if double is not None:
+                raise ValueError(f"stages.{index}.reward has two scorers named {double}; each needs its own name")
 
 
 _DATA_OF_STAGE = {

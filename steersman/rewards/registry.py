@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,12 @@ def build_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     except TypeError as error:
         raise ConfigError(f"reward {name}: its options do not fit ({error})") from None
     return factory(**(options or {}))
+
+
+def check_reward(name: str, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError as `build_reward` does; options whose library is not installed here stay unchecked."""
+    with contextlib.suppress(ImportError):
+        build_reward(name, options)
 
 
 def _load_builtin() -> None:

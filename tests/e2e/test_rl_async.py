@@ -1,0 +1,122 @@
+"""Generation ahead of training, critics, PPO-ptx and DoRA against real services."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_rl import BANDIT, LIKES_LETTERS, PROMPTS, metrics
+
+from steersman.artifacts import manifest_of_hashes
+from steersman.testing.models import save_model_folder
+
+SERVICES = {"mergeRequests": False}
+
+
+def start(cluster: Any, model: Path, **reward: Any) -> None:
+    cluster.start_policy(model)
+    cluster.start_reference(model, merge_requests=False)
+    cluster.start_reward(LIKES_LETTERS, **SERVICES)
+
+
+def hashes(stage: Path) -> dict[str, str]:
+    parts = ("adapter/", "model/")
+    return {name: digest for name, digest in manifest_of_hashes(stage).items() if name.startswith(parts)}
+
+
+def test_learns_one_batch_behind(cluster: Any, tiny_model: Path, run_manifest: Callable) -> None:
+    start(cluster, tiny_model)
+    stage = run_manifest(
+        cluster, tiny_model, {"rl": {**BANDIT, "algorithm": "grpo", "maxStaleness": 1}}, prompts=PROMPTS
+    )
+    rows = metrics(stage)
+    assert sum(row["reward"] for row in rows[-5:]) / 5 > 0.9
+    assert rows[0]["staleness"] == 0
+    assert 0 < sum(row["staleness"] for row in rows) / len(rows) <= 1
+    assert all(row["stale"] == 0 for row in rows)
+    # Samples of older weights differ from what the trainer would have said; on-policy this is rounding.
+    assert max(row["mismatch_mean_abs"] for row in rows) > 1e-3
+
+
+def test_strictly_on_policy_repeats_bit_for_bit(tiny_model: Path, run_manifest: Callable, request: Any) -> None:
+    """Generation ahead by 0 batches is the synchronous loop: two runs end in the same bytes."""
+    found = []
+    for name in ("one", "two"):
+        cluster = request.getfixturevalue("cluster")
+        if not cluster.endpoints:
+            start(cluster, tiny_model)
+        options = {**BANDIT, "algorithm": "grpo", "steps": 4, "lora": {"rank": 4}, "maxStaleness": 0}
+        found.append(hashes(run_manifest(cluster, tiny_model, {"rl": options}, prompts=PROMPTS, name=name)))
+    assert found[0]
+    assert found[0] == found[1]
+
+
+def test_dora_is_served_as_it_is_trained(cluster: Any, tiny_model: Path, run_manifest: Callable) -> None:
+    start(cluster, tiny_model)
+    options = {**BANDIT, "algorithm": "rloo", "steps": 6, "lora": {"rank": 4, "useDora": True}}
+    rows = metrics(run_manifest(cluster, tiny_model, {"rl": options}, prompts=PROMPTS))
+    assert max(row["mismatch_mean_abs"] for row in rows) < 1e-4
+    assert rows[-1]["kl"] != 0.0
+
+
+def test_reward_parts_are_reported_apart(cluster: Any, tiny_model: Path, run_manifest: Callable) -> None:
+    cluster.start_policy(tiny_model)
+    cluster.start_reference(tiny_model)
+    digits = {"name": "json-schema", "kind": "verifiable", "weight": 0.0, "options": {"schema": {"type": "integer"}}}
+    cluster.start_reward([*LIKES_LETTERS, digits])
+    options = {**BANDIT, "algorithm": "reinforce", "steps": 2}
+    rows = metrics(run_manifest(cluster, tiny_model, {"rl": options}, prompts=PROMPTS))
+    for row in rows:
+        assert row["reward_regex"] == row["reward"]
+        assert 0 <= row["reward_json-schema"] < 0.5
+
+
+def test_missing_rewards_are_counted_and_too_many_pause_the_run(
+    cluster: Any, tiny_model: Path, run_manifest: Callable
+) -> None:
+    """`exact-facts` needs facts, which no prompt here has: every answer lacks its reward."""
+    from steersman.errors import FailedPreconditionError
+
+    cluster.start_policy(tiny_model)
+    cluster.start_reference(tiny_model)
+    cluster.start_reward([{"name": "exact-facts", "kind": "verifiable"}])
+    with pytest.raises(FailedPreconditionError, match=r"32 of 32 samples have no reward .*facts\.needed.*continues"):
+        run_manifest(cluster, tiny_model, {"rl": {**BANDIT, "algorithm": "rloo"}}, prompts=PROMPTS)
+
+
+def test_a_separate_critic_learns_too(cluster: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """PPO whose critic starts as the reward model, warms up for two steps, and then lets the policy find the letter."""
+    from steersman.config.base import dump_yaml, load_model
+    from steersman.config.manifest import AlignmentRun
+    from steersman.config.stages import mark_complete
+    from steersman.testing.models import tiny_llama_reward
+    from training.stage import run_stage
+
+    start(cluster, tiny_model)
+    save_model_folder(tmp_path / "reward-model" / "model", tiny_llama_reward())
+    rows = [{"id": text, "prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    critic = {"kind": "rewardModel", "learningRate": 0.01, "warmupSteps": 2}
+    manifest = {
+        "apiVersion": "steersman.dev/v1alpha1",
+        "kind": "AlignmentRun",
+        "metadata": {"name": "critic"},
+        "spec": {
+            "seed": 3,
+            "model": {"base": str(tiny_model), "precision": "fp32", "device": "cpu", "threads": 1},
+            "data": {"prompts": {"train": "prompts.jsonl"}, "preferences": {"train": "prompts.jsonl"}},
+            "services": cluster.services(),
+            "stages": [{"rewardModel": {}}, {"rl": {**BANDIT, "ppo": {"critic": critic}}}],
+        },
+    }
+    run = load_model(AlignmentRun, manifest, "test")
+    (tmp_path / "manifest.yaml").write_text(dump_yaml(run))
+    mark_complete(run, "reward-model", tmp_path)
+    run_stage(tmp_path, "rl", [])
+    learned = metrics(tmp_path / "rl")
+    assert learned[1]["kl"] == pytest.approx(0.0, abs=1e-5)  # the policy has not moved yet
+    assert learned[-1]["value_error"] < learned[0]["value_error"]
+    assert sum(row["reward"] for row in learned[-5:]) / 5 > 0.9

@@ -1,0 +1,99 @@
+"""Wrong combinations in a manifest are refused in one sentence, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from steersman.config.base import load_model
+from steersman.config.manifest import AlignmentRun
+from steersman.errors import ConfigError
+
+FILES = {"train": "rows.jsonl"}
+KINDS = ("demonstrations", "preferences", "prompts", "feedback")
+ASPECTS = {"objective": "aspects", "aspects": {"helpfulness": 1.0}}
+
+
+def load(*stages: dict[str, Any], data: dict[str, Any] | None = None, **spec: Any) -> AlignmentRun:
+    manifest = {
+        "apiVersion": "steersman.dev/v1alpha1",
+        "kind": "AlignmentRun",
+        "metadata": {"name": "test"},
+        "spec": {"data": {"demo": {}} if data is None else data, "stages": list(stages), **spec},
+    }
+    return load_model(AlignmentRun, manifest, "run.yaml")
+
+
+def rl(**options: Any) -> list[dict[str, Any]]:
+    return [{"rewardModel": {}}, {"rl": options}]
+
+
+@pytest.mark.parametrize(
+    ("stages", "reason"),
+    [
+        (rl(algorithm="rloo", ppo={"critic": {"kind": "valueHead"}}), "no meaning for rloo"),
+        (rl(algorithm="grpo", samplesPerPrompt=1), "samplesPerPrompt must be at least 2"),
+        (rl(algorithm="rloo", dualClip=3.0), "dualClip has no meaning for rloo"),
+        (rl(dualClip=1.0), "dualClip must be above 1"),
+        (rl(klCoefficient=0.0, adaptiveKl={}), "adaptiveKl multiplies klCoefficient"),
+        (rl(stopKl=0.1), "stopKl needs epochs or minibatches above 1"),
+        (rl(deterministic=True, maxStaleness=1), "deterministic needs maxStaleness 0"),
+        (rl(ppo={"critic": {"coefficient": 0.5}}), "belongs to kind valueHead"),
+        (rl(generation={"topP": 0.9}), "topP must be 1"),
+        (rl(lora={"dropout": 0.1}), "lora.dropout must be 0"),
+        (rl(minibatches=13), "minibatches must not exceed promptsPerStep"),
+        (rl(reward={"verifiable": [{"name": "regexp"}]}), "'regexp' is not registered"),
+        (rl(reward={"verifiable": [{"name": "regex"}]}), "options do not fit"),
+        (rl(reward={"verifiable": [{"name": "regex", "options": {"pattern": "("}}]}), "not a regular expression"),
+        (rl(reward={"verifiable": [{"name": "json-schema", "options": {"schema": {"type": 1}}}]}), "schema is wrong"),
+        (rl(reward={"verifiable": [{"name": "demo-rubric"}] * 2}), "two scorers named demo-rubric"),
+        ([{"rl": {"ppo": {"critic": {"kind": "valueHead"}}}}], "nothing to reward"),
+        ([{"rl": {"reward": {"verifiable": [{"name": "demo-rubric"}]}}}], "no rewardModel stage comes before"),
+        ([{"rewardModel": {"margin": True, **ASPECTS}}], "margin belongs to the objective pairwise"),
+        ([{"rewardModel": {"margin": "0.5"}}], "rewardModel.margin"),
+        ([{"rewardModel": {"aspects": {"tone": 1.0}}}], "set objective: aspects"),
+        ([{"rewardModel": {"objective": "aspects"}}], "give the weight of every aspect"),
+        ([{"rewardModel": {"ensembleMode": "worst"}}], "set ensemble to at least 2"),
+        ([{"dpo": {"loss": "robust"}}], "set labelSmoothing above 0"),
+        ([{"dpo": {"loss": "ipo", "labelSmoothing": 0.1}}], "no meaning for the loss ipo"),
+    ],
+)
+def test_refused(stages: list[dict[str, Any]], reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(*stages)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_ptx_without_demonstrations_is_refused() -> None:
+    data = {"prompts": FILES, "preferences": FILES}
+    with pytest.raises(ConfigError, match=r"ptxCoefficient needs data\.demonstrations"):
+        load(*rl(ppo={"ptxCoefficient": 0.5}), data=data)
+
+
+def test_aspects_without_rated_rows_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"needs data\.aspects"):
+        load({"rewardModel": ASPECTS}, data={"preferences": FILES})
+
+
+@pytest.mark.parametrize("stage", ["sft", "rewardModel", "dpo", "kto", "rl"])
+def test_four_bits_on_a_cpu_are_refused(stage: str) -> None:
+    options: dict[str, Any] = {"lora": {"quantize": "nf4"}}
+    stages = rl(**options) if stage == "rl" else [{stage: options}]
+    with pytest.raises(ConfigError, match=r"lora\.quantize needs a CUDA device"):
+        load(
+            *stages,
+            data=dict.fromkeys(("demonstrations", "preferences", "prompts", "feedback"), FILES),
+            model={"device": "cpu"},
+        )
+
+
+def test_what_is_resolved_loads_again() -> None:
+    """A resolved manifest names every field, also those that only another algorithm reads."""
+    import yaml
+
+    from steersman.config.base import dump_yaml
+
+    run = load(*rl(algorithm="rloo"))
+    assert load_model(AlignmentRun, yaml.safe_load(dump_yaml(run)), "manifest.yaml") == run

@@ -1,0 +1,79 @@
+"""The optimizer of policy and critic: learning-rate schedule, clipping by global norm, state for checkpoints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from steersman.config.manifest import Optimizer
+from training.parallel import Ranks, sharded_like, whole
+from training.policy_model import PolicyModel
+
+
+class PolicyOptimizer:
+    """AdamW with eps 1e-5, as the Adam of lm-human-preferences; the critic has a learning rate of its own."""
+
+    def __init__(self, model: PolicyModel, options: Optimizer, critic_rate: float, ranks: Ranks) -> None:
+        self._options = options
+        self._ranks = ranks
+        self._policy, self._critic = model.policy_parameters(), model.critic_parameters()
+        groups = [{"params": self._policy, "lr": options.learning_rate, "weight_decay": options.weight_decay}]
+        if self._critic:
+            groups.append({"params": self._critic, "lr": critic_rate, "weight_decay": 0.0})
+        # fused: one kernel for all parameters; it takes no mixture of sharded and whole ones.
+        kernel = {"fused": True} if ranks.world == 1 else {"foreach": False}
+        self._adam = torch.optim.AdamW(groups, eps=1e-5, **kernel)  # type: ignore[arg-type]
+        self._rates = [group["lr"] for group in self._adam.param_groups]
+
+    def step(self, progress: float, *, only_critic: bool = False) -> float:
+        """One update from the gradients, which are cleared; returns their global norm.
+
+        Args:
+            progress: share of the stage that is done, 0 to 1.
+            only_critic: the policy stays bit for bit as it is, and so does its optimizer state.
+        """
+        parameters = self._critic if only_critic else [*self._policy, *self._critic]
+        if only_critic:
+            for parameter in self._policy:
+                parameter.grad = None
+        factor = learning_rate_factor(self._options, progress)
+        for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self._ranks.finish_gradients(parameters)
+        norm = self._ranks.clip(parameters, self._options.max_grad_norm)
+        self._adam.step()
+        self.clear()
+        return norm
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        self._adam.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a checkpoint needs, tensors gathered from all ranks."""
+        return whole(self._adam.state_dict())
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restores what `state` gave, also on another number of ranks."""
+        parameters = [parameter for group in self._adam.param_groups for parameter in group["params"]]
+        for index, values in state["state"].items():
+            for name, value in values.items():
+                if value.shape == parameters[index].shape:
+                    values[name] = sharded_like(value, parameters[index])
+        for saved, own in zip(state["param_groups"], self._adam.param_groups, strict=True):
+            saved.update(fused=own["fused"], foreach=own["foreach"])
+        self._adam.load_state_dict(state)
+
+
+def learning_rate_factor(options: Optimizer, progress: float) -> float:
+    """Factor of the peak rate after a share of the stage: linear warm-up, then constant, linear or cosine decay."""
+    if progress < options.warmup_ratio:
+        return progress / options.warmup_ratio
+    decayed = (progress - options.warmup_ratio) / (1.0 - options.warmup_ratio) if options.warmup_ratio < 1.0 else 0.0
+    if options.schedule == "linear":
+        return 1.0 - decayed
+    if options.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * decayed))
+    return 1.0
