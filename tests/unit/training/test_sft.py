@@ -49,22 +49,35 @@ def stage(**values) -> SftStage:
     return SftStage(**{**defaults, "max_length": 256, **values})
 
 
-@pytest.mark.xfail(strict=False, reason="the tiny model is at the edge of learning it; depends on threads and load")
-@pytest.mark.parametrize("lora", [None, Lora(rank=8)], ids=["full", "lora"])
-def test_learns_to_answer_and_to_stop(make_context, lora):
-    context = make_context("demonstrations", chats(64), validation=chats(8, seed=2))
-    rate = 1e-2 if lora else 3e-3
-    artifacts = run_sft(stage(lora=lora, optimizer=Optimizer(learning_rate=rate), epochs=8), context)
-    model = AutoModelForCausalLM.from_pretrained(artifacts["model"])
-    tokenizer = AutoTokenizer.from_pretrained(artifacts["model"])
-    for thing, colour in COLOURS.items():
+def answers(folder) -> dict[str, str]:
+    """What a model folder says about every thing, until it stops."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said = {}
+    for thing in COLOURS:
         ids = torch.tensor([prompt_ids(tokenizer, [{"role": "user", "content": thing}])])
-        answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-        assert tokenizer.decode(answer) == f"{colour}<|im_end|>"
-    assert ("adapter" in artifacts) == (lora is not None)
+        said[thing] = tokenizer.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :])
+    return said
+
+
+def test_learns_to_answer_and_to_stop_and_an_adapter_learns_otherwise(make_context, monkeypatch):
+    context = make_context("demonstrations", chats(64), validation=chats(8, seed=2))
+    spec = stage(epochs=15, optimizer=Optimizer(learning_rate=1e-2))
+    artifacts = run_sft(spec, context)
+    assert answers(artifacts["model"]) == {thing: f"{colour}<|im_end|>" for thing, colour in COLOURS.items()}
+    assert list(artifacts) == ["model"]
     steps = context.reporter.steps
     assert steps[-1][2]["eval_loss"] < 0.1
-    assert [step for step, _, metrics in steps if "loss" in metrics] == list(range(1, 65))
+    assert [step for step, _, metrics in steps if "loss" in metrics] == list(range(1, 121))
+
+    learned = artifacts["model"].rename(context.run_dir / "learned")
+    for thing, colour in {"sky": "grey", "grass": "brown", "coal": "white"}.items():
+        monkeypatch.setitem(COLOURS, thing, colour)
+    artifacts = run_sft(
+        spec.model_copy(update={"lora": Lora(rank=8)}), make_context("demonstrations", chats(64), model=learned)
+    )
+    assert answers(artifacts["model"]) == {thing: f"{colour}<|im_end|>" for thing, colour in COLOURS.items()}
+    assert (artifacts["adapter"] / "adapter_model.safetensors").is_file()
 
 
 def test_progress_is_the_reporters_alone(make_context, capfd):
