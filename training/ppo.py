@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from steersman.config.manifest import PpoSpec, RlStage
+from steersman.errors import FailedPreconditionError
 from steersman.nn.packed import pack
 from training.ahead import Ahead
 from training.algorithms import advantages as estimators
@@ -42,6 +43,8 @@ from training.rollout import Prompt, Rollouts, exclude_failed, exclude_stale, to
 
 Pair = tuple[np.ndarray, np.ndarray]
 """(prompt ids, answer ids)"""
+OTHER_MODEL = 0.5
+"""Nats a token between engine and trainer that no rounding explains; bf16 differs by 0.04 at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +130,8 @@ class Trainer:
                 experience = self.ranks.from_first(ahead.take)
                 collected = time.monotonic()
                 metrics = self.update(experience.batch, step)
+                if step == done:
+                    check_same_model(metrics["mismatch_mean_abs"])
                 updated = time.monotonic()
                 if (step + 1) % self.spec.checkpoint_every == 0 or step + 1 == self.spec.steps:
                     self.save(step + 1)
@@ -458,6 +463,20 @@ class Gathered:
 
     policy: losses.PolicyStats
     value: losses.ValueStats
+
+
+def check_same_model(difference: float) -> None:
+    """Raises FailedPreconditionError unless the policy service samples from the trainer's model.
+
+    Args:
+        difference: mean absolute difference of a token's log-probability in the first batch, for which the weights of
+            both are the same, in nats.
+    """
+    if not difference <= OTHER_MODEL:  # also where it is no number
+        raise FailedPreconditionError(
+            f"the policy service's log-probabilities differ from the trainer's by {difference:.2f} nats a token "
+            f"(rounding explains 0.04), so it serves another model; start it with the model that this stage trains"
+        )
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -16,6 +16,7 @@ from steersman.nn.packed import pack
 from training.batch import SampleBatch
 from training.checkpoint import Checkpoints
 from training.optimizer import learning_rate_factor
+from training.parallel import Ranks
 from training.policy_model import PolicyModel
 from training.ppo import Trainer
 
@@ -28,7 +29,7 @@ class Silent:
     def step(self, step: int, total: int, **metrics: float) -> None: ...
 
 
-def build(folder: Path, tmp_path: Path, *, lora: Lora | None = None, **options: Any) -> Trainer:
+def build(folder: Path, tmp_path: Path, *, lora: Lora | None = None, ranks: Ranks = Ranks(), **options: Any) -> Trainer:
     """A trainer of a tiny Llama without services: `update` needs none."""
     spec = RlStage(lora=lora, **options)
     ppo = (spec.ppo or PpoSpec()) if spec.algorithm == "ppo" else None
@@ -43,8 +44,9 @@ def build(folder: Path, tmp_path: Path, *, lora: Lora | None = None, **options: 
         seed=0,
         gradient_checkpointing=spec.gradient_checkpointing,
     )
+    ranks.shard(model.policy)
     nothing: Any = None
-    return Trainer(spec, model, nothing, nothing, [], Checkpoints(tmp_path), Silent(), seed=1)
+    return Trainer(spec, model, nothing, nothing, [], Checkpoints(tmp_path), Silent(), seed=1, ranks=ranks)
 
 
 def options_of(algorithm: str, **ppo: Any) -> dict[str, Any]:

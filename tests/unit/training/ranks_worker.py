@@ -1,0 +1,49 @@
+"""One rank of test_ranks: `torchrun ... ranks_worker.py MODEL OUT` writes the loss curves of every algorithm."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steersman.config.manifest import Lora, Optimizer
+from training.parallel import Ranks
+
+STEPS = 10
+CASES: dict[str, tuple[str, Lora | None]] = {
+    "ppo-full": ("ppo", None),
+    "ppo-lora": ("ppo", Lora(rank=4)),
+    "rloo-dora": ("rloo", Lora(rank=4, use_dora=True)),
+    "grpo-full": ("grpo", None),
+    "dr-grpo-lora": ("dr-grpo", Lora(rank=4)),
+    "reinforce-full": ("reinforce", None),
+}
+
+
+def curves(model: Path, work: Path, ranks: Ranks) -> dict[str, list[dict[str, float]]]:
+    """Metrics of ten steps on ten frozen batches; the small budget makes more micro-batches than ranks, unevenly."""
+    from test_ppo_update import build, make_batch, options_of
+
+    rates = {"optimizer": Optimizer(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0)}
+    found = {}
+    for name, (algorithm, lora) in CASES.items():
+        options: dict[str, Any] = {"micro_batch_tokens": 30, "minibatches": 2, **rates, **options_of(algorithm)}
+        batches = [make_batch(build(model, work, lora=lora, **options).model, seed=seed) for seed in range(3)]
+        trainer = build(model, work, lora=lora, ranks=ranks, **options)
+        found[name] = [trainer.update(batches[step % 3], step) for step in range(STEPS)]
+        weights = trainer.model.trained_state()
+        found[name].append({"weights": sum(float(value.double().abs().sum()) for value in weights.values())})
+    return found
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    torch.set_num_threads(1)
+    folder, out = map(Path, sys.argv[1:])
+    joined = Ranks.join("cpu")
+    result = curves(folder, out.parent, joined)
+    if joined.is_first:
+        out.write_text(json.dumps(result))
