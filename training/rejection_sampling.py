@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from steersman.artifacts import storage_errors
+from steersman.artifacts import atomic_dir, storage_errors
 from steersman.config.manifest import RejectionSamplingStage, SftStage
 from training.clients import WeightsPayload
 from training.connect import Services
@@ -71,7 +71,8 @@ def run_rejection_sampling(spec: RejectionSamplingStage, context: StageContext) 
                 ),
             )
         model = folder / "model"
-    shutil.copytree(model, context.stage_dir / "model", dirs_exist_ok=True)
+    with atomic_dir(context.stage_dir / "model") as folder:
+        shutil.copytree(model, folder, dirs_exist_ok=True)
 
 
 def prompts_of_round(prompts: list[Prompt], count: int, number: int, seed: int) -> list[Prompt]:
