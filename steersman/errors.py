@@ -4,7 +4,8 @@
     ├── InvalidArgumentError      a request or value is wrong
     │   ├── ConfigError           a manifest or configuration field is wrong
     │   ├── DataError             a row of a data file is wrong
-    │   └── ChecksumError         bytes are not what their checksum says
+    │   ├── ChecksumError         bytes are not what their checksum says
+    │   └── UnsupportedError      this engine or server cannot do what is asked
     ├── FailedPreconditionError   the request is right, the state is not (yet)
     ├── NotFoundError
     ├── ConflictError             another writer, another version
@@ -64,6 +65,10 @@ class DataError(InvalidArgumentError):
 
 class ChecksumError(InvalidArgumentError):
     grpc_code = "DATA_LOSS"
+
+
+class UnsupportedError(InvalidArgumentError):
+    grpc_code = "UNIMPLEMENTED"
 
 
 class FailedPreconditionError(SteersmanError):
@@ -156,6 +161,7 @@ _FROM_GRPC: dict[str, type[SteersmanError]] = {
     "UNAVAILABLE": UnavailableError,
     "DEADLINE_EXCEEDED": DeadlineError,
     "CANCELLED": CancelledError,
+    "UNIMPLEMENTED": UnsupportedError,
 }
 
 

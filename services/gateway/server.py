@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Awaitable
 
 import uvicorn
-from grpc_health.v1 import health_pb2
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.gateway.answering import Assistant
@@ -48,15 +47,6 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-class _GrpcServer(Server):
-    """Its health follows the gateway's readiness, which may come and go."""
-
-    async def set_serving(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", *self._names):
-            await self._health.set(name, status)
-
-
 class Gateway:
     """`start()`, then `run_until_signal()` or `drain()`."""
 
@@ -81,7 +71,7 @@ class Gateway:
         self._uvicorn: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
         self._oip = OipServer(self.assistant, self.authenticator)
-        self._grpc: _GrpcServer | None = None
+        self._grpc: Server | None = None
         self._chores: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -91,7 +81,7 @@ class Gateway:
         self.assistant.recorder.start()
         await self.assistant.grounding.start()
         servicer = ChatServicer(self.assistant, self.authenticator, self.feedback)
-        self._grpc = _GrpcServer(
+        self._grpc = Server(
             ServerConfig(
                 host=config.host,
                 tls=config.tls,

@@ -195,15 +195,19 @@ class Server:
 
     async def start(self) -> None:
         """Listens; health says NOT_SERVING."""
-        for name in ("", *self._names):
-            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.set_serving(False)
         for server in self._servers:
             await server.start()
 
     async def ready(self) -> None:
         """Health says SERVING from now on."""
+        await self.set_serving(True)
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health says of every service; for servers whose readiness comes and goes."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", *self._names):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await self._health.set(name, status)
 
     async def run(self, load: Callable[[], Awaitable[Any]] | None = None) -> None:
         """Listens, loads (health: NOT_SERVING meanwhile), serves until SIGTERM or SIGINT, drains."""

@@ -40,3 +40,11 @@ def test_every_status_comes_back_as_an_error_of_the_tree(code: grpc.StatusCode) 
     error = from_grpc(FakeRpcError(code, "reason"), "policy")
     assert isinstance(error, SteersmanError)
     assert str(error) == "policy: reason"
+
+
+@pytest.mark.parametrize("cls", all_error_types())
+def test_an_error_keeps_its_status_over_grpc(cls: type[SteersmanError]) -> None:
+    sent = to_status(cls("reason"))
+    assert from_grpc(FakeRpcError(sent.code, sent.details), "policy").grpc_code in (cls.grpc_code, "INTERNAL")
+    if cls.grpc_code == "UNIMPLEMENTED":
+        assert from_grpc(FakeRpcError(sent.code, sent.details), "policy").http_status == 400
