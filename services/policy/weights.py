@@ -100,23 +100,35 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadChunksRequest], context: grpc.aio.ServicerContext
     ) -> pb.UploadChunksResponse:
         async with self._lock:
-            received = 0
-            async for chunk in request_iterator:
-                transaction = self._transaction(chunk.version)
-                if chunk.offset != transaction.received:
-                    raise InvalidArgumentError(
-                        f"offset is {chunk.offset}, but {transaction.received} bytes are here; continue there"
-                    )
-                if zlib.crc32(chunk.data) != chunk.crc32:
-                    raise ChecksumError(f"the chunk at {chunk.offset} does not have its checksum; send it again")
-                if transaction.received + len(chunk.data) > transaction.manifest.size:
-                    raise InvalidArgumentError(f"more bytes than manifest.size ({transaction.manifest.size}) arrived")
-                await asyncio.to_thread(self._append, transaction, chunk.data)
-                received = transaction.received
-            return pb.UploadChunksResponse(received=received)
+            transaction: _Transaction | None = None
+            # A chunk is stored and hashed while the next one is on its way.
+            storing: asyncio.Future[None] | None = None
+            try:
+                async for chunk in request_iterator:
+                    if storing is not None:
+                        await storing
+                    transaction = self._transaction(chunk.version)
+                    if chunk.offset != transaction.received:
+                        raise InvalidArgumentError(
+                            f"offset is {chunk.offset}, but {transaction.received} bytes are here; continue there"
+                        )
+                    if transaction.received + len(chunk.data) > transaction.manifest.size:
+                        raise InvalidArgumentError(
+                            f"more bytes than manifest.size ({transaction.manifest.size}) arrived"
+                        )
+                    storing = asyncio.ensure_future(asyncio.to_thread(self._append, transaction, chunk))
+            finally:
+                if storing is not None:
+                    await storing
+            return pb.UploadChunksResponse(received=transaction.received if transaction is not None else 0)
+
+    def _append(self, transaction: _Transaction, chunk: pb.UploadChunksRequest) -> None:
+        if zlib.crc32(chunk.data) != chunk.crc32:
+            raise ChecksumError(f"the chunk at {chunk.offset} does not have its checksum; send it again")
+        self._store(transaction, chunk.data)
 
     @staticmethod
-    def _append(transaction: _Transaction, data: bytes) -> None:
+    def _store(transaction: _Transaction, data: bytes) -> None:
         try:
             transaction.file.write(data)
         except OSError as error:
@@ -168,7 +180,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         try:
             with fsspec.open(transaction.manifest.artifact_url, "rb") as source:
                 while data := source.read(8 * 1024 * 1024):
-                    self._append(transaction, data)
+                    self._store(transaction, data)
         except FileNotFoundError:
             raise FailedPreconditionError(f"{transaction.manifest.artifact_url} does not exist") from None
 

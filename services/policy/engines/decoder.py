@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from services.policy.engines.attention import SLOT_ATTENTION, DecodeStep, PrefillStep, Scores
+from services.policy.engines.hardware import Layout
 from services.policy.engines.weights import Linear, Parameter, WeightStore
 from steersman.errors import ConfigError
 
@@ -31,20 +32,20 @@ class Decoder(Protocol):
         ...
 
 
-def build_decoder(model: PreTrainedModel, dtype: torch.dtype, pack: bool) -> tuple[Decoder, WeightStore]:
+def build_decoder(model: PreTrainedModel, dtype: torch.dtype, layout: Layout) -> tuple[Decoder, WeightStore]:
     """Takes the model apart: its parameters move into the store, its modules are not to be used any more.
 
     Raises ConfigError for an architecture that does not use transformers' AttentionInterface.
     """
     store = _store(model, dtype)
     if type(model).__name__ in _LLAMA_FAMILY and LlamaDecoder.fits(model):
-        return LlamaDecoder(model, store, dtype, pack), store
+        return LlamaDecoder(model, store, dtype, layout), store
     if not getattr(model, "_supports_attention_backend", False):
         raise ConfigError(
             f"{type(model).__name__} does not use transformers' AttentionInterface, which the transformers engine "
             "needs; use the vllm engine"
         )
-    return GenericDecoder(model, store, pack), store
+    return GenericDecoder(model, store, layout), store
 
 
 def _store(model: PreTrainedModel, dtype: torch.dtype) -> WeightStore:
@@ -62,16 +63,15 @@ class LlamaDecoder:
     sums fused into the linear layers; the residual stream in float32, as under autocast in training.
     """
 
-    def __init__(self, model: PreTrainedModel, store: WeightStore, dtype: torch.dtype, pack: bool) -> None:
+    def __init__(self, model: PreTrainedModel, store: WeightStore, dtype: torch.dtype, layout: Layout) -> None:
         body = model.model
         self._dtype = dtype
         self._rotary = body.rotary_emb.float()
         self._embedding: Tensor
         store.attach(Parameter("model.embed_tokens.weight", self._set_embedding))
-        self._layers = [_Layer(layer, f"model.layers.{i}.", store, pack) for i, layer in enumerate(body.layers)]
+        self._layers = [_Layer(layer, f"model.layers.{i}.", store, layout) for i, layer in enumerate(body.layers)]
         self._norm = _Norm(body.norm, "model.norm.weight", store)
-        self._head = Linear((store.name("lm_head.weight"),), (), pack)
-        store.attach(self._head)
+        self._head = store.linear((store.name("lm_head.weight"),), (), layout)
         self._head_dim = self._layers[0].head_dim
 
     def _set_embedding(self, weight: Tensor) -> None:
@@ -126,7 +126,7 @@ class _Norm:
 
 
 class _Layer:
-    def __init__(self, module: Any, prefix: str, store: WeightStore, pack: bool) -> None:
+    def __init__(self, module: Any, prefix: str, store: WeightStore, layout: Layout) -> None:
         attention = module.self_attn
         self.head_dim: int = attention.head_dim
         window = getattr(attention, "sliding_window", None)
@@ -148,13 +148,17 @@ class _Layer:
             modules = {name: module.get_submodule(name) for name in names}
             weights = [f"{prefix}{name}.weight" for name in names]
             biases = [f"{prefix}{name}.bias" for name, one in modules.items() if one.bias is not None]
-            holder = Linear(weights, biases, pack)
-            store.attach(holder)
-            return holder
+            return store.linear(weights, biases, layout)
 
         self._qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self._out = linear("self_attn.o_proj")
-        self._gate, self._up, self._down = linear("mlp.gate_proj"), linear("mlp.up_proj"), linear("mlp.down_proj")
+        # Packed products come with the activation and the multiplication; others are better off as one.
+        self._gate_up: Linear | None = None
+        if layout == "packed":
+            self._gate, self._up = linear("mlp.gate_proj"), linear("mlp.up_proj")
+        else:
+            self._gate_up = linear("mlp.gate_proj", "mlp.up_proj")
+        self._down = linear("mlp.down_proj")
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, [T, heads, head dim]; cos, signed sin [T, 1, head dim]."""
@@ -168,19 +172,23 @@ class _Layer:
         return rotated[:, : self._heads], rotated[:, self._heads :], values
 
     def finish(self, x: Tensor, attended: Tensor, dtype: torch.dtype) -> Tensor:
-        x = self._out.combine(attended, x, "add")
+        x = self._out.accumulate(attended, x)
         normed = self._post_norm(x).to(dtype)
-        hidden = self._up.combine(normed, self._gate.silu(normed), "mul")
-        return self._down.combine(hidden, x, "add")
+        if self._gate_up is None:
+            hidden = self._up.multiply(normed, self._gate.silu(normed))
+        else:
+            gate, up = self._gate_up(normed).chunk(2, -1)
+            hidden = F.silu(gate).mul_(up)
+        return self._down.accumulate(hidden, x)
 
 
 class GenericDecoder:
     """Any transformers causal LM whose attention goes through the AttentionInterface."""
 
-    def __init__(self, model: PreTrainedModel, store: WeightStore, pack: bool) -> None:
+    def __init__(self, model: PreTrainedModel, store: WeightStore, layout: Layout) -> None:
         self._model = model
         model.set_attn_implementation(SLOT_ATTENTION)
-        held = self._exchange_linears(model, store, pack)
+        held = self._exchange_linears(model, store, layout)
         for module_name, module in model.named_modules():
             for attribute in list(module._parameters):
                 name = store.name(f"{module_name}.{attribute}")
@@ -188,14 +196,13 @@ class GenericDecoder:
                     store.attach(Parameter(name, _setter(module._parameters, attribute)))
 
     @staticmethod
-    def _exchange_linears(model: PreTrainedModel, store: WeightStore, pack: bool) -> set[str]:
+    def _exchange_linears(model: PreTrainedModel, store: WeightStore, layout: Layout) -> set[str]:
         held: set[str] = set()
         for name, module in list(model.named_modules()):
             if type(module) is not nn.Linear:
                 continue
             biases = (f"{name}.bias",) if module.bias is not None else ()
-            holder = Linear((store.name(f"{name}.weight"),), biases, pack)
-            store.attach(holder)
+            holder = store.linear((store.name(f"{name}.weight"),), biases, layout)
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], holder)
             held.update((f"{name}.weight", *biases))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,6 +16,11 @@ PACKING_ROWS = 64
 """Batch size that the blocked weight layout is made for; measured good for every other size above 1, too."""
 
 Precision = Literal["auto", "fp32", "bf16"]
+Layout = Literal["plain", "packed", "transposed"]
+"""Of linear weights: as in the checkpoint; oneDNN's blocks; [in, out]."""
+
+_PACKING_GAIN = 1.25
+"""float32 is packed where that is faster by this factor: packed weights cost a second copy and a slower update."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,6 +54,15 @@ def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def weight_layout(device: torch.device, dtype: torch.dtype) -> Layout:
+    """What is fast here. float32 on a CPU is measured: MKL's product with a [in, out] weight is as fast as oneDNN's
+    packed one on Intel, and half as fast on AMD.
+    """
+    if not packs_weights(device, dtype):
+        return "plain"
+    return "transposed" if dtype == torch.float32 and not _packing_pays() else "packed"
+
+
 def pack_weight(weight: Tensor) -> Tensor:
     """[out, in] row-major -> oneDNN's blocked layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKING_ROWS)
@@ -66,20 +81,50 @@ def _faster_cpu_dtype() -> torch.dtype:
     """
     if not packs_weights(torch.device("cpu"), torch.bfloat16):
         return torch.float32
-    seconds = {dtype: _seconds_per_token(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = {dtype: _seconds_per_token(_packed_product(dtype)) for dtype in (torch.float32, torch.bfloat16)}
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 
-@torch.no_grad()
-def _seconds_per_token(dtype: torch.dtype) -> float:
+@functools.cache
+def _packing_pays() -> bool:
+    return _seconds_per_token(_transposed_product()) > _PACKING_GAIN * _seconds_per_token(
+        _packed_product(torch.float32)
+    )
+
+
+Product = Callable[[int], Callable[[], Tensor]]
+"""From a number of rows to a layer's product with them."""
+
+
+def _packed_product(dtype: torch.dtype) -> Product:
     weight = pack_weight(torch.full((1536, 576), 0.01, dtype=dtype))
+
+    def of(rows: int) -> Callable[[], Tensor]:
+        x = torch.full((rows, 576), 0.01, dtype=dtype)
+        return lambda: packed_linear(x, weight)
+
+    return of
+
+
+def _transposed_product() -> Product:
+    weight = torch.full((576, 1536), 0.01)
+
+    def of(rows: int) -> Callable[[], Tensor]:
+        x = torch.full((rows, 576), 0.01)
+        return lambda: torch.mm(x, weight)
+
+    return of
+
+
+@torch.no_grad()
+def _seconds_per_token(product: Product) -> float:
     total = 0.0
     for rows in (16, 64, 256):
-        x = torch.full((rows, 576), 0.01, dtype=dtype)
+        run = product(rows)
         best = float("inf")
         for _ in range(6):  # the shortest of several: other work on the machine only ever adds time
             start = time.perf_counter()
-            packed_linear(x, weight)
+            run()
             best = min(best, time.perf_counter() - start)
         total += best / rows
     return total

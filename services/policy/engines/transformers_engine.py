@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from services.policy.engines.attention import DecodeStep, PrefillStep, Span
 from services.policy.engines.decoder import build_decoder
-from services.policy.engines.hardware import Precision, packs_weights, resolve_device, resolve_dtype
+from services.policy.engines.hardware import Precision, resolve_device, resolve_dtype, weight_layout
 from services.policy.engines.kv_cache import KVCache, row_capacity
 from services.policy.engines.sampling import Draw, Drawn, Filter, draw, stream_key, uniforms
 from steersman.errors import (
@@ -154,7 +154,7 @@ class TransformersEngine:
         self._device, self._dtype = device, dtype
         model.requires_grad_(False).eval().to(device)
         with torch.no_grad():
-            self._decoder, self._store = build_decoder(model, dtype, packs_weights(device, dtype))
+            self._decoder, self._store = build_decoder(model, dtype, weight_layout(device, dtype))
         self._open = True
         self._thread = threading.Thread(target=self._run, name="transformers-engine", daemon=True)
         self._thread.start()

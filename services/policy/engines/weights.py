@@ -1,32 +1,96 @@
 """The engine's weights: where each parameter lives, and how new ones are prepared and put in place.
 
-Preparing (merging an adapter, casting, the CPU kernels' layout) runs on the caller's thread while generation goes
-on; putting in place only exchanges references, between two decode steps.
+Preparing (merging an adapter, casting, the layout that the CPU's kernels want) runs on the caller's thread while
+generation goes on; putting in place only exchanges references, between two decode steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from services.policy.engines.hardware import pack_weight, packed_linear
+from services.policy.engines.hardware import Layout, pack_weight, packed_linear
 from steersman.errors import InvalidArgumentError
 from steersman.generation import WeightsUpdate
 
 _PEFT_PREFIX = "base_model.model."
 
 
+class Source(Protocol):
+    """What a parameter is made of."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def into(self, out: Tensor) -> None:
+        """Writes the parameter to `out`, which has its shape, any strides and any dtype."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A parameter as it was given."""
+
+    value: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value.shape
+
+    def into(self, out: Tensor) -> None:
+        out.copy_(self.value)
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """base + b a, computed in float32 from the base each time, so that nothing accumulates over many updates
+    (Hu et al. 2021, section 4.1). The merged weight exists only where it is used.
+    """
+
+    base: Tensor
+    """[out, in]"""
+    b: Tensor
+    """float32 [out, r], scale included"""
+    a: Tensor
+    """float32 [r, in]"""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.base.shape
+
+    def into(self, out: Tensor) -> None:
+        base, b, a = self.base, self.b, self.a
+        if out.stride(0) == 1:
+            out, base, b, a = out.T, base.T, a.T, b.T
+        if out.dtype == torch.float32:
+            out.copy_(base).addmm_(b, a)
+        else:
+            out.copy_(torch.addmm(base.float(), b, a))
+
+
+def _tensor(source: Source, dtype: torch.dtype) -> Tensor:
+    if isinstance(source, Given):
+        return source.value.to(dtype)
+    out = torch.empty(source.shape, dtype=dtype, device=source.base.device)  # type: ignore[attr-defined]
+    source.into(out)
+    return out
+
+
 class Holder(Protocol):
     """Something that computes with one or more parameters."""
 
     names: tuple[str, ...]
+    transposed: bool
+    """Its matrices lie as [in, out]."""
 
-    def prepare(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
+    def prepare(self, sources: Sequence[Source], dtype: torch.dtype) -> Callable[[], None]:
         """Takes the parameters in the order of `names`; the function that it returns puts them in place."""
         ...
 
@@ -34,41 +98,64 @@ class Holder(Protocol):
 class Parameter:
     """One parameter as it is, given to `place`."""
 
+    transposed = False
+
     def __init__(self, name: str, place: Callable[[Tensor], None]) -> None:
         self.names: tuple[str, ...] = (name,)
         self._place = place
 
-    def prepare(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
-        return lambda: self._place(tensors[0])
+    def prepare(self, sources: Sequence[Source], dtype: torch.dtype) -> Callable[[], None]:
+        tensor = _tensor(sources[0], dtype)
+        return lambda: self._place(tensor)
 
 
 class Linear(nn.Module):
-    """One or more linear layers of the same input, stacked, in the layout that is fast on this machine.
+    """One or more linear layers of the same input, stacked, in a layout that is fast on this machine.
 
-    float32 with a single row is faster with the plain weight; all else with the packed one.
+    Packed float32 weights come with plain ones, which are faster for a single row.
     """
 
-    weight: Tensor
+    weight: Tensor | None
+    """plain: [out, in]; transposed: [in, out]; None where only `packed` is used."""
     bias: Tensor | None
     packed: Tensor | None
 
-    def __init__(self, weights: Sequence[str], biases: Sequence[str], pack: bool) -> None:
+    def __init__(self, weights: Sequence[str], biases: Sequence[str], layout: Layout) -> None:
         super().__init__()
         self.names: tuple[str, ...] = (*weights, *biases)
         self._stacked = len(weights)
-        self._pack = pack
-        self.bias = self.packed = None
+        self._layout = layout
+        self.transposed = layout == "transposed"
+        self.weight = self.bias = self.packed = None
+        self._spare: Tensor | None = None
 
-    def prepare(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
-        weights, biases = tensors[: self._stacked], tensors[self._stacked :]
-        weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
-        bias = torch.cat(tuple(biases)) if biases else None
-        packed = pack_weight(weight) if self._pack else None
+    def prepare(self, sources: Sequence[Source], dtype: torch.dtype) -> Callable[[], None]:
+        weights, biases = sources[: self._stacked], sources[self._stacked :]
+        bias = torch.cat([_tensor(one, dtype) for one in biases]) if biases else None
+        packed = None
+        if self.transposed:
+            weight = self._filled(weights, dtype)
+        else:
+            tensors = [_tensor(one, dtype) for one in weights]
+            weight = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            packed = pack_weight(weight) if self._layout == "packed" else None
 
         def place() -> None:
+            if self.transposed:
+                self._spare = self.weight
             self.weight, self.bias, self.packed = weight, bias, packed
 
         return place
+
+    def _filled(self, sources: Sequence[Source], dtype: torch.dtype) -> Tensor:
+        """[in, out] of all; in the memory of the weights before last, because fresh memory costs page faults."""
+        ends = np.cumsum([source.shape[0] for source in sources]).tolist()
+        weight = self._spare
+        if weight is None:
+            weight = torch.empty((sources[0].shape[1], ends[-1]), dtype=dtype)
+        for source, end in zip(sources, ends, strict=True):
+            source.into(weight[:, end - source.shape[0] : end].T)
+        return weight
 
     def _kernel(self, x: Tensor) -> Tensor | None:
         if self.packed is None or (x.numel() == x.shape[-1] and x.dtype == torch.float32):
@@ -76,21 +163,34 @@ class Linear(nn.Module):
         return self.packed
 
     def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
         packed = self._kernel(x)
-        return F.linear(x, self.weight, self.bias) if packed is None else packed_linear(x, packed, self.bias)
+        if packed is not None:
+            return packed_linear(x, packed, self.bias)
+        return F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
 
     def silu(self, x: Tensor) -> Tensor:
         """silu(W x + b)"""
         packed = self._kernel(x)
         return F.silu(self(x)) if packed is None else packed_linear(x, packed, self.bias, "swish")
 
-    def combine(self, x: Tensor, other: Tensor, operation: str) -> Tensor:
-        """(W x + b) "mul" or "add" other"""
+    def multiply(self, x: Tensor, other: Tensor) -> Tensor:
+        """(W x + b) * other"""
         packed = self._kernel(x)
-        if packed is None or other.dtype != x.dtype:
-            y = self(x)
-            return other * y if operation == "mul" else other + y
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, self.bias, operation)
+        if packed is None:
+            return self(x).mul_(other)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, self.bias, "mul")
+
+    def accumulate(self, x: Tensor, total: Tensor) -> Tensor:
+        """total + W x + b; [T, in], [T, out]. `total` must not be used any more."""
+        packed = self._kernel(x)
+        if total.dtype != x.dtype:
+            return total.add_(self(x))
+        if packed is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, total, packed, self.bias, "add")
+        assert self.weight is not None
+        total.addmm_(x, self.weight if self.transposed else self.weight.T)
+        return total if self.bias is None else total.add_(self.bias)
 
 
 class WeightStore:
@@ -103,8 +203,8 @@ class WeightStore:
             aliases: other names of the same parameters (tied ones) -> name in `tensors`.
             dtype: what `holders` compute with; parameters of the start keep the checkpoint's.
         """
-        self._base = dict(tensors)
-        self._current = dict(tensors)
+        self._base = {name: Given(tensor) for name, tensor in tensors.items()}
+        self._current: dict[str, Source] = dict(self._base)
         self._aliases = dict(aliases)
         self._dtype = dtype
         self._holders: list[Holder] = []
@@ -115,7 +215,19 @@ class WeightStore:
     def attach(self, holder: Holder) -> None:
         """Registers a holder and gives it its parameters."""
         self._holders.append(holder)
-        holder.prepare(self._gather(holder, self._current))()
+        if holder.transposed:
+            for name in holder.names:
+                base = self._base[name].value
+                if base.dim() == 2:  # merging reads it as the holder's layout lies
+                    self._base[name] = self._current[name] = Given(base.T.contiguous().T)
+        self._prepare(holder, self._current)()
+
+    def linear(self, weights: Sequence[str], biases: Sequence[str], layout: Layout) -> Linear:
+        """An attached `Linear`; a weight that is an embedding, too, stays as it is, so that it exists once."""
+        tied = set(self._aliases.values())
+        holder = Linear(weights, biases, "plain" if layout == "transposed" and not tied.isdisjoint(weights) else layout)
+        self.attach(holder)
+        return holder
 
     @torch.no_grad()
     def prepare(self, update: WeightsUpdate) -> Callable[[], None]:
@@ -126,17 +238,13 @@ class WeightStore:
         """
         if update.kind == "lora":
             changed = self._merged(update)
-            target = self._base | changed
+            target: dict[str, Source] = {**self._base, **changed}
         else:
             changed = self._checked(update.tensors)
-            target = self._current | changed
+            target = {**self._current, **changed}
         # What is given counts as new even when it is the same object: its content may have changed.
-        stale = changed.keys() | {name for name, tensor in target.items() if tensor is not self._current[name]}
-        places = [
-            holder.prepare(self._gather(holder, target))
-            for holder in self._holders
-            if not stale.isdisjoint(holder.names)
-        ]
+        stale = changed.keys() | {name for name, source in target.items() if source is not self._current[name]}
+        places = [self._prepare(holder, target) for holder in self._holders if not stale.isdisjoint(holder.names)]
 
         def place() -> None:
             for one in places:
@@ -145,54 +253,52 @@ class WeightStore:
 
         return place
 
-    def _gather(self, holder: Holder, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        return [tensors[name].to(self._dtype) for name in holder.names]
+    def _prepare(self, holder: Holder, sources: Mapping[str, Source]) -> Callable[[], None]:
+        return holder.prepare([sources[name] for name in holder.names], self._dtype)
 
-    def _parameter(self, name: str, shape: torch.Size | None, given: str) -> tuple[str, Tensor]:
+    def _parameter(self, name: str, shape: torch.Size, given: str) -> tuple[str, Tensor]:
         own = self.name(name)
-        base = self._base.get(own)
-        if base is None:
+        if own not in self._base:
             raise InvalidArgumentError(f"the weights update holds '{given}', which the served model does not have")
-        if shape is not None and base.shape != shape:
+        base = self._base[own].value
+        if base.shape != shape:
             raise InvalidArgumentError(
                 f"'{given}' has shape {list(shape)} in the weights update, the served model has {list(base.shape)}"
             )
         return own, base
 
-    def _checked(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _checked(self, tensors: Mapping[str, Tensor]) -> dict[str, Source]:
         if not tensors:
             raise InvalidArgumentError("the weights update holds no tensors")
-        checked: dict[str, Tensor] = {}
+        checked: dict[str, Source] = {}
         for given, tensor in tensors.items():
             name, base = self._parameter(given, tensor.shape, given)
             if name == given or name not in tensors:
-                checked[name] = tensor.to(device=base.device, dtype=self._dtype)
+                checked[name] = Given(tensor.to(base.device))
         return checked
 
-    def _merged(self, update: WeightsUpdate) -> dict[str, Tensor]:
-        """Base + scale * B A for every adapted module, computed in float32 (Hu et al. 2021, section 4.1)."""
+    def _merged(self, update: WeightsUpdate) -> dict[str, Source]:
+        """Base + scale * B A for every adapted module."""
         config = update.adapter_config
         if config is None:
             raise InvalidArgumentError("the LoRA update has no adapter_config, send PEFT's adapter_config.json")
         if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
             kind = "DoRA" if config.get("use_dora") else config["peft_type"]
             raise InvalidArgumentError(f"the adapter is of type {kind}, only LoRA can be merged; send full weights")
-        changed: dict[str, Tensor] = {}
+        changed: dict[str, Source] = {}
         for module, a, b, plain in _lora_parts(update.tensors):
             if plain is not None:
                 changed |= self._checked({module: plain})
                 continue
             if a is None or b is None:
                 raise InvalidArgumentError(f"the LoRA update holds only one of lora_A and lora_B of '{module}'")
-            delta_shape = torch.Size((b.shape[0], a.shape[1]))
-            transposed = bool(config.get("fan_in_fan_out"))
-            shape = torch.Size(reversed(delta_shape)) if transposed else delta_shape
-            name, base = self._parameter(f"{module}.weight", shape, module)
-            base = changed.get(name, base)
-            a, b = a.to(base.device, torch.float32), b.to(base.device, torch.float32)
-            delta = b * _scale(config, module, a.shape[0])
-            merged = torch.addmm(base.float().T if transposed else base.float(), delta, a)
-            changed[name] = (merged.T if transposed else merged).to(self._dtype)
+            b = b * _scale(config, module, a.shape[0])
+            if config.get("fan_in_fan_out"):
+                a, b = b.T, a.T
+            name, base = self._parameter(f"{module}.weight", torch.Size((b.shape[0], a.shape[1])), module)
+            if name in changed:
+                base = _tensor(changed[name], torch.float32)
+            changed[name] = Merged(base, b.to(base.device, torch.float32), a.to(base.device, torch.float32))
         if not changed:
             raise InvalidArgumentError("the LoRA update holds no tensors")
         return changed
