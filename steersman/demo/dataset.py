@@ -15,13 +15,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from steersman.data.records import Demonstration, Preference, Prompt, write_jsonl
+from steersman.data.records import Aspects, Demonstration, Feedback, Preference, Prompt, write_jsonl
 from steersman.data.records import Row as AnyRow
 from steersman.demo.answers import answer, draw_style
 from steersman.demo.labelers import LABELERS, agreement, majority
 from steersman.demo.orderbook import ASKED, CUSTOMERS, TOPICS, Case, draw_case
 from steersman.demo.questions import SETS, ask
-from steersman.demo.rubric import score
+from steersman.demo.rubric import RubricScore, score
 
 LICENCE = "CC0-1.0 (generated)"
 SOURCE = "steersman.demo"
@@ -29,12 +29,17 @@ MANIFEST = "manifest.json"
 CUSTOMER_SHARES = {"train": 0.65, "validation": 0.12, "heldout": 0.23}
 SAME_STYLE = 0.04
 """Share of comparisons in which both candidates have the same manner; most of them become ties."""
+THUMB_UP = 0.8
+"""A labeler's thumb points up where the perceived score is above."""
+RATED = ("grounded", "answers", "polite", "concise", "no_invented")
+"""Criteria of the rubric that the labelers rate from 1 to 5."""
 SENIOR = 0.65
 """Share of comparisons in which one candidate comes from a senior agent, who always answers well."""
 MAX_PROMPT, MAX_ANSWER = 39, 32
 """Most pieces (see `_pieces`) of a prompt and an answer: at most 60 rendered tokens and 36 tokens of SmolLM2."""
 
 Row = dict[str, Any]
+_ORIGIN: Row = {"synthetic": True, "source": SOURCE, "licence": LICENCE}
 
 
 class Sizes(BaseModel):
@@ -112,6 +117,8 @@ def generate(out_dir: Path, seed: int, sizes: Sizes | None = None) -> Manifest:
     for kind, row_type, splits in (
         ("demonstrations", Demonstration, demonstrations),
         ("preferences", Preference, preferences),
+        ("feedback", Feedback, {split: source.thumbs(split, rows) for split, rows in preferences.items()}),
+        ("aspects", Aspects, {split: source.ratings(split, rows) for split, rows in preferences.items()}),
         ("prompts", Prompt, prompts),
         ("judgements", AnyRow, {"": judgements}),
     ):
@@ -176,9 +183,7 @@ class _Source:
             "customer": customer,
             "wording": wording,
             "facts": {"asked": case.asked, "kind": case.kind, "needed": [needed], "record": case.record},
-            "synthetic": True,
-            "source": SOURCE,
-            "licence": LICENCE,
+            **_ORIGIN,
         }
         return case, row
 
@@ -241,6 +246,35 @@ class _Source:
                 }
             )
         return rows
+
+    def thumbs(self, split: str, preferences: list[Row]) -> list[Row]:
+        """Every compared answer by itself, with the thumb of one labeler."""
+        rng = Random(f"{self.seed}/thumb/{split}")
+        return [
+            {**row, "label": rng.choice(LABELERS).perceive(rng, rubric) > THUMB_UP}
+            for row, rubric in _single_answers(preferences)
+        ]
+
+    def ratings(self, split: str, preferences: list[Row]) -> list[Row]:
+        """Every compared answer by itself, rated by each criterion of the rubric; one in ten ratings was left out."""
+        rng = Random(f"{self.seed}/rating/{split}")
+        rows = []
+        for row, rubric in _single_answers(preferences):
+            noisy = {name: 1 + 4 * getattr(rubric, name) + rng.gauss(0, 0.4) for name in RATED}
+            rated = [name for name in RATED if rng.random() > 0.1] or [RATED[0]]
+            scales = dict.fromkeys(rated, (1, 5))
+            rows.append(
+                {**row, "aspects": {name: min(5, max(1, round(noisy[name]))) for name in rated}, "scales": scales}
+            )
+        return rows
+
+
+def _single_answers(preferences: list[Row]) -> Iterable[tuple[Row, RubricScore]]:
+    for pair in preferences:
+        shared = {key: pair[key] for key in ("prompt", "topic", "customer", "wording", "facts")}
+        for side in ("chosen", "rejected"):
+            row = {"id": f"{pair['id']}-{side}", **shared, "completion": pair[side], **_ORIGIN}
+            yield row, score(pair["prompt"], pair[side][0]["content"], pair["facts"])
 
 
 def _pieces(text: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from steersman.data.records import Demonstration, Preference, Prompt, file_digest, read_jsonl
+from steersman.data.records import Aspects, Demonstration, Feedback, Preference, Prompt, file_digest, read_jsonl
 from steersman.demo import Manifest, Sizes, generate, score
 from steersman.demo.labelers import LABELERS, majority
 from steersman.demo.orderbook import ASKED, TOPICS
@@ -46,12 +46,15 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
 
 def test_every_file_has_its_size_and_valid_rows(data: tuple[Path, Manifest]) -> None:
     out, manifest = data
+    singles = {"train": 640, "validation": 120, "heldout": 300}
     sizes = {
         "demonstrations.train.jsonl": (420, Demonstration),
         "demonstrations.validation.jsonl": (48, Demonstration),
         "preferences.train.jsonl": (320, Preference),
         "preferences.validation.jsonl": (60, Preference),
         "preferences.heldout.jsonl": (150, Preference),
+        **{f"feedback.{split}.jsonl": (size, Feedback) for split, size in singles.items()},
+        **{f"aspects.{split}.jsonl": (size, Aspects) for split, size in singles.items()},
         "prompts.train.jsonl": (400, Prompt),
         "prompts.heldout.jsonl": (96, Prompt),
     }
@@ -88,11 +91,38 @@ def test_sets_share_no_customer_no_wording_and_no_prompt(data: tuple[Path, Manif
             assert row["synthetic"] is True
             customers.setdefault(split, set()).add(row["customer"])
             wordings.setdefault(split, set()).add(row["wording"])
+            if "completion" in row:  # the answers of the comparisons once more
+                continue
             prompts[json.dumps(row.get("messages", row.get("prompt"))[:2])] += 1
     for left, right in (("train", "validation"), ("train", "heldout"), ("validation", "heldout")):
         assert not customers[left] & customers[right]
         assert not wordings[left] & wordings[right]
     assert max(prompts.values()) == 1
+
+
+def test_thumbs_and_ratings_follow_the_rubric(data: tuple[Path, Manifest]) -> None:
+    out, _ = data
+    thumbs = rows(out, "feedback.train.jsonl")
+    assert 0.25 < sum(row["label"] for row in thumbs) / len(thumbs) < 0.75
+    marks: dict[bool, list[float]] = {True: [], False: []}
+    for row in thumbs:
+        marks[row["label"]].append(score(row["prompt"], row["completion"][0]["content"], row["facts"]).total)
+    assert sum(marks[True]) / len(marks[True]) > sum(marks[False]) / len(marks[False]) + 0.25
+    rated = rows(out, "aspects.train.jsonl")
+    assert {name for row in rated for name in row["aspects"]} == {
+        "grounded",
+        "answers",
+        "polite",
+        "concise",
+        "no_invented",
+    }
+    assert 0.05 < 1 - sum(len(row["aspects"]) for row in rated) / (5 * len(rated)) < 0.15
+    grounded = {True: [], False: []}
+    for row in rated:
+        if "grounded" in row["aspects"]:
+            full = score(row["prompt"], row["completion"][0]["content"], row["facts"]).grounded == 1
+            grounded[full].append(row["aspects"]["grounded"])
+    assert min(grounded[True]) > max(grounded[False])
 
 
 def test_all_topics_and_fields_occur_evenly(data: tuple[Path, Manifest]) -> None:
