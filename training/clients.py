@@ -18,10 +18,10 @@ from typing import Any, Literal, TypeVar
 
 import grpc
 import numpy as np
-from safetensors.torch import save
 from torch import Tensor
 
 from steersman.errors import CancelledError, ConflictError, SteersmanError, UnavailableError, from_grpc
+from steersman.nn.serialize import to_safetensors
 from steersman.rpc.client import open_channel, wait_ready
 from steersman.rpc.wire import pack_rows, unpack_rows
 from steersman.v1 import (
@@ -76,7 +76,7 @@ class WeightsPayload:
     def of(
         kind: Literal["full", "lora"], tensors: dict[str, Tensor], adapter_config: dict[str, Any] | None = None
     ) -> WeightsPayload:
-        data = save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
+        data = to_safetensors(tensors)
         return WeightsPayload(kind, data, hashlib.sha256(data).hexdigest(), adapter_config)
 
 
