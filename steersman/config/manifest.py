@@ -117,28 +117,35 @@ class Optimizer(FrozenModel):
     """Gradient clipping by global norm."""
 
 
-class SftStage(FrozenModel):
-    """Supervised fine-tuning through TRL, the loss on assistant tokens only."""
+class SupervisedStage(FrozenModel):
+    """What every stage that TRL trains on rows of a data file has in common."""
 
     lora: Lora | None = Lora()
     """None (`null`): full fine-tuning."""
-    optimizer: Optimizer = Optimizer(learning_rate=4e-4)
+    optimizer: Optimizer = Optimizer(learning_rate=2e-4)
     """AdamW."""
     epochs: PositiveFloat = 1.0
     """Passes over the data."""
     max_steps: Positive | None = None
     """Ends earlier."""
     batch_size: Positive = 16
-    """Conversations an optimizer step."""
+    """Rows an optimizer step."""
     micro_batch_size: Positive = 8
-    """Conversations a forward pass."""
+    """Rows a forward pass."""
     max_length: Positive = 1024
     """Longer conversations are refused, never cut silently."""
     gradient_checkpointing: bool = False
     """Trades time for memory."""
 
 
-class RewardModelStage(FrozenModel):
+class SftStage(SupervisedStage):
+    """Supervised fine-tuning through TRL, the loss on assistant tokens only."""
+
+    optimizer: Optimizer = Optimizer(learning_rate=4e-4)
+    """AdamW."""
+
+
+class RewardModelStage(SupervisedStage):
     """Reward model through TRL with the pairwise ranking loss."""
 
     name: str = "preference"
@@ -159,22 +166,8 @@ class RewardModelStage(FrozenModel):
     """Number of models trained with different seeds."""
     ensemble_mode: Literal["mean", "worst"] = "mean"
     """How an ensemble's values become one reward."""
-    lora: Lora | None = Lora()
-    """None (`null`): full fine-tuning."""
     optimizer: Optimizer = Optimizer(learning_rate=5e-4)
     """AdamW."""
-    epochs: PositiveFloat = 1.0
-    """Passes over the data."""
-    max_steps: Positive | None = None
-    """Ends earlier."""
-    batch_size: Positive = 16
-    """Pairs an optimizer step."""
-    micro_batch_size: Positive = 8
-    """Pairs a forward pass."""
-    max_length: Positive = 1024
-    """Longer conversations are refused."""
-    gradient_checkpointing: bool = False
-    """Trades time for memory."""
 
     @model_validator(mode="after")
     def _check(self) -> RewardModelStage:
@@ -380,7 +373,7 @@ class RejectionSamplingStage(FrozenModel):
     """Share of a round that may lack a reward before the run pauses."""
 
 
-class DpoStage(FrozenModel):
+class DpoStage(SupervisedStage):
     """Direct preference optimization through TRL (Rafailov et al. 2023) and its variants."""
 
     loss: Literal["sigmoid", "ipo", "robust", "hinge"] = "sigmoid"
@@ -389,22 +382,8 @@ class DpoStage(FrozenModel):
     """Strength of the pull to the reference."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of flipped labels that `robust` assumes."""
-    lora: Lora | None = Lora()
-    """None (`null`): full fine-tuning."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-4)
     """AdamW."""
-    epochs: PositiveFloat = 1.0
-    """Passes over the data."""
-    max_steps: Positive | None = None
-    """Ends earlier."""
-    batch_size: Positive = 16
-    """Pairs an optimizer step."""
-    micro_batch_size: Positive = 8
-    """Pairs a forward pass."""
-    max_length: Positive = 1024
-    """Longer conversations are refused."""
-    gradient_checkpointing: bool = False
-    """Trades time for memory."""
 
     @model_validator(mode="after")
     def _check(self) -> DpoStage:
@@ -415,7 +394,7 @@ class DpoStage(FrozenModel):
         return self
 
 
-class KtoStage(FrozenModel):
+class KtoStage(SupervisedStage):
     """Kahneman-Tversky optimization through TRL (Ethayarajh et al. 2024) for thumbs up and down."""
 
     beta: PositiveFloat = 0.1
@@ -424,22 +403,8 @@ class KtoStage(FrozenModel):
     """Weight of the answers with thumbs up."""
     undesirable_weight: PositiveFloat = 1.0
     """Weight of the answers with thumbs down."""
-    lora: Lora | None = Lora()
-    """None (`null`): full fine-tuning."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-4)
     """AdamW."""
-    epochs: PositiveFloat = 1.0
-    """Passes over the data."""
-    max_steps: Positive | None = None
-    """Ends earlier."""
-    batch_size: Positive = 16
-    """Rows an optimizer step."""
-    micro_batch_size: Positive = 8
-    """Rows a forward pass."""
-    max_length: Positive = 1024
-    """Longer conversations are refused."""
-    gradient_checkpointing: bool = False
-    """Trades time for memory."""
 
 
 class EvaluateStage(FrozenModel):
