@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from services.policy.engine import Engine, GenerationRequest, SampleFinished, TokenEvent
 from steersman.errors import FailedPreconditionError, InvalidArgumentError
+from steersman.rpc.wire import append_response
 from steersman.v1 import common_pb2
 from steersman.v1 import policy_pb2 as pb
 
@@ -47,13 +49,16 @@ class ChatFormat:
         if self.tokenizer.chat_template is None:
             raise FailedPreconditionError("the model has no chat template; use the completions API or another model")
         tools = json.loads(request.tools_json) if request.tools_json else None
-        ids = self.tokenizer.apply_chat_template(
-            [_plain(message) for message in request.messages],
-            tools=tools,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [_plain(message) for message in request.messages],
+                tools=tools,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidArgumentError(f"messages do not fit the model's chat template: {error}") from None
         return np.asarray(ids, dtype=np.int32)
 
     def text_of(self, token_id: int) -> str:
@@ -67,7 +72,7 @@ def _plain(message: common_pb2.Message) -> dict[str, Any]:
             {
                 "id": call.id,
                 "type": "function",
-                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+                "function": {"name": call.name, "arguments": _arguments(call.arguments)},
             }
             for call in message.tool_calls
         ]
@@ -76,6 +81,14 @@ def _plain(message: common_pb2.Message) -> dict[str, Any]:
     if message.name:
         plain["name"] = message.name
     return plain
+
+
+def _arguments(text: str) -> Any:
+    """The arguments of a call as templates want them; a model may have written what is not JSON."""
+    try:
+        return json.loads(text or "{}")
+    except ValueError:
+        return text
 
 
 @dataclass
@@ -88,6 +101,8 @@ class TextStream:
 
     tokenizer: Any
     stop: Sequence[str] = ()
+    hold: str = ""
+    """From this text on everything is held back until the end; empty: nothing is."""
     ids: list[int] = field(default_factory=list)
     text: str = ""
     """Everything decoded, stop texts excluded."""
@@ -129,8 +144,11 @@ class TextStream:
         elif final:
             end = len(self.text)
         else:
-            end = len(self.text) - max((_overlap(self.text, stop) for stop in self.stop), default=0)
-        delta = self.text[self.sent : end]
+            marks = [*self.stop, self.hold] if self.hold else self.stop
+            end = len(self.text) - max((_overlap(self.text, mark) for mark in marks), default=0)
+            if self.hold and (begin := self.text.find(self.hold, max(0, self.sent - len(self.hold)))) >= 0:
+                end = min(end, begin)
+        delta = self.text[self.sent : max(self.sent, end)]
         self.sent = max(self.sent, end)
         return delta
 
@@ -175,7 +193,10 @@ async def answer(
         stream=True,
         constraint=constraint,
     )
-    streams = [TextStream(chat.tokenizer, tuple(request.stop)) for _ in range(count)]
+    # What may become a tool call is no text of the answer.
+    hold = "<tool_call>" if request.tools_json else ""
+    streams = [TextStream(chat.tokenizer, tuple(request.stop), hold) for _ in range(count)]
+    held: dict[int, pb.PolicyServiceChatResponse] = {}
     ended: set[int] = set()
     async for event in events_of(engine, generation):
         if not isinstance(event, (TokenEvent, SampleFinished)) or event.sample_index in ended:
@@ -193,7 +214,10 @@ async def answer(
                 weights_version=event.weights_version,
             )
             if not stream.stopped:
-                yield response
+                if request.whole:
+                    held[index] = append_response(held.get(index), response)
+                else:
+                    yield response
                 continue
             response.finish_reason = common_pb2.FINISH_REASON_STOP
         else:
@@ -209,9 +233,10 @@ async def answer(
                 response.finish_reason = common_pb2.FINISH_REASON_STOP
         if request.tools_json and (calls := parse_tool_calls(stream.text)):
             response.tool_calls.extend(calls)
+            response.delta = _TOOL_CALL.sub("", response.delta).rstrip()
             response.finish_reason = common_pb2.FINISH_REASON_TOOL_CALLS
         ended.add(index)
-        yield response
+        yield append_response(held.pop(index, None), response)
         if len(ended) == count:
             return
 

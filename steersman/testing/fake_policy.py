@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 
 from steersman.rpc.server import Server, ServerConfig
+from steersman.rpc.wire import append_response
 from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 
 SERVICE_NAME = "steersman.v1.PolicyService"
@@ -91,6 +92,7 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
     ) -> AsyncIterator[policy_pb2.PolicyServiceChatResponse]:
         replies = [_script(self.reply(request), request, i) for i in range(max(request.n, 1))]
         prompt_tokens = len(request.prompt.split()) + sum(len(m.content.split()) for m in request.messages)
+        unsent: dict[int, policy_pb2.PolicyServiceChatResponse] = {}
         for position in range(max(len(words) for words, _, _ in replies) + 1):
             if self.fail_after_tokens == position:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the fake policy went away")
@@ -110,6 +112,10 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
                 if position == len(words):
                     response.finish_reason = finish
                     response.tool_calls.extend(calls)
+                if request.whole:
+                    response = unsent[choice] = append_response(unsent.get(choice), response)
+                    if position < len(words):
+                        continue
                 yield response
 
 

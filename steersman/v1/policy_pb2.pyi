@@ -38,7 +38,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, prompt_index: _Optional[int] = ..., sample_index: _Optional[int] = ..., token_ids: _Optional[_Union[_common_pb2.RaggedTensor, _Mapping]] = ..., logprobs: _Optional[_Union[_common_pb2.RaggedTensor, _Mapping]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., weights_versions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PolicyServiceChatRequest(_message.Message):
-    __slots__ = ("messages", "sampling", "n", "stop", "tools_json", "json_schema", "top_logprobs", "prompt")
+    __slots__ = ("messages", "sampling", "n", "stop", "tools_json", "json_schema", "top_logprobs", "prompt", "whole")
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class PolicyServiceChatRequest(_message.Message):
     JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     messages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Message]
     sampling: _common_pb2.SamplingParams
     n: int
@@ -55,7 +56,8 @@ class PolicyServiceChatRequest(_message.Message):
     json_schema: str
     top_logprobs: int
     prompt: str
-    def __init__(self, messages: _Optional[_Iterable[_Union[_common_pb2.Message, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., tools_json: _Optional[str] = ..., json_schema: _Optional[str] = ..., top_logprobs: _Optional[int] = ..., prompt: _Optional[str] = ...) -> None: ...
+    whole: bool
+    def __init__(self, messages: _Optional[_Iterable[_Union[_common_pb2.Message, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., tools_json: _Optional[str] = ..., json_schema: _Optional[str] = ..., top_logprobs: _Optional[int] = ..., prompt: _Optional[str] = ..., whole: bool = ...) -> None: ...
 
 class PolicyServiceChatResponse(_message.Message):
     __slots__ = ("choice_index", "delta", "tokens", "finish_reason", "tool_calls", "prompt_tokens", "completion_tokens", "weights_version")
