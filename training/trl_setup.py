@@ -9,20 +9,21 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import trl.trainer.utils
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from steersman.artifacts import storage_errors
-from steersman.config.manifest import Lora, Optimizer
+from steersman.config.manifest import SupervisedStage
 from steersman.data.records import Row, display_name, parse_row, read_lines
-from steersman.errors import DataError, FailedPreconditionError
+from steersman.errors import ConfigError, DataError, FailedPreconditionError
 from steersman.nn.load import disable_dropout, load_causal_lm, load_tokenizer, quiet_libraries
 from steersman.nn.lora import attach_lora, merge_to_folder, quantization, save_adapter, save_model
 from steersman.nn.prepare import check_tokenizer_matches
@@ -34,25 +35,6 @@ CHECKPOINT_SECONDS = 30.0
 """Work that a killed stage repeats at most, give or take a step."""
 
 RowT = TypeVar("RowT", bound=Row)
-
-
-class TrlStage(Protocol):
-    """The fields that every stage trained by TRL has; see the manifest."""
-
-    @property
-    def lora(self) -> Lora | None: ...
-    @property
-    def optimizer(self) -> Optimizer: ...
-    @property
-    def epochs(self) -> float: ...
-    @property
-    def max_steps(self) -> int | None: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def micro_batch_size(self) -> int: ...
-    @property
-    def gradient_checkpointing(self) -> bool: ...
 
 
 def numbered_rows(path: Path, row_type: type[RowT]) -> Iterator[tuple[str, RowT]]:
@@ -82,7 +64,7 @@ class Start:
     stop_ids: list[int]
 
 
-def start_causal(folder: Path, spec: TrlStage, ctx: StageContext) -> Start:
+def start_causal(folder: Path, spec: SupervisedStage, ctx: StageContext) -> Start:
     """Loads the policy in fp32, with an adapter where the stage has one."""
     quiet_libraries()
     tokenizer = load_tokenizer(folder)
@@ -92,7 +74,7 @@ def start_causal(folder: Path, spec: TrlStage, ctx: StageContext) -> Start:
     return Start(folder, prepare(model, spec, ctx.seed), tokenizer, stops)
 
 
-def prepare(model: PreTrainedModel, spec: TrlStage, seed: int) -> nn.Module:
+def prepare(model: PreTrainedModel, spec: SupervisedStage, seed: int) -> nn.Module:
     """Adapter (its start drawn from `seed`) and the trunk without padding."""
     set_seed(seed)
     trained: nn.Module = model if spec.lora is None else attach_lora(model, spec.lora)
@@ -102,17 +84,23 @@ def prepare(model: PreTrainedModel, spec: TrlStage, seed: int) -> nn.Module:
     return trained
 
 
-def options(spec: TrlStage, ctx: StageContext, seed: int | None = None) -> dict[str, Any]:
+def options(spec: SupervisedStage, ctx: StageContext, seed: int | None = None) -> dict[str, Any]:
     """Arguments of `transformers.TrainingArguments` that do not depend on the method."""
-    micro = min(spec.micro_batch_size, spec.batch_size)
-    if spec.batch_size % micro:
-        micro = math.gcd(spec.batch_size, micro)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if spec.batch_size % ranks:
+        raise ConfigError(
+            f"batchSize is {spec.batch_size}, which {ranks} trainer.workers cannot share; make it a multiple"
+        )
+    share = spec.batch_size // ranks
+    micro = min(spec.micro_batch_size, share)
+    if share % micro:
+        micro = math.gcd(share, micro)
     schedule = {"constant": "constant_with_warmup"}.get(spec.optimizer.schedule, spec.optimizer.schedule)
     return {
         "output_dir": str(checkpoint_dir(ctx)),
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": spec.batch_size // micro,
+        "gradient_accumulation_steps": share // micro,
         "num_train_epochs": spec.epochs,
         "max_steps": spec.max_steps or -1,
         "learning_rate": spec.optimizer.learning_rate,
@@ -121,6 +109,8 @@ def options(spec: TrlStage, ctx: StageContext, seed: int | None = None) -> dict[
         "weight_decay": spec.optimizer.weight_decay,
         "max_grad_norm": spec.optimizer.max_grad_norm,
         "optim": "adamw_torch_fused",
+        "fsdp": True if ranks > 1 else None,
+        "fsdp_config": {"version": 2, "reshard_after_forward": True} if ranks > 1 else None,
         "gradient_checkpointing": spec.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if spec.gradient_checkpointing else None,
         "bf16": ctx.precision == "bf16",
@@ -210,7 +200,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def finish_causal(start: Start, spec: TrlStage, ctx: StageContext) -> dict[str, Path]:
+def finish_causal(start: Start, spec: SupervisedStage, ctx: StageContext) -> dict[str, Path]:
     """Writes `model` (plain folder) and, of LoRA, `adapter`; returns them by name."""
     artifacts = {"model": ctx.stage_dir / "model"}
     with_adapter = spec.lora is not None
