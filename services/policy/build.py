@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from pathlib import Path
 
 from services.policy.chat import ChatFormat
@@ -49,4 +51,25 @@ def build_engine(config: PolicyConfig) -> Engine:
         if config.engine_url is None:
             raise ConfigError("engineUrl is missing; set the address of the TGI server")
         return TgiEngine(config.engine_url, model_folder(config), name=config.model_name)
-    raise ConfigError(f"engine {config.engine} is not available in this build; use transformers")
+    try:
+        from services.policy.engines.vllm_engine import VllmEngine
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"engine vllm is not in this installation ({error.name} is missing); use transformers"
+        ) from None
+    return VllmEngine(
+        model_folder(config),
+        name=config.model_name,
+        precision=config.precision,
+        device=config.device,
+        threads=config.threads,
+        max_context=config.max_context,
+        kv_cache_tokens=config.kv_cache_tokens,
+        on_death=_stop_process,
+        **config.vllm.model_dump(),
+    )
+
+
+def _stop_process() -> None:
+    """Ends the service as Kubernetes does, so that it is started again."""
+    os.kill(os.getpid(), signal.SIGTERM)

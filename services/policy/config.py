@@ -6,7 +6,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from steersman.config.base import FrozenModel
 from steersman.rpc.server import ServerConfig
+
+
+class VllmOptions(FrozenModel):
+    """Only for the engine `vllm`."""
+
+    max_running: Annotated[int, Field(gt=0)] = 256
+    """Samples generated at the same time."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that vLLM may take."""
+    tensor_parallel: Annotated[int, Field(gt=0)] = 1
+    """GPUs that one copy of the model is split over."""
+    eager: bool = False
+    """No compilation and no CUDA graphs: starts sooner, generates slower."""
+    lora: Literal["auto", "adapter", "merge"] = "auto"
+    """What a LoRA update becomes: an adapter of vLLM, under a new name for every version, or merged full weights.
+    `auto`: an adapter on a GPU, merged on a CPU."""
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
+    """Largest rank of an adapter."""
 
 
 class PolicyConfig(ServerConfig):
@@ -32,6 +51,8 @@ class PolicyConfig(ServerConfig):
     """Longest prompt plus answer; None: the model's."""
     kv_cache_tokens: Annotated[int, Field(gt=0)] = 16_384
     """Tokens that the KV cache holds; samples beyond it wait."""
+    vllm: VllmOptions = VllmOptions()
+    """Settings of the engine `vllm`."""
     max_upload_bytes: Annotated[int, Field(gt=0)] = 64 * 1024**3
     """Largest weights payload that is accepted."""
     artifact_urls: list[str] = []

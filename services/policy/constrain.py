@@ -12,13 +12,37 @@ import llguidance.numpy
 import numpy as np
 
 from steersman.errors import InvalidArgumentError
-from steersman.generation import EngineInfo, TokenConstraint
+from steersman.generation import EngineInfo
 
 _TOKENIZERS: dict[int, llguidance.LLTokenizer] = {}
 
 
-def json_constraint(tokenizer: Any, schema: str, info: EngineInfo) -> TokenConstraint:
-    """A constraint that admits exactly the texts that satisfy the schema, then the end of the answer.
+class JsonConstraint:
+    """Admits exactly the texts that satisfy a schema, then the end of the answer; a `TokenConstraint`.
+
+    An engine whose sampling is out of reach takes `json_schema` instead.
+    """
+
+    def __init__(self, json_schema: str, grammar: str, vocabulary: llguidance.LLTokenizer, vocab_size: int) -> None:
+        self.json_schema = json_schema
+        self._grammar = grammar
+        self._vocabulary = vocabulary
+        self._vocab_size = vocab_size
+        self._matchers: dict[tuple[int, int], tuple[llguidance.LLMatcher, int]] = {}
+
+    def __call__(self, prompt_index: int, sample_index: int, token_ids: Sequence[int]) -> np.ndarray:
+        key = (prompt_index, sample_index)
+        matcher, consumed = self._matchers.get(key) or (llguidance.LLMatcher(self._vocabulary, self._grammar), 0)
+        matcher.consume_tokens(list(token_ids[consumed:]))
+        self._matchers[key] = (matcher, len(token_ids))
+        bitmask = llguidance.numpy.allocate_token_bitmask(1, self._vocab_size)
+        llguidance.numpy.fill_next_token_bitmask(matcher, bitmask, 0)
+        bits = np.unpackbits(bitmask.view(np.uint8), bitorder="little")[: self._vocab_size]
+        return bits.astype(bool)
+
+
+def json_constraint(tokenizer: Any, schema: str, info: EngineInfo) -> JsonConstraint:
+    """The constraint of a schema.
 
     Raises InvalidArgumentError when the schema is not valid JSON or uses what cannot be constrained.
     """
@@ -36,16 +60,4 @@ def json_constraint(tokenizer: Any, schema: str, info: EngineInfo) -> TokenConst
     problem = llguidance.LLMatcher.validate_grammar(grammar, vocabulary)
     if problem:
         raise InvalidArgumentError(f"json_schema cannot be used ({problem}); simplify it")
-    matchers: dict[tuple[int, int], tuple[llguidance.LLMatcher, int]] = {}
-
-    def constraint(prompt_index: int, sample_index: int, token_ids: Sequence[int]) -> np.ndarray | None:
-        key = (prompt_index, sample_index)
-        matcher, consumed = matchers.get(key) or (llguidance.LLMatcher(vocabulary, grammar), 0)
-        matcher.consume_tokens(list(token_ids[consumed:]))
-        matchers[key] = (matcher, len(token_ids))
-        bitmask = llguidance.numpy.allocate_token_bitmask(1, info.vocab_size)
-        llguidance.numpy.fill_next_token_bitmask(matcher, bitmask, 0)
-        bits = np.unpackbits(bitmask.view(np.uint8), bitorder="little")[: info.vocab_size]
-        return bits.astype(bool)
-
-    return constraint
+    return JsonConstraint(schema, grammar, vocabulary, info.vocab_size)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from steersman.errors import ConfigError, SteersmanError
 
@@ -49,9 +49,9 @@ def track(method: str) -> Iterator[None]:
         REQUESTS.labels(method, code).inc()
 
 
-def serve_metrics(host: str, port: int) -> None:
+def serve_metrics(host: str, port: int, registry: CollectorRegistry = REGISTRY) -> None:
     """Answers Prometheus on a thread; ConfigError when the port is taken."""
     try:
-        start_http_server(port, host)
+        start_http_server(port, host, registry)
     except OSError:
         raise ConfigError(f"metricsPort: {host}:{port} is in use; choose another port") from None

@@ -1,0 +1,555 @@
+"""vLLM as the engine: its `AsyncLLM` on an event loop of its own, in the engine's thread.
+
+    submit  -> one vLLM request a sample -> events as the samples finish
+    weights -> merged and written to a file -> pause -> weight transfer, caches cleared -> resume
+
+Every sample is a request of its own, so that it has its own seed, ends at its own time and tells its own weights;
+what the samples of a prompt share comes out of vLLM's prefix cache. The loop here only hands events over: vLLM
+computes in processes of its own.
+
+A pause keeps the running samples: they go on with the new weights, and vLLM computes their keys and values again.
+Adapters (`lora`) need no pause: every version is an adapter with a name of its own. It serves the samples that come
+later; those that run end with the adapter they began with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from transformers import AutoConfig, GenerationConfig
+
+from services.policy.engines.hardware import Precision
+from services.policy.engines.sampling import stream_key
+from services.policy.engines.vllm_weights import Checkpoint, Plan, save_adapter
+from steersman.errors import (
+    ConfigError,
+    InternalError,
+    InvalidArgumentError,
+    SteersmanError,
+    UnavailableError,
+)
+from steersman.generation import (
+    EngineInfo,
+    Event,
+    FinishReason,
+    GenerationRequest,
+    RequestFailed,
+    SampleFinished,
+    TokenEvent,
+    WeightsUpdate,
+)
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+logger = logging.getLogger(__name__)
+
+LOGPROBS_NOTE = (
+    "float32 natural logarithm of the distribution that was sampled from: after temperature, top-k, top-p, minimum "
+    "length and token constraints (temperature 0: of the untempered distribution)"
+)
+_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
+_RUNNING_ADAPTERS = 2
+"""The one in use, and the one that running samples began with."""
+_T = TypeVar("_T")
+
+
+@dataclass(eq=False)
+class _Request:
+    handle: int
+    request: GenerationRequest
+    on_event: Callable[[Event], None]
+    adapter: LoRARequest | None
+    running: set[str] = field(default_factory=set)
+    """vLLM's ids of the samples that have not ended."""
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    cancelled: bool = False
+    ended: bool = False
+
+
+class VllmEngine:
+    """See `services.policy.engine.Engine`.
+
+    The random numbers of a sample do not depend on its neighbours; its logits do in the last bits, because kernels
+    round by batch size.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        name: str = "policy",
+        precision: Precision = "auto",
+        device: str = "auto",
+        threads: int = 0,
+        max_context: int | None = None,
+        max_running: int = 256,
+        kv_cache_tokens: int = 16_384,
+        memory_share: float = 0.9,
+        tensor_parallel: int = 1,
+        eager: bool = False,
+        lora: Literal["auto", "adapter", "merge"] = "auto",
+        max_lora_rank: int = 64,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            model: folder of a causal language model, in safetensors.
+            name: what `info` reports.
+            precision: "auto" takes the checkpoint's.
+            device: "auto", "cpu" or "cuda"; it must be that of the installed vLLM.
+            threads: CPU threads; 0: all cores. Without meaning on a GPU.
+            max_context: longest prompt plus response in tokens; None: the model's. It is at most `kv_cache_tokens`.
+            max_running: samples generated at the same time.
+            kv_cache_tokens: tokens that the cache holds for all running samples; it bounds the memory.
+            memory_share: of a GPU's memory that vLLM may take.
+            tensor_parallel: GPUs that one copy of the model is split over.
+            eager: no compilation and no CUDA graphs; starts sooner, generates slower.
+            lora: what an adapter becomes. "adapter": a vLLM adapter; "merge": new full weights; "auto": "adapter" on
+                a GPU, "merge" on a CPU, where vLLM computes adapters 9 times slower.
+            max_lora_rank: largest rank of a vLLM adapter.
+            on_death: called once from the engine's thread when vLLM's processes have died: the engine is of no use
+                any more.
+        """
+        self._model = model
+        self._name = name
+        self._precision = precision
+        self._device = device
+        self._threads = threads
+        self._max_context = max_context
+        self._max_running = max_running
+        self._kv_cache_tokens = kv_cache_tokens
+        self._memory_share = memory_share
+        self._tensor_parallel = tensor_parallel
+        self._eager = eager
+        self._lora = lora
+        self._max_lora_rank = max_lora_rank
+        self._on_death: Callable[[], None] | None = on_death
+        self._lock = threading.Lock()
+        self._loading = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._requests: dict[int, _Request] = {}
+        self._next_handle = 0
+        self._version = 0
+        self._adapter: LoRARequest | None = None
+        self._adapter_users: Counter[int] = Counter()
+
+    def start(self) -> None:
+        _set_environment(self._threads)
+        from vllm.platforms import current_platform
+
+        found = "cpu" if current_platform.is_cpu() else "cuda"
+        if self._device not in ("auto", found):
+            raise ConfigError(
+                f"device is {self._device}, the installed vLLM computes on {found}; install the other one"
+            )
+        self._device = found
+        if self._lora == "auto":
+            self._lora = "merge" if found == "cpu" else "adapter"
+        config = AutoConfig.from_pretrained(self._model).get_text_config()
+        self._vocab: int = config.vocab_size
+        self._context: int = min(
+            self._max_context or config.max_position_embeddings, config.max_position_embeddings, self._kv_cache_tokens
+        )
+        self._eos = _eos_token_ids(self._model, config)
+        self._scratch = Path(tempfile.mkdtemp(prefix="vllm-weights-"))
+        loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, args=(loop,), name="vllm-engine", daemon=True)
+        self._thread.start()
+        try:
+            self._llm, self._load = asyncio.run_coroutine_threadsafe(self._start(), loop).result()
+        except Exception as error:
+            self._stop(loop)
+            raise ConfigError(f"vLLM cannot serve '{self._model}': {error}") from error
+        self._dtype: torch.dtype = self._llm.model_config.dtype
+        self._checkpoint = Checkpoint(self._model, self._scratch, self._dtype, tied=config.tie_word_embeddings)
+        with self._lock:
+            self._loop = loop
+
+    async def _start(self) -> tuple[AsyncLLM, Any]:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from services.policy.engines.vllm_load import Load
+
+        load = Load()
+        llm = AsyncLLM.from_engine_args(self._arguments(), stat_loggers=[load.logger])
+        await llm.get_supported_tasks()  # kept from now on: adding a request does not wait for it
+        await llm.update_weight_version("0")
+        return llm, load
+
+    def _arguments(self) -> Any:
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        cpu = self._device == "cpu"
+        block = 32 if cpu else 16
+        return AsyncEngineArgs(
+            model=str(self._model),
+            dtype=_DTYPES[self._precision],  # type: ignore[arg-type]
+            generation_config="vllm",
+            max_model_len=self._context,
+            max_num_seqs=self._max_running,
+            block_size=block,
+            num_gpu_blocks_override=-(-self._kv_cache_tokens // block) + 1,
+            gpu_memory_utilization=self._memory_share,
+            # The number of blocks decides; but without any size the CPU build takes a share of the machine.
+            kv_cache_memory_bytes=1 << 20 if cpu else None,
+            enable_prefix_caching=True,
+            tensor_parallel_size=self._tensor_parallel,
+            enforce_eager=self._eager,
+            enable_lora=self._lora == "adapter",
+            max_lora_rank=self._max_lora_rank,
+            max_loras=_RUNNING_ADAPTERS,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend="safetensors_files"),
+            worker_extension_cls="services.policy.engines.vllm_transfer.WorkerExtension",
+        )
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        loop.run_forever()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+    def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_soon_threadsafe(loop.stop)
+        if self._thread is not None:
+            self._thread.join()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def close(self) -> None:
+        with self._lock:
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            asyncio.run_coroutine_threadsafe(self._end_all(), loop).result()
+            self._stop(loop)
+
+    async def _end_all(self) -> None:
+        error = UnavailableError("the engine was closed before the request ended; send it again")
+        for one in list(self._requests.values()):
+            tasks = list(one.tasks)
+            self._fail(one, error)
+            await asyncio.gather(*tasks, return_exceptions=True)
+        self._llm.shutdown()
+
+    def info(self) -> EngineInfo:
+        unfinished = sum(len(one.running) for one in list(self._requests.values()))
+        waiting = min(max(self._load.waiting, unfinished - self._max_running, 0), unfinished)
+        return EngineInfo(
+            engine="vllm",
+            model=self._name,
+            vocab_size=self._vocab,
+            max_context=self._context,
+            eos_token_ids=tuple(sorted(self._eos)),
+            dtype=str(self._dtype).removeprefix("torch."),
+            device=self._device,
+            weights_version=self._version,
+            running=unfinished - waiting,
+            waiting=waiting,
+            logprobs_note=LOGPROBS_NOTE,
+            details=self._load.details,
+        )
+
+    def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> int:
+        request.check(self._vocab, self._context)
+        if request.constraint is not None and getattr(request.constraint, "json_schema", None) is None:
+            raise InvalidArgumentError(
+                "the vllm engine knows only constraints by JSON schema; use the transformers engine for others"
+            )
+        with self._lock:
+            if self._loop is None:
+                raise UnavailableError("the engine is closed; send the request to another replica")
+            self._next_handle += 1
+            handle = self._next_handle
+            self._loop.call_soon_threadsafe(self._begin, handle, request, on_event)
+        return handle
+
+    def cancel(self, handle: int) -> None:
+        with self._lock:
+            if self._loop is not None:
+                asyncio.run_coroutine_threadsafe(self._cancel(handle), self._loop)
+
+    def load_weights(self, update: WeightsUpdate) -> float:
+        with self._loading:
+            if update.kind == "lora" and self._lora == "adapter":
+                return self._load_adapter(update)
+            return self._wait_for_swap(self._checkpoint.after(update), update.version, None)
+
+    def _load_adapter(self, update: WeightsUpdate) -> float:
+        """An adapter lies on the weights of the start: these come back first when others are in place."""
+        from vllm.lora.request import LoRARequest
+
+        folder = self._scratch / f"adapter-{update.version}"
+        save_adapter(folder, update)
+        adapter = LoRARequest(f"version-{update.version}", update.version, str(folder))
+        if self._checkpoint.now is not self._checkpoint.start:
+            return self._wait_for_swap(self._checkpoint.start, update.version, adapter)
+        return self._wait(self._use_adapter(adapter, update.version))
+
+    def _wait_for_swap(self, plan: Plan, version: int, adapter: LoRARequest | None) -> float:
+        try:
+            return self._wait(self._swap(plan, version, adapter))
+        finally:
+            self._checkpoint.discard()
+
+    def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Runs a coroutine on the engine's thread."""
+        with self._lock:
+            if self._loop is None:
+                work.close()
+                raise UnavailableError("the engine is closed; start it before loading weights")
+            running = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return running.result()
+
+    # On the event loop.
+
+    async def _swap(self, plan: Plan, version: int, adapter: LoRARequest | None) -> float:
+        """Full weights for every sample, running ones included; samples with an adapter end before."""
+        await self._llm.pause_generation(mode="wait" if self._adapter_users.total() else "keep", clear_cache=True)
+        start = perf_counter()
+        try:
+            try:
+                await self._transfer(plan)
+            except Exception as error:
+                await self._transfer(self._checkpoint.now)
+                raise _translate(error) from error
+            self._checkpoint.commit(plan)
+            await self._llm.update_weight_version(str(version))
+            self._version = version
+            await self._use_adapter(adapter, version)
+        finally:
+            await self._llm.resume_generation()
+        return perf_counter() - start
+
+    async def _transfer(self, plan: Plan) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"files": plan.files()}))
+        await self._llm.finish_weight_update()
+
+    async def _use_adapter(self, adapter: LoRARequest | None, version: int) -> float:
+        start = perf_counter()
+        if adapter is not None:
+            try:
+                await self._llm.add_lora(adapter)
+            except Exception as error:
+                shutil.rmtree(adapter.lora_path, ignore_errors=True)
+                raise InvalidArgumentError(
+                    f"vLLM cannot use the adapter ({error}); send full weights or set lora: merge"
+                ) from error
+        before, self._adapter, self._version = self._adapter, adapter, version
+        if before is not None:
+            await self._forget_adapter(before)
+        return perf_counter() - start
+
+    async def _forget_adapter(self, adapter: LoRARequest) -> None:
+        """Frees an adapter that is not in use any more, once no running sample needs it."""
+        if not self._adapter_users[adapter.lora_int_id]:
+            del self._adapter_users[adapter.lora_int_id]
+            await self._llm.remove_lora(adapter.lora_int_id)
+            shutil.rmtree(adapter.lora_path, ignore_errors=True)
+
+    def _begin(self, handle: int, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
+        one = _Request(handle, request, on_event, self._adapter)
+        self._requests[handle] = one
+        if one.adapter is not None:
+            self._adapter_users[one.adapter.lora_int_id] += 1
+        for prompt_index in range(len(request.prompts)):
+            for sample_index in range(request.n):
+                vllm_id = f"{handle}-{prompt_index}-{sample_index}"
+                one.running.add(vllm_id)
+                task = asyncio.get_running_loop().create_task(self._sample(one, vllm_id, prompt_index, sample_index))
+                one.tasks.add(task)
+                task.add_done_callback(one.tasks.discard)
+
+    async def _end(self, one: _Request) -> None:
+        del self._requests[one.handle]
+        if one.adapter is not None:
+            self._adapter_users[one.adapter.lora_int_id] -= 1
+            if one.adapter is not self._adapter:
+                await self._forget_adapter(one.adapter)
+
+    async def _cancel(self, handle: int) -> None:
+        one = self._requests.get(handle)
+        if one is not None:
+            one.cancelled = True
+            await self._llm.abort(list(one.running))
+
+    def _fail(self, one: _Request, error: SteersmanError) -> None:
+        """Ends the request with one error; its other samples are dropped."""
+        if not one.ended:
+            one.ended = True
+            _deliver(one, RequestFailed(error))
+        for task in one.tasks:
+            task.cancel()
+
+    async def _sample(self, one: _Request, vllm_id: str, prompt_index: int, sample_index: int) -> None:
+        sample = _Sample(one, prompt_index, sample_index)
+        try:
+            if not one.cancelled:
+                await self._generate(one, vllm_id, sample)
+            one.running.discard(vllm_id)
+            if not one.ended:
+                _deliver(one, sample.finished())
+        except Exception as error:
+            if self._llm.errored:
+                self._died()
+            self._fail(one, _translate(error))
+        finally:
+            one.running.discard(vllm_id)
+            if not one.running:
+                await self._end(one)
+
+    async def _generate(self, one: _Request, vllm_id: str, sample: _Sample) -> None:
+        from vllm.inputs.engine import tokens_input
+
+        prompt = one.request.prompts[sample.prompt_index]
+        params = self._sampling_params(one.request, len(prompt), sample)
+        outputs = self._llm.generate(tokens_input(prompt.tolist()), params, vllm_id, lora_request=one.adapter)
+        async with aclosing(outputs) as results:
+            async for result in results:
+                sample.add(result.outputs[0], self._version)
+
+    def _sampling_params(self, request: GenerationRequest, prompt_length: int, sample: _Sample) -> Any:
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        from vllm.sampling_params import SamplingParams as VllmParams
+
+        params = request.params
+        limit = min(params.max_new_tokens, self._context - prompt_length)
+        schema = getattr(request.constraint, "json_schema", None)
+        return VllmParams(
+            max_tokens=limit,
+            min_tokens=min(params.min_new_tokens, limit),
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            seed=int(stream_key(params.seed, sample.prompt_index, sample.sample_index) >> np.uint64(1)),
+            stop_token_ids=sorted(self._eos.union(params.stop_token_ids)),
+            ignore_eos=True,  # they are among the stop tokens
+            logprobs=params.top_logprobs,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
+            structured_outputs=None
+            if schema is None
+            else StructuredOutputsParams(json=schema, disable_any_whitespace=True),
+        )
+
+    def _died(self) -> None:
+        told, self._on_death = self._on_death, None
+        if told is not None:
+            logger.critical("vLLM's processes have died; their log above tells why")
+            told()
+
+
+class _Sample:
+    """One sample, put together from what vLLM sends."""
+
+    def __init__(self, one: _Request, prompt_index: int, sample_index: int) -> None:
+        self.prompt_index = prompt_index
+        self.sample_index = sample_index
+        self._request = one
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._versions: tuple[int, ...] = ()
+        self._reason: FinishReason = "cancelled"
+
+    def add(self, output: CompletionOutput, version: int) -> None:
+        """`version` is that of streamed tokens; the sample itself has the exact spans that vLLM kept."""
+        one = self._request
+        if one.adapter is not None:
+            version = one.adapter.lora_int_id
+        flat: Any = output.logprobs
+        for place, token in enumerate(output.token_ids):
+            # At every position the drawn token comes first, then the alternatives.
+            start, end = flat.start_indices[place], flat.end_indices[place]
+            logprob = flat.logprobs[start]
+            self._token_ids.append(token)
+            self._logprobs.append(logprob)
+            if one.request.stream:
+                top = tuple(zip(flat.token_ids[start + 1 : end], flat.logprobs[start + 1 : end], strict=True))
+                _deliver(one, TokenEvent(self.prompt_index, self.sample_index, token, logprob, version, top))
+        if output.finish_reason is None:
+            return
+        if output.finish_reason in ("stop", "length"):
+            self._reason = "stop" if output.finish_reason == "stop" else "length"
+        elif not one.cancelled:
+            raise InternalError(f"vLLM ended a sample with '{output.finish_reason}'; its log tells why")
+        if not self._token_ids:
+            return
+        spans = [int(span.version) for span in output.weight_versions or ()]
+        self._versions = tuple(spans) if one.adapter is None else (version,)
+
+    def finished(self) -> SampleFinished:
+        return SampleFinished(
+            prompt_index=self.prompt_index,
+            sample_index=self.sample_index,
+            token_ids=np.array(self._token_ids, np.int32),
+            logprobs=np.array(self._logprobs, np.float32),
+            finish_reason=self._reason,
+            weights_versions=self._versions,
+        )
+
+
+def _set_environment(threads: int) -> None:
+    """vLLM takes these only from the environment; what is set there already stays."""
+    cores = sorted(os.sched_getaffinity(0))
+    for name, value in (
+        ("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),  # a fork would copy gRPC's threads in any state
+        ("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores[: threads or len(cores)]))),
+        ("VLLM_NO_USAGE_STATS", "1"),
+        ("VLLM_LOGGING_LEVEL", "WARNING"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def _eos_token_ids(folder: Path, config: Any) -> frozenset[int]:
+    """The generation configuration's end-of-sequence tokens, or else the model configuration's."""
+    try:
+        found = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:
+        found = None
+    found = config.eos_token_id if found is None else found
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, list) else [found])
+
+
+def _translate(error: Exception) -> SteersmanError:
+    from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(error, SteersmanError):
+        return error
+    if isinstance(error, (VLLMClientError, ValueError)):
+        return InvalidArgumentError(f"vLLM refused the request: {error}")
+    if isinstance(error, EngineDeadError):
+        return UnavailableError("vLLM's processes have died; send the request to another replica")
+    logger.error("vLLM failed", exc_info=error)
+    return InternalError(f"vLLM failed: {error}")
+
+
+def _deliver(one: _Request, event: Event) -> None:
+    try:
+        one.on_event(event)
+    except Exception:
+        logger.exception("a callback for engine events raised; the event is lost")

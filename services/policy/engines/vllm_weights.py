@@ -1,0 +1,138 @@
+"""The vLLM engine's weights as files: the checkpoint of the start, and what updates laid over it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from services.policy.engines.weights import Source, WeightStore
+from steersman.errors import InvalidArgumentError, StorageError
+from steersman.generation import WeightsUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which file holds each parameter after an update."""
+
+    paths: Mapping[str, str]
+    """Path by parameter name, as in the checkpoint; all parameters are there."""
+    commit: Callable[[], None]
+    """To be called when the engine uses the weights."""
+
+    def files(self) -> dict[str, list[str]]:
+        """Parameter names by path."""
+        found: dict[str, list[str]] = {}
+        for name, path in self.paths.items():
+            found.setdefault(path, []).append(name)
+        return found
+
+
+class Checkpoint:
+    """An update's changes lie in one file, which goes when no parameter is in it any more."""
+
+    def __init__(self, model: Path, scratch: Path, dtype: torch.dtype, *, tied: bool) -> None:
+        """
+        Args:
+            model: folder with the safetensors of the start; they are mapped, not read.
+            scratch: folder for the files of updates.
+            dtype: what updates are written in, the engine's.
+            tied: whether `lm_head.weight` is another name of the input embedding.
+        """
+        tensors: dict[str, Tensor] = {}
+        start: dict[str, str] = {}
+        for path in sorted(model.glob("*.safetensors")):
+            part = load_file(path)
+            tensors |= part
+            start |= dict.fromkeys(part, str(path))
+        aliases = {}
+        embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), None)
+        if tied and embedding is not None:
+            tensors.pop("lm_head.weight", None)
+            start.pop("lm_head.weight", None)
+            aliases = {"lm_head.weight": embedding}
+        self._scratch = scratch
+        self._parameters = _Parameters(tuple(tensors))
+        self._store = WeightStore(tensors, aliases, dtype)
+        self._store.attach(self._parameters)
+        self._start = Plan(start, lambda: None)
+        self._now = self._start
+
+    @property
+    def now(self) -> Plan:
+        return self._now
+
+    @property
+    def start(self) -> Plan:
+        return self._start
+
+    def after(self, update: WeightsUpdate) -> Plan:
+        """Checks an update, merges an adapter, and writes what changes.
+
+        Raises:
+            InvalidArgumentError: unknown names, wrong shapes, an adapter of a kind that cannot be merged.
+            StorageError: no room.
+        """
+        place = self._store.prepare(update)
+        changed, self._parameters.changed = self._parameters.changed, {}
+        path = self._scratch / f"{update.version}.safetensors"
+        _save(changed, path)
+        return Plan({**self._now.paths, **dict.fromkeys(changed, str(path))}, place)
+
+    def commit(self, plan: Plan) -> None:
+        """The engine uses the weights of the plan."""
+        plan.commit()
+        self._now = plan
+        self.discard()
+
+    def discard(self) -> None:
+        """Removes files that nothing needs, such as those of an update that failed."""
+        needed = set(self._now.paths.values())
+        for path in self._scratch.glob("*.safetensors"):
+            if str(path) not in needed:
+                path.unlink()
+
+
+class _Parameters:
+    """Collects what an update changes; see `services.policy.engines.weights.Holder`."""
+
+    transposed = False
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.changed: dict[str, Tensor] = {}
+        self._sources: tuple[Source, ...] = ()
+
+    def prepare(self, sources: Sequence[Source], dtype: torch.dtype) -> Callable[[], None]:
+        for name, source, before in zip(self.names, sources, self._sources, strict=False):  # none before the first
+            if source is not before:
+                self.changed[name] = torch.empty(source.shape, dtype=dtype)
+                source.into(self.changed[name])
+
+        def place() -> None:
+            self._sources = tuple(sources)
+
+        return place
+
+
+def save_adapter(folder: Path, update: WeightsUpdate) -> None:
+    """Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors."""
+    if update.adapter_config is None:
+        raise InvalidArgumentError("the LoRA update has no adapter_config, send PEFT's adapter_config.json")
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(dict(update.adapter_config)), encoding="utf-8")
+    tensors = {name.replace(".default", ""): tensor.contiguous() for name, tensor in update.tensors.items()}
+    _save(tensors, folder / "adapter_model.safetensors")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise StorageError(f"weights cannot be written to {path.parent} ({error}); free space there") from None
