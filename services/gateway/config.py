@@ -19,6 +19,17 @@ Seconds = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
+class BestOf(FrozenModel):
+    """Several samples of every answer, of which the one with the highest reward is given (rejection sampling)."""
+
+    n: Annotated[int, Field(ge=2, le=32)] = 4
+    """Samples; each costs as many tokens as an answer, and nothing streams before all are there."""
+    reward_endpoints: Annotated[list[str], Field(min_length=1)]
+    """`host:port` of reward services."""
+    reward_seconds: Seconds = 5.0
+    """After this the first sample is the answer."""
+
+
 class PolicyBackend(FrozenModel):
     """Where answers come from."""
 
@@ -37,6 +48,8 @@ class PolicyBackend(FrozenModel):
     """A replica that cannot be reached for this long is skipped."""
     probe_seconds: Seconds = 2.0
     """How often every replica is asked whether it is ready."""
+    best_of: BestOf | None = None
+    """None: one sample is the answer."""
 
 
 class Defaults(FrozenModel):
@@ -142,6 +155,9 @@ class GatewayConfig(FrozenModel):
     """REST port; 0: any free one."""
     grpc_port: Port = 8081
     """gRPC port; 0: any free one."""
+    metrics_port: Port | None = None
+    """Prometheus metrics without a key, for a scraper inside the cluster; None: only `/metrics`, which wants the
+    scope `operate`."""
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")] = "steersman"
     """Name of the model that the gateway serves."""
     model_aliases: list[str] = []

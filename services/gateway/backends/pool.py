@@ -140,4 +140,9 @@ def build_pool(config: GatewayConfig) -> ReplicaPool:
             from services.gateway.backends.tgi import TgiReplica
 
             replicas.append(TgiReplica(endpoint, key, policy.connect_timeout_seconds))
+    if policy.best_of is not None:
+        from services.gateway.backends.best_of import BestOfReplica, RewardJudge
+
+        choose = policy.best_of
+        replicas = [BestOfReplica(replica, choose.n, RewardJudge(choose, policy.tls)) for replica in replicas]
     return ReplicaPool(replicas, policy.probe_seconds)
