@@ -1,10 +1,17 @@
-"""What the gateway adds to an engine that is called directly. `make bench-gateway` writes build/bench/gateway.json.
+"""What the gateway adds to an engine that is called directly.
+
+    python -m benchmarks.gateway [--quick] [--only streams requests idle overload] [--out FILE]
 
 Engine, gateway and client are processes of their own. The engine is `steersman.testing.fake_policy`, so the numbers
-are the gateway's. Direct and gateway rounds alternate, so that noise of the machine hits both; on a busy machine look
-at `gateway_cpu_seconds_per_request`, which does not depend on who else runs.
+are the gateway's. Four parts, about three minutes on two idle cores:
 
-    python benchmarks/gateway.py [--quick] [--out FILE]
+- streams: 64 at once, each at 33 tokens a second; direct and gateway rounds alternate, so that noise hits both.
+- requests: whole answers, as many as a gateway on one core gives; engine and client have the other cores.
+- idle: 2,000 open streams that wait for their next token.
+- overload: ten times the capacity for a minute.
+
+A busy machine spoils rates and latencies; `gateway_cpu_ms_per_request` suffers least. Prints every part as it ends and
+writes build/bench/gateway.json.
 """
 
 from __future__ import annotations
@@ -20,19 +27,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import psutil
+import uvloop
 
 from steersman.testing.fake_policy import FakePolicy, serve_policy
 from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
+_PART_SECONDS = 900
+"""A part that takes longer has met a machine that is too busy to measure anything."""
 WORDS = 48
 QUESTION = " ".join(["word"] * (WORDS - 2))  # "You said: " makes two more
 BODY = {"model": "steersman", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4096}
@@ -94,15 +107,15 @@ def stack(seconds_per_token: float, *, one_core: bool = False, **limits: Any) ->
             os.sched_setaffinity(0, before)
             for process in reversed(processes):
                 process.terminate()
-            for process in processes:
-                process.wait(60)
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
             log.close()
 
 
 def _wait_ready(port: int, processes: list[subprocess.Popen[Any]]) -> None:
-    import urllib.error
-    import urllib.request
-
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if any(process.poll() is not None for process in processes):
@@ -126,7 +139,7 @@ class Http:
         self._writer: asyncio.StreamWriter | None = None
 
     async def post(self, body: bytes) -> tuple[int, AsyncIterator[bytes]]:
-        """Status, and the chunks of the body."""
+        """Status, and the chunks of the body. A refusal must say when to come again."""
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
         assert self._reader is not None
@@ -134,7 +147,9 @@ class Http:
         self._writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
         lines = (await self._reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
         length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
-        return int(lines[0].split()[1]), self._chunks(self._reader, length)
+        status = int(lines[0].split()[1])
+        assert status != 429 or any(line.startswith(b"retry-after:") for line in lines)
+        return status, self._chunks(self._reader, length)
 
     @staticmethod
     async def _chunks(reader: asyncio.StreamReader, length: int | None) -> AsyncIterator[bytes]:
@@ -241,16 +256,13 @@ async def measure_requests(seconds: float, clients: int) -> dict[str, float]:
                 done += 1
             http.close()
 
-        for measured in (1.0, seconds):
+        # The first warms up.
+        for measured in (2.0, seconds):
             done, end, start = 0, time.perf_counter() + measured, time.perf_counter()
             used = sum(running.gateway.cpu_times()[:2])
             await asyncio.gather(*(client() for _ in range(clients)))
             wall, used = time.perf_counter() - start, sum(running.gateway.cpu_times()[:2]) - used
-    return {
-        "fake_engine_rps": done / wall,
-        "gateway_cpu_seconds_per_request": used / done,
-        "fake_engine_rps_per_cpu_second": done / used,
-    }
+    return {"fake_engine_rps": done / wall, "gateway_cpu_ms_per_request": 1000 * used / done}
 
 
 async def measure_idle(streams: int) -> dict[str, float]:
@@ -280,8 +292,6 @@ async def measure_idle(streams: int) -> dict[str, float]:
 
 
 def _running_answers(port: int) -> int:
-    import urllib.request
-
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read().decode()
     line = next(line for line in text.splitlines() if line.startswith("steersman_gateway_running_answers "))
     return int(float(line.split()[1]))
@@ -289,7 +299,7 @@ def _running_answers(port: int) -> int:
 
 async def measure_overload(seconds: float) -> dict[str, float]:
     """Ten times the capacity: latency of the served, share refused, memory, and the time to recover."""
-    places, pace = 8, 0.01
+    places, pace = 8, 0.05
     body = json.dumps({**BODY, "messages": [{"role": "user", "content": "one two three"}]}).encode()
     with stack(pace, concurrentAnswers=places, queuedAnswers=places // 2) as running:
 
@@ -301,7 +311,7 @@ async def measure_overload(seconds: float) -> dict[str, float]:
             return status, time.perf_counter() - start
 
         calm = Http(running.port)
-        unloaded = statistics.median([(await once(calm))[1] for _ in range(30)])
+        unloaded = statistics.median([(await once(calm))[1] for _ in range(20)])
         rate = 10 * places / unloaded
         served: list[float] = []
         refused = 0
@@ -317,7 +327,7 @@ async def measure_overload(seconds: float) -> dict[str, float]:
                 assert status == 429, status
                 refused += 1
 
-        memory = running.gateway.memory_info().rss
+        memory = 0
         start, sent = time.perf_counter(), 0
         tasks: set[asyncio.Task[None]] = set()
         while (now := time.perf_counter() - start) < seconds:
@@ -327,6 +337,8 @@ async def measure_overload(seconds: float) -> dict[str, float]:
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
                 sent += 1
+            if not memory and now > seconds / 4:
+                memory = running.gateway.memory_info().rss
             await asyncio.sleep(0.005)
         grown = running.gateway.memory_info().rss - memory
         await asyncio.gather(*tasks)
@@ -337,41 +349,62 @@ async def measure_overload(seconds: float) -> dict[str, float]:
         calm.close()
     return {
         "overload_seconds": seconds,
+        "overload_times_capacity": sent / seconds * unloaded / places,
         "overload_offered_per_second": sent / seconds,
         "overload_served_per_second": len(served) / seconds,
         "overload_refused_share": refused / max(sent, 1),
+        "overload_unloaded_ms_p50": 1000 * unloaded,
         "overload_latency_over_unloaded": statistics.median(served) / unloaded,
+        "overload_latency_over_unloaded_p99": float(np.quantile(served, 0.99)) / unloaded,
         "overload_memory_growth_mib": grown / 2**20,
         "overload_recovery_seconds": recovered,
     }
 
 
-async def run(quick: bool) -> dict[str, float]:
-    results: dict[str, float] = {}
-    results |= await measure_streams(0.03, 64, 2, 1 if quick else 3)
-    results |= await measure_requests(3 if quick else 10, 32)
-    results |= await measure_idle(200 if quick else 2000)
-    results |= await measure_overload(5 if quick else 60)
-    return results
+Part = Callable[[], Awaitable[dict[str, float]]]
 
 
-def main() -> None:
+def parts(quick: bool) -> dict[str, Part]:
+    return {
+        "streams": lambda: measure_streams(0.03, 64, 1 if quick else 3, 1 if quick else 4),
+        "requests": lambda: measure_requests(3 if quick else 15, 32),
+        "idle": lambda: measure_idle(200 if quick else 2000),
+        "overload": lambda: measure_overload(5 if quick else 60),
+    }
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter, for a first look")
+    parser.add_argument("--only", nargs="+", choices=list(parts(True)), default=list(parts(True)), help="some parts")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench" / "gateway.json")
     parser.add_argument("--engine", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pace", type=float, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(run_engine(options.engine, options.pace))
-        return
-    results = asyncio.run(run(options.quick))
-    text = json.dumps({key: round(value, 4) for key, value in results.items()}, indent=2)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text + "\n")
-    print(text)
+            uvloop.run(run_engine(options.engine, options.pace))
+        return 0
+    results: dict[str, Any] = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+    failed = False
+    for name in options.only:
+        start = time.monotonic()
+        try:
+            found = uvloop.run(asyncio.wait_for(parts(options.quick)[name](), _PART_SECONDS))
+        except Exception as error:  # The other parts are still worth their numbers.
+            failed, found = True, {}
+            results[f"{name}_error"] = f"{type(error).__name__}: {error}"
+        results |= {key: round(value, 4) for key, value in found.items()}
+        print(f"{name} ({time.monotonic() - start:.0f} s)", json.dumps(found or results[f"{name}_error"], indent=2))
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"written to {options.out}")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

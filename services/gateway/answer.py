@@ -32,6 +32,8 @@ class Question:
     """W3C trace context of the caller."""
     own_tools: bool = False
     """The caller brings its own tools; then the gateway offers none."""
+    must_call: bool = False
+    """The answer is constrained to a tool call, see `services.gateway.openai.translate.call_schema`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from services.gateway.memory import Memory
 from services.gateway.metrics import Metrics
 from services.gateway.quotas import Quotas
 from services.gateway.recorder import Record, Recorder, audit_row
+from services.gateway.tools.calls import as_calls
 from services.gateway.tools.grounding import Grounding
 from services.gateway.tracing import Tracer
 from steersman.errors import DeadlineError, NotFoundError, SteersmanError
@@ -93,6 +94,7 @@ class Assistant:
         canonical = PolicyServiceChatRequest()
         canonical.CopyFrom(question.request)
         canonical.sampling.ClearField("seed")
+        canonical.ClearField("whole")
         claim = await self._idempotency.claim(
             scope, question.idempotency_key, canonical.SerializeToString(deterministic=True)
         )
@@ -166,7 +168,15 @@ class Assistant:
             _set_messages(request, [common_pb2.Message(role="system", content=prompt), *request.messages])
 
     async def _stream(self, answer: Answer) -> AsyncGenerator[PolicyServiceChatResponse, None]:
-        async with self.admission.place(), contextlib.aclosing(self.grounding.answer(answer, self._generate)) as stream:
+        grounding = self.grounding
+        source = (
+            grounding.answer(answer, self._generate)
+            if grounding.has_systems
+            else self._generate(answer.question.request)
+        )
+        if answer.question.must_call:
+            source = as_calls(source)
+        async with self.admission.place(), contextlib.aclosing(source) as stream:
             async for response in stream:
                 yield response
 
@@ -187,7 +197,8 @@ class Assistant:
         metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
         metrics.tokens.labels("completion").inc(answer.completion_tokens)
         if answer.first_token_seconds:
-            metrics.first_token.observe(answer.first_token_seconds)
+            if not answer.question.request.whole:
+                metrics.first_token.observe(answer.first_token_seconds)
             metrics.duration.observe(answer.seconds)
         self.quotas.charge(caller, answer.prompt_tokens + answer.completion_tokens)
         conversation = None
@@ -225,9 +236,10 @@ def _outcome(answer: Answer, error: BaseException | None) -> str:
 
 
 def _audit_row(answer: Answer, outcome: str) -> dict[str, Any]:
+    question = answer.question
     return audit_row(
-        answer.question.caller,
-        answer.question.request_id,
+        question.caller,
+        question.request_id,
         "answer",
         outcome,
         answer.id,
@@ -236,7 +248,8 @@ def _audit_row(answer: Answer, outcome: str) -> dict[str, Any]:
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,
         milliseconds=round(answer.seconds * 1000),
-        first_token_milliseconds=round(answer.first_token_seconds * 1000),
+        # An answer in one piece has no first token.
+        first_token_milliseconds=0 if question.request.whole else round(answer.first_token_seconds * 1000),
     )
 
 

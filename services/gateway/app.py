@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from services.gateway.actions import actions_router
@@ -16,7 +17,7 @@ from services.gateway.errors import BadRequestError, error_response
 from services.gateway.feedback import FeedbackBody, FeedbackDesk, feedback_router
 from services.gateway.health import health_router
 from services.gateway.metrics import Metrics
-from services.gateway.middleware import FrontMiddleware
+from services.gateway.middleware import Endpoint
 from services.gateway.openai.documentation import BODIES, definitions
 from services.gateway.openai.router import openai_router
 from services.gateway.pages.router import PREFIXES, error_page, pages_router
@@ -31,18 +32,24 @@ class MethodNotAllowedError(InvalidArgumentError):
 
 def create_app(
     assistant: Assistant, auth: Authenticator, feedback: FeedbackDesk, metrics: Metrics, store: Store
-) -> FastAPI:
+) -> tuple[FastAPI, dict[str, Endpoint]]:
+    """The application, and the endpoints by path that `FrontMiddleware` calls directly."""
     app = FastAPI(title="Steersman gateway", version=__version__, docs_url=None, redoc_url=None)
-    app.include_router(openai_router(assistant, auth, "/v1"))
-    app.include_router(openai_router(assistant, auth, "/openai/v1"), include_in_schema=False)
+    openai, under_kserve = (openai_router(assistant, auth, prefix) for prefix in ("/v1", "/openai/v1"))
+    app.include_router(openai)
+    app.include_router(under_kserve, include_in_schema=False)
     app.include_router(feedback_router(feedback, auth))
     app.include_router(actions_router(assistant.grounding.desk, auth, assistant.recorder))
     app.include_router(health_router(assistant, auth, metrics))
     app.include_router(pages_router(assistant, auth, store))
     _add_error_handlers(app)
     _extend_openapi(app)
-    app.add_middleware(FrontMiddleware, limits=assistant.config.limits, metrics=metrics)
-    return app
+    return app, {**_posts(openai), **_posts(under_kserve)}
+
+
+def _posts(router: APIRouter) -> dict[str, Endpoint]:
+    routes = (route for route in router.routes if isinstance(route, APIRoute))
+    return {route.path: route.endpoint for route in routes if route.methods == {"POST"}}
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -68,6 +75,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         response = error_response(refusal, path=path)
         response.headers.update(error.headers or {})
         return response
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        raise error  # FrontMiddleware logs it and answers.
 
 
 _OIP_ERRORS = {

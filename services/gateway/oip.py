@@ -91,7 +91,7 @@ class AssistantModel(kserve.Model):
             Question(
                 caller,
                 request_id,
-                PolicyServiceChatRequest(messages=messages, sampling=sampling, n=1),
+                PolicyServiceChatRequest(messages=messages, sampling=sampling, n=1, whole=True),
                 model=self.name,
                 id_prefix="infer",
             )

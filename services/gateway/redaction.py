@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _PATTERNS = [
     (re.compile(r"sk-[0-9a-f]{12}-[A-Za-z0-9_-]+"), "[key]"),
@@ -14,8 +15,18 @@ _PATTERNS = [
 ]
 
 
+_LONGEST_KEPT = 200
+
+
 def redact(text: str) -> str:
     """The text without e-mail addresses, phone and card numbers, IBANs, keys and tokens."""
+    return _redacted_short(text) if len(text) <= _LONGEST_KEPT else _redacted(text)
+
+
+def _redacted(text: str) -> str:
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text
+
+
+_redacted_short = lru_cache(maxsize=1024)(_redacted)

@@ -27,9 +27,11 @@ from services.gateway.chat_service import ChatServicer
 from services.gateway.config import GatewayConfig
 from services.gateway.feedback import FeedbackDesk
 from services.gateway.metrics import Metrics
+from services.gateway.middleware import FrontMiddleware
 from services.gateway.oip import OipServer
 from services.gateway.store import open_store, shared_secret
 from steersman.errors import ConfigError
+from steersman.rpc.metrics import serve_metrics
 from steersman.rpc.server import Server, ServerConfig
 from steersman.v1.chat_pb2_grpc import add_ChatServiceServicer_to_server
 
@@ -92,13 +94,16 @@ class Gateway:
         )
         await self._grpc.start()
         self.grpc_port = self._grpc.ports[0]
+        if config.metrics_port is not None:
+            serve_metrics(config.host, config.metrics_port, self.metrics.registry)
         listener = _listen(config.host, config.port)
         self.port = listener.getsockname()[1]
-        app = create_app(self.assistant, self.authenticator, self.feedback, self.metrics, self.store)
+        app, posts = create_app(self.assistant, self.authenticator, self.feedback, self.metrics, self.store)
         self._oip.mount(app)
+        front = FrontMiddleware(app, config.limits, self.metrics, posts)
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                app,
+                front,
                 log_config=None,
                 access_log=False,
                 server_header=False,

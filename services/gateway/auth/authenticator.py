@@ -74,8 +74,11 @@ class Authenticator:
 
 
 def _cookie(headers: Mapping[str, str]) -> str | None:
+    sent = headers.get("cookie", "")
+    if SESSION_COOKIE not in sent:
+        return None
     try:
-        found = SimpleCookie(headers.get("cookie", "")).get(SESSION_COOKIE)
+        found = SimpleCookie(sent).get(SESSION_COOKIE)
     except CookieError:
         return None
     return found.value if found else None

@@ -27,6 +27,8 @@ class _Member:
     info: ReplicaInfo | None = None
     """None: not ready."""
     running: int = 0
+    missed: int = 0
+    """Probes in a row without an answer."""
 
 
 class ReplicaPool:
@@ -111,10 +113,13 @@ class ReplicaPool:
         try:
             info = await member.replica.probe()
         except SteersmanError as error:
-            if member.info is not None:
+            member.missed += 1
+            # One late answer is a busy replica, two in a row are none.
+            if member.info is not None and member.missed > 1:
                 log.warning("replica is not ready: %s", error, extra={"replica": member.replica.target})
-            member.info = None
+                member.info = None
         else:
+            member.missed = 0
             if member.info is None:
                 log.info("replica is ready", extra={"replica": member.replica.target})
             member.info = info

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from services.gateway.answer import Answer, Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
-from services.gateway.bodies import read_body
+from services.gateway.bodies import plain_headers, read_body
 from services.gateway.errors import BadRequestError
 from services.gateway.openai.documentation import CHAT_DOC, COMPLETIONS_DOC, MODEL_DOC, MODELS_DOC
 from services.gateway.openai.schema import ChatCompletionRequest, CompletionRequest
@@ -38,7 +38,8 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
 
     @router.post("/chat/completions", **CHAT_DOC)
     async def create_chat_completion(request: Request) -> Response:
-        caller = await auth.caller(request.headers)
+        headers = plain_headers(request)
+        caller = await auth.caller(headers)
         body = await read_body(request, ChatCompletionRequest)
         question = Question(
             caller,
@@ -46,14 +47,19 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
             chat_request(body),
             model=body.model,
             conversation_id=body.conversation_id or "",
-            idempotency_key=request.headers.get("idempotency-key", ""),
-            traceparent=request.headers.get("traceparent", ""),
+            idempotency_key=headers.get("idempotency-key", ""),
+            traceparent=headers.get("traceparent", ""),
             own_tools=bool(body.tools),
+            must_call=body.must_call,
         )
-        answer = await until_disconnect(request.receive, assistant.answer(question))
         if body.stream:
+            answer = await until_disconnect(request.receive, assistant.answer(question))
             return EventStream(_chat_events(answer, body), answer.close)
-        return _json(await until_disconnect(request.receive, _chat_object(answer, bool(body.logprobs))))
+
+        async def whole() -> dict[str, Any]:
+            return await _chat_object(await assistant.answer(question), bool(body.logprobs))
+
+        return _json(await until_disconnect(request.receive, whole()))
 
     @router.post("/completions", **COMPLETIONS_DOC)
     async def create_completion(request: Request) -> Response:

@@ -170,6 +170,7 @@ class ChatCompletionRequest(_Sampling):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     """Functions that the caller runs. The gateway's own tools are configured on the server."""
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    """`required` or a named function: the answer is constrained to one call of an offered tool."""
     parallel_tool_calls: bool | None = None
     """Accepted, without effect."""
     response_format: Annotated[TextFormat | JsonSchemaFormat, Field(discriminator="type")] | None = None
@@ -210,6 +211,11 @@ class ChatCompletionRequest(_Sampling):
         if isinstance(self.tool_choice, NamedToolChoice):
             return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
         return self.tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call of an offered tool."""
+        return isinstance(self.tool_choice, NamedToolChoice) or self.tool_choice == "required"
 
     @property
     def json_schema(self) -> str:

@@ -63,22 +63,27 @@ class EventStream(Response):
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Does the work; when the client goes away first, cancels it and raises CancelledError."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnected(receive))
+    """Does the work; when the client goes away first, cancels it and raises CancelledError.
+
+    The work runs in the calling task, as under `asyncio.timeout`; a small task watches the connection.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise CancelledError("The client went away")
+        return await work
+    except asyncio.CancelledError:
+        if gone and not task.uncancel():
+            raise CancelledError("The client went away") from None
+        raise
     finally:
-        for each in (task, watch):
-            if not each.done():
-                each.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await each
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        watcher.cancel()

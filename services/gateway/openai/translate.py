@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from services.gateway.answer import Answer
-from services.gateway.openai.schema import ChatCompletionRequest, ChatMessage, CompletionRequest
+from services.gateway.openai.schema import ChatCompletionRequest, ChatMessage, CompletionRequest, Tool
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, TokenLogprob
 
@@ -28,9 +28,30 @@ def chat_request(body: ChatCompletionRequest) -> PolicyServiceChatRequest:
         n=body.n or 1,
         stop=body.stops,
         tools_json=json.dumps(tools) if tools else "",
-        json_schema=body.json_schema,
+        json_schema=call_schema(body.offered_tools) if body.must_call else body.json_schema,
+        whole=not body.stream,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else 0,
     )
+
+
+def call_schema(tools: Sequence[Tool]) -> str:
+    """JSON schema of one call of one of the tools, as text: what an answer that must be a call is constrained to.
+
+    The names are those that models write in tool calls (Hermes format): `name` and `arguments`.
+    """
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                "arguments": tool.function.parameters or {"type": "object", "additionalProperties": False},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
 
 
 def completion_request(body: CompletionRequest, prompt: str) -> PolicyServiceChatRequest:
@@ -40,6 +61,7 @@ def completion_request(body: CompletionRequest, prompt: str) -> PolicyServiceCha
         n=body.n or 1,
         stop=body.stops,
         top_logprobs=body.logprobs or 0,
+        whole=not body.stream,
     )
 
 

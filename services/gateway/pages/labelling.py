@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.errors import BadRequestError, from_validation
+from services.gateway.pages.agreement import LARGEST_ID, find_project
 from services.gateway.pages.rendering import form_of, render
 from steersman.errors import NotFoundError
 from steersman.store import judging
@@ -25,8 +26,6 @@ from steersman.store.verdicts import Verdict
 
 T = TypeVar("T")
 _LETTERS = "ABCDEF"
-_LARGEST_ID = 2**31 - 1
-"""Databases refuse larger integers with an error of their own."""
 # Seven answers from left to right: name, strength, label, key.
 COMPARE = [
     ("left", 3, "A is far better", "1"),
@@ -54,12 +53,14 @@ def labelling_router(store: Store, auth: Authenticator) -> APIRouter:
 
     @router.get("")
     async def projects(request: Request) -> Response:
+        operates = "operate" in (await auth.caller(request.headers)).scopes
+
         def work(session: Session, labeler: Labeler) -> Response:
             rows = []
             for project in session.scalars(sa.select(Project).order_by(Project.name)):
                 progress = judging.progress(session, project, labeler)
                 rows.append({"id": project.id, "name": project.name, "kind": project.kind, "progress": progress})
-            return render("projects.html", labeler=labeler.name, projects=rows)
+            return render("projects.html", labeler=labeler.name, projects=rows, operates=operates)
 
         return await in_transaction(request, work)
 
@@ -78,7 +79,7 @@ def labelling_router(store: Store, auth: Authenticator) -> APIRouter:
         await form_of(request)
 
         def work(session: Session, labeler: Labeler) -> None:
-            judging.undo(session, _project(session, project_id), labeler)
+            judging.undo(session, find_project(session, project_id), labeler)
 
         await in_transaction(request, work)
         return RedirectResponse(f"/label/{project_id}", 303)
@@ -86,15 +87,8 @@ def labelling_router(store: Store, auth: Authenticator) -> APIRouter:
     return router
 
 
-def _project(session: Session, project_id: int) -> Project:
-    project = session.get(Project, project_id) if project_id <= _LARGEST_ID else None
-    if project is None:
-        raise NotFoundError("There is no such project")
-    return project
-
-
 def _task_page(session: Session, project_id: int, labeler: Labeler) -> Response:
-    project = _project(session, project_id)
+    project = find_project(session, project_id)
     task = judging.next_task(session, project, labeler)
     shown = []
     if task is not None:
@@ -119,9 +113,9 @@ def _said(messages: list[dict[str, Any]]) -> str:
 
 
 def _judge(session: Session, project_id: int, labeler: Labeler, form: dict[str, str]) -> None:
-    project = _project(session, project_id)
+    project = find_project(session, project_id)
     item_id = _number(form, "item_id", int)
-    assignment = session.get(Assignment, (item_id, labeler.id)) if abs(item_id) <= _LARGEST_ID else None
+    assignment = session.get(Assignment, (item_id, labeler.id)) if abs(item_id) <= LARGEST_ID else None
     if assignment is None or assignment.project_id != project.id:
         raise NotFoundError("This item is not assigned to you any more; go on with the next one")
     seconds = min(max(time.time() - _number(form, "shown_at", float), 0.0), 3600.0)

@@ -78,7 +78,7 @@ def _figures(store: Store) -> dict[str, Any]:
         "answers": totals[0],
         "prompt_tokens": totals[1] or 0,
         "completion_tokens": totals[2] or 0,
-        "first_token": _quantiles([row.first_token_milliseconds for row in good]),
+        "first_token": _quantiles([row.first_token_milliseconds for row in good if row.first_token_milliseconds]),
         "duration": _quantiles([row.milliseconds for row in good]),
         "by_hour": sorted(hours.items()),
         "most": max(hours.values(), default=1),

@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import SESSION_COOKIE, Authenticator
 from services.gateway.auth.tokens import SESSION_SECONDS
+from services.gateway.pages.agreement import agreement_router
 from services.gateway.pages.labelling import labelling_router
 from services.gateway.pages.operator import operator_router
 from services.gateway.pages.rendering import HERE, form_of, render
@@ -67,6 +68,7 @@ def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> API
         return response
 
     router.include_router(labelling_router(store, auth))
+    router.include_router(agreement_router(store, auth))
     router.include_router(operator_router(assistant, store, auth))
     return router
 

@@ -37,6 +37,7 @@ class Grounding:
         self.connections = [McpConnection(server) for server in config.mcp_servers]
         self.desk = Desk(config.hand_over, store) if config.hand_over is not None else None
         self.toolbox = Toolbox(self.records, self.connections, self.desk)
+        self.has_systems = bool(systems or self.connections or self.desk)
 
     async def start(self) -> None:
         for connection in self.connections:

@@ -331,7 +331,7 @@ async def test_nothing_private_in_the_logs(policy: FakePolicy, caplog: pytest.Lo
 
 async def test_metrics_count_answers_and_replicas(policy: FakePolicy) -> None:
     async with serving(policy) as (_, http):
-        await http.post(CHAT, json=BODY)
+        await http.post(CHAT, json={**BODY, "stream": True})
         await http.post(CHAT, json={**BODY, "n": 0})
         text = (await http.get("/metrics")).text
     for line in (

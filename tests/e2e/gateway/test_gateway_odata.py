@@ -10,9 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from gateway_erp import Boundary, Identities, free_port, recording, wait_for_port
+from gateway_erp import Boundary, Identities, recording
 
-from services.gateway.testing import gateway_config, running_gateway
+from services.gateway.testing import free_port, gateway_config, running_gateway, wait_for_port
 from steersman.testing.fake_policy import FakePolicy, serve_policy
 
 HERE = Path(__file__).resolve().parent

@@ -17,7 +17,6 @@ import grpc
 import httpx
 import openai
 import pytest
-from gateway_erp import free_port, serve_app, wait_for_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
@@ -27,7 +26,7 @@ from starlette.routing import Route
 
 from services.gateway.auth.keys import create_key
 from services.gateway.store import open_store
-from services.gateway.testing import gateway_config, running_gateway, until
+from services.gateway.testing import free_port, gateway_config, running_gateway, serve_app, until, wait_for_port
 from steersman.testing.fake_policy import FakePolicy, serve_policy
 from steersman.v1 import common_pb2
 

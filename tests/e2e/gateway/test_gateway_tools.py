@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from gateway_erp import Identities, free_port, serve_app, wait_for_port
+from gateway_erp import Identities
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from services.gateway.auth.keys import create_key
 from services.gateway.store import open_store
-from services.gateway.testing import gateway_config, running_gateway, until
+from services.gateway.testing import free_port, gateway_config, running_gateway, serve_app, until, wait_for_port
 from steersman.testing.fake_policy import FakePolicy, serve_policy
 from steersman.v1 import common_pb2, policy_pb2
 

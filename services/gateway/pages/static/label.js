@@ -12,11 +12,13 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (event.ctrlKey || typing(event.target)) return;
-  if (scales.length && /^[1-5]$/.test(event.key)) {
+  if (scales.length && /^[1-9]$/.test(event.key)) {
     // A digit answers the scale in focus, else the first that is open, and moves on.
     const open = scales.find((scale) => !scale.querySelector(":checked"));
     const scale = event.target.closest("fieldset[data-scale]") ?? open ?? scales.at(-1);
-    scale.querySelector(`input[value="${event.key}"]`).checked = true;
+    const choice = scale.querySelector(`input[value="${event.key}"]`);
+    if (!choice) return;
+    choice.checked = true;
     const next = scales[scales.indexOf(scale) + 1];
     next?.querySelector("input").focus();
     event.preventDefault();

@@ -1,0 +1,59 @@
+"""A real Chromium before a real gateway. SCREENSHOTS=DIR keeps pictures of the pages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.gateway.testing import gateway_config, running_gateway
+from steersman.testing.fake_policy import FakePolicy, serve_policy
+
+PHONE = {"width": 360, "height": 740}
+
+
+@asynccontextmanager
+async def browsing(**changes: Any) -> AsyncIterator[tuple[Any, Any, FakePolicy, str]]:
+    """(page, gateway, policy, url) with every error of the page's scripts and console collected."""
+    playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed (extra `dev`)")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    policy = FakePolicy(seconds_per_token=0.01)
+    async with (
+        serve_policy(policy) as endpoint,
+        running_gateway(gateway_config(endpoint, **changes)) as gateway,
+        playwright.async_playwright() as driver,
+    ):
+        browser = await driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = await browser.new_page()
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        try:
+            yield page, gateway, policy, gateway.url
+            assert errors == []
+        finally:
+            await browser.close()
+
+
+async def shoot(page: Any, name: str) -> None:
+    if folder := os.environ.get("SCREENSHOTS"):
+        await page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+async def fits(page: Any) -> bool:
+    """Nothing is wider than the window."""
+    return await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+async def accessible(page: Any) -> None:
+    """axe finds no fault: names, roles, contrast, landmarks (WCAG 2.2 A and AA, and axe's best practices)."""
+    axe = pytest.importorskip("axe_playwright_python.async_playwright", reason="axe is not installed (extra `dev`)")
+    found = await axe.Axe().run(page)
+    assert found.response["violations"] == [], found.generate_report()

@@ -1,0 +1,324 @@
+"""The labelling pages in a real Chromium: by keyboard, on a phone, and the whole way to a reward model."""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from gateway_browser import PHONE, accessible, browsing, fits, shoot
+from typer.testing import CliRunner
+
+from services.gateway.auth.keys import create_key
+from services.gateway.store import open_store
+from steersman.cli.data import app
+from steersman.store.engine import Store
+from steersman.store.judging import NewItem, add_items, create_project
+from steersman.store.models import Item, Judgement
+from steersman.testing.models import save_model_folder, tiny_llama
+
+pytestmark = pytest.mark.browser
+
+
+def _project(store: Store, kind: str, n: int = 3, **settings: Any) -> int:
+    with store.transaction() as session:
+        project = create_project(
+            session, f"{kind} answers", kind, guidelines="Be **fair**.\n\n- polite\n- true", **settings
+        )
+        count = {"compare": 2, "rank": 3}.get(kind, 1)
+        items = [
+            NewItem(
+                key=str(i),
+                prompt=[{"role": "user", "content": f"question {i} <script>alert(1)</script>"}],
+                candidates=[{"messages": [{"role": "assistant", "content": f"answer {i}-{c}"}]} for c in range(count)],
+            )
+            for i in range(n)
+        ]
+        add_items(session, project, items)
+        return project.id
+
+
+async def _log_in(page: Any, url: str, project: int) -> None:
+    await page.goto(f"{url}/label/{project}")
+    await page.goto(f"{url}/login?next=/label/{project}")
+    await page.fill("#name", "Lena")
+    await page.keyboard.press("Enter")
+    await page.wait_for_selector("#task")
+
+
+def _verdicts(store: Store) -> list[Judgement]:
+    with store.reading() as session:
+        return list(session.scalars(sa.select(Judgement).where(Judgement.undone_at.is_(None)).order_by(Judgement.id)))
+
+
+async def test_comparing_by_keyboard_with_skip_flag_and_undo() -> None:
+    async with browsing() as (page, gateway, _, url):
+        project = _project(gateway.store, "compare")
+        await _log_in(page, url, project)
+        assert "<script>alert(1)</script>" in await page.inner_text(".conversation")
+        assert await page.inner_text("aside strong") == "fair"
+        await accessible(page)
+        await shoot(page, "compare")
+        await page.emulate_media(color_scheme="dark")
+        await accessible(page)
+        await shoot(page, "compare-dark")
+        await page.set_viewport_size(PHONE)
+        assert await fits(page)
+        await shoot(page, "compare-phone")
+        shown = [await page.inner_text(f".answer:nth-child({n}) .text") for n in (1, 2)]
+        await page.keyboard.press("2")
+        await page.locator("#progress", has_text="1 done").wait_for()
+        (verdict,) = _verdicts(gateway.store)
+        best = verdict.verdict["ranking"][0][0]
+        assert shown[0].endswith(f"-{best}")
+        assert verdict.verdict["strength"] == 2
+        await page.keyboard.press("u")
+        await page.locator("#progress", has_text="0 done").wait_for()
+        assert _verdicts(gateway.store) == []
+        for key, done in (("4", "1 done"), ("s", "2 done")):
+            await page.keyboard.press(key)
+            await page.locator("#progress", has_text=done).wait_for()
+        await page.keyboard.press("f")
+        assert await page.is_checked("[name=unsafe]")
+        await page.keyboard.press("7")
+        await page.wait_for_selector("text=Nothing is left for you")
+        tie, skipped, unsafe = (judgement.verdict for judgement in _verdicts(gateway.store))
+        assert len(tie["ranking"]) == 1
+        assert skipped["skip"]
+        assert unsafe["unsafe"]
+
+
+async def test_ranking_rating_and_editing() -> None:
+    async with browsing() as (page, gateway, _, url):
+        rank = _project(gateway.store, "rank", 1)
+        await _log_in(page, url, rank)
+        for place in ("2", "9", "1", "2"):  # there is no ninth place
+            await page.keyboard.press(place)
+        await accessible(page)
+        await shoot(page, "rank")
+        await page.keyboard.press("Control+Enter")
+        await page.wait_for_selector("text=Nothing is left for you")
+
+        rate = _project(gateway.store, "rate", 1, aspects=["helpful", "polite"])
+        await page.goto(f"{url}/label/{rate}")
+        await page.keyboard.press("5")
+        await page.keyboard.press("3")
+        await accessible(page)
+        await shoot(page, "rate")
+        await page.keyboard.press("Enter")
+        await page.wait_for_selector("text=Nothing is left for you")
+
+        edit = _project(gateway.store, "edit", 1)
+        await page.goto(f"{url}/label/{edit}")
+        await page.fill("#edit", "A better\nanswer")
+        await page.set_viewport_size(PHONE)
+        assert await fits(page)
+        await accessible(page)
+        await shoot(page, "edit-phone")
+        await page.click("text=Save")
+        await page.wait_for_selector("text=Nothing is left for you")
+        ranked, rated, edited = (judgement.verdict for judgement in _verdicts(gateway.store))
+        assert [len(group) for group in ranked["ranking"]] == [1, 2]
+        assert rated["ratings"] == {"helpful": 5, "polite": 3}
+        assert edited["edit"] == "A better\nanswer"
+
+
+async def test_every_choice_can_be_reached_and_seen_with_tab_alone() -> None:
+    async with browsing() as (page, gateway, _, url):
+        project = _project(gateway.store, "compare", 1)
+        await _log_in(page, url, project)
+        focused = "document.activeElement"
+        reached = []
+        for _ in range(20):
+            await page.keyboard.press("Tab")
+            reached.append(await page.evaluate(f"{focused}.innerText || {focused}.name || {focused}.tagName"))
+            if reached[-1] != "BODY":
+                assert await page.evaluate(f"getComputedStyle({focused}).outlineStyle") != "none", reached[-1]
+        labels = [text.split("\n")[0] for text in reached]
+        choices = [name for name in labels if "better" in name or "good" in name]
+        assert len(choices) == 7, reached
+        for wanted in ("Projects", "unsafe", "Note", "Skip s", "Undo the last u"):
+            assert wanted in labels, reached
+        await page.locator("text=Equally good").focus()
+        await page.keyboard.press("Enter")
+        await page.wait_for_selector("text=Nothing is left for you")
+        assert len(_verdicts(gateway.store)[0].verdict["ranking"]) == 1
+
+
+async def test_a_double_click_judges_once_and_the_pages_work_without_a_script() -> None:
+    async with browsing() as (page, gateway, _, url):
+        project = _project(gateway.store, "compare")
+        await _log_in(page, url, project)
+        await page.dblclick("text=A is far better")
+        await page.locator("#progress", has_text="1 done").wait_for()
+        assert len(_verdicts(gateway.store)) == 1
+        plain = await page.context.browser.new_context(java_script_enabled=False)
+        other = await plain.new_page()
+        await _log_in(other, url, project)
+        await other.click("text=B is slightly better")
+        await other.locator("#progress", has_text="1 done").wait_for()
+        assert len(_verdicts(gateway.store)) == 2
+
+
+async def test_agreement_is_for_operators(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/g.db"
+    store = open_store(database)
+    keys = {scope: create_key(store, "acme", [scope, "label"], note=scope) for scope in ("chat", "operate")}
+    async with browsing(database=database, requireApiKey=True) as (page, gateway, _, url):
+        project = _project(gateway.store, "compare")
+        for scope, seen, status in (("chat", 0, 403), ("operate", 1, 200)):
+            await page.goto(f"{url}/login?next=/label")
+            await page.fill("#key", keys[scope])
+            await page.keyboard.press("Enter")
+            await page.wait_for_selector("text=compare answers")
+            assert await page.locator("text=Agreement").count() == seen
+            answer = await page.request.get(f"{url}/label/{project}/agreement")
+            assert answer.status == status
+            again = await page.request.post(f"{url}/label/{project}/reopen", form={}, max_redirects=0)
+            assert again.status == (403 if status == 403 else 303)
+        assert (await page.request.get(f"{url}/label/99999999999/agreement")).status == 404
+
+
+# --- the whole way ----------------------------------------------------------------------------------------------
+
+WORDS = ("red", "blue", "green", "tin", "oak", "sun")
+
+
+def _questions(store: Store) -> int:
+    """Twenty questions; one answer says yes, the other no."""
+    with store.transaction() as session:
+        project = create_project(session, "shop", "compare", overlap=3, thresholds={"min_alpha": 0.6})
+        pairs = list(itertools.product(WORDS, WORDS))[:20]
+        add_items(
+            session,
+            project,
+            [
+                NewItem(
+                    key=str(n),
+                    prompt=[{"role": "user", "content": f"{one} {two}?"}],
+                    candidates=[{"messages": [{"role": "assistant", "content": f"{w} {two}"}]} for w in sides],
+                )
+                for n, (one, two) in enumerate(pairs)
+                for sides in [("no!", "yes") if n % 3 else ("yes", "no!")]
+            ],
+        )
+        return project.id
+
+
+async def _judge_everything(page: Any, url: str, project: int, name: str, says_yes: Callable[[int], bool]) -> int:
+    """One labeler in a browser of their own, by keyboard until nothing is left; returns how many were judged."""
+    context = await page.context.browser.new_context()
+    mine = await context.new_page()
+    await mine.goto(f"{url}/login?next=/label/{project}")
+    await mine.fill("#name", name)
+    await mine.keyboard.press("Enter")
+    await mine.wait_for_selector("#progress")
+    count = 0
+    while await mine.locator("#task").count():
+        one, two = (await mine.inner_text(".conversation .turn")).split("\n")[-1].rstrip("?").split()
+        index = WORDS.index(one) * len(WORDS) + WORDS.index(two)
+        first_is_yes = (await mine.inner_text(".answer:nth-child(1) .text")).startswith("yes")
+        async with mine.expect_navigation():
+            await mine.keyboard.press("2" if first_is_yes == says_yes(index) else "6")
+        count += 1
+    await context.close()
+    return count
+
+
+def _release(database: str, folder: Path) -> str:
+    command = ["release", "shop", "--source", "project:shop", "--out", str(folder), "--store", database]
+    result = CliRunner().invoke(app, [*command, "--splits", "train=0.7,test=0.3", "--set", "pii.entities="])
+    return result.output if result.exception is None else str(result.exception)
+
+
+def _train_reward_model(tmp_path: Path, release: Path) -> dict[str, Any]:
+    """A tiny reward model on the released files; its evaluation on the test split."""
+    from steersman.config.manifest import (
+        DataSpec,
+        DemoData,
+        EvaluateStage,
+        Lora,
+        Optimizer,
+        RewardModelStage,
+        RunSpec,
+        Stage,
+    )
+    from training.context import DataFiles, StageContext
+    from training.reward_model import run_reward_model
+
+    class Silent:
+        def step(self, step: int, total: int, **metrics: float) -> None: ...
+        def note(self, text: str) -> None: ...
+        def activity(self, text: str) -> None: ...
+
+    base = save_model_folder(tmp_path / "base", tiny_llama())
+    (tmp_path / "stage").mkdir()
+    context = StageContext(
+        run=None,  # type: ignore[arg-type]
+        run_dir=tmp_path,
+        stage_dir=tmp_path / "stage",
+        name="reward-model",
+        spec=RunSpec(data=DataSpec(demo=DemoData()), stages=[Stage(evaluate=EvaluateStage())]),
+        base_model=base,
+        policy_model=base,
+        seed=17,
+        reporter=Silent(),
+        device="cpu",
+        precision="fp32",
+        cache_dir=tmp_path / "cache",
+        data={"preferences": DataFiles(release / "train.jsonl", heldout=release / "test.jsonl")},
+    )
+    sizes = {"max_steps": 40, "batch_size": 8, "micro_batch_size": 8, "max_length": 256}
+    spec = RewardModelStage(lora=Lora(rank=4), optimizer=Optimizer(learning_rate=1e-2), **sizes)
+    return json.loads(run_reward_model(spec, context)["evaluation"].read_text())
+
+
+async def test_three_labelers_judge_until_a_release_is_allowed_and_a_reward_model_learns_from_it(
+    tmp_path: Path,
+) -> None:
+    database = f"sqlite:///{tmp_path}/g.db"
+    async with browsing(database=database) as (page, gateway, _, url):
+        project = _questions(gateway.store)
+
+        async def judge(**labelers: Callable[[int], bool]) -> list[int]:
+            work = (_judge_everything(page, url, project, name, says) for name, says in labelers.items())
+            return await asyncio.gather(*work)
+
+        minds = {"Ann": lambda n: True, "Ben": lambda n: n % 2 == 0, "Cem": lambda n: n % 4 < 2}
+        assert await judge(**minds) == [20, 20, 20]
+        await page.goto(f"{url}/label/{project}/agreement")
+        assert await page.inner_text("#judgements") == "60"
+        blocked = await page.inner_text(".notice li")
+        assert re.fullmatch(r"preference: alpha is -?0\.\d{3}, at least 0\.6 is asked", blocked)
+        await accessible(page)
+        await shoot(page, "agreement")
+        await page.set_viewport_size(PHONE)
+        assert await fits(page)
+        await shoot(page, "agreement-phone")
+        refused = await asyncio.to_thread(_release, database, tmp_path / "releases")
+        assert "release shop: blocked; shop: " + blocked in refused
+        assert not glob.glob(f"{tmp_path}/releases/**/*.jsonl", recursive=True)
+
+        await page.click("text=Ask again about the disputed items")
+        await page.wait_for_selector("text=Nothing blocks a release")
+        assert await page.inner_text("#judgements") == "15", "the five items that all agreed on stay judged"
+        assert await judge(**dict.fromkeys(minds, lambda n: True)) == [15, 15, 15]
+        await page.reload()
+        assert await page.inner_text("#judgements") == "60"
+        assert await page.locator(".notice").count() == 0
+
+        made = await asyncio.to_thread(_release, database, tmp_path / "releases")
+        assert "shop v1: made; 20 rows" in made
+        with gateway.store.reading() as session:
+            assert session.scalar(sa.select(sa.func.count(Judgement.id))) == 105, "what was said first stays on record"
+            assert session.scalar(sa.select(sa.func.sum(Item.open_slots))) == 0
+    evaluation = await asyncio.to_thread(_train_reward_model, tmp_path, tmp_path / "releases" / "shop" / "v1")
+    assert len(evaluation["pairs"]) >= 3
+    assert evaluation["accuracy"][0] == 1.0
