@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.gateway.auth.callers import Caller
+from services.gateway.store import storable
 from services.gateway.tools.desk import Proposal
 from steersman.errors import InternalError
 from steersman.v1 import common_pb2
@@ -166,10 +167,10 @@ class Answer:
             "sources": [source.as_json() for source in self.sources],
             "choices": [
                 {
-                    "text": choice.text,
+                    "text": storable(choice.text),
                     "finish_reason": choice.finish_reason,
                     "tokens": choice.tokens,
-                    "tool_calls": [[call.id, call.name, call.arguments] for call in choice.tool_calls],
+                    "tool_calls": [[call.id, call.name, storable(call.arguments)] for call in choice.tool_calls],
                 }
                 for choice in self.choices
             ],

@@ -26,6 +26,7 @@ from services.gateway.memory import Memory
 from services.gateway.metrics import Metrics
 from services.gateway.quotas import Quotas
 from services.gateway.recorder import Record, Recorder, audit_row
+from services.gateway.store import storable
 from services.gateway.tools.calls import as_calls
 from services.gateway.tools.grounding import Grounding
 from services.gateway.tracing import Tracer
@@ -256,9 +257,9 @@ def _audit_row(answer: Answer, outcome: str) -> dict[str, Any]:
 def _answer_rows(answer: Answer, deployment: str) -> list[dict[str, Any]]:
     """Rows of `steersman.store.models.Answer`; choice 1 of an answer has the id `ID.1`."""
     question = answer.question
-    prompt = [{"role": m.role, "content": _storable(m.content)} for m in question.request.messages]
+    prompt = [{"role": m.role, "content": storable(m.content)} for m in question.request.messages]
     if question.request.prompt:
-        prompt = [{"role": "user", "content": _storable(question.request.prompt)}]
+        prompt = [{"role": "user", "content": storable(question.request.prompt)}]
     return [
         {
             "id": f"{answer.id}.{index}" if index else answer.id,
@@ -268,14 +269,9 @@ def _answer_rows(answer: Answer, deployment: str) -> list[dict[str, Any]]:
             "model": answer.model,
             "weights_version": str(answer.weights_version or ""),
             "prompt": prompt,
-            "answer": _storable(choice.text),
+            "answer": storable(choice.text),
             "consent": None,
             "created_at": dt.datetime.fromtimestamp(answer.created, dt.UTC),
         }
         for index, choice in enumerate(answer.choices)
     ]
-
-
-def _storable(text: str) -> str:
-    """PostgreSQL has no NUL character."""
-    return text.replace("\0", "")

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from services.gateway.auth.callers import Caller
 from services.gateway.config import MemoryConfig
 from services.gateway.errors import BadRequestError
-from services.gateway.store import Conversation
+from services.gateway.store import Conversation, storable
 from steersman.store.engine import Store
 from steersman.store.models import now
 from steersman.v1 import common_pb2
@@ -44,8 +44,8 @@ class Memory:
     ) -> dict[str, Any]:
         """The conversation after an answer, as a row of `Conversation`; the oldest turns fall out."""
         spoken = [m for m in request.messages if m.role in ("user", "assistant") and m.content]
-        turns = [{"role": m.role, "content": m.content.replace("\0", "")} for m in spoken]
-        turns.append({"role": "assistant", "content": answer.replace("\0", "")})
+        turns = [{"role": m.role, "content": storable(m.content)} for m in spoken]
+        turns.append({"role": "assistant", "content": storable(answer)})
         turns = turns[-self._config.turns :]
         return {
             "tenant": caller.tenant,

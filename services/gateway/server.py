@@ -168,7 +168,7 @@ class Gateway:
         await asyncio.gather(*ends)
         await self.assistant.recorder.close()
         await self.assistant.grounding.close()
-        self.assistant.tracer.close()
+        await asyncio.to_thread(self.assistant.tracer.close)
         await self.pool.close()
         self.store.close()
         if self._scratch is not None:

@@ -142,6 +142,11 @@ def open_store(url: str) -> Store:
     return store
 
 
+def storable(text: str) -> str:
+    """PostgreSQL has no NUL character."""
+    return text.replace("\0", "")
+
+
 def insert_new(session: Session, table: type[GatewayBase], row: dict[str, Any]) -> bool:
     """Inserts a row; False when its primary key is taken."""
     insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert

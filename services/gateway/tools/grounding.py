@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from services.gateway.answer import Answer
 from services.gateway.metrics import Metrics
+from services.gateway.store import storable
 from services.gateway.tools.config import ODataSystem, ToolsConfig, TrytonSystem
 from services.gateway.tools.desk import Desk
 from services.gateway.tools.lookup import look_up, wants_human, wishes
@@ -73,7 +74,7 @@ class Grounding:
         caller, said = answer.question.caller, _user_texts(answer.question.request)
         if self.desk is None or "act" not in caller.scopes or not said or not wants_human(said[0]):
             return False
-        arguments = {"reason": said[0][:500]}
+        arguments = {"reason": storable(said[0][:500])}
         answer.proposals.append(
             await self.desk.propose(caller, "hand_over", arguments, transcript(answer.question.request))
         )
@@ -139,7 +140,7 @@ def _copy(call: common_pb2.ToolCall) -> common_pb2.ToolCall:
 def transcript(request: PolicyServiceChatRequest) -> list[dict[str, str]]:
     """What was said, without system and tool turns."""
     spoken = [m for m in request.messages if m.role in ("user", "assistant") and m.content]
-    return [{"role": m.role, "content": m.content.replace("\0", "")} for m in spoken]
+    return [{"role": m.role, "content": storable(m.content)} for m in spoken]
 
 
 def _user_texts(request: PolicyServiceChatRequest) -> list[str]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from gateway_browser import PHONE, browsing, fits, shoot
+from gateway_browser import PHONE, accessible, browsing, fits, shoot
+from gateway_erp import Identities, TrytonServer
 
 from services.gateway.auth.keys import create_key
 from services.gateway.store import open_store
@@ -30,6 +31,7 @@ async def test_chat_streams_and_takes_judgements() -> None:
         await page.click("text=Save")
         await page.wait_for_selector(".tools:not(:has(textarea))")
         await shoot(page, "chat")
+        await accessible(page)
         await page.fill("#question", "and then?")
         await page.click("#send")
         await page.locator(".tools").nth(1).wait_for()
@@ -40,6 +42,20 @@ async def test_chat_streams_and_takes_judgements() -> None:
         await page.set_viewport_size(PHONE)
         assert await fits(page)
         await shoot(page, "chat-phone")
+
+
+async def test_chat_shows_where_facts_come_from(identities: Identities, tryton: TrytonServer) -> None:
+    tools = {"systems": [tryton.system(tryton.url)]}
+    async with browsing(identity=identities.config, tools=tools) as (page, _, policy, url):
+        policy.reply = lambda request: request.messages[0].content.splitlines()[-1]
+        await page.goto(f"{url}/#customer={identities.token('C-A')}")
+        await page.fill("#question", "where is my order 2?")
+        await page.keyboard.press("Enter")
+        await page.wait_for_selector(".sources")
+        assert await page.inner_text(".sources li") == "erp · order/2"
+        assert '"shipping": "sent"' in await page.inner_text(".turn.assistant")
+        await shoot(page, "chat-sources")
+        await accessible(page)
 
 
 async def test_chat_stops_when_told_to() -> None:
@@ -60,7 +76,7 @@ async def test_chat_stops_when_told_to() -> None:
 async def test_pages_need_the_right_key(tmp_path: Path) -> None:
     database = f"sqlite:///{tmp_path}/g.db"
     store = open_store(database)
-    operator = create_key(store, "acme", ["operate", "chat"], note="Olga")
+    operator = create_key(store, "acme", ["operate", "chat", "feedback"], note="Olga")
     async with browsing(database=database, requireApiKey=True) as (page, _, _, url):
         await page.goto(f"{url}/operator")
         assert page.url.endswith("/login?next=/operator")
@@ -72,9 +88,14 @@ async def test_pages_need_the_right_key(tmp_path: Path) -> None:
         await page.fill("#question", "hello")
         await page.keyboard.press("Enter")
         await page.wait_for_selector(".tools")
+        await page.click(".down")
+        await page.wait_for_selector(".down[aria-pressed=true]")
         await page.goto(f"{url}/operator")
         assert await page.inner_text("#answers") == "1"
+        versions = await page.inner_text("h2:has-text('Versions') + table")
+        assert "thumbs down: 1" in versions
         await shoot(page, "operator")
+        await accessible(page)
         await page.set_viewport_size(PHONE)
         assert await fits(page)
         answer = await page.request.get(f"{url}/label")
