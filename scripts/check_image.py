@@ -1,18 +1,22 @@
 """Builds an image without a container engine, and starts what it holds.
 
-    python scripts/check_image.py                          # Dockerfile: runs every step, checks size and entry points
-    python scripts/check_image.py --parse Dockerfile.gpu   # parses it, checks its files and what the last stage gets
+    python scripts/check_image.py                            # Dockerfile: runs the steps, checks size and entry points
+    python scripts/check_image.py --resolve Dockerfile.gpu   # checks it, and that pip finds versions that fit together
+    python scripts/check_image.py --parse Dockerfile.gpu     # checks its files and what becomes an image
 
-The steps of the Dockerfile are executed as they stand: `COPY` out of a read-only copy of the sources that holds just
+The steps of the first stage are executed as they stand: `COPY` out of a read-only copy of the sources that holds just
 what .dockerignore lets through, `RUN` with the same commands in a clean prefix. The base image is this machine's
-Python; steps that need root (apt-get) are left out and named.
+Python; steps that need root (apt-get) are left out and named. The GPU image's libraries are many gigabytes: `--resolve`
+asks the package index for what its last `pip install` would install, and downloads nothing but metadata.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -20,6 +24,9 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from image_requirements import beside, requirements
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_IMAGE_MIB = 130
@@ -71,28 +78,31 @@ def context(target: Path) -> None:
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
 
 
-def check_last_stage(path: Path, stages: list[Stage]) -> list[str]:
-    """What is wrong with the stage that becomes the image."""
-    last = stages[-1]
-    users = [rest for keyword, rest in last.steps if keyword == "USER"]
-    problems = []
-    if not users or users[-1].split(":")[0] in ("root", "0"):
-        problems.append("runs as root")
-    if "HEALTHCHECK" in path.read_text():
-        problems.append("has a HEALTHCHECK; probes do that")
-    if not any(keyword == "LABEL" for keyword, _ in last.steps):
-        problems.append("has no labels")
-    if [rest for keyword, rest in last.steps if keyword == "COPY" and "--from=" not in rest]:
-        problems.append("copies from the context instead of the build stage")
+def check_stages(path: Path, stages: list[Stage]) -> list[str]:
+    """What is wrong with the stages that become images: those with a CMD."""
     chain = {stage.name: stage for stage in stages}
-    stage: Stage | None = last
-    while stage is not None:
+    problems = ["has a HEALTHCHECK; probes do that"] if "HEALTHCHECK" in path.read_text() else []
+    for image in (stage for stage in stages if any(keyword == "CMD" for keyword, _ in stage.steps)):
+        steps: list[tuple[str, str]] = []
+        stage: Stage | None = image
+        while stage is not None:
+            steps = stage.steps + steps
+            if stage.image not in chain and not re.search(r"@\$\{[A-Z]+_DIGEST\}$", stage.image):
+                problems.append(f"{stage.image} is not pinned by a digest argument")
+            stage = chain.get(stage.image)
+        users = [rest for keyword, rest in steps if keyword == "USER"]
+        if not users or users[-1].split(":")[0] in ("root", "0"):
+            problems.append(f"{image.name} runs as root")
+        if not any(keyword == "LABEL" for keyword, _ in steps):
+            problems.append(f"{image.name} has no labels")
+        copies = [rest for keyword, rest in steps if keyword == "COPY"]
+        if not all(rest.startswith("--from=") for rest in copies):
+            problems.append(f"{image.name} copies from the context instead of a build stage")
+        if not copies or not copies[-1].endswith(" /opt/code /opt/code"):
+            problems.append(f"{image.name} does not copy the code last")
         for tool in BUILD_TOOLS:
-            if any(keyword == "RUN" and re.search(rf"\b{re.escape(tool)}\b", rest) for keyword, rest in stage.steps):
-                problems.append(f"installs {tool}")
-        if stage.image not in chain and not re.search(r"@\$\{[A-Z]+_DIGEST\}$", stage.image):
-            problems.append(f"{stage.image} is not pinned by a digest argument")
-        stage = chain.get(stage.image)
+            if any(keyword == "RUN" and re.search(rf"\b{re.escape(tool)}\b", rest) for keyword, rest in steps):
+                problems.append(f"{image.name} installs {tool}")
     return problems
 
 
@@ -157,7 +167,7 @@ def build(dockerfile: Path) -> int:
         source.mkdir()
         prefix.mkdir()
         context(source)
-        problems = check_last_stage(dockerfile, stages)
+        problems = check_stages(dockerfile, stages)
         problems += [f"COPY {name}: not in the build context" for name in missing_sources(stages, source)]
         if not problems:
             builder = Builder(source, prefix)
@@ -199,6 +209,46 @@ def entry_points(prefix: Path) -> list[str]:
     return problems
 
 
+def resolve(dockerfile: Path) -> int:
+    """Lets pip resolve what the last `pip install` with constraints would install beside vllm."""
+    stages = parse(dockerfile)
+    problems = check_stages(dockerfile, stages)
+    problems += [f"COPY {name}: no such file" for name in missing_sources(stages, ROOT)]
+    steps = next(stage.steps for stage in stages if stage.name == "build")
+    arguments = dict(rest.split("=", 1) for keyword, rest in steps if keyword == "ARG")
+    command = next(rest for keyword, rest in steps if keyword == "RUN" and " -c beside.txt " in rest)
+    for name, value in arguments.items():
+        command = command.replace(f"${{{name}}}", value)
+    extras = re.search(r"image_requirements.py pyproject.toml (.*?) >", command)
+    install = re.search(r"pip install [^&]*-c beside.txt ([^&]*)", command)
+    if extras is None or install is None:
+        return report(dockerfile, [*problems, "no pip install with requirements and -c beside.txt was found"])
+    words = [word for word in shlex.split(install[1]) if word not in ("-r", "requirements.txt")]
+    vllm = next(word for word in words if word.startswith("vllm=="))
+    with tempfile.TemporaryDirectory(prefix="image-") as folder:
+        (bounds,) = _resolved(Path(folder), "--no-deps", vllm)
+        lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        constraints = Path(folder) / "beside.txt"
+        constraints.write_text("\n".join(beside(lines, bounds["requires_dist"])))
+        wanted = requirements(ROOT / "pyproject.toml", extras[1].split())
+        found = {
+            one["name"].lower(): one["version"]
+            for one in _resolved(Path(folder), "-c", str(constraints), *words, *wanted)
+        }
+    print(f"{len(found)} packages fit together, among them:")
+    for name in ("torch", "vllm", "transformers", "trl", "peft", "grpcio", "protobuf"):
+        print(f"  {name} {found[name]}")
+    return report(dockerfile, problems)
+
+
+def _resolved(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Metadata of what pip would install into an empty environment."""
+    target = folder / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+    subprocess.run([*command, "--report", str(target), *arguments], check=True)
+    return [one["metadata"] for one in json.loads(target.read_text())["install"]]
+
+
 def _writable(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_dir() and not path.is_symlink():
@@ -215,14 +265,18 @@ def report(dockerfile: Path, problems: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dockerfile", nargs="?", default="Dockerfile")
-    parser.add_argument("--parse", action="store_true", help="do not execute the steps")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--parse", action="store_true", help="execute nothing")
+    mode.add_argument("--resolve", action="store_true", help="execute nothing, but let pip look for versions")
     arguments = parser.parse_args()
     dockerfile = ROOT / arguments.dockerfile
+    if arguments.resolve:
+        return resolve(dockerfile)
     if not arguments.parse:
         return build(dockerfile)
     stages = parse(dockerfile)
     missing = [f"COPY {name}: no such file" for name in missing_sources(stages, ROOT)]
-    return report(dockerfile, check_last_stage(dockerfile, stages) + missing)
+    return report(dockerfile, check_stages(dockerfile, stages) + missing)
 
 
 if __name__ == "__main__":
