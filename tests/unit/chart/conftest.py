@@ -10,8 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate.utils
 import pytest
 import yaml
+
+# It parses megabytes of JSON for every object; the files are the same each time.
+kubernetes_validate.utils.schema_contents = functools.lru_cache(maxsize=None)(kubernetes_validate.utils.schema_contents)
 
 ROOT = Path(__file__).resolve().parents[3]
 CHART = ROOT / "charts/steersman"
@@ -39,7 +43,7 @@ class Helm:
         extra = [word for item in sets for word in ("--set", item)]
         done = self.run("template", "steersman", str(CHART), "-n", "ml", *PROFILES[profile], *extra)
         assert done.returncode == 0, done.stderr
-        return [document for document in yaml.safe_load_all(done.stdout) if document]
+        return [document for document in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if document]
 
 
 @pytest.fixture(scope="session")
