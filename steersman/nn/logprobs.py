@@ -3,8 +3,13 @@
     z = h W^T + b,   z <- softcap * tanh(z / softcap) (optional),   z <- z / temperature
     logprob = z_target - logsumexp(z),   entropy = -sum_v p_v log p_v,   p = softmax(z)
 
-The rows are taken in chunks, forward and backward; backward computes each chunk's logits again. Extra memory is a few
-times chunk_tokens * vocabulary * 4 bytes (plus one fp32 [vocabulary, hidden] where the head itself is trained).
+The rows are taken in chunks. Extra memory is a few times chunk_tokens * vocabulary * 4 bytes (and a [vocabulary,
+hidden] in fp32 where the head itself is trained). Where only the hidden states are trained, as with LoRA, the forward
+pass computes their gradient, too, because for one token it is known but for a factor,
+
+    d logprob / d h = (W[target] - sum_v p_v W[v]) / temperature
+
+and backward multiplies. Otherwise backward computes each chunk's logits again.
 
 The matrix product runs in the dtype that the head has in the model (the autocast dtype where autocast is on) and
 everything after it in fp32, so trainer and engine see the same logits. The reference is `log_softmax` + `gather`, as
@@ -48,6 +53,9 @@ def token_logprobs(
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    if frozen and hidden.requires_grad and torch.is_grad_enabled() and softcap is None and not with_entropy:
+        return _FrozenHeadLogprobs.apply(hidden, weight, bias, targets, temperature, max(1, chunk_tokens), dtype), None
     logprobs, entropy = _ChunkedLogprobs.apply(
         hidden, weight, bias, targets, temperature, softcap, with_entropy, max(1, chunk_tokens), dtype
     )
@@ -60,7 +68,43 @@ def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: floa
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
-    return logits.div_(temperature)
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+class _FrozenHeadLogprobs(torch.autograd.Function):
+    """Log-probabilities whose gradient reaches the hidden states only; [T, D] of it is kept instead of logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        accumulate = torch.promote_types(dtype, torch.float32)
+        logprobs = torch.empty(hidden.shape[0], dtype=accumulate, device=hidden.device)
+        slope = torch.empty(hidden.shape, dtype=accumulate, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for start in range(0, hidden.shape[0], chunk):
+                rows = slice(start, start + chunk)
+                log_p = _logits(hidden[rows].to(dtype), head, offset, temperature, None).log_softmax(-1)
+                logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
+                slope[rows] = head[targets[rows]]
+                slope[rows] -= log_p.exp_().to(dtype) @ head
+        ctx.save_for_backward(slope if temperature == 1.0 else slope.div_(temperature))
+        ctx.dtype = hidden.dtype
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return (slope * grads[0][:, None]).to(ctx.dtype), *[None] * 6
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -112,14 +156,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 states = hidden[rows].to(dtype)
                 logits = _logits(states, head, offset, temperature, softcap)
-                log_p = logits - lse[rows, None]
+                log_p = logits - lse[rows, None] if softcap is not None else logits.sub_(lse[rows, None])
                 # d logprob / dz = onehot - p;  d entropy / dz = -p * (log p + entropy)
                 factor = -grad_logprobs[rows, None]
                 if with_entropy:
                     factor = factor - grad_entropy[rows, None] * (log_p + entropy[rows, None])
                 grad = log_p.exp_().mul_(factor)
                 grad.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
-                grad.div_(temperature)
+                if temperature != 1.0:
+                    grad.div_(temperature)
                 if softcap is not None:
                     grad.mul_(1.0 - (logits * (temperature / softcap)).square())
                 if grad_bias is not None:

@@ -15,7 +15,7 @@ It works for every transformers model that uses the `AttentionInterface`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,18 +27,22 @@ from transformers import AttentionInterface
 from steersman.errors import ConfigError, InvalidArgumentError
 
 PACKED_ATTENTION = "steersman_packed"
+_SIMILAR = 0.6
+"""Share of a block's longest response that the others must have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One kind of segment (prompts or responses) as a padded block inside attention.
+    """The prompts, or responses of similar length, as a padded block inside attention.
 
-    Shapes: `index` [B, L] int64, position of the token in the segment range, 0 where padded;
-    `inverse` [S] int64, position of every token in the flattened block; `padding` [B, L] bool;
-    `mask` [B, 1, L, K] bool, which keys a query sees.
+    Shapes: `rows` [B] int64, which segments; `index` [B, L] int64, position of the token in the range of all prompts or
+    all responses, 0 where padded; `tokens` [S] int64, these positions without padding; `inverse` [S] int64, position of
+    every token in the flattened block; `padding` [B, L] bool; `mask` [B, 1, L, K] bool, which keys a query sees.
     """
 
+    rows: Tensor
     index: Tensor
+    tokens: Tensor
     inverse: Tensor
     padding: Tensor
     mask: Tensor
@@ -50,10 +54,13 @@ class PackedLayout:
 
     prompt_tokens: int
     prompts: Block
-    responses: Block | None
+    responses: tuple[Block, ...]
+    """Longest first; padding every answer to the longest one would multiply the scores by two to four."""
     group: Tensor
     """int64 [N], the prompt of every response."""
     longest: int
+    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    """Masks as the kernels want them, by block, repetition and dtype: made once, used by every layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +116,8 @@ def pack(groups: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], device: torc
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     token_ids = np.concatenate([*prompts, *responses]).astype(np.int64)
-    prompt_block = _block(prompt_lengths, None, prompt_lengths)
-    response_block = _block(lengths, prompt_lengths[group], prompt_lengths) if lengths.sum() else None
+    prompt_block = _block(prompt_lengths, np.arange(len(prompts)), None, prompt_lengths)
+    response_blocks = [_block(lengths, rows, prompt_lengths[group], prompt_lengths) for rows in _similar(lengths)]
     longest = int(max(prompt_lengths.max(), (prompt_lengths[group] + lengths).max(initial=0)))
     return PackedBatch(
         token_ids=tensor(token_ids),
@@ -118,7 +125,7 @@ def pack(groups: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], device: torc
         layout=PackedLayout(
             prompt_tokens=int(prompt_ends[-1]),
             prompts=_to(prompt_block, device),
-            responses=_to(response_block, device) if response_block is not None else None,
+            responses=tuple(_to(block, device) for block in response_blocks),
             group=tensor(group),
             longest=longest,
         ),
@@ -135,22 +142,35 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts, lengths) + offsets
 
 
-def _block(lengths: np.ndarray, context: np.ndarray | None, prompt_lengths: np.ndarray) -> Block:
-    """Padded block of segments; `context` [B] is how many prompt keys each segment sees before its own."""
-    width = int(lengths.max())
+def _similar(lengths: np.ndarray) -> list[np.ndarray]:
+    """Segments with tokens in blocks of similar length, longest first."""
+    order = np.argsort(-lengths, kind="stable")
+    blocks: list[list[int]] = []
+    for row in order[lengths[order] > 0].tolist():
+        if not blocks or lengths[row] < _SIMILAR * lengths[blocks[-1][0]]:
+            blocks.append([])
+        blocks[-1].append(row)
+    return [np.sort(block) for block in blocks]
+
+
+def _block(lengths: np.ndarray, rows: np.ndarray, context: np.ndarray | None, prompt_lengths: np.ndarray) -> Block:
+    """Padded block of the segments `rows`; `context` is how many prompt keys each segment sees before its own."""
+    offsets, own_lengths = (np.cumsum(lengths) - lengths)[rows], lengths[rows]
+    width = int(own_lengths.max())
     column = np.arange(width)
-    real = column < lengths[:, None]
-    index = np.where(real, (np.cumsum(lengths) - lengths)[:, None] + column, 0)
-    inverse = np.flatnonzero(real)
-    own = np.broadcast_to(column[:, None] >= column, (len(lengths), width, width))
+    real = column < own_lengths[:, None]
+    index = np.where(real, offsets[:, None] + column, 0)
+    own = np.broadcast_to(column[:, None] >= column, (len(rows), width, width))
     if context is None:
         mask = own.copy()
     else:
-        seen = np.arange(int(prompt_lengths.max())) < context[:, None]
-        mask = np.concatenate([np.broadcast_to(seen[:, None], (len(lengths), width, seen.shape[1])), own], axis=2)
+        seen = np.arange(int(prompt_lengths.max())) < context[rows, None]
+        mask = np.concatenate([np.broadcast_to(seen[:, None], (len(rows), width, seen.shape[1])), own], axis=2)
     return Block(
+        rows=torch.from_numpy(rows),
         index=torch.from_numpy(index),
-        inverse=torch.from_numpy(inverse),
+        tokens=torch.from_numpy(index[real]),
+        inverse=torch.from_numpy(np.flatnonzero(real)),
         padding=torch.from_numpy(~real),
         mask=torch.from_numpy(np.ascontiguousarray(mask))[:, None],
     )
@@ -161,48 +181,69 @@ def _to(block: Block, device: torch.device | str) -> Block:
 
 
 class _Pad(torch.autograd.Function):
-    """[S, ...] -> [B, L, ...] and back; both directions are plain gathers."""
+    """[S, ...] -> [B, L, ...] of every block and back; both directions are plain gathers and writes."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, index: Tensor, inverse: Tensor, padding: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return flat[index]
+    def forward(ctx: Any, flat: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
+        ctx.blocks, ctx.shape = blocks, flat.shape
+        return tuple(flat[block.index] for block in blocks)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inverse,) = ctx.saved_tensors
-        return grads[0].flatten(0, 1)[inverse], None, None, None
+        return _flatten(grads, ctx.blocks, ctx.shape), None
 
 
 class _Unpad(torch.autograd.Function):
-    """[B, L, ...] -> [S, ...]: the inverse of `_Pad`."""
+    """[B, L, ...] of every block -> [S, ...]: the inverse of `_Pad`."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, index: Tensor, inverse: Tensor, padding: Tensor) -> Tensor:
-        ctx.save_for_backward(index, padding)
-        return padded.flatten(0, 1)[inverse]
+    def forward(ctx: Any, blocks: tuple[Block, ...], *padded: Tensor) -> Tensor:
+        ctx.blocks = blocks
+        total = sum(len(block.tokens) for block in blocks)
+        return _flatten(padded, blocks, torch.Size((total, *padded[0].shape[2:])))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        index, padding = ctx.saved_tensors
-        padded = grads[0][index]
-        padded[padding] = 0
-        return padded, None, None, None
+        result: list[Tensor | None] = [None]
+        for block in ctx.blocks:
+            padded = grads[0][block.index]
+            padded[block.padding] = 0
+            result.append(padded)
+        return tuple(result)
+
+
+def _flatten(padded: Sequence[Tensor], blocks: Sequence[Block], shape: torch.Size) -> Tensor:
+    if len(blocks) == 1:
+        return padded[0].flatten(0, 1)[blocks[0].inverse]
+    flat = padded[0].new_empty(shape)
+    for one, block in zip(padded, blocks, strict=True):
+        flat[block.tokens] = one.flatten(0, 1)[block.inverse]
+    return flat
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
     """Grouped-query attention with the query heads of one key head folded into rows.
 
-    Shapes: query [B, L, H, D]; key and value [B, K, KV, D]; mask [B, 1, L, K]; returns [B, L, H, D].
+    Shapes: query [B, L, H, D]; key and value [B, K, KV, D]; mask [B, 1, H / KV * L, K] to add; returns [B, L, H, D].
     """
     batch, width, heads, dim = query.shape
     kv_heads = key.shape[2]
     fold = heads // kv_heads
     rows = query.view(batch, width, kv_heads, fold, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
     out = F.scaled_dot_product_attention(
-        rows, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask.repeat(1, 1, fold, 1), scale=scaling
+        rows, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, scale=scaling
     )
     return out.view(batch, kv_heads, fold, width, dim).permute(0, 3, 1, 2, 4).reshape(batch, width, heads, dim)
+
+
+def _mask(layout: PackedLayout, number: int, block: Block, fold: int, dtype: torch.dtype) -> Tensor:
+    """The block's mask as numbers to add, repeated for the query heads of a key head."""
+    found = layout.masks.get((number, fold, dtype))
+    if found is None:
+        hidden = ~block.mask.repeat(1, 1, fold, 1)
+        found = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        layout.masks[number, fold, dtype] = found
+    return found
 
 
 def packed_attention(
@@ -227,19 +268,18 @@ def packed_attention(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ConfigError("models with attention soft-capping or attention sinks are not supported in packed mode")
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    split = packed.prompt_tokens
-    block = packed.prompts
-    index = (block.index, block.inverse, block.padding)
-    prompt_k, prompt_v = _Pad.apply(k[:split], *index), _Pad.apply(v[:split], *index)
-    out = _Unpad.apply(_attend(_Pad.apply(q[:split], *index), prompt_k, prompt_v, block.mask, scaling), *index)
-    if packed.responses is not None:
-        block = packed.responses
-        index = (block.index, block.inverse, block.padding)
-        own_q, own_k, own_v = (_Pad.apply(states[split:], *index) for states in (q, k, v))
-        keys = torch.cat([prompt_k[packed.group], own_k], dim=1)
-        values = torch.cat([prompt_v[packed.group], own_v], dim=1)
-        answer = _attend(own_q, keys, values, block.mask, scaling)
-        out = torch.cat([out, _Unpad.apply(answer, *index)])
+    split, fold = packed.prompt_tokens, q.shape[1] // k.shape[1]
+    (prompt_q,), (prompt_k,), (prompt_v,) = (_Pad.apply(states[:split], (packed.prompts,)) for states in (q, k, v))
+    mask = _mask(packed, 0, packed.prompts, fold, q.dtype)
+    out = _Unpad.apply((packed.prompts,), _attend(prompt_q, prompt_k, prompt_v, mask, scaling))
+    if packed.responses:
+        own = [_Pad.apply(states[split:], packed.responses) for states in (q, k, v)]
+        answers = []
+        for number, (block, own_q, own_k, own_v) in enumerate(zip(packed.responses, *own, strict=True), start=1):
+            group = packed.group[block.rows]
+            keys, values = torch.cat([prompt_k[group], own_k], 1), torch.cat([prompt_v[group], own_v], 1)
+            answers.append(_attend(own_q, keys, values, _mask(packed, number, block, fold, q.dtype), scaling))
+        out = torch.cat([out, _Unpad.apply(packed.responses, *answers)])
     return out[None], None
 
 

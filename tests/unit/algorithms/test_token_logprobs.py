@@ -157,3 +157,17 @@ def test_wrong_input_is_refused() -> None:
         token_logprobs(hidden, weight, TARGETS, temperature=0.0)
     with pytest.raises(InvalidArgumentError, match="targets"):
         token_logprobs(hidden, weight, TARGETS[:3])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_a_frozen_head_gives_the_same_gradient_without_a_second_product(chunk: int, temperature: float) -> None:
+    hidden, weight, bias = inputs(torch.float32)
+    weight, bias = weight.detach(), bias.detach()
+    upstream = torch.randn(23, generator=torch.Generator().manual_seed(2))
+    expected, _ = reference(hidden, weight, TARGETS, bias, temperature, None)
+    got, _ = token_logprobs(hidden, weight, TARGETS, bias=bias, temperature=temperature, chunk_tokens=chunk)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    (ours,) = torch.autograd.grad(got @ upstream, hidden)
+    (theirs,) = torch.autograd.grad(expected @ upstream, hidden)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
