@@ -14,36 +14,21 @@ import argparse
 import contextlib
 import functools
 import json
-import os
-import platform
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from benchmarks import common
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
-from steersman.rpc.client import open_channel, wait_ready
+from steersman.rpc.client import open_channel
 from steersman.rpc.wire import pack_rows, unpack_rows
 from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
-
-_QUESTIONS = (
-    "When will order {} be delivered? The shop promised it for last week and I need it for a birthday.",
-    "I did not receive the invoice of order {}. Could you send it again to my company's address?",
-    "One article of order {} arrived with a broken lid. What do I have to do to return it?",
-    "Is article {} in stock again? I would like to buy four of them, if possible in the same colour.",
-)
 
 
 @dataclass(frozen=True)
@@ -60,18 +45,7 @@ class Workload:
 
 
 def workloads(folder: Path) -> list[Workload]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [
-        np.asarray(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": _QUESTIONS[i % len(_QUESTIONS)].format(1000 + 37 * i)}],
-                add_generation_prompt=True,
-                return_dict=False,
-            ),
-            np.int32,
-        )
-        for i in range(64)
-    ]
+    prompts = common.chat_prompts(folder, 64)
     varied = np.random.default_rng(0).integers(16, 193, 64).tolist()
     return [
         Workload("1 request", prompts[:1], [64]),
@@ -135,33 +109,6 @@ def rollout(stub: policy_pb2_grpc.PolicyServiceStub, work: Workload) -> list[tup
     ]
 
 
-@contextlib.contextmanager
-def service(folder: Path, precision: str, threads: int) -> Iterator[tuple[policy_pb2_grpc.PolicyServiceStub, int]]:
-    """A policy service in a process of its own: its stub and process id."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        port, weights_port = one.getsockname()[1], other.getsockname()[1]
-    overrides = {
-        "port": port,
-        "weightsPort": weights_port,
-        "precision": precision,
-        "threads": threads,
-        "kvCacheTokens": 64 * 320,
-        "model": str(folder),
-    }
-    with tempfile.TemporaryDirectory() as scratch:
-        config = Path(scratch) / "policy.yaml"
-        config.write_text(json.dumps(overrides))
-        command = [sys.executable, "-m", "services.policy", "--config", str(config)]
-        process = subprocess.Popen(command, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
-        try:
-            with open_channel(f"127.0.0.1:{port}") as channel:
-                wait_ready(channel, "steersman.v1.PolicyService", timeout=180)
-                yield policy_pb2_grpc.PolicyServiceStub(channel), process.pid
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
 @torch.inference_mode()
 def mismatch(model: PreTrainedModel, samples: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Absolute difference of log-probabilities to transformers' float32 forward, over the samples' tokens."""
@@ -175,33 +122,6 @@ def mismatch(model: PreTrainedModel, samples: list[tuple[np.ndarray, np.ndarray,
     return {"mean": float(values.mean()), "max": float(values.max()), "tokens": len(values)}
 
 
-@torch.inference_mode()
-def ceilings() -> dict[str, float]:
-    """What the machine gives now: GEMM at size 1024 in GFLOP/s, memory read in GB/s; the best of several."""
-
-    def best(action: Callable[[], object]) -> float:
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
-            action()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    found = {}
-    for name, dtype in (("gemm_fp32_gflops", torch.float32), ("gemm_bf16_gflops", torch.bfloat16)):
-        a = torch.ones(1024, 1024, dtype=dtype)
-        found[name] = 2 * 1024**3 / best(functools.partial(torch.mm, a, a)) / 1e9
-    large = torch.ones(1 << 27)
-    found["memory_read_gb_s"] = large.nbytes / best(large.sum) / 1e9
-    return found
-
-
-def peak_gib(process_id: int) -> float:
-    with open(f"/proc/{process_id}/status") as status:
-        line = next(line for line in status if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
-
-
 def run(folder: Path, precisions: list[str], rounds: int, threads: int) -> dict[str, object]:
     torch.set_num_threads(threads)
     peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -210,15 +130,21 @@ def run(folder: Path, precisions: list[str], rounds: int, threads: int) -> dict[
     samples: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     engines: dict[str, dict[str, object]] = {}
     with contextlib.ExitStack() as stack:
-        stubs = {name: stack.enter_context(service(folder, name, threads)) for name in precisions}
-        for name, (stub, _) in stubs.items():
+        settings = {"model": str(folder), "kvCacheTokens": 64 * 320}
+        services = {
+            name: stack.enter_context(common.service("policy", threads, precision=name, **settings))
+            for name in precisions
+        }
+        channels = {name: stack.enter_context(open_channel(one.target)) for name, one in services.items()}
+        stubs = {name: policy_pb2_grpc.PolicyServiceStub(channel) for name, channel in channels.items()}
+        for name, stub in stubs.items():
             info = stub.GetPolicyInfo(policy_pb2.GetPolicyInfoRequest())
             engines[name] = {"dtype": info.model.dtype, "device": info.model.device}
             rollout(stub, Workload("warm-up", works[1].prompts[:8], [4] * 8))
         for round_number in range(rounds):
             for work in works:
                 contenders: dict[str, Callable[[], object]] = {"generate bf16": functools.partial(generate, peer, work)}
-                for name, (stub, _) in stubs.items():
+                for name, stub in stubs.items():
                     contenders[name] = functools.partial(rollout, stub, work)
                 for name, action in contenders.items():
                     start = time.perf_counter()
@@ -228,16 +154,14 @@ def run(folder: Path, precisions: list[str], rounds: int, threads: int) -> dict[
                     print(f"round {round_number + 1}  {work.name:10} {name:14} {elapsed:7.2f} s", flush=True)
                     if isinstance(result, list) and work.name == "64 equal":
                         samples[name] = result
-        for name, (_, process_id) in stubs.items():
-            engines[name]["peak_gib"] = peak_gib(process_id)
+        for name, one in services.items():
+            engines[name]["peak_gib"] = common.peak_gib(one.pid)
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, found in samples.items():
         engines[name]["logprob_mismatch"] = mismatch(exact, found[:16])
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": psutil.cpu_count(), "threads": threads},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "ceilings": ceilings(),
+        **common.heading(threads),
+        "ceilings": common.ceilings(),
         "engines": engines,
         "workloads": {work.name: _summary(work, seconds[work.name]) for work in works},
     }
@@ -250,10 +174,7 @@ def _summary(work: Workload, seconds: dict[str, list[float]]) -> dict[str, objec
         "tokens": work.tokens,
         "seconds": seconds,
         "tokens_per_second": {name: work.tokens / statistics.median(times) for name, times in seconds.items()},
-        "ratio": {
-            name: statistics.median(one / other for one, other in zip(peer, times, strict=True))
-            for name, times in seconds.items()
-        },
+        "ratio": {name: common.ratio(peer, times) for name, times in seconds.items()},
     }
 
 
@@ -277,15 +198,13 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
     parser.add_argument("--precision", nargs="+", default=["auto"], choices=["auto", "fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=common.CORES)
     parser.add_argument("--out", type=Path, default=Path("build/bench/rollout.json"))
     arguments = parser.parse_args()
     folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
     report = run(folder, arguments.precision, arguments.rounds, arguments.threads)
     print_table(report)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {arguments.out}")
+    common.write(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,161 @@
+"""Generation and training at the same time: the step's seconds with `max_staleness` 0 and 1.
+
+    python -m benchmarks.overlap [--model FOLDER] [--steps 8]
+
+The policy service runs in a process of its own with an engine that only takes time, as one on other hardware would; it
+takes as long for a batch as the trainer for an update. Scoring answers at once. The trainer's loop, its forward and
+backward passes, the weights transaction and the streams are the real ones, on one thread, so that nothing competes for
+its core. With staleness 0 a step takes generation plus update, with 1 the larger of the two. Prints a table and writes
+build/bench/overlap.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import common
+from benchmarks.services import null_services
+from steersman.config.manifest import Generation, RlStage
+from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
+from steersman.testing.fake_engine import FakeEngine
+from training.checkpoint import Checkpoints
+from training.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
+from training.policy_model import PolicyModel
+from training.ppo import Trainer
+from training.rollout import Prompt, Rollouts
+
+PROMPTS, SAMPLES, NEW = 4, 4, 32
+
+
+def serve_engine(pipe: Connection, seconds_per_token: float) -> None:
+    """A policy service whose engine takes time and nothing else."""
+    from services.policy.chat import ChatFormat
+    from services.policy.config import PolicyConfig
+    from services.policy.servicer import PolicyServicer
+    from services.policy.weights import WeightsServicer
+    from steersman.rpc.server import Server
+    from steersman.v1 import policy_pb2_grpc, weights_pb2_grpc
+
+    async def serve() -> None:
+        engine = FakeEngine(eos_probability=0.0, seconds_per_step=seconds_per_token)
+        engine.start()
+        config = PolicyConfig(model="none", port=0, weights_port=0)
+        data = (
+            policy_pb2_grpc.add_PolicyServiceServicer_to_server,
+            PolicyServicer(engine, ChatFormat(None, "")),
+            common.READY["policy"],
+        )
+        control = (
+            weights_pb2_grpc.add_WeightsServiceServicer_to_server,
+            WeightsServicer(engine, config),
+            "steersman.v1.WeightsService",
+        )
+        server = Server(config, [(0, [data]), (0, [control])])
+        await server.start()
+        await server.ready()
+        pipe.send([f"127.0.0.1:{port}" for port in server.ports])
+        await asyncio.Event().wait()
+
+    asyncio.run(serve())
+
+
+@contextmanager
+def simulated(seconds_per_token: float) -> Iterator[tuple[str, str]]:
+    """Addresses of the data plane and the control plane."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve_engine, args=(theirs, seconds_per_token))
+    process.start()
+    try:
+        yield tuple(ours.recv())
+    finally:
+        process.terminate()
+        process.join(30)
+
+
+class Record:
+    """Takes the place of the run's reporter."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def activity(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+
+    def step(self, step: int, steps: int, **metrics: float) -> None:
+        self.steps.append(metrics)
+        print(f"step {step}: {metrics['seconds']:.2f} s", flush=True)
+
+
+def train(folder: Path, seconds_per_token: float, staleness: int, steps: int) -> dict[str, float]:
+    """Median seconds of a step and of its parts; the first two steps fill the pipeline."""
+    generator = np.random.default_rng(0)
+    prompts = [Prompt(generator.integers(3, 256, 60).astype(np.int32), []) for _ in range(PROMPTS * 4)]
+    spec = RlStage(
+        algorithm="rloo",
+        steps=steps,
+        prompts_per_step=PROMPTS,
+        samples_per_prompt=SAMPLES,
+        generation=Generation(max_new_tokens=NEW),
+        max_staleness=staleness,
+        checkpoint_every=steps,
+    )
+    model = PolicyModel(folder, spec.lora, None, None, device="cpu", precision="fp32", temperature=1.0, seed=0)
+    record = Record()
+    with simulated(seconds_per_token) as (data, control), null_services() as null, tempfile.TemporaryDirectory() as out:
+        pool = PolicyPool([PolicyReplica(data, control, 60.0, print)], "")
+        scorers = [RewardClient(null, "", 60.0, print)], [ReferenceClient(null, "", 60.0, print)]
+        rollouts = Rollouts(pool, *scorers, str, spec.generation, record.activity)
+        trainer: Any = Trainer(spec, model, rollouts, pool, prompts, Checkpoints(Path(out)), record, seed=0)
+        trainer.run()
+        pool.close()
+    kept = record.steps[2:-1]  # the last step also writes the checkpoint
+    return {
+        "seconds": statistics.median(one["seconds"] for one in kept),
+        "generation": statistics.median(one["seconds_generate"] + one["seconds_score_tail"] for one in kept),
+        "update_and_publish": statistics.median(one["seconds_update"] + one["seconds_publish"] for one in kept),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
+    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("build/bench/overlap.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
+    alone = train(folder, 0.0, 0, 5)
+    seconds_per_token = alone["update_and_publish"] / NEW
+    results = {staleness: train(folder, seconds_per_token, staleness, arguments.steps) for staleness in (0, 1)}
+    larger = max(results[1]["generation"], results[1]["update_and_publish"])
+    over = results[1]["seconds"] / larger - 1.0
+    common.table(
+        ("max_staleness", "step s", "generation s", "update and publish s"),
+        [[str(number), *one.values()] for number, one in results.items()],
+    )
+    print(f"with staleness 1 a step takes {100 * over:.1f} % more than the larger of the two; target at most 5 %")
+    report = {
+        **common.heading(1),
+        "staleness": {str(number): one for number, one in results.items()},
+        "over_the_larger": over,
+        "target": 0.05,
+    }
+    common.write(report, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

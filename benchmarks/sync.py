@@ -1,0 +1,147 @@
+"""Weight sync: from the trainer's weights to a policy service that samples with them.
+
+    python -m benchmarks.sync [--model FOLDER] [--rounds 5] [--replicas 1 2]
+
+The trainer's model runs in this process, each policy service in one of its own; they meet over gRPC as in a run.
+`prepare` is collecting, packing and hashing in the trainer, `publish` the transaction with all replicas, `pause` what
+generation stands still. After the last round answers are sampled and their log-probabilities compared with the
+trainer's. Prints a table and writes build/bench/sync.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import common
+from steersman.config.manifest import Lora
+from steersman.nn.load import load_tokenizer
+from steersman.nn.packed import pack
+from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
+from steersman.nn.tokens import tokenizer_fingerprint
+from steersman.v1 import common_pb2
+from training.clients import PolicyPool, PolicyReplica, WeightsPayload
+from training.policy_model import PolicyModel
+
+TARGETS = {"lora": 0.1, "full": 0.5}
+LARGE_BYTES = 8.03e9 * 2
+"""8B parameters in bfloat16."""
+
+
+class _Replica(PolicyReplica):
+    """Remembers how long the last publication stopped generation."""
+
+    pause_seconds = 0.0
+
+    def publish(self, version: int, payload: WeightsPayload) -> float:
+        self.pause_seconds = super().publish(version, payload)
+        return self.pause_seconds
+
+
+def change(model: PolicyModel, generator: torch.Generator) -> None:
+    """As an optimizer step would: every trained weight gets another value."""
+    with torch.no_grad():
+        for parameter in model.policy_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-4)
+
+
+def mismatch(model: PolicyModel, pool: PolicyPool, prompts: Sequence[np.ndarray]) -> float:
+    """Mean absolute difference of the log-probabilities of sampled tokens, engine against trainer."""
+    sampling = common_pb2.SamplingParams(max_new_tokens=16, min_new_tokens=16, seed=1)
+    samples = list(pool.generate(prompts, 1, sampling))
+    packed = pack([(prompts[one.prompt_index], [one.token_ids]) for one in samples])
+    with torch.no_grad():
+        own = model.logprobs(packed).numpy()
+    return float(np.abs(own - np.concatenate([one.logprobs for one in samples])).mean())
+
+
+def measure(folder: Path, kind: str, replicas: int, rounds: int, threads: int) -> dict[str, object]:
+    lora = Lora() if kind == "lora" else None
+    model = PolicyModel(folder, lora, None, None, device="cpu", precision="fp32", temperature=1.0, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    fingerprint = tokenizer_fingerprint(load_tokenizer(folder))
+    prepares, publishes, pauses = [], [], []
+    size = 0
+    with contextlib.ExitStack() as stack:
+        services = [stack.enter_context(common.service("policy", threads, model=str(folder))) for _ in range(replicas)]
+        clients = [_Replica(one.target, one.weights_target, 60.0, print) for one in services]
+        pool = PolicyPool(clients, fingerprint)
+        stack.callback(pool.close)
+        served = pool.info().model.dtype
+        dtype = torch.bfloat16 if served == "bfloat16" else torch.float32
+        for number in range(rounds + 1):
+            change(model, generator)
+            start = time.perf_counter()
+            payload = model.payload(dtype)
+            prepared = time.perf_counter()
+            pool.publish(payload)
+            end = time.perf_counter()
+            print(f"{kind} x{replicas}: prepare {prepared - start:.3f} s, publish {end - prepared:.3f} s", flush=True)
+            if number:
+                prepares.append(prepared - start)
+                publishes.append(end - prepared)
+                pauses.append(max(client.pause_seconds for client in clients))
+            size = len(payload.data)
+        difference = mismatch(model, pool, common.chat_prompts(folder, 8))
+        peak = max(common.peak_gib(one.pid) for one in services)
+    seconds = statistics.median(a + b for a, b in zip(prepares, publishes, strict=True))
+    return {
+        "kind": kind,
+        "replicas": replicas,
+        "served_dtype": served,
+        "megabytes": size / 1e6,
+        "prepare_seconds": statistics.median(prepares),
+        "publish_seconds": statistics.median(publishes),
+        "pause_seconds": statistics.median(pauses),
+        "seconds": seconds,
+        "target_seconds": TARGETS[kind],
+        "logprob_mismatch": difference,
+        "service_peak_gib": peak,
+        "large_model_by_stream_seconds": LARGE_BYTES / (size / seconds) if kind == "full" else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
+    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
+    parser.add_argument("--kinds", nargs="+", default=["lora", "full"], choices=list(TARGETS))
+    parser.add_argument("--replicas", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=common.CORES)
+    parser.add_argument("--out", type=Path, default=Path("build/bench/sync.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
+    limits = common.ceilings()
+    results = [
+        measure(folder, kind, replicas, arguments.rounds, arguments.threads)
+        for kind in arguments.kinds
+        for replicas in arguments.replicas
+    ]
+    names = ("kind", "replicas", "megabytes", "prepare_seconds", "publish_seconds", "pause_seconds", "seconds")
+    header = (
+        "weights",
+        "replicas",
+        "MB",
+        "prepare s",
+        "publish s",
+        "pause s",
+        "usable after s",
+        "target s",
+        "mismatch",
+    )
+    common.table(header, [[one[n] for n in (*names, "target_seconds", "logprob_mismatch")] for one in results])
+    print("ceilings", limits)
+    common.write({**common.heading(arguments.threads), "ceilings": limits, "results": results}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
