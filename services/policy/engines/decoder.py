@@ -111,7 +111,7 @@ class LlamaDecoder:
 
 
 class _Norm:
-    """RMS norm in float32."""
+    """RMS norm in float32. torch's own takes a dozen kernels on a CPU; here it is five, two of them over all of x."""
 
     def __init__(self, module: Any, name: str, store: WeightStore) -> None:
         self._eps = float(module.variance_epsilon)
@@ -120,9 +120,12 @@ class _Norm:
 
     def _place(self, weight: Tensor) -> None:
         self._weight = weight.float()
+        self._offset = self._weight.new_tensor(self._eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        factor = torch.addcmul(self._offset, length, length, value=1.0 / x.shape[-1]).rsqrt_()
+        return torch.mul(x, factor).mul_(self._weight)
 
 
 class _Layer:
