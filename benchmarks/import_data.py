@@ -21,10 +21,11 @@ from pathlib import Path
 
 import orjson
 
-WORDS = (
+TEXT = (
     "the order of what can you help with delivery late refund please account a to and is it my we will send again "
     "tomorrow invoice number thanks sorry about this problem café “quoted” naïve how do I bake bread without yeast"
-).split()  # noqa: SIM905
+)
+WORDS = TEXT.split()
 
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:

@@ -46,6 +46,10 @@ def print_report(report: AgreementReport, failures: list[str]) -> None:
             pair.question, f"{pair.first}, {pair.second}", f"{pair.units:,}", _number(pair.raw), _number(pair.kappa)
         )
     console.print(table)
+    table = Table("day", "question", "pairs", "agreeing")
+    for day in report.days:
+        table.add_row(day.day, day.question, f"{day.pairs:,}", _number(day.raw))
+    console.print(table)
     for failure in failures:
         console.print(f"[red]blocks a release:[/red] {failure}")
 

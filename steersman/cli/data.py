@@ -243,17 +243,19 @@ def projects(store: StoreOption = DEFAULT_STORE) -> None:
 def add(
     project: str,
     files: Annotated[list[str], typer.Argument(help="Canonical rows; a preference gives two candidates.")],
+    honeypots: Annotated[bool, typer.Option("--honeypots", help="The rows' own judgements are known answers.")] = False,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Adds rows with answers to a project as items to be judged."""
+    """Adds rows with answers to a project as items to be judged, or as honeypots that measure the labelers."""
     from steersman.data.export import read_any
     from steersman.store import Store
-    from steersman.store.judging import add_items, get_project, item_of_row
+    from steersman.store.judging import add_items, get_project, honeypot_of_row, item_of_row
 
+    make = honeypot_of_row if honeypots else item_of_row
     with Store.open(store).transaction() as session:
         target = get_project(session, project)
-        added = sum(add_items(session, target, map(item_of_row, read_any(file))) for file in files)
-    typer.echo(f"{added:,} items added to {project}")
+        added = sum(add_items(session, target, map(make, read_any(file))) for file in files)
+    typer.echo(f"{added:,} {'honeypots' if honeypots else 'items'} added to {project}")
 
 
 @app.command()
@@ -296,6 +298,21 @@ def generate(
 
     added, short = asyncio.run(run())
     typer.echo(f"{added:,} items added to {project}; {short:,} prompts got fewer than {least} different answers")
+
+
+@app.command()
+def reopen(
+    project: str,
+    limit: Annotated[int, typer.Option(help="At most so many, the most disputed first.")] = 1000,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Takes back the verdicts on disputed items and hands the items out again."""
+    from steersman.store import Store
+    from steersman.store.judging import get_project, reopen_disputed
+
+    with Store.open(store).transaction() as session:
+        count = reopen_disputed(session, get_project(session, project), limit)
+    typer.echo(f"{count:,} disputed items of {project} are open again")
 
 
 @app.command()

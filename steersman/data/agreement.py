@@ -1,8 +1,9 @@
 """How far labelers agree: the statistics, from counts of votes.
 
 The input is a mapping from a pattern of votes on one unit to the number of units with that pattern, so the cost does
-not depend on the number of judgements. The coefficients come from kept libraries: Krippendorff's alpha from
-`krippendorff`, Fleiss' and Cohen's kappa from `statsmodels`.
+not depend on the number of judgements. Fleiss' and Cohen's kappa come from `statsmodels`. Krippendorff's alpha is
+computed here, because the `krippendorff` package walks unit by unit (seconds for a million votes on a few aspects);
+the tests hold it to that package and to the published figures.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ Level = Literal["nominal", "ordinal", "interval", "ratio"]
 #: Votes of one unit as sorted (value, count) pairs.
 Pattern = tuple[tuple[float, int], ...]
 Patterns = Mapping[Pattern, int]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def patterns_of(ratings: Iterable[Sequence[float | None]]) -> dict[Pattern, int]:
@@ -37,15 +40,32 @@ def krippendorff_alpha(patterns: Patterns, level: Level) -> float | None:
     Source: Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011.
     None where it is not defined: no unit with two votes, or all votes equal.
     """
-    import krippendorff
-
     paired = {pattern: n for pattern, n in patterns.items() if n > 0 and sum(count for _, count in pattern) > 1}
     domain = sorted({value for pattern in paired for value, _ in pattern})
     if len(domain) < 2:
         return None
-    return float(
-        krippendorff.alpha(value_counts=_table(paired, domain), value_domain=domain, level_of_measurement=level)
-    )
+    counts, units = _table(paired, domain)
+    # Section B of the paper: every ordered pair of votes on a unit of m votes weighs 1 / (m - 1).
+    weights = units / (counts.sum(1) - 1)
+    observed = np.einsum("p,pc,pk->ck", weights, counts, counts) - np.diag(weights @ counts)
+    totals = observed.sum(0)
+    expected = (np.outer(totals, totals) - np.diag(totals)) / (totals.sum() - 1)
+    distances = _distances(np.array(domain), totals, level)
+    return float(1 - (observed * distances).sum() / (expected * distances).sum())
+
+
+def _distances(domain: Floats, totals: Floats, level: Level) -> Floats:
+    """[values, values]: squared difference of two values at a level of measurement (section C of the paper)."""
+    if level == "nominal":
+        return 1.0 - np.eye(len(domain))
+    if level == "ordinal":  # how many votes lie between the two values, half of their own included
+        ranks = np.cumsum(totals) - totals / 2
+        return np.subtract.outer(ranks, ranks) ** 2
+    apart = np.subtract.outer(domain, domain)
+    if level == "ratio":
+        sums = np.add.outer(domain, domain)
+        apart = np.divide(apart, sums, out=np.zeros_like(apart), where=sums != 0)
+    return apart**2
 
 
 def fleiss_kappa(patterns: Patterns) -> tuple[float | None, int, int]:
@@ -67,7 +87,7 @@ def fleiss_kappa(patterns: Patterns) -> tuple[float | None, int, int]:
     units = sum(complete.values())
     if len(domain) < 2:
         return None, units, votes
-    return float(statsmodels_fleiss(_table(complete, domain))), units, votes
+    return float(statsmodels_fleiss(np.repeat(*_table(complete, domain), axis=0))), units, votes
 
 
 def cohen_kappa(confusion: Mapping[tuple[float, float], int], *, weighted: bool = False) -> float | None:
@@ -104,10 +124,10 @@ def order_bias(decided: int, decided_first: int) -> tuple[float | None, float | 
     return decided_first / decided, float(binomtest(decided_first, decided).pvalue)
 
 
-def _table(patterns: Patterns, domain: Sequence[float]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """int64 [units, values]: counts of each value for each unit."""
-    rows = np.array([[dict(pattern).get(value, 0) for value in domain] for pattern in patterns], np.int64)
-    return np.repeat(rows, list(patterns.values()), axis=0)
+def _table(patterns: Patterns, domain: Sequence[float]) -> tuple[Counts, Counts]:
+    """int64 [patterns, values]: votes for each value; int64 [patterns]: units of each pattern."""
+    rows = [[dict(pattern).get(value, 0) for value in domain] for pattern in patterns]
+    return np.array(rows, np.int64), np.array(list(patterns.values()), np.int64)
 
 
 class Thresholds(BaseModel):

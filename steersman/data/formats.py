@@ -194,13 +194,20 @@ def hh(record: dict[str, Any], options: ImportOptions) -> Converted:
 def hh_last_turn(chosen: str, rejected: str) -> dict[str, Any] | None:
     """The short way for nearly every pair, in which only the last assistant turn differs; None for the others."""
     cut = chosen.rfind(_HH_ASSISTANT)
-    if cut != rejected.rfind(_HH_ASSISTANT) or cut < max(chosen.rfind(_HH_HUMAN), rejected.rfind(_HH_HUMAN)):
+    if cut < 0 or cut != rejected.rfind(_HH_ASSISTANT):
         return None
-    prompt = hh_turns(chosen[:cut])
-    if chosen[:cut] != rejected[:cut] or not prompt or prompt[-1]["role"] != "user":
+    shared = chosen[:cut]
+    if not rejected.startswith(shared) or chosen.find(_HH_HUMAN, cut) >= 0 or rejected.find(_HH_HUMAN, cut) >= 0:
         return None
-    ours, theirs = (text[cut + len(_HH_ASSISTANT) :].strip() for text in (chosen, rejected))
-    return {"prompt": prompt, "chosen": [message("assistant", ours)], "rejected": [message("assistant", theirs)]}
+    prompt = hh_turns(shared)
+    if not prompt or prompt[-1]["role"] != "user":
+        return None
+    behind = cut + len(_HH_ASSISTANT)
+    return {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": chosen[behind:].strip()}],
+        "rejected": [{"role": "assistant", "content": rejected[behind:].strip()}],
+    }
 
 
 def hh_common_prefix(chosen: str, rejected: str) -> dict[str, Any] | Skip:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from steersman.artifacts import atomic_dir
 from steersman.data.formats import Format, ImportOptions, Skip
-from steersman.data.records import Position, describe_validation_error, file_digest, row_type_of
+from steersman.data.records import Position, Preference, Row, describe_validation_error, file_digest, row_type_of
 from steersman.data.sources import Record, read_hugging_face, read_records
 from steersman.data.splits import SeenSet, Splits, encode
 from steersman.errors import DataError, StorageError
@@ -127,7 +127,8 @@ def convert_rows(
                 continue
             row = {"id": f"{where}.{part}" if part else where, **known, **row}
             try:
-                (row_type or row_type_of(row)).model_validate(row)
+                if not _plainly_good(row, row_type):
+                    (row_type or row_type_of(row)).model_validate(row)
                 line, fingerprint = encode(row)
             except ValidationError as error:
                 skip(where, describe_validation_error(error))
@@ -142,6 +143,37 @@ def convert_rows(
                     yield row, line
                 else:
                     summary.duplicates += 1
+
+
+_PLAIN_TURN = frozenset({"role", "content"})
+_ANSWERS = (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+_REQUIRED = frozenset(name for name, _ in _ANSWERS)
+_PLAIN_ROW = _REQUIRED | {"id", "source", "licence", "customer"}
+
+
+def _plainly_good(row: dict[str, Any], row_type: type[Row] | None) -> bool:
+    """Whether `Preference` accepts a row for sure; False means: ask it.
+
+    The short way for nearly every pair of a large data set, plain turns with text: the model takes as long as all the
+    rest of an import.
+    """
+    if row_type is not Preference or not _REQUIRED <= row.keys() <= _PLAIN_ROW or row["chosen"] == row["rejected"]:
+        return False
+    for name, last_role in _ANSWERS:
+        turns = row[name]
+        if type(turns) is not list or not turns:
+            return False
+        for turn in turns:
+            if type(turn) is not dict or turn.keys() != _PLAIN_TURN or type(turn["content"]) is not str:
+                return False
+            if turn["role"] != "user" and turn["role"] != "assistant":
+                return False
+        last = turns[-1]
+        if last["role"] != last_role or not last["content"] or last["content"].isspace():
+            return False
+    if row["chosen"][0]["role"] != "assistant" or row["rejected"][0]["role"] != "assistant":
+        return False
+    return all(type(row[name]) is str for name in row if name not in _REQUIRED)
 
 
 def import_to_folder(
@@ -169,7 +201,7 @@ def import_to_folder(
             for row, line in convert_rows(job, summary, on_skip, progress):
                 split = splits.of(row)
                 if split not in sinks:
-                    sinks[split] = stack.enter_context(open(partial / f"{split}.jsonl", "wb"))
+                    sinks[split] = stack.enter_context(open(partial / f"{split}.jsonl", "wb", 1 << 20))
                 sinks[split].write(line + b"\n")
                 summary.written += 1
                 summary.splits[split] += 1

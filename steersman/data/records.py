@@ -264,7 +264,7 @@ def read_lines(
                 return
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
                 line = line[3:]
-            if line.strip():
+            if not line.isspace():
                 yield number, line
 
 

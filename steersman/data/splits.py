@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def encode(row: Mapping[str, Any]) -> tuple[bytes, int]:
     """A row as a JSON line, and 64 bits over everything that training sees of it: equal bits are duplicates."""
     content = {name: row[name] for name in CONTENT if name in row}
     first = orjson.dumps(content)
-    rest = orjson.dumps({name: value for name, value in row.items() if name not in content})
+    rest = orjson.dumps({name: row[name] for name in row if name not in content})
     line = first if rest == b"{}" else first[:-1] + b"," + rest[1:]
     return line, int.from_bytes(hashlib.blake2b(first, digest_size=8).digest(), "little")
 
@@ -48,8 +49,8 @@ class Splits:
         if not shares or any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
             raise ConfigError(f"splits: shares {dict(shares)} must be positive and sum to 1, as train=0.9,test=0.1")
         self.names = list(shares)
-        self._bounds = np.cumsum(list(shares.values())).tolist()
-        self._key = str(seed).encode()
+        self._bounds = np.cumsum(list(shares.values())).tolist()[:-1]
+        self._hash = hashlib.blake2b(digest_size=8, key=str(seed).encode())
         self._by = by
 
     def of(self, row: Mapping[str, Any]) -> str:
@@ -57,11 +58,9 @@ class Splits:
         return self.of_key(group_key(row, self._by))
 
     def of_key(self, key: str) -> str:
-        digest = hashlib.blake2b(key.encode(), digest_size=8, key=self._key).digest()
-        point = int.from_bytes(digest, "little") / 2**64
-        return next(
-            (name for name, bound in zip(self.names, self._bounds, strict=True) if point < bound), self.names[-1]
-        )
+        hashed = self._hash.copy()
+        hashed.update(key.encode())
+        return self.names[bisect(self._bounds, int.from_bytes(hashed.digest(), "little") / 2**64)]
 
 
 class SeenSet:

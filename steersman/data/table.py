@@ -9,6 +9,7 @@ A map names, for each part of a row, the column that it comes from, or a templat
         winner=label  with winners a=0, b=1, tie=2              -> preference, ties left out
     prompt=q  answer=a  label=thumb                             -> feedback
     prompt=q  answer=a  aspects.helpfulness=score               -> aspects
+    prompt=article  answer=summary  aspects.true=scores.consistency   (a field of an object)
     prompt="{0}\\nA. {1}\\nB. {2}"  answer=5  facts.answer=5      -> demonstration from a headerless CSV
 
 `system=`, `id=`, `customer=`, `source=`, `facts.NAME=` and `meta.NAME=` may stand beside each of them. A column that
@@ -153,11 +154,14 @@ def _preference(
 
 
 def _value(record: dict[str, Any], source: str) -> Any:
-    """A column's value, or a template filled with columns. Raises KeyError where a column is missing."""
+    """A column's value, that of a field in it, or a template filled with columns. Raises KeyError for a missing one."""
     if source in record:
         return record[source]
     if "{" in source:
         return re.sub(r"\{([^{}]+)\}", lambda found: str(record[found[1]]), source)
+    column, _, inner = source.partition(".")
+    if inner and isinstance(record.get(column), dict):
+        return _value(record[column], inner)
     raise KeyError(source)
 
 

@@ -51,8 +51,12 @@ class Store:
                 raise UnavailableError(f"store {shown}: cannot be opened ({error.orig})") from error
         return store
 
-    def migrate(self) -> None:
-        """Runs the migrations that this database lacks; two processes may do so at once."""
+    def migrate(self, revision: str = "head") -> None:
+        """Runs the migrations that this database lacks; two processes may do so at once.
+
+        Args:
+            revision: "head", or "base" to take every table down again with all that is in it.
+        """
         from alembic import command
         from alembic.config import Config
 
@@ -62,7 +66,7 @@ class Store:
             if self.engine.dialect.name == "postgresql":
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(7335732783)"))
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            (command.downgrade if revision == "base" else command.upgrade)(config, revision)
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:

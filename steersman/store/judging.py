@@ -10,14 +10,14 @@ import random
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from steersman.data.records import Row
+from steersman.data.records import Aspects, Preference, Row
 from steersman.data.splits import encode
 from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError
 from steersman.store.models import Assignment, Item, Judgement, Labeler, LabelerDay, Project, now
@@ -150,6 +150,17 @@ def item_of_row(row: Row, candidates: list[dict[str, Any]] | None = None) -> New
         consent=data.pop("consent", None),
         meta={name: value for name, value in data.items() if name not in _JUDGED},
     )
+
+
+def honeypot_of_row(row: Row) -> NewItem:
+    """A row as an item with a known answer: its own judgement. Raises InvalidArgumentError for a row without one."""
+    if isinstance(row, Preference):
+        expected = Verdict(ranking=((0,), (1,)))
+    elif isinstance(row, Aspects):
+        expected = Verdict(ratings={aspect: min(max(round(value), 1), 5) for aspect, value in row.aspects.items()})
+    else:
+        raise InvalidArgumentError(f"row {row.id}: a honeypot needs chosen and rejected, or aspects from 1 to 5")
+    return replace(item_of_row(row), expected=expected)
 
 
 def add_items(session: Session, project: Project, items: Iterable[NewItem]) -> int:
@@ -410,15 +421,48 @@ def undo(session: Session, project: Project, labeler: Labeler) -> Task | None:
     return Task(item, list(assignment.shown))
 
 
+def reopen_disputed(session: Session, project: Project, limit: int = 1000) -> int:
+    """Asks anew about the items on which labelers disagree most; returns how many.
+
+    Their verdicts count no longer and stay in the table as undone; anybody may judge the items again, those who judged
+    before included. Honeypots and items without disagreement stay as they are.
+    """
+    disputed = sa.select(Item).where(Item.project_id == project.id, Item.disagreement > 0)
+    worst = disputed.order_by(Item.disagreement.desc(), Item.id).limit(limit).with_for_update()
+    items = session.scalars(worst).all()
+    for item in items:
+        _forget(session, item)
+        session.execute(sa.delete(Assignment).where(Assignment.item_id == item.id))
+        item.disagreement = None
+        item.open_slots = project.overlap
+    session.flush()
+    return len(items)
+
+
+def _forget(session: Session, item: Item) -> None:
+    """Takes every current verdict on an item out of the counts."""
+    tallies = Tallies(item.project_id)
+    current = sa.select(Judgement).where(Judgement.item_id == item.id, Judgement.undone_at.is_(None))
+    rows = list(session.scalars(current))
+    while rows:
+        row = rows.pop()
+        _take_back(session, tallies, item, row, rows)
+    tallies.write(session)
+    session.flush()
+
+
 def progress(session: Session, project: Project, labeler: Labeler) -> Progress:
-    mine = sa.select(Assignment.item_id).where(Assignment.item_id == Item.id, Assignment.labeler_id == labeler.id)
-    free = sa.select(sa.func.count(Item.id)).where(
-        Item.project_id == project.id, Item.honeypot == sa.false(), Item.open_slots > 0, ~mine.exists()
+    """Two counts over indexes, because asking of each open item whether the labeler had it takes seconds."""
+    open_items = sa.select(sa.func.count(Item.id)).where(
+        Item.project_id == project.id, Item.honeypot == sa.false(), Item.open_slots > 0
     )
-    held = sa.select(sa.func.count(Assignment.item_id)).where(
-        Assignment.labeler_id == labeler.id, Assignment.project_id == project.id, Assignment.state == "open"
+    mine = sa.select(sa.func.count(Assignment.item_id)).where(
+        Assignment.labeler_id == labeler.id, Assignment.project_id == project.id
     )
-    return Progress(_done(session, project, labeler), (session.scalar(free) or 0) + (session.scalar(held) or 0))
+    had = mine.join(Item, Item.id == Assignment.item_id).where(Item.honeypot == sa.false(), Item.open_slots > 0)
+    held = mine.where(Assignment.state == "open")
+    free, taken, open_now = (session.scalar(count) or 0 for count in (open_items, had, held))
+    return Progress(_done(session, project, labeler), free - taken + open_now)
 
 
 def _done(session: Session, project: Project, labeler: Labeler) -> int:
@@ -444,15 +488,7 @@ def withdraw_items(session: Session, customer: str) -> int:
     count = 0
     items = sa.select(Item).where(Item.customer == customer).order_by(Item.id).with_for_update()
     for item in session.scalars(items).all():
-        tallies = Tallies(item.project_id)
-        rows = list(
-            session.scalars(sa.select(Judgement).where(Judgement.item_id == item.id, Judgement.undone_at.is_(None)))
-        )
-        while rows:
-            row = rows.pop()
-            _take_back(session, tallies, item, row, rows)
-        tallies.write(session)
-        session.flush()
+        _forget(session, item)
         session.execute(sa.delete(Item).where(Item.id == item.id))
         count += 1
     return count

@@ -29,8 +29,11 @@ def agreement_report(session: Session, project: Project) -> AgreementReport:
     """All figures of a project. Preferences are nominal, ratings ordinal."""
     names = {row.id: row.name for row in session.execute(sa.select(Labeler.id, Labeler.name))}
     confusion: dict[tuple[str, int, int], dict[tuple[float, float], int]] = defaultdict(dict)
-    for pair in session.scalars(sa.select(VotePair).where(VotePair.project_id == project.id, VotePair.n > 0)):
-        confusion[pair.question, pair.labeler_a, pair.labeler_b][pair.value_a, pair.value_b] = pair.n
+    pairs = sa.select(
+        VotePair.question, VotePair.labeler_a, VotePair.labeler_b, VotePair.value_a, VotePair.value_b, VotePair.n
+    ).where(VotePair.project_id == project.id, VotePair.n > 0)
+    for question, one, two, value_a, value_b, n in session.execute(pairs):  # thousands: tuples, not objects
+        confusion[question, one, two][value_a, value_b] = n
     labelers, total = _labelers(session, project, names, confusion)
     first, p_value = order_bias(total["decided"], total["decided_first"])
     return AgreementReport(

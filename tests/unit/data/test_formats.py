@@ -20,8 +20,10 @@ from steersman.data.formats import FORMATS, ImportOptions, Skip, hh, hh_common_p
 from steersman.data.importing import ImportJob, Summary, convert_rows
 from steersman.data.records import Preference
 from steersman.data.sources import read_records
+from steersman.data.splits import Splits
 from steersman.data.table import ColumnMap, table_format
 
+SAME = "rejected: the same as chosen; remove the pair, it carries no preference"
 EMPTY = "assistant message is empty; remove the row or restore its text"
 
 
@@ -77,26 +79,56 @@ def test_every_file_gives_exactly_these_counts(shared_data: Path, file: str) -> 
     assert {row["source"] for row in rows} == {name}
 
 
-TABLES: dict[str, tuple[int, dict[str, str], dict[str, str], bool, dict[str, int]]] = {
+CHOICES = {"prompt": "{0}\nA. {1}\nB. {2}\nC. {3}\nD. {4}", "answer": "5", "facts.answer": "5"}
+TWICE = {"public_relations_test": 1}
+JUDGED = {"prompt": "source", "answer": "system_output", "aspects.consistency": "scores.consistency"}
+# file -> (read, column map, winners, header, duplicates, {reason: count})
+TABLES: dict[str, tuple[int, dict[str, str], dict[str, str], bool, int, dict[str, int]]] = {
     "autoj-pairwise/testdata_pairwise.jsonl": (
         529, {"prompt": "prompt", "answer_a": "response 1", "answer_b": "response 2", "winner": "label"},
-        {"a": "0", "b": "1", "tie": "2"}, True, {"tie": 137, "rejected: the same as chosen; remove the pair, it carries no preference": 1}),
-    "truthfulqa/TruthfulQA.csv": (426, {"prompt": "Question", "answer": "Best Answer"}, {}, True, {}),
-    "banking77/train.csv": (2480, {"prompt": "text", "meta.intent": "category"}, {}, True, {}),
-    "mmlu/test/world_religions_test.csv": (
-        83, {"prompt": "{0}\nA. {1}\nB. {2}\nC. {3}\nD. {4}", "answer": "5", "facts.answer": "5"}, {}, False, {}),
+        {"a": "0", "b": "1", "tie": "2"}, True, 0, {"tie": 137, SAME: 1}),
+    "truthfulqa/TruthfulQA.csv": (426, {"prompt": "Question", "answer": "Best Answer"}, {}, True, 0, {}),
+    "banking77/train.csv": (2480, {"prompt": "text", "meta.intent": "category"}, {}, True, 0, {}),
+    "banking77/test.csv": (595, {"prompt": "text", "meta.intent": "category"}, {}, True, 0, {}),
+    "qags-news/qags_cnndm.json": (119, JUDGED, {}, True, 0, {}),
+    "qags-news/qags_xsum.json": (115, JUDGED, {}, True, 0, {}),
+    **{
+        f"mmlu/{split}/{subject}_{split}.csv": (rows, CHOICES, {}, False, TWICE.get(f"{subject}_{split}", 0), {})
+        for subject, (dev, val, test) in {
+            "business_ethics": (5, 11, 41), "formal_logic": (5, 14, 72), "global_facts": (5, 10, 44),
+            "high_school_statistics": (5, 23, 109), "high_school_world_history": (5, 26, 123),
+            "management": (5, 11, 52), "marketing": (5, 25, 124), "moral_disputes": (5, 38, 181),
+            "philosophy": (5, 34, 156), "professional_accounting": (5, 31, 136), "public_relations": (5, 12, 49),
+            "world_religions": (5, 19, 83),
+        }.items()
+        for split, rows in (("dev", dev), ("val", val), ("test", test))
+    },
 }  # fmt: skip
+# What holds no rows of a format above, and who else reads it.
+OTHERS = {
+    "hh-rlhf/edge_cases.jsonl": "single rows with their quirks; the tests of HH-RLHF below",
+    "agreement/": "tables of votes; test_agreement.py",
+    "xsum-annotations/": "votes without the texts; test_agreement.py",
+    "abcd/": "dialogues of people with actions, a format of its own",
+    "tau-bench/": "trajectories of an agent that end with the user, and one text for a whole dialogue",
+    "banking77/categories.json": "names of the intents",
+}
 
 
 @pytest.mark.parametrize("file", TABLES)
 def test_any_table_is_imported_with_a_column_map(shared_data: Path, file: str) -> None:
-    read, columns, winners, header, reasons = TABLES[file]
+    read, columns, winners, header, duplicates, reasons = TABLES[file]
     mapped = ColumnMap(columns, winners) if winners else ColumnMap(columns)
     rows, summary = collect(ImportJob(table_format(mapped), (str(shared_data / file),), header=header))
     found = {reason: entry.count for reason, entry in summary.skipped.items()}
-    assert summary.read == read
-    assert found == reasons
-    assert len(rows) == read - sum(reasons.values()) - summary.duplicates
+    assert (summary.read, summary.duplicates, found) == (read, duplicates, reasons)
+    assert len(rows) == read - sum(reasons.values()) - duplicates
+
+
+def test_no_file_of_the_samples_is_forgotten(shared_data: Path) -> None:
+    files = {path.relative_to(shared_data).as_posix() for path in shared_data.glob("*/**/*") if path.is_file()}
+    texts = {file for file in files if Path(file).name.startswith("LICENSE")}
+    assert files - texts - COUNTS.keys() - TABLES.keys() == {file for file in files if file.startswith(tuple(OTHERS))}
 
 
 # --- HH-RLHF ----------------------------------------------------------------------------------------------------
@@ -244,6 +276,17 @@ def test_gsm8k_answers_become_facts_without_marks_and_commas(shared_data: Path) 
     assert all(re.fullmatch(r"-?\d+(\.\d+)?", row["facts"]["answer"]) for row in rows)
     assert not any("<<" in turn["content"] or "####" in turn["content"] for row in rows for turn in row["messages"])
     assert any("," in record["answer"].rpartition("####")[2] for record in raw(shared_data / "gsm8k" / "train.jsonl"))
+
+
+def test_bitext_paraphrases_of_an_intent_stay_on_one_side(shared_data: Path) -> None:
+    path = shared_data / "bitext-customer-support" / "Bitext_Sample_Customer_Support_Training_Dataset.csv"
+    rows, _ = run("bitext", path)
+    splits = Splits({"train": 0.7, "test": 0.3}, by="intent")
+    sides = {side: {row["intent"] for row in rows if splits.of(row) == side} for side in splits.names}
+    assert not sides["train"] & sides["test"]
+    assert all(sides.values())
+    by_question = Splits({"train": 0.7, "test": 0.3})
+    assert len({by_question.of(row) for row in rows if row["intent"] == rows[0]["intent"]}) == 2, "the leak it stops"
 
 
 def test_bitext_line_ends_entities_and_placeholders(shared_data: Path) -> None:

@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 
 from steersman.data.export import export, read_any
 from steersman.data.formats import FORMATS
-from steersman.data.importing import MAX_ROW_BYTES, ImportJob, Summary, convert_rows, describe_skips, import_to_folder
+from steersman.data.importing import (
+    MAX_ROW_BYTES,
+    ImportJob,
+    Summary,
+    _plainly_good,
+    convert_rows,
+    describe_skips,
+    import_to_folder,
+)
 from steersman.data.records import Preference, Row, read_jsonl
 from steersman.data.sources import Record, read_hugging_face, read_records
 from steersman.data.splits import SeenSet, Splits, group_key
@@ -203,6 +211,37 @@ def test_json_arrays_are_read_as_the_library_reads_them(
         assert [record.data for record in read_records(path)] == rows
 
 
+turns = st.one_of(
+    st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "assistant", "system", 3]),
+             "content": st.sampled_from(["a", "b", " ", "", None])},
+            optional={"name": st.just("n")},
+        ),
+        max_size=3,
+    ),
+    st.sampled_from([None, "text", [3], {}]),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.fixed_dictionaries(
+        {"prompt": turns, "chosen": turns},
+        optional={"rejected": turns, "id": st.sampled_from(["x", 3]), "licence": st.sampled_from(["MIT", None]),
+                  "margin": st.just(-1.0)},
+    )
+)  # fmt: skip
+def test_what_passes_the_short_check_passes_the_model(row: dict[str, Any]) -> None:
+    if _plainly_good(row, Preference):
+        Preference.model_validate(row)
+
+
+def test_the_short_check_takes_nearly_every_real_pair(shared_data: Path) -> None:
+    rows, _ = run(shared_data / "hh-rlhf" / "helpful-base" / "train.jsonl.gz")
+    assert all(_plainly_good(row, Preference) for row in rows)
+
+
 # --- duplicates, splits, tables ---------------------------------------------------------------------------------
 
 
@@ -286,6 +325,8 @@ def test_column_maps_make_every_row_type(tmp_path: Path) -> None:
     assert row["aspects"] == {"help": 4.0}
     (row,), _ = table(path, [source], {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "score"})
     assert (row["chosen"][0]["content"], row["margin"]) == ("A.", 4.0)
+    (row,), _ = table(path, [{**source, "s": {"help": 3}}], {"prompt": "q", "answer": "a", "aspects.help": "s.help"})
+    assert row["aspects"] == {"help": 3.0}
     (row,), _ = table(path, [source], {"prompt": "{q} ({who})", "facts.n": "who"})
     assert (row["prompt"][0]["content"], row["facts"]) == ("Q? (7)", {"n": 7})
     chat = {"m": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "ok": 0}

@@ -22,6 +22,18 @@ def test_migrations_make_exactly_the_tables_of_the_models(store: Store) -> None:
     assert [entry for entry in differences if "alembic_version" not in str(entry)] == []
 
 
+def test_migrations_go_down_and_up_again(store: Store) -> None:
+    def tables() -> set[str]:
+        return set(sa.inspect(store.engine).get_table_names()) - {"alembic_version"}
+
+    made = tables()
+    assert made == {table.name for table in Base.metadata.sorted_tables}
+    store.migrate("base")
+    assert tables() == set()
+    store.migrate()
+    assert tables() == made
+
+
 def test_opening_twice_and_at_once_is_fine(store_url: str) -> None:
     errors: list[BaseException] = []
 

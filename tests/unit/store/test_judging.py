@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steersman.data.agreement import krippendorff_alpha, patterns_of
+from steersman.data.records import Aspects, Feedback, Preference
 from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError
 from steersman.store import Store
 from steersman.store.judging import (
@@ -23,11 +24,13 @@ from steersman.store.judging import (
     create_project,
     ensure_labeler,
     get_project,
+    honeypot_of_row,
     next_task,
     progress,
     record,
     record_many,
     release_stale,
+    reopen_disputed,
     undo,
 )
 from steersman.store.models import Assignment, Item, Judgement, Labeler, Project
@@ -215,6 +218,43 @@ def test_verdicts_must_answer_the_question(store: Store) -> None:
             add_items(session, create_project(session, "c", "compare"), [item("x", 3)])
 
 
+def test_disputed_items_are_asked_again_and_the_record_stays(store: Store) -> None:
+    project, (ann, bob, cem) = setup_project(store, items=3, overlap=2)
+    for labeler, verdicts in ((ann, (A_WINS, A_WINS, A_WINS)), (bob, (A_WINS, B_WINS, B_WINS))):
+        for verdict in verdicts:
+            judge(store, project, labeler, verdict)
+    with store.transaction() as session:
+        disputed = [found.id for found in disputed_items(session, project)]
+        assert reopen_disputed(session, project, limit=1) == 1
+        assert reopen_disputed(session, project) == 1
+    assert len(disputed) == 2
+    with store.reading() as session:
+        report = agreement_report(session, project)
+        assert (report.judgements, report.questions[0].raw) == (2, 1.0)
+        assert disputed_items(session, project) == []
+        assert session.scalar(sa.select(sa.func.count(Judgement.id))) == 6
+        assert [progress(session, project, labeler).left for labeler in (ann, bob, cem)] == [2, 2, 2]
+    assert {judge(store, project, labeler, A_WINS) for labeler in (ann, bob) for _ in range(2)} == set(disputed)
+    with store.reading() as session:
+        assert agreement_report(session, project).judgements == 6
+        assert_slots(session, project)
+
+
+def test_rows_with_a_judgement_become_honeypots(store: Store) -> None:
+    question, answer = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "a"}]
+    other = [{"role": "assistant", "content": "b"}]
+    pair = Preference.model_validate({"prompt": question, "chosen": answer, "rejected": other})
+    rated = Aspects.model_validate({"prompt": question, "completion": answer, "aspects": {"helpful": 4.6, "polite": 0}})
+    assert honeypot_of_row(pair).expected == A_WINS
+    assert honeypot_of_row(rated).expected == Verdict(ratings={"helpful": 5, "polite": 1})
+    with pytest.raises(InvalidArgumentError, match="needs chosen and rejected"):
+        honeypot_of_row(Feedback.model_validate({"prompt": question, "completion": answer, "label": True}))
+    project, (ann, *_) = setup_project(store, items=0, honeypot_every=1)
+    with store.transaction() as session:
+        assert add_items(session, project, [honeypot_of_row(pair)]) == 1
+        assert next_task(session, project, ann).item.honeypot  # type: ignore[union-attr]
+
+
 def test_items_are_added_once(store: Store) -> None:
     project, _ = setup_project(store, items=3)
     with store.transaction() as session:
@@ -257,6 +297,7 @@ def test_running_counts_equal_a_count_from_scratch(steps: list[tuple[int, str, V
         report = agreement_report(session, project)
         rows = session.scalars(sa.select(Judgement).where(Judgement.undone_at.is_(None))).all()
         assert_slots(session, project)
+        assert_progress(session, project, labelers)
     units: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
     for row in rows:
         for vote in votes(row.verdict):
@@ -279,6 +320,16 @@ def assert_slots(session: Any, project: Project) -> None:
         taken = session.scalars(sa.select(Assignment.state).where(Assignment.item_id == found.id)).all()
         assert found.open_slots == project.overlap - sum(state != "skipped" for state in taken)
         assert found.judgements == sum(state == "judged" for state in taken)
+
+
+def assert_progress(session: Any, project: Project, labelers: list[Labeler]) -> None:
+    for labeler in labelers:
+        mine = {
+            row.item_id: row.state for row in session.scalars(sa.select(Assignment)) if row.labeler_id == labeler.id
+        }
+        items = session.scalars(sa.select(Item)).all()
+        left = sum(mine.get(item.id, "open" if item.open_slots > 0 else "") == "open" for item in items)
+        assert progress(session, project, labeler).left == left
 
 
 def test_many_at_once_equal_one_by_one(store: Store) -> None:
