@@ -14,11 +14,12 @@ import torch
 
 from steersman.artifacts import atomic_dir, storage_errors
 from steersman.config.manifest import RejectionSamplingStage, SftStage
+from steersman.errors import FailedPreconditionError
 from training.clients import WeightsPayload
 from training.connect import Services
 from training.context import DataFiles, StageContext
 from training.evaluate import read_weights
-from training.rollout import Prompt, Scored, exclude_failed, to_batch
+from training.rollout import Prompt, Scored, count_failed
 from training.sft import run_sft
 
 
@@ -35,11 +36,16 @@ def run_rejection_sampling(spec: RejectionSamplingStage, context: StageContext) 
             services.policy.publish(WeightsPayload.of("full", read_weights(model)))
             chosen = prompts_of_round(prompts, spec.prompts_per_round, number, context.seed)
             if not winners_file.is_file():
-                scored, _ = rollouts.collect(chosen, spec.samples_per_prompt, (context.seed << 32) + number)
-                exclude_failed(to_batch(chosen, scored), scored, spec.max_failed_share)
+                scored, timing = rollouts.collect(chosen, spec.samples_per_prompt, (context.seed << 32) + number)
+                count_failed(scored, spec.max_failed_share)
                 winners = [best_of(prompt, items) for prompt, items in zip(chosen, scored, strict=True)]
                 earlier = _earlier_winners(context, number) if spec.keep_earlier_winners else {}
                 rows = merge_winners([row for row in winners if row is not None], earlier)
+                if not rows:
+                    raise FailedPreconditionError(
+                        f"round {number + 1} has no winner: no sample ended by itself within "
+                        f"{spec.generation.max_new_tokens} tokens; raise generation.maxNewTokens or train SFT longer"
+                    )
                 folder.mkdir(parents=True, exist_ok=True)
                 partial = winners_file.with_suffix(".partial")
                 with storage_errors(partial):
@@ -53,6 +59,7 @@ def run_rejection_sampling(spec: RejectionSamplingStage, context: StageContext) 
                     reward=sum(means) / len(means),
                     reward_best=sum(rewards) / len(rewards),
                     winners=float(len(rows)),
+                    **timing,
                 )
             tune = SftStage(
                 lora=spec.lora,

@@ -214,20 +214,25 @@ def _reward(score: reward_pb2.ItemScore) -> float:
 
 
 def exclude_failed(batch: SampleBatch, scored: Sequence[Sequence[Scored]], max_share: float) -> tuple[SampleBatch, int]:
-    """Leaves out samples without a score or without tokens; too many of them pause the run.
+    """Leaves out samples without a score or without tokens; too many of them pause the run (`count_failed`)."""
+    return batch.select(~batch.scores.isnan() & (batch.lengths > 0)), count_failed(scored, max_share)
+
+
+def count_failed(scored: Sequence[Sequence[Scored]], max_share: float) -> int:
+    """Samples without a score.
 
     Raises:
-        FailedPreconditionError: more than `max_share` of the samples have no score.
+        FailedPreconditionError: they are more than `max_share` of all.
     """
-    failed = batch.scores.isnan()
-    count = int(failed.sum())
-    if count > max_share * len(batch):
-        reasons = sorted({item.score.error for items in scored for item in items if item.score.error})
+    scores = [item.score for items in scored for item in items]
+    count = sum(math.isnan(_reward(score)) for score in scores)
+    if count > max_share * len(scores):
+        reasons = sorted({score.error for score in scores if score.error})
         raise FailedPreconditionError(
-            f"{count} of {len(batch)} samples have no reward ({'; '.join(reasons)[:300]}); the run pauses here: "
+            f"{count} of {len(scores)} samples have no reward ({'; '.join(reasons)[:300]}); the run pauses here: "
             "mend the reward service and start the run again, it continues at this step"
         )
-    return batch.select(~failed & (batch.lengths > 0)), count
+    return count
 
 
 def exclude_stale(batch: SampleBatch, ages: Tensor, limit: int) -> tuple[SampleBatch, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,20 @@ from steersman.config.stages import (
     stage_digest,
 )
 from steersman.errors import ConfigError, SteersmanError
+from steersman.progress import ConsoleReporter
+
+
+class SilentReporter:
+    """Of the ranks that leave the talking to the first."""
+
+    def __enter__(self) -> SilentReporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+    def step(self, step: int, total: int, **metrics: float) -> None: ...
+    def note(self, text: str) -> None: ...
+    def activity(self, text: str) -> None: ...
+
 
 _RUNNERS = {
     "sft": ("training.sft", "run_sft"),
@@ -67,19 +82,16 @@ def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
         )
     folder = run_dir / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_yaml(stage.spec))
+    is_first = os.environ.get("RANK", "0") == "0"  # of the ranks under torchrun
+    if is_first:
+        (folder / "config.yaml").write_text(dump_yaml(stage.spec))
     module, function = _RUNNERS[stage.kind]
-    with _reporter(name, folder) as reporter:
+    with ConsoleReporter(name, folder / "metrics.jsonl") if is_first else SilentReporter() as reporter:
         context = build_context(run, name, run_dir, reporter)
         reporter.note(f"{name}: {context.precision} on {context.device}")
         getattr(importlib.import_module(module), function)(stage.spec, context)
-    mark_complete(run, name, run_dir)
-
-
-def _reporter(name: str, folder: Path):
-    from steersman.progress import ConsoleReporter
-
-    return ConsoleReporter(name, folder / "metrics.jsonl")
+    if is_first:
+        mark_complete(run, name, run_dir)
 
 
 def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):
@@ -90,7 +102,8 @@ def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):
     from training.context import DataFiles, StageContext
 
     spec = run.spec
-    set_threads(spec.model.threads)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    set_threads(spec.model.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))
     device = pick_device(spec.model.device)
     data = {kind: DataFiles(**splits) for kind, splits in data_files(run, run_dir).items()}
     for kind, files in data.items():

@@ -1,11 +1,11 @@
 """Where a run keeps its stages, and when one is complete.
 
-    <run>/manifest.yaml              the resolved manifest
-    <run>/data/                      generated data
-    <run>/<stage>/config.yaml        the stage's resolved configuration
-    <run>/<stage>/metrics.jsonl      one JSON object a step
-    <run>/<stage>/model/             the model that the stage made, where it makes one
-    <run>/<stage>/complete.json      written last: digest of what went in, hashes of what came out
+<run>/manifest.yaml              the resolved manifest
+<run>/data/                      generated data
+<run>/<stage>/config.yaml        the stage's resolved configuration
+<run>/<stage>/metrics.jsonl      one JSON object a step
+<run>/<stage>/model/             the model that the stage made, where it makes one
+<run>/<stage>/complete.json      written last: digest of what went in, hashes of what came out
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from steersman.artifacts import manifest_of_hashes
 from steersman.config.manifest import AlignmentRun, DataSplits
 from steersman.data.records import file_digest
 
+SEVERAL_RANKS = ("sft", "reward_model", "rl", "dpo", "kto")
+"""Kinds of stages that `trainer.workers` ranks share; the others run as one process."""
 _POLICY_STAGES = ("sft", "rl", "rejection_sampling", "dpo", "kto")
 
 

@@ -1,4 +1,4 @@
-"""`python -m steersman.local.child PARENT_PID MODULE ARGS...`: runs MODULE, and dies with its parent.
+"""`python -m steersman.local.child PARENT_PID MODULE ARGS...`: runs MODULE, and dies with its parent (0: any).
 
 The kernel kills this process when the parent ends, however that happens (PR_SET_PDEATHSIG), so that not even a
 `kill -9` of `steersman run` leaves a service behind. Nothing heavy may be imported here.
@@ -19,7 +19,7 @@ def main() -> None:
     parent, module, *arguments = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):
+    if int(parent) and os.getppid() != int(parent):
         raise SystemExit(1)  # the parent died before it could be watched
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from steersman.config.manifest import AlignmentRun, ServicesSpec
+from steersman.config.stages import SEVERAL_RANKS
 from steersman.errors import ConfigError, ConflictError, UnavailableError
 from steersman.local import folder, process
 from steersman.local.prepare import data_digests
@@ -89,7 +90,8 @@ def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> N
             overrides = endpoint_overrides(run, services, supervisor)
             try:
                 with usage.phase(name):
-                    _run_stage(name, run_dir, overrides, _environment(run, base, shared=bool(services)), supervisor)
+                    environment = _environment(run, base, shared=bool(services))
+                    _run_stage(run, name, run_dir, overrides, environment, supervisor)
             except StageFailed:
                 conclude(run_dir, usage)  # a gate that is not passed has numbers to show
                 raise
@@ -113,12 +115,22 @@ def _await_given(services: ServicesSpec) -> None:
 
 
 def _run_stage(
-    name: str, run_dir: Path, overrides: list[str], environment: dict[str, str], supervisor: Supervisor
+    run: AlignmentRun,
+    name: str,
+    run_dir: Path,
+    overrides: list[str],
+    environment: dict[str, str],
+    supervisor: Supervisor,
 ) -> None:
-    arguments = ["--run-dir", str(run_dir), "--stage", name]
+    module, arguments = "training.stage", ["--run-dir", str(run_dir), "--stage", name]
     for override in overrides:
         arguments += ["--set", override]
-    run_child(name, "training.stage", arguments, run_dir / "logs" / f"{name}.log", environment, supervisor)
+    workers = run.spec.trainer.workers
+    if workers > 1 and run.spec.stages[run.stage_names().index(name)].kind in SEVERAL_RANKS:
+        # Each rank dies with torchrun as torchrun does with this process.
+        ranks = ["--standalone", "--nproc-per-node", str(workers), "--module", "steersman.local.child", "0"]
+        module, arguments = "torch.distributed.run", [*ranks, module, *arguments]
+    run_child(name, module, arguments, run_dir / "logs" / f"{name}.log", environment, supervisor)
 
 
 def run_child(
@@ -143,9 +155,10 @@ def run_child(
     if code < 0:
         raise StageFailed(f"{name} was {process.cause(code)}; start the run again, it continues there", 128 - code)
     if code > 0:
-        words = process.last_words(log, begin)
+        says = (f"{name}: ", "prepare: ")
+        words = process.last_words(log, begin, says)
         # An unforeseen error leaves a stack trace in the log; its last line is not enough to act on.
-        known = words.startswith((f"{name}: ", "prepare: "))
+        known = words.startswith(says)
         raise StageFailed(words if known else f"{name} failed ({words}); {log} has the whole story", code)
 
 

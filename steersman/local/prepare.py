@@ -15,7 +15,7 @@ from steersman.artifacts import atomic_dir
 from steersman.config.manifest import AlignmentRun, load_manifest
 from steersman.config.stages import data_files
 from steersman.data.records import file_digest
-from steersman.errors import ConfigError, SteersmanError
+from steersman.errors import ConfigError, DataError, SteersmanError
 from steersman.progress import ConsoleReporter
 
 
@@ -66,7 +66,44 @@ def _check_rows(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> 
             for number, _ in enumerate(records.read_jsonl(path, kinds[kind]), start=1):
                 if number % 1000 == 0:
                     reporter.activity(f"checking {path.name}, row {number:,}")
+    check_rows_fit_stages(run, run_dir)
     return data_digests(run, run_dir)
+
+
+def check_rows_fit_stages(run: AlignmentRun, run_dir: Path) -> None:
+    """Finds before the first stage what a later one would refuse when its turn comes.
+
+    Raises:
+        DataError: an aspect that nobody rated, a comparison without its margin, or thumbs that all point one way.
+    """
+    from steersman.data.records import Aspects, Feedback, Preference, read_jsonl
+
+    files = data_files(run, run_dir)
+    for name, stage in zip(run.stage_names(), run.spec.stages, strict=True):
+        reward = stage.reward_model
+        if reward is not None and reward.objective == "aspects":
+            path = files["aspects"]["train"]
+            rated = {aspect for row in read_jsonl(path, Aspects) for aspect in row.aspects}
+            missing = sorted(set(reward.aspects) - rated)
+            if missing:
+                raise DataError(
+                    f"{path.name}: no row rates the aspect {missing[0]!r} of stage {name}; "
+                    f"the rows rate {', '.join(sorted(rated))}"
+                )
+        elif reward is not None and reward.margin:
+            for path in (
+                files["preferences"][split] for split in ("train", "validation") if split in files["preferences"]
+            ):
+                for number, row in enumerate(read_jsonl(path, Preference), start=1):
+                    if row.margin is None:
+                        raise DataError(
+                            f"{path.name}: row {number} has no margin; add it, or set margin: false in stage {name}"
+                        )
+        elif stage.kto is not None:
+            path = files["feedback"]["train"]
+            labels = {row.label for row in read_jsonl(path, Feedback)}
+            if len(labels) == 1:
+                raise DataError(f"{path.name}: every label is {labels.pop()}; stage {name} learns from both thumbs")
 
 
 def data_digests(run: AlignmentRun, run_dir: Path) -> dict[str, str]:

@@ -87,16 +87,17 @@ def is_free(port: int) -> bool:
     return True
 
 
-def last_words(log: Path, since: int = 0) -> str:
+def last_words(log: Path, since: int = 0, begins: tuple[str, ...] = ()) -> str:
     """The last line of a log, in which a program of Steersman says why it failed.
 
     Args:
         since: offset in bytes at which the program's part of the log begins.
+        begins: beginnings of lines that are preferred to what comes after them (torchrun's own words).
     """
     with log.open("rb") as file:
         file.seek(max(since, log.stat().st_size - 8192))
-        lines = file.read().decode(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it left no message")
+        lines = [line.strip() for line in reversed(file.read().decode(errors="replace").splitlines()) if line.strip()]
+    return next((line for line in lines if line.startswith(begins)), lines[0] if lines else "it left no message")
 
 
 def cause(code: int) -> str:

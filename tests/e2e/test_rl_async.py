@@ -11,7 +11,9 @@ import pytest
 from test_rl import BANDIT, LIKES_LETTERS, PROMPTS, metrics
 
 from steersman.artifacts import manifest_of_hashes
-from steersman.testing.models import save_model_folder
+from steersman.errors import FailedPreconditionError
+from steersman.testing.models import save_model_folder, tiny_llama
+from training.ppo import Trainer
 
 SERVICES = {"mergeRequests": False}
 
@@ -41,17 +43,40 @@ def test_learns_one_batch_behind(cluster: Any, tiny_model: Path, run_manifest: C
     assert max(row["mismatch_mean_abs"] for row in rows) > 1e-3
 
 
-def test_strictly_on_policy_repeats_bit_for_bit(tiny_model: Path, run_manifest: Callable, request: Any) -> None:
-    """Generation ahead by 0 batches is the synchronous loop: two runs end in the same bytes."""
-    found = []
-    for name in ("one", "two"):
-        cluster = request.getfixturevalue("cluster")
-        if not cluster.endpoints:
-            start(cluster, tiny_model)
-        options = {**BANDIT, "algorithm": "grpo", "steps": 4, "lora": {"rank": 4}, "maxStaleness": 0}
-        found.append(hashes(run_manifest(cluster, tiny_model, {"rl": options}, prompts=PROMPTS, name=name)))
-    assert found[0]
-    assert found[0] == found[1]
+def test_strictly_on_policy_equals_the_synchronous_loop_bit_for_bit(
+    cluster: Any, tiny_model: Path, run_manifest: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`maxStaleness: 0` ends in the same bytes as a loop that does one thing after the other."""
+
+    def one_after_the_other(self: Trainer) -> None:
+        self.publish(0)
+        for step in range(self.spec.steps):
+            experience = self.collect(step)
+            self.update(experience.batch, step)
+            self.publish(step + 1)
+
+    start(cluster, tiny_model)
+    options = {"rl": {**BANDIT, "algorithm": "grpo", "steps": 4, "lora": {"rank": 4}, "maxStaleness": 0}}
+    ahead = hashes(run_manifest(cluster, tiny_model, options, prompts=PROMPTS, name="ahead"))
+    monkeypatch.setattr(Trainer, "run", one_after_the_other)
+    synchronous = hashes(run_manifest(cluster, tiny_model, options, prompts=PROMPTS, name="synchronous"))
+    assert "adapter/adapter_model.safetensors" in ahead
+    assert ahead == synchronous
+
+
+def test_a_service_of_another_model_is_refused(
+    cluster: Any, tiny_model: Path, run_manifest: Callable, tmp_path: Path
+) -> None:
+    """The adapter fits, the weights below it are others: the first batch's log-probabilities tell."""
+    other = tiny_llama(seed=1)
+    other.get_input_embeddings().weight.data *= 20
+    cluster.start_policy(save_model_folder(tmp_path / "other", other))
+    cluster.start_reference(tiny_model)
+    cluster.start_reward(LIKES_LETTERS)
+    options = {"rl": {**BANDIT, "algorithm": "rloo", "lora": {"rank": 4}}}
+    with pytest.raises(FailedPreconditionError, match=r"differ from the trainer's by \d.*it serves another model"):
+        run_manifest(cluster, tiny_model, options, prompts=PROMPTS)
+    assert not (tmp_path / "run" / "rl" / "model").exists()
 
 
 def test_dora_is_served_as_it_is_trained(cluster: Any, tiny_model: Path, run_manifest: Callable) -> None:
@@ -78,8 +103,6 @@ def test_missing_rewards_are_counted_and_too_many_pause_the_run(
     cluster: Any, tiny_model: Path, run_manifest: Callable
 ) -> None:
     """`exact-facts` needs facts, which no prompt here has: every answer lacks its reward."""
-    from steersman.errors import FailedPreconditionError
-
     cluster.start_policy(tiny_model)
     cluster.start_reference(tiny_model)
     cluster.start_reward([{"name": "exact-facts", "kind": "verifiable"}])

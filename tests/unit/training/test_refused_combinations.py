@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steersman.config.base import load_model
 from steersman.config.manifest import AlignmentRun
-from steersman.errors import ConfigError
+from steersman.errors import ConfigError, DataError
+from steersman.local.prepare import check_rows_fit_stages
 
 FILES = {"train": "rows.jsonl"}
+ANSWER = [{"role": "assistant", "content": "yes"}]
+REFUSAL = [{"role": "assistant", "content": "no"}]
 KINDS = ("demonstrations", "preferences", "prompts", "feedback")
 ASPECTS = {"objective": "aspects", "aspects": {"helpfulness": 1.0}}
 
@@ -75,6 +80,40 @@ def test_ptx_without_demonstrations_is_refused() -> None:
 def test_aspects_without_rated_rows_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"needs data\.aspects"):
         load({"rewardModel": ASPECTS}, data={"preferences": FILES})
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "reason"),
+    [
+        (
+            {"rewardModel": {"objective": "aspects", "aspects": {"tone": 1.0, "humour": 0.5}}},
+            {"aspects": [{"completion": ANSWER, "aspects": {"tone": 3}}]},
+            r"aspects\.jsonl: no row rates the aspect 'humour' of stage reward-model; the rows rate tone",
+        ),
+        (
+            {"rewardModel": {"margin": True}},
+            {"preferences": [{"chosen": ANSWER, "rejected": REFUSAL, "margin": m} for m in (1.0, None)]},
+            r"preferences\.jsonl: row 2 has no margin; add it, or set margin: false in stage reward-model",
+        ),
+        (
+            {"kto": {}},
+            {"feedback": [{"completion": ANSWER, "label": True}] * 2},
+            r"feedback\.jsonl: every label is True; stage kto learns from both thumbs",
+        ),
+    ],
+)
+def test_rows_that_a_later_stage_cannot_use_are_found_first(
+    stage: dict[str, Any], rows: dict[str, list[dict[str, Any]]], reason: str, tmp_path: Path
+) -> None:
+    """Before anything is loaded and before the SFT stage spends an hour."""
+    question = [{"role": "user", "content": "so?"}]
+    rows = {"demonstrations": [{"messages": question + ANSWER}], **rows}
+    for kind, items in rows.items():
+        lines = [json.dumps(item if "messages" in item else {"prompt": question, **item}) for item in items]
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
+    run = load({"sft": {}}, stage, data={kind: {"train": f"{kind}.jsonl"} for kind in rows})
+    with pytest.raises(DataError, match=reason):
+        check_rows_fit_stages(run, tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rewardModel", "dpo", "kto", "rl"])
