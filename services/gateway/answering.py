@@ -30,7 +30,7 @@ from services.gateway.store import storable
 from services.gateway.tools.calls import as_calls
 from services.gateway.tools.grounding import Grounding
 from services.gateway.tracing import Tracer
-from steersman.errors import DeadlineError, NotFoundError, SteersmanError
+from steersman.errors import DeadlineError, NotFoundError, SteersmanError, UnavailableError
 from steersman.store.engine import Store
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
@@ -74,7 +74,7 @@ class Assistant:
     @property
     def ready(self) -> bool:
         """Whether an answer can be given."""
-        return self.pool.ready and not self.draining
+        return self.pool.ready and not self.recorder.failing and not self.draining
 
     async def answer(self, question: Question) -> Answer:
         """Returns when the first token is there.
@@ -88,6 +88,8 @@ class Assistant:
         """
         question.caller.require("chat")
         self.check(question)
+        if self.recorder.failing:
+            raise UnavailableError("The gateway's database cannot be reached; try again later")
         await self.quotas.admit(question.caller)
         if not question.idempotency_key:
             return await self._begin(question, None)
@@ -217,7 +219,11 @@ class Assistant:
             if claim is not None:
                 await asyncio.shield(self._idempotency.release(claim))
             return
-        await self.recorder.put(record)
+        try:
+            async with asyncio.timeout(self.config.limits.answer_seconds):
+                await self.recorder.put(record)
+        except TimeoutError:
+            raise UnavailableError("The gateway's database cannot be reached, the answer is not stored") from None
         if claim is not None:
             await self._idempotency.complete(claim, answer.as_json())
 

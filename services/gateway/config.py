@@ -77,7 +77,7 @@ class Limits(FrozenModel):
     body_bytes: Positive = 1_048_576
     """Largest request body."""
     body_seconds: Seconds = 20.0
-    """Longest time to send it."""
+    """Longest time to send it, and before it the headers."""
     messages: Positive = 256
     """Messages in one conversation."""
     message_chars: Positive = 100_000

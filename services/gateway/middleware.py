@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import sqlalchemy as sa
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.gateway.config import Limits
 from services.gateway.errors import LargeHeadersError, SlowRequestError, TooLargeError, error_response
 from services.gateway.metrics import Metrics
-from steersman.errors import CancelledError, InternalError, SteersmanError
+from steersman.errors import CancelledError, InternalError, SteersmanError, UnavailableError
 
 log = logging.getLogger("steersman.gateway")
 
@@ -82,7 +83,10 @@ class FrontMiddleware:
         except (ClientDisconnect, CancelledError):
             status = status or CancelledError.http_status
         except Exception as error:
-            if not isinstance(error, SteersmanError):
+            if isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError)):
+                log.exception("the database failed", extra={"request_id": request_id})
+                error = UnavailableError("The gateway's database cannot be reached; try again later")
+            elif not isinstance(error, SteersmanError):
                 log.exception("request failed", extra={"request_id": request_id})
                 error = InternalError(f"An internal error; the gateway's log has the cause under {request_id}")
             if status:

@@ -38,9 +38,9 @@ class Record:
 
 
 class Recorder:
-    """Group commit: `write` returns when the record is on disk.
+    """Group commit: many records in one transaction.
 
-    While the database cannot be reached records wait, up to a limit; past it `write` raises UnavailableError.
+    While the database cannot be reached records wait, and the gateway takes no more questions (`failing`).
     """
 
     def __init__(self, store: Store) -> None:
@@ -49,6 +49,8 @@ class Recorder:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
+        self.failing = False
+        """The last attempt to store met a database that does not answer."""
 
     @property
     def backlog(self) -> int:
@@ -65,7 +67,10 @@ class Recorder:
             await self._task
 
     def put(self, record: Record) -> asyncio.Future[None]:
-        """Queues a record; the future is done when it is stored."""
+        """Queues a record; the future is done when it is stored.
+
+        Raises UnavailableError when too many wait already.
+        """
         if len(self._waiting) >= _LARGEST_BACKLOG or self._closing:
             raise UnavailableError("The database of the gateway cannot be reached; try again later")
         stored = asyncio.get_running_loop().create_future()
@@ -82,11 +87,13 @@ class Recorder:
                 try:
                     await self._store_all(batch)
                 except (sa.exc.OperationalError, sa.exc.InterfaceError):
+                    self.failing = True
                     log.exception("answers cannot be stored, trying again")
                     if self._closing:
                         return
                     await asyncio.sleep(_RETRY_SECONDS)
                     continue
+                self.failing = False
                 del self._waiting[: len(batch)]
 
     async def _store_all(self, batch: list[tuple[Record, asyncio.Future[None]]]) -> None:

@@ -29,6 +29,7 @@ from services.gateway.feedback import FeedbackDesk
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import FrontMiddleware
 from services.gateway.oip import OipServer
+from services.gateway.protocol import guarded_protocol
 from services.gateway.store import open_store, shared_secret
 from steersman.errors import ConfigError
 from steersman.rpc.metrics import serve_metrics
@@ -104,6 +105,8 @@ class Gateway:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 front,
+                http=guarded_protocol(config.limits.body_seconds),
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -144,6 +144,32 @@ async def test_a_full_queue_refuses_and_the_served_are_served() -> None:
         assert (await http.post(CHAT, json=BODY)).status_code == 200
 
 
+async def test_ten_times_the_capacity_leaves_the_gateway_as_it_was() -> None:
+    """The minute-long form with latencies and memory is in benchmarks/gateway.py."""
+    policy = FakePolicy(seconds_per_token=0.02, keep_requests=False)
+    statuses: list[int] = []
+    async with serving(policy, limits={"concurrentAnswers": 4, "queuedAnswers": 2}) as (gateway, http):
+
+        async def insist() -> None:
+            for _ in range(6):
+                answer = await http.post(CHAT, json=BODY)
+                statuses.append(answer.status_code)
+                if answer.status_code == 429:
+                    assert int(answer.headers["retry-after"]) >= 1
+
+        await http.post(CHAT, json=BODY)
+        tasks = len(asyncio.all_tasks())
+        await asyncio.gather(*(insist() for _ in range(40)))
+        assert set(statuses) == {200, 429}
+        # Nobody waits behind more than the queue: what is served is served in time, the rest is told at once.
+        assert policy.peak <= 4
+        assert policy.finished == statuses.count(200) + 1
+        admission = gateway.assistant.admission
+        assert (admission.running, admission.waiting, gateway.assistant.recorder.backlog) == (0, 0, 0)
+        await until(lambda: len(asyncio.all_tasks()) <= tasks + 1)
+        assert (await http.post(CHAT, json=BODY)).status_code == 200
+
+
 async def test_waiting_in_the_queue_ends(policy: FakePolicy) -> None:
     policy.seconds_per_token = 0.2
     async with serving(policy, limits={"concurrentAnswers": 1, "queueSeconds": 0.1}) as (_, http):
@@ -181,6 +207,16 @@ async def test_large_and_slow_bodies_are_refused(policy: FakePolicy) -> None:
         writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n".encode())
         writer.write(b"content-length: 100\r\n\r\n{")
         assert b" 408 " in await asyncio.wait_for(reader.readline(), 30)
+        writer.close()
+        # Headers that never end, and a connection that says nothing at all.
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(b"GET /healthz HTTP/1.1\r\nhost: a\r\nx: ")
+        answer = await asyncio.wait_for(reader.read(), 30)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"send them faster" in answer
+        writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        assert await asyncio.wait_for(reader.read(), 30) == b""
         writer.close()
 
 
@@ -287,6 +323,30 @@ async def test_an_answer_is_on_disk_when_its_last_token_arrives(
         with store.reading() as session:
             found = set(session.scalars(sa.select(Answer.id)))
         assert found == {last.id, f"{last.id}.1"}
+
+
+async def test_without_its_database_the_gateway_is_not_ready_and_recovers(
+    policy: FakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(policy) as (gateway, http):
+        recorder = gateway.assistant.recorder
+        store_batch = recorder._store_batch
+
+        def broken(records: Any) -> None:
+            raise sa.exc.OperationalError("insert", {}, Exception("the disk is gone"))
+
+        monkeypatch.setattr(recorder, "_store_batch", broken)
+        waiting = asyncio.create_task(http.post(CHAT, json=BODY))
+        await until(lambda: recorder.failing)
+        assert (await http.get("/readyz")).status_code == 503
+        refused = await http.post(CHAT, json=BODY)
+        assert (refused.status_code, "database" in refused.text) == (503, True)
+        assert not waiting.done()
+        monkeypatch.setattr(recorder, "_store_batch", store_batch)
+        assert (await waiting).status_code == 200
+        assert (await http.get("/readyz")).status_code == 200
+        with gateway.store.reading() as session:
+            assert session.scalar(sa.select(sa.func.count()).select_from(Answer)) == 1
 
 
 async def test_the_audit_trail_tells_who_got_what(policy: FakePolicy, database: str, store: Store) -> None:
