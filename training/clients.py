@@ -5,7 +5,6 @@ A service that is not there is waited for and the call repeated; what a service 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import queue
 import threading
@@ -76,8 +75,7 @@ class WeightsPayload:
     def of(
         kind: Literal["full", "lora"], tensors: dict[str, Tensor], adapter_config: dict[str, Any] | None = None
     ) -> WeightsPayload:
-        data = to_safetensors(tensors)
-        return WeightsPayload(kind, data, hashlib.sha256(data).hexdigest(), adapter_config)
+        return WeightsPayload(kind, *to_safetensors(tensors), adapter_config)
 
 
 class _Remote:

@@ -1,9 +1,11 @@
-"""Tensors to the bytes of a safetensors file, in one copy."""
+"""Tensors to the bytes of a safetensors file, in one copy, and their digest."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -11,20 +13,31 @@ from torch import Tensor
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """What `safetensors.torch.save` returns for float32, bfloat16 and float16 tensors.
+def to_safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, str]:
+    """What `safetensors.torch.save` returns for float32, bfloat16 and float16 tensors, and its SHA-256.
 
-    That function copies everything three times, which for full weights takes as long as sending them.
+    That function copies everything three times, which for full weights takes as long as sending them. The digest is
+    computed from the tensors while they are copied.
     """
     header: dict[str, object] = {}
-    parts = []
+    raws = []
     end = 0
     for name, tensor in tensors.items():
         values = tensor.detach().cpu().contiguous()
         raw = values.reshape(-1).view(torch.uint8).numpy()
         start, end = end, end + raw.nbytes
         header[name] = {"dtype": _NAMES[values.dtype], "shape": list(values.shape), "data_offsets": [start, end]}
-        parts.append(raw)
+        raws.append(raw)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+    parts = [len(text).to_bytes(8, "little"), text, *raws]
+
+    def digest() -> str:
+        sha256 = hashlib.sha256()
+        for part in parts:
+            sha256.update(part)
+        return sha256.hexdigest()
+
+    with ThreadPoolExecutor(1) as thread:
+        hashed = thread.submit(digest)
+        return b"".join(parts), hashed.result()

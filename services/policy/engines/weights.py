@@ -7,6 +7,7 @@ generation goes on; putting in place only exchanges references, between two deco
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from steersman.errors import InvalidArgumentError
 from steersman.generation import WeightsUpdate
 
 _PEFT_PREFIX = "base_model.model."
+_STRIP = 32
+"""Rows of a strip."""
 
 
 class Source(Protocol):
@@ -45,7 +48,12 @@ class Given:
         return self.value.shape
 
     def into(self, out: Tensor) -> None:
-        out.copy_(self.value)
+        if out.stride(0) != 1 or self.value.stride(0) == 1:
+            out.copy_(self.value)
+            return
+        # A transposition: strips that stay in the processor's cache, too small for torch to split among threads.
+        for start in range(0, len(out), _STRIP):
+            out[start : start + _STRIP].copy_(self.value[start : start + _STRIP])
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +252,12 @@ class WeightStore:
             target = {**self._current, **changed}
         # What is given counts as new even when it is the same object: its content may have changed.
         stale = changed.keys() | {name for name, source in target.items() if source is not self._current[name]}
-        places = [self._prepare(holder, target) for holder in self._holders if not stale.isdisjoint(holder.names)]
+        holders = [holder for holder in self._holders if not stale.isdisjoint(holder.names)]
+        if update.kind == "lora":
+            places = [self._prepare(holder, target) for holder in holders]  # products, which use all threads
+        else:
+            with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="weights") as threads:
+                places = list(threads.map(lambda holder: self._prepare(holder, target), holders))
 
         def place() -> None:
             for one in places:
@@ -253,6 +266,7 @@ class WeightStore:
 
         return place
 
+    @torch.no_grad()
     def _prepare(self, holder: Holder, sources: Mapping[str, Source]) -> Callable[[], None]:
         return holder.prepare([sources[name] for name in holder.names], self._dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from safetensors.torch import load
 
@@ -16,7 +18,9 @@ def test_safetensors_reads_what_was_written() -> None:
         "scalar": torch.tensor(1.5),
         "empty": torch.zeros(0, 2),
     }
-    found = load(to_safetensors(tensors))
+    data, digest = to_safetensors(tensors)
+    assert digest == hashlib.sha256(data).hexdigest()
+    found = load(data)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert all(found[name].dtype == tensor.dtype for name, tensor in tensors.items())

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from services.policy.engine import SamplingParams, WeightsUpdate
+from services.policy.engines import transformers_engine
 from services.policy.engines.transformers_engine import TransformersEngine
 from steersman.errors import InvalidArgumentError
 from steersman.testing.models import tiny_llama, tiny_qwen2
@@ -26,8 +27,10 @@ def build(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.fixture
-def engine(build: Any) -> Iterator[TransformersEngine]:
+@pytest.fixture(params=["plain", "packed", "transposed"])
+def engine(build: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[TransformersEngine]:
+    """With every layout of weights, whatever is fast on this machine."""
+    monkeypatch.setattr(transformers_engine, "weight_layout", lambda device, dtype: request.param)
     engine = TransformersEngine(build(), precision="fp32")
     engine.start()
     yield engine
