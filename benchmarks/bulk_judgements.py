@@ -1,26 +1,32 @@
-"""Statistics, tasks and verdicts with a million judgements in the store.
+"""Pages and statistics with a million judgements in the store.
 
-    python benchmarks/bulk_judgements.py --judgements 1000000
+    python -m benchmarks.bulk_judgements --judgements 1000000
 
-Fills a store (SQLite, or PostgreSQL with --url) with a comparison project: 50 labelers, three judgements an item,
-one item in twenty a honeypot, two months. Then measures what a page or a command does once: the agreement report, the
-most disputed items, the next task, recording a verdict, undoing it, progress, live feedback counts. Medians and the
-slowest of --repeat runs.
+Fills a store (SQLite, or PostgreSQL with --url) with a comparison project: 50 labelers, three judgements an item, one
+item in twenty a honeypot, two months, and 100,000 items that are still open. Then measures what people wait for: the
+pages over HTTP from a running gateway (projects, task, a verdict with the next task, undo, agreement) and the figures
+that the command line shows. Prints the median and the slowest of --repeat runs and writes
+build/bench/bulk_judgements.json. Target: each below one second.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import datetime as dt
+import json
 import random
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+import httpx
 import sqlalchemy as sa
 
+from services.gateway.testing import gateway_config, running_gateway
 from steersman.store import Store
 from steersman.store.judging import (
     NewItem,
@@ -29,11 +35,7 @@ from steersman.store.judging import (
     create_project,
     ensure_labeler,
     get_project,
-    next_task,
-    progress,
-    record,
     record_many,
-    undo,
 )
 from steersman.store.models import Item
 from steersman.store.statistics import agreement_report, disputed_items
@@ -41,26 +43,29 @@ from steersman.store.verdicts import Verdict
 
 LABELERS = 50
 OVERLAP = 3
+OPEN_ITEMS = 100_000
 VERDICTS = [Verdict(ranking=ranking) for ranking in (((0,), (1,)), ((1,), (0,)), ((0, 1),))]
-BATCH = 50_000
+BATCH = 60_000
 
 
-def fill(store: Store, judgements: int) -> None:
-    """Adds the project, its items and the judgements in batches; a few items stay open."""
-    items = judgements // OVERLAP
+def fill(store: Store, judgements: int) -> int:
+    """Adds the project, its items and the judgements in batches; returns the project's id."""
+    judged = judgements // OVERLAP
+    items = judged + min(OPEN_ITEMS, judged)
     with store.transaction() as session:
         project = create_project(session, "bulk", "compare", overlap=OVERLAP, honeypot_every=20)
         labelers = [ensure_labeler(session, f"labeler {number}").id for number in range(LABELERS)]
-    for start in range(0, items + 1000, BATCH):
+    for start in range(0, items, BATCH):
         with store.transaction() as session:
-            add_items(session, project, (_item(n) for n in range(start, min(start + BATCH, items + 1000))))
+            add_items(session, project, (_item(n) for n in range(start, min(start + BATCH, items))))
     with store.reading() as session:
-        ids = session.scalars(sa.select(Item.id).order_by(Item.id).limit(items)).all()
-    for start in range(0, items, BATCH // OVERLAP):
+        ids = session.scalars(sa.select(Item.id).order_by(Item.id).limit(judged)).all()
+    for start in range(0, judged, BATCH // OVERLAP):
         with store.transaction() as session:
             record_many(session, project, _judgements(list(ids[start : start + BATCH // OVERLAP]), labelers, start))
         print(f"\r{min(start * OVERLAP + BATCH, judgements):,} judgements", end="", flush=True)
     print()
+    return project.id
 
 
 def _item(number: int) -> NewItem:
@@ -82,13 +87,78 @@ def _judgements(ids: list[int], labelers: list[int], seed: int) -> Iterator[NewJ
             )
 
 
-def measure(name: str, action: Callable[[], object], repeat: int) -> None:
-    seconds = []
-    for _ in range(repeat):
-        begin = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - begin)
-    print(f"{name:<28} median {statistics.median(seconds) * 1000:8.1f} ms   slowest {max(seconds) * 1000:8.1f} ms")
+class Clock:
+    """Times actions by name."""
+
+    def __init__(self, repeat: int) -> None:
+        self._repeat = repeat
+        self.figures: dict[str, float] = {}
+
+    async def measure(self, name: str, action: Callable[[], Awaitable[object]]) -> None:
+        await action()  # the first call imports libraries
+        seconds = []
+        for _ in range(self._repeat):
+            begin = time.perf_counter()
+            await action()
+            seconds.append(time.perf_counter() - begin)
+        self.figures |= {f"{name} median_s": statistics.median(seconds), f"{name} slowest_s": max(seconds)}
+        print(f"{name:<28} median {statistics.median(seconds) * 1000:8.1f} ms   slowest {max(seconds) * 1000:8.1f} ms")
+
+
+async def measure_pages(clock: Clock, url: str, project_id: int) -> None:
+    """What a labeler with a fiftieth of the judgements, and the operator, wait for in the browser."""
+    # No answer is asked for, so the policy service need not be there.
+    async with (
+        running_gateway(gateway_config("127.0.0.1:1", database=url)) as gateway,
+        httpx.AsyncClient(base_url=gateway.url, timeout=600, follow_redirects=True) as http,
+    ):
+        (await http.post("/login", data={"name": "labeler 7", "next": "/label"})).raise_for_status()
+        task = f"/label/{project_id}"
+
+        async def get(path: str) -> str:
+            response = await http.get(path)
+            response.raise_for_status()
+            return response.text
+
+        async def judge() -> None:
+            fields = dict(re.findall(r'name="(item_id|event_id|shown_at)" value="([^"]+)"', await get(task)))
+            (await http.post(task, data={**fields, "choice": "left:2"})).raise_for_status()
+
+        async def undo() -> None:
+            (await http.post(f"{task}/undo", data={"_": ""})).raise_for_status()
+
+        await clock.measure("page of the projects", lambda: get("/label"))
+        await clock.measure("page of a task", lambda: get(task))
+        await clock.measure("task, verdict, next task", judge)
+        await clock.measure("undo and the task again", undo)
+        await clock.measure("page of the agreement", lambda: get(f"{task}/agreement"))
+
+
+async def measure_figures(clock: Clock, store: Store) -> None:
+    """What `steersman data agreement` computes."""
+
+    def call(function: Callable[..., object]) -> Callable[[], Awaitable[object]]:
+        async def run() -> object:
+            with store.reading() as session:
+                return function(session, get_project(session, "bulk"))
+
+        return run
+
+    await clock.measure("agreement report", call(agreement_report))
+    await clock.measure("most disputed items", call(disputed_items))
+
+
+async def run(judgements: int, url: str, repeat: int) -> dict[str, float]:
+    store = Store.open(url)
+    begin = time.perf_counter()
+    project_id = fill(store, judgements)
+    clock = Clock(repeat)
+    clock.figures |= {"judgements": judgements, "filled in_s": time.perf_counter() - begin}
+    print(f"filled in {clock.figures['filled in_s']:,.0f} s")
+    await measure_figures(clock, store)
+    await measure_pages(clock, url, project_id)
+    store.close()
+    return clock.figures
 
 
 def main() -> None:
@@ -96,41 +166,13 @@ def main() -> None:
     parser.add_argument("--judgements", type=int, default=1_000_000)
     parser.add_argument("--url", help="database URL; a temporary SQLite file by default")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("build/bench/bulk_judgements.json"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        store = Store.open(arguments.url or f"sqlite:///{Path(folder, 'store.db')}")
-        begin = time.perf_counter()
-        fill(store, arguments.judgements)
-        print(f"filled in {time.perf_counter() - begin:,.0f} s")
-        with store.transaction() as session:
-            project = get_project(session, "bulk")
-            labeler = ensure_labeler(session, "labeler 7")
-
-        def reading(function: Callable[..., object], *rest: object) -> Callable[[], object]:
-            def call() -> object:
-                with store.reading() as session:
-                    return function(session, project, *rest)
-
-            return call
-
-        def judge() -> None:
-            with store.transaction() as session:
-                task = next_task(session, project, labeler)
-                assert task is not None
-                record(session, project, NewJudgement(task.item.id, labeler.id, VERDICTS[0], 3.0))
-
-        def take_back() -> None:
-            with store.transaction() as session:
-                undo(session, project, labeler)
-
-        report = reading(agreement_report)()
-        print(report.questions)  # type: ignore[attr-defined]
-        measure("agreement report", reading(agreement_report), arguments.repeat)
-        measure("most disputed items", reading(disputed_items), arguments.repeat)
-        measure("progress of a labeler", reading(progress, labeler), arguments.repeat)
-        measure("next task and its verdict", judge, arguments.repeat)
-        measure("undo", take_back, arguments.repeat)
-        store.close()
+        url = arguments.url or f"sqlite:///{Path(folder, 'store.db')}"
+        figures = asyncio.run(run(arguments.judgements, url, arguments.repeat))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({name: round(value, 4) for name, value in figures.items()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

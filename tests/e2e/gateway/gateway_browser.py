@@ -15,6 +15,8 @@ from services.gateway.testing import gateway_config, running_gateway
 from steersman.testing.fake_policy import FakePolicy, serve_policy
 
 PHONE = {"width": 360, "height": 740}
+PATIENCE = 150_000
+"""Milliseconds to wait for anything: a busy machine is no failure."""
 
 
 @asynccontextmanager
@@ -32,6 +34,7 @@ async def browsing(**changes: Any) -> AsyncIterator[tuple[Any, Any, FakePolicy, 
     ):
         browser = await driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = await browser.new_page()
+        page.context.set_default_timeout(PATIENCE)
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -40,6 +43,13 @@ async def browsing(**changes: Any) -> AsyncIterator[tuple[Any, Any, FakePolicy, 
             assert errors == []
         finally:
             await browser.close()
+
+
+async def new_page(page: Any, **settings: Any) -> Any:
+    """A page for somebody else: with cookies of its own."""
+    context = await page.context.browser.new_context(**settings)
+    context.set_default_timeout(PATIENCE)
+    return await context.new_page()
 
 
 async def shoot(page: Any, name: str) -> None:

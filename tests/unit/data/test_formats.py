@@ -128,7 +128,7 @@ def test_any_table_is_imported_with_a_column_map(shared_data: Path, file: str) -
 def test_no_file_of_the_samples_is_forgotten(shared_data: Path) -> None:
     files = {path.relative_to(shared_data).as_posix() for path in shared_data.glob("*/**/*") if path.is_file()}
     texts = {file for file in files if Path(file).name.startswith("LICENSE")}
-    assert files - texts - COUNTS.keys() - TABLES.keys() == {file for file in files if file.startswith(tuple(OTHERS))}
+    assert files - texts - COUNTS.keys() - TABLES.keys() == {f for f in files - texts if f.startswith(tuple(OTHERS))}
 
 
 # --- HH-RLHF ----------------------------------------------------------------------------------------------------
