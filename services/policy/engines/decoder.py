@@ -74,8 +74,10 @@ class LlamaDecoder:
         self._head = store.linear((store.name("lm_head.weight"),), (), layout)
         self._head_dim = self._layers[0].head_dim
 
-    def _set_embedding(self, weight: Tensor) -> None:
+    def _set_embedding(self, weight: Tensor) -> object:
+        old = getattr(self, "_embedding", None)
         self._embedding = weight
+        return old
 
     @staticmethod
     def fits(model: PreTrainedModel) -> bool:
@@ -228,8 +230,10 @@ class GenericDecoder:
         return output.logits[0]
 
 
-def _setter(parameters: dict[str, nn.Parameter | None], attribute: str) -> Callable[[Tensor], None]:
-    def place(tensor: Tensor) -> None:
+def _setter(parameters: dict[str, nn.Parameter | None], attribute: str) -> Callable[[Tensor], object]:
+    def place(tensor: Tensor) -> object:
+        old = parameters[attribute]
         parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        return old
 
     return place

@@ -27,6 +27,7 @@ from services.policy.engines.decoder import build_decoder
 from services.policy.engines.hardware import Precision, resolve_device, resolve_dtype, weight_layout
 from services.policy.engines.kv_cache import KVCache, row_capacity
 from services.policy.engines.sampling import Draw, Drawn, Filter, draw, stream_key, uniforms
+from services.policy.engines.weights import Place
 from steersman.errors import (
     ConfigError,
     FailedPreconditionError,
@@ -241,6 +242,7 @@ class TransformersEngine:
                 self._swaps.append(swap)
                 self._wake.notify()
             swap.done.wait()
+        swap.replaced = None
         if swap.error is not None:
             raise swap.error
         return swap.seconds
@@ -282,7 +284,7 @@ class TransformersEngine:
         for swap in swaps:
             if opened:
                 start = perf_counter()
-                swap.place()
+                swap.replaced = swap.place()
                 self._version = swap.version
                 swap.seconds = perf_counter() - start
             else:
@@ -428,7 +430,9 @@ class _Swap:
     """Prepared weights on their way to the engine's thread."""
 
     version: int
-    place: Callable[[], None]
+    place: Place
+    replaced: object = None
+    """Freed by the caller's thread, not by the engine's."""
     done: threading.Event = field(default_factory=threading.Event)
     seconds: float = 0.0
     error: SteersmanError | None = None
