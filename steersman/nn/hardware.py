@@ -49,7 +49,7 @@ def pick_precision(precision: str = "auto", device: str = "cpu") -> Precision:
 @functools.cache
 def cpu_bf16_gain(size: int = 512) -> float:
     """Speed of a bf16 matrix product relative to fp32 on this CPU."""
-    fp32, bf16 = _best_seconds([_product(torch.float32, size), _product(torch.bfloat16, size)])
+    fp32, bf16 = best_seconds([_product(torch.float32, size), _product(torch.bfloat16, size)])
     return fp32 / bf16
 
 
@@ -60,7 +60,7 @@ def _product(dtype: torch.dtype, size: int) -> Callable[[], Tensor]:
     return lambda: torch.nn.functional.linear(left, weight)
 
 
-def _best_seconds(works: Sequence[Callable[[], object]], budget: float = 0.08) -> list[float]:
+def best_seconds(works: Sequence[Callable[[], object]], budget: float = 0.08) -> list[float]:
     """Shortest run of each on one thread, within a shared budget in seconds.
 
     In turns, the shortest, and one thread, because other processes on the machine only add time, not evenly, and
@@ -106,7 +106,7 @@ def use_fast_exact_matmul(size: int = 512) -> bool:
         product()
         torch.set_float32_matmul_precision(before)
 
-    slow, fast = _best_seconds([product, with_onednn])
+    slow, fast = best_seconds([product, with_onednn])
     torch.set_float32_matmul_precision("medium")
     if slow / fast >= _GAIN and _relative_error(size) < 1e-6:
         return True

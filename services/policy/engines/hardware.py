@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from steersman.errors import ConfigError
+from steersman.nn.hardware import best_seconds, pick_precision
 
 PACKING_ROWS = 64
 """Batch size that the blocked weight layout is made for; measured good for every other size above 1, too."""
@@ -37,12 +36,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """ "auto": bfloat16 on a GPU that computes it; on a CPU float32 unless bfloat16 is measured to be faster."""
+    """ "auto": bfloat16 on a GPU that computes it; on a CPU what the trainer takes, too (`pick_precision`), where the
+    engine has fast products for it.
+    """
     if precision != "auto":
         return torch.float32 if precision == "fp32" else torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return _faster_cpu_dtype()
+    fast = packs_weights(device, torch.bfloat16) and pick_precision("auto", "cpu") == "bf16"
+    return torch.bfloat16 if fast else torch.float32
 
 
 def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
@@ -74,57 +76,9 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, activat
 
 
 @functools.cache
-def _faster_cpu_dtype() -> torch.dtype:
-    """float32 or bfloat16, by the time of decode-like and prefill-like products (about 50 ms, once a process).
-
-    A CPU without bfloat16 instructions, or with slow ones, is often faster and always more exact in float32.
-    """
-    if not packs_weights(torch.device("cpu"), torch.bfloat16):
-        return torch.float32
-    seconds = {dtype: _seconds_per_token(_packed_product(dtype)) for dtype in (torch.float32, torch.bfloat16)}
-    return min(seconds, key=lambda dtype: seconds[dtype])
-
-
-@functools.cache
 def _packing_pays() -> bool:
-    return _seconds_per_token(_transposed_product()) > _PACKING_GAIN * _seconds_per_token(
-        _packed_product(torch.float32)
-    )
-
-
-Product = Callable[[int], Callable[[], Tensor]]
-"""From a number of rows to a layer's product with them."""
-
-
-def _packed_product(dtype: torch.dtype) -> Product:
-    weight = pack_weight(torch.full((1536, 576), 0.01, dtype=dtype))
-
-    def of(rows: int) -> Callable[[], Tensor]:
-        x = torch.full((rows, 576), 0.01, dtype=dtype)
-        return lambda: packed_linear(x, weight)
-
-    return of
-
-
-def _transposed_product() -> Product:
-    weight = torch.full((576, 1536), 0.01)
-
-    def of(rows: int) -> Callable[[], Tensor]:
-        x = torch.full((rows, 576), 0.01)
-        return lambda: torch.mm(x, weight)
-
-    return of
-
-
-@torch.no_grad()
-def _seconds_per_token(product: Product) -> float:
-    total = 0.0
-    for rows in (16, 64, 256):
-        run = product(rows)
-        best = float("inf")
-        for _ in range(6):  # the shortest of several: other work on the machine only ever adds time
-            start = time.perf_counter()
-            run()
-            best = min(best, time.perf_counter() - start)
-        total += best / rows
-    return total
+    x, transposed = torch.full((64, 576), 0.01), torch.full((576, 1536), 0.01)
+    packed = pack_weight(torch.full((1536, 576), 0.01))
+    with torch.no_grad():
+        slow, fast = best_seconds([lambda: torch.mm(x, transposed), lambda: packed_linear(x, packed)])
+    return slow > _PACKING_GAIN * fast
