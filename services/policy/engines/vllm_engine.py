@@ -195,7 +195,7 @@ class VllmEngine:
         return llm, load
 
     def _arguments(self) -> Any:
-        from vllm.config import WeightTransferConfig
+        from vllm.config import StructuredOutputsConfig, WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         cpu = self._device == "cpu"
@@ -218,6 +218,8 @@ class VllmEngine:
             max_lora_rank=self._max_lora_rank,
             max_loras=_RUNNING_ADAPTERS,
             logprobs_mode="processed_logprobs",
+            # The library and the form of JSON that the transformers engine has.
+            structured_outputs_config=StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True),
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend="safetensors_files"),
             worker_extension_cls="services.policy.engines.vllm_transfer.WorkerExtension",
@@ -317,7 +319,10 @@ class VllmEngine:
                 work.close()
                 raise UnavailableError("the engine is closed; start it before loading weights")
             running = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return running.result()
+        try:
+            return running.result()
+        except Exception as error:
+            raise _translate(error) from error
 
     # On the event loop.
 
@@ -328,9 +333,9 @@ class VllmEngine:
         try:
             try:
                 await self._transfer(plan)
-            except Exception as error:
+            except Exception:
                 await self._transfer(self._checkpoint.now)
-                raise _translate(error) from error
+                raise
             self._checkpoint.commit(plan)
             await self._llm.update_weight_version(str(version))
             self._version = version
@@ -449,9 +454,7 @@ class VllmEngine:
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
-            structured_outputs=None
-            if schema is None
-            else StructuredOutputsParams(json=schema, disable_any_whitespace=True),
+            structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
         )
 
     def _died(self) -> None:
