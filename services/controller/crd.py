@@ -127,8 +127,10 @@ def _add_rules(spec: Json) -> None:
     stage = stages["items"]
     keys = [field.alias or name for name, field in Stage.model_fields.items()]
     given = ", ".join(f"has(self.{key})" for key in keys)
+    # To CEL a null is an absent field (`- evaluate:` means the defaults), to the two bounds it is a key.
+    stage["minProperties"] = stage["maxProperties"] = 1
     stage["x-kubernetes-validations"] = [
-        _rule(f"[{given}].filter(given, given).size() == 1", "a stage has exactly one key")
+        _rule(f"[{given}].filter(given, given).size() <= 1", "a stage has exactly one key")
     ]
     stage["properties"]["release"]["x-kubernetes-validations"] = [
         _rule(

@@ -11,8 +11,18 @@ from typing import Any
 import yaml
 
 from services.controller.config import Storage
-from services.controller.model import POOL_LABEL, RUN_LABEL, SPEC_HASH, STAGE_LABEL, Json, Manifest, Settings
+from services.controller.model import (
+    POOL_LABEL,
+    QUEUE_LABEL,
+    RUN_LABEL,
+    SPEC_HASH,
+    STAGE_LABEL,
+    Json,
+    Manifest,
+    Settings,
+)
 from steersman.config.manifest import AlignmentRun, Resources, ServiceSpec
+from steersman.config.stages import SEVERAL_RANKS
 from steersman.errors import (
     CancelledError,
     ConflictError,
@@ -32,9 +42,6 @@ MANIFEST_MOUNT = "/etc/steersman/run"
 
 _ONE_MACHINE = ("host", "drainSeconds", "threads")
 """Settings of a service that a pod has from the chart."""
-_ONE_WORKER = ("evaluate", "release")
-"""Stages that no second rank can speed up."""
-
 _RETRYABLE = {SteersmanError, UnavailableError, DeadlineError, InternalError, RateLimitedError, ConflictError}
 """Errors that a repetition may mend."""
 
@@ -211,7 +218,7 @@ def stage_objects(run: Manifest, manifest: AlignmentRun, index: int, settings: S
     stage = manifest.stage_names()[index]
     name = object_name(manifest.metadata.name, stage)
     trainer = manifest.spec.trainer
-    workers = 1 if manifest.spec.stages[index].kind in _ONE_WORKER else trainer.workers
+    workers = trainer.workers if manifest.spec.stages[index].kind in SEVERAL_RANKS else 1
     identity = {STAGE_LABEL: stage, RUN_LABEL: manifest.metadata.name}
     labels = {**identity, "app.kubernetes.io/component": "trainer"}
     template = _stage_pod(run, manifest, stage, labels, settings)
@@ -219,23 +226,23 @@ def stage_objects(run: Manifest, manifest: AlignmentRun, index: int, settings: S
     if workers > 1:
         template["spec"]["subdomain"] = name
         container["command"] = [
-            "torchrun",
+            *("python", "-m", "training.ranks"),  # torchrun with the exit code of the rank that failed
             f"--nnodes={workers}",
             f"--nproc-per-node={max(trainer.resources.gpus, 1)}",
             "--node-rank=$(JOB_COMPLETION_INDEX)",
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={name}-0.{name}:{RENDEZVOUS_PORT}",
             f"--rdzv-id={name}",
-            "--max-restarts=3",
+            "--max-restarts=0",  # the Job decides, by the exit code
             "-m",
             "training.stage",
         ]
     metadata = owned(run, name, labels)
     if trainer.queue is not None:
-        metadata["labels"]["kueue.x-k8s.io/queue-name"] = trainer.queue
-    exits = {"containerName": container["name"], "operator": "In", "values": final_exit_codes()}
+        metadata["labels"][QUEUE_LABEL] = trainer.queue
+    exits = {"operator": "In", "values": final_exit_codes()}  # of any container: `prepare` refuses wrong data
     spec: Json = {
-        "backoffLimit": trainer.backoff_limit,
+        "backoffLimit": trainer.backoff_limit * workers,  # a rank that is lost ends all of them
         "parallelism": workers,
         "completions": workers,
         "completionMode": "Indexed" if workers > 1 else "NonIndexed",

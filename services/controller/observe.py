@@ -10,6 +10,7 @@ from typing import Any
 
 from services.controller.kube import Kube
 from services.controller.model import (
+    QUEUE_LABEL,
     RUN_LABEL,
     SPEC_HASH,
     STAGE_LABEL,
@@ -20,7 +21,7 @@ from services.controller.model import (
     Progress,
     SetState,
 )
-from services.controller.objects import object_name
+from services.controller.objects import final_exit_codes, object_name
 from services.controller.plan import read_status
 from services.controller.release import candidate_name
 from services.controller.signals import LiveSignals
@@ -93,7 +94,7 @@ async def _job_state(kube: Kube, job: Json, pods: list[Json]) -> JobState:
         first = min(running, key=lambda pod: pod["metadata"]["name"])  # rank 0 reports
         text = await kube.pod_log(first["metadata"]["namespace"], first["metadata"]["name"], _PROGRESS_LINES)
         progress = read_progress(text)
-    return job_state(job, failure, log, progress, waiting_reason(mine))
+    return job_state(job, failure, log, progress, queue_reason(job) or waiting_reason(mine))
 
 
 def job_state(
@@ -130,15 +131,35 @@ def set_state(item: Json) -> SetState:
 
 
 def last_failure(pods: list[Json]) -> Json | None:
-    """The terminated state of the newest failed container: exit code and, as message, the end of its log."""
+    """The terminated state of a failed container: exit code and, as message, the end of its log.
+
+    The newest one whose exit code no repetition mends, otherwise the newest one: where several ranks fail together,
+    one has the cause and the others only lost their peer.
+    """
+    failures = _failures(pods)
+    final = set(final_exit_codes())
+    return next((ended for ended in failures if ended["exitCode"] in final), failures[0] if failures else None)
+
+
+def _failures(pods: list[Json]) -> list[Json]:
+    """Terminated states with an error, newest pod first."""
+    found = []
     for pod in reversed(pods):
         status = pod.get("status") or {}
         for container in [*(status.get("containerStatuses") or []), *(status.get("initContainerStatuses") or [])]:
             for state in (container.get("state") or {}, container.get("lastState") or {}):
                 ended = state.get("terminated")
                 if ended and ended.get("exitCode", 0) != 0:
-                    return ended
-    return None
+                    found.append(ended)
+    return found
+
+
+def queue_reason(job: Manifest) -> str | None:
+    """Kueue holds a Job of its queue suspended until there is room."""
+    queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
+    if queue is None or not job["spec"].get("suspend"):
+        return None
+    return f"waiting in the queue {queue}"
 
 
 def waiting_reason(pods: list[Json]) -> str | None:

@@ -27,10 +27,10 @@ from services.controller.config import ControllerConfig, load_templates
 from services.controller.kube import Kube
 from services.controller.model import RUN_LABEL, Settings
 from services.controller.reconcile import RETRY_SECONDS, Reconciler
-from services.controller.registry import Registry
 from services.controller.signals import LiveSignals
 from services.controller.status import TERMINAL
 from steersman.errors import UnavailableError
+from steersman.registry import Registry
 
 log = logging.getLogger("steersman.controller")
 

@@ -79,6 +79,15 @@ def plan(run: Manifest, observed: Observed, settings: Settings, now: datetime) -
     return _Planner(run, observed, settings, now).decide()
 
 
+def _last_words(log: str | None, stage: str) -> str | None:
+    """What a failed stage said itself (`<stage>: why`); otherwise the last line of its log."""
+    lines = [line.strip() for line in (log or "").splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith(f"{stage}: ")]
+    if said:
+        return said[-1]
+    return f"{stage}: {lines[-1]}" if lines else None
+
+
 class _Planner:
     """One decision: the status is built up field by field while the rules are walked in order."""
 
@@ -208,8 +217,7 @@ class _Planner:
         reason = objects.reason_of_exit(job.exit_code)
         if job.exit_code is None and job.job_reason:
             reason = job.job_reason
-        last = next((line for line in reversed((job.log or "").strip().splitlines()) if line.strip()), "")
-        message = f"{name}: {last}" if last else f"{name} failed ({reason})"
+        message = _last_words(job.log, name) or f"{name} failed ({reason})"
         self._set_stage(
             name,
             phase="Failed",

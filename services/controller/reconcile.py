@@ -15,10 +15,10 @@ from services.controller.kube import Kube
 from services.controller.model import Action, Create, Delete, Event, Json, Manifest, Patch, SetAlias, Settings
 from services.controller.observe import observe
 from services.controller.plan import plan, read_status
-from services.controller.registry import Registry
 from services.controller.signals import LiveSignals
 from services.controller.status import format_time, with_condition
 from steersman.errors import UnavailableError
+from steersman.registry import Registry
 
 log = logging.getLogger("steersman.controller")
 

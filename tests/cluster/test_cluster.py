@@ -79,10 +79,18 @@ def test_the_quickstart_is_admitted(installed):
     assert "created" in done.stdout
 
 
+def test_a_stage_without_options_is_admitted(installed):
+    """`- evaluate:` is a null, which CEL takes for an absent field."""
+    document = manifest("empty", stages=[{"sft": None}, {"evaluate": None}])
+    installed.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=yaml.safe_dump(document))
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
         ({"stages": [{"sft": {}, "rl": {}}]}, "exactly one key"),
+        ({"stages": [{}]}, "at least 1 properties"),
+        ({"stages": [{"sft": None, "rl": {}}]}, "at most 1"),
         ({"stages": [{"sft": {"epochs": 0}}]}, "epochs"),
         ({"stages": [{"release": {"canary": {}}}]}, "inferenceService"),
         ({"stages": []}, "stages"),

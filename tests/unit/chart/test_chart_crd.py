@@ -94,18 +94,30 @@ def evaluate(rule: str, **values: Any) -> bool:
     return bool(environment.compile(rule).eval(data=values).value())
 
 
+def as_cel_sees(value: Any) -> Any:
+    """To the API server's CEL a null field of an object is absent (k8s.io/apiserver/pkg/cel/common, `lookup`)."""
+    if isinstance(value, dict):
+        return {key: as_cel_sees(child) for key, child in value.items() if child is not None}
+    return [as_cel_sees(child) for child in value] if isinstance(value, list) else value
+
+
 def problems(new: dict[str, Any], old: dict[str, Any] | None = None) -> list[str]:
-    """Messages of the rules that a document breaks, as the API server would collect them."""
+    """Messages of the rules and bounds that a document breaks, as the API server would collect them."""
     found: list[str] = []
 
     def check(node: dict[str, Any], value: Any, before: Any) -> None:
         if value is None:
             return
+        if isinstance(value, dict) and len(value) < node.get("minProperties", 0):
+            found.append(f"must have at least {node['minProperties']} properties")
+        if isinstance(value, dict) and len(value) > node.get("maxProperties", len(value)):
+            found.append(f"must have at most {node['maxProperties']} properties")
+        seen, seen_before = as_cel_sees(value), as_cel_sees(before)
         for rule in node.get("x-kubernetes-validations", []):
             if "oldSelf" in rule["rule"]:
-                if before is not None and not evaluate(rule["rule"], self=value, oldSelf=before):
+                if before is not None and not evaluate(rule["rule"], self=seen, oldSelf=seen_before):
                     found.append(rule["message"])
-            elif not evaluate(rule["rule"], self=value):
+            elif not evaluate(rule["rule"], self=seen):
                 found.append(rule["message"])
         for name, child in node.get("properties", {}).items():
             if isinstance(value, dict) and name in value:
@@ -131,7 +143,8 @@ def changed(**spec: Any) -> dict[str, Any]:
     ("document", "words"),
     [
         (changed(stages=[{"sft": {}, "rl": {}}]), "exactly one key"),
-        (changed(stages=[{}]), "exactly one key"),
+        (changed(stages=[{}]), "at least 1 properties"),
+        (changed(stages=[{"sft": None, "rl": {}}]), "at most 1 properties"),
         (changed(stages=[{"release": {"canary": {}}}]), "canary needs inferenceService"),
         (changed(stages=[{"rl": {"algorithm": "grpo", "ppo": {}}}]), "no meaning for this algorithm"),
         ({**RUN, "metadata": {"name": "x" * 54}}, "at most 53 characters"),

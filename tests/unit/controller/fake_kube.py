@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from kubernetes.aio.client.exceptions import ApiException
@@ -81,11 +82,16 @@ class FakeKube:
         self.objects: dict[tuple[str, str, str], Json] = {}
         self.logs: dict[str, str] = {}
         self.writes: list[tuple[str, str, str]] = []
+        self.listeners: list[Callable[[str, Json], None]] = []
+        """Called with ADDED, MODIFIED or DELETED and the object, as a watch would be."""
         self._versions = itertools.count(100)
 
     def put(self, body: Json) -> Json:
         meta = body["metadata"]
-        self.objects[body["kind"], meta["namespace"], meta["name"]] = body
+        key = (body["kind"], meta["namespace"], meta["name"])
+        change = "MODIFIED" if key in self.objects else "ADDED"
+        self.objects[key] = body
+        self._tell(change, body)
         return body
 
     def find(self, kind: str, name: str) -> Json | None:
@@ -114,6 +120,7 @@ class FakeKube:
         body["metadata"] |= {"uid": f"uid-{next(self._versions)}", "resourceVersion": str(next(self._versions))}
         body["metadata"]["generation"] = 1
         self.objects[key] = body
+        self._tell("ADDED", body)
         return True
 
     async def patch(self, kind: str, namespace: str, name: str, body: Json, subresource: str | None = None) -> Json:
@@ -136,6 +143,7 @@ class FakeKube:
         if wanted.get("spec") != current.get("spec"):
             wanted["metadata"]["generation"] = current["metadata"].get("generation", 0) + 1
         self.objects[key] = wanted
+        self._tell("MODIFIED", wanted)
         if wanted["metadata"].get("deletionTimestamp") and not wanted["metadata"].get("finalizers"):
             self._remove(key)
         return copy.deepcopy(wanted)
@@ -148,7 +156,7 @@ class FakeKube:
         self.writes.append(("delete", kind, name))
         if body["metadata"].get("finalizers"):
             body["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-            body["metadata"]["resourceVersion"] = str(next(self._versions))
+            self._touch(body)
         else:
             self._remove(key)
 
@@ -157,10 +165,21 @@ class FakeKube:
 
     def _remove(self, key: tuple[str, str, str]) -> None:
         """Removes an object and, as the garbage collector does, what it owns."""
-        uid = self.objects.pop(key)["metadata"].get("uid")
+        gone = self.objects.pop(key)
+        self._tell("DELETED", gone)
+        uid = gone["metadata"].get("uid")
         for other, body in list(self.objects.items()):
             if any(owner.get("uid") == uid for owner in body["metadata"].get("ownerReferences") or []):
                 self._remove(other)
+
+    def _touch(self, body: Json) -> None:
+        """A change that somebody else made."""
+        body["metadata"]["resourceVersion"] = str(next(self._versions))
+        self._tell("MODIFIED", body)
+
+    def _tell(self, change: str, body: Json) -> None:
+        for listener in self.listeners:
+            listener(change, body)
 
     # What the cluster's own controllers and kubelets would do
 
@@ -215,6 +234,20 @@ class FakeKube:
                     "updatedReplicas": replicas,
                     "readyReplicas": replicas,
                 }
+                self._touch(body)
 
     def set_status(self, kind: str, name: str, status: Json) -> None:
-        self.objects[kind, "ml", name]["status"] = status
+        body = self.objects[kind, "ml", name]
+        body["status"] = status
+        self._touch(body)
+
+    def edit(self, name: str, **fields: Any) -> None:
+        """What a person does with `kubectl edit alignmentrun`: annotations, or fields of the spec."""
+        run = self.objects["AlignmentRun", "ml", name]
+        annotations = fields.pop("annotations", None)
+        if annotations is not None:
+            run["metadata"]["annotations"] = annotations
+        if fields:
+            run["spec"] = {**run["spec"], **fields}
+            run["metadata"]["generation"] += 1
+        self._touch(run)

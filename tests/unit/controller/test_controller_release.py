@@ -10,11 +10,11 @@ from fake_kube import alignment_run, inference_service
 from kubernetes.aio.client.exceptions import ApiException
 
 from services.controller.model import Signals
-from services.controller.registry import Registry
 from services.controller.release import candidate_name, verdict
 from services.controller.status import VariantSignals
 from steersman.config.manifest import Canary
 from steersman.errors import UnavailableError
+from steersman.registry import Registry
 
 CANARY = {"steps": [10, 50, 100], "minutesPerStep": 30, "minFeedback": 20}
 GOOD = VariantSignals(requests=500, error_rate=0.0, feedback=40, thumbs_down_share=0.1, latency_seconds=1.0)

@@ -161,8 +161,10 @@ async def test_exit_codes_that_a_retry_cannot_mend_end_the_job_at_once(world):
     world.kube.put(alignment_run())
     await world.settle()
     rules = world.kube.find("Job", "demo-sft")["spec"]["podFailurePolicy"]["rules"]
-    codes = next(rule["onExitCodes"]["values"] for rule in rules if rule["action"] == "FailJob")
+    exits = next(rule["onExitCodes"] for rule in rules if rule["action"] == "FailJob")
+    codes = exits["values"]
     assert codes == final_exit_codes()
+    assert "containerName" not in exits, "the init container that checks the data counts as well"
     assert {2, 3, 11} <= set(codes)
     assert not {1, 9, 10, 137, 143} & set(codes)
     assert rules[0]["action"] == "Ignore", "a drained node costs no retry"
@@ -351,17 +353,37 @@ async def test_several_workers_become_an_indexed_job_with_a_rendezvous(world):
     job = world.kube.find("Job", "demo-sft")
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
-    assert spec["backoffLimit"] == 7
+    assert spec["backoffLimit"] == 7 * 4, "a rank that is lost ends all four pods"
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert pod["subdomain"] == "demo-sft"
     command = pod["containers"][0]["command"]
-    assert command[0] == "torchrun"
+    assert command[:3] == ["python", "-m", "training.ranks"]
     assert {"--nnodes=4", "--nproc-per-node=8", "--rdzv-endpoint=demo-sft-0.demo-sft:29500"} <= set(command)
     assert pod["containers"][0]["resources"]["limits"] == {"memory": "512Gi", "nvidia.com/gpu": 8}
     service = world.kube.find("Service", "demo-sft")
     assert service["spec"]["clusterIP"] == "None"
     labels = job["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"].items() <= labels.items()
+
+
+async def test_of_several_ranks_the_one_with_the_cause_is_shown(world):
+    """The others end with it; torchrun's own words stand behind the stage's in the log."""
+    world.kube.put(alignment_run(trainer={"workers": 2}))
+    await world.settle()
+    world.kube.fail_pod(
+        "demo-sft", 2, "sft: demos.jsonl:17: the row is empty\nE torch elastic exitcode: 2", final=False
+    )
+    world.kube.fail_pod("demo-sft", 1, "connection closed by peer", final=True, number=2)
+    status = await world.settle()
+    assert status["message"] == "sft: demos.jsonl:17: the row is empty"
+    assert (status["stages"][0]["exitCode"], status["stages"][0]["reason"]) == (2, "InvalidArgument")
+
+
+async def test_waiting_in_a_queue_is_said(world):
+    world.kube.put(alignment_run(trainer={"queue": "gpus"}))
+    await world.settle()
+    world.kube.find("Job", "demo-sft")["spec"]["suspend"] = True
+    assert (await world.settle())["message"] == "sft: waiting in the queue gpus"
 
 
 async def test_waiting_for_hardware_is_said(world):
