@@ -39,19 +39,22 @@ def call_schema(tools: Sequence[Tool]) -> str:
 
     The names are those that models write in tool calls (Hermes format): `name` and `arguments`.
     """
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object", "additionalProperties": False},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
+    calls, shared = [], {}
+    for index, tool in enumerate(tools):
+        parameters = tool.function.parameters or {"type": "object", "additionalProperties": False}
+        # References are from the root, so definitions move there, each tool's under names of its own.
+        parameters = json.loads(json.dumps(parameters).replace('"#/$defs/', f'"#/$defs/{index}_'))
+        shared.update({f"{index}_{name}": schema for name, schema in parameters.pop("$defs", {}).items()})
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool.function.name}, "arguments": parameters},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return json.dumps(schema | ({"$defs": shared} if shared else {}))
 
 
 def completion_request(body: CompletionRequest, prompt: str) -> PolicyServiceChatRequest:
