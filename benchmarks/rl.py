@@ -1,6 +1,6 @@
 """A whole RLOO update against TRL's RLOOTrainer: generation, scoring, reference, optimizer step, weight sync.
 
-    python -m benchmarks.rl [--prompts 4] [--new 64] [--rounds 5]
+    python -m benchmarks.rl [--prompts 3] [--new 64] [--rounds 5]
 
 Both train the same model (LoRA rank 16, float32) on the same prompts with the same optimizer, learning rate, KL
 coefficient, reward and numbers of tokens, each with two threads; TRL in one process, ours as in a run: trainer, policy,
@@ -10,7 +10,7 @@ TRL gets its batch in one pass and no gradient checkpointing, which is its faste
 
 `ratio_*` is TRL's seconds over ours, the median over the rounds; `memory_ratio` the peak of our trainer over TRL's
 process, `memory_ratio_with_services` that of all our processes together; `gemm_share` the rate of the update's useful
-products (see benchmarks.train) over the machine's. The issue's size is `--prompts 16` (64 answers), about four times as
+products (see benchmarks.train) over the machine's. The issue's size is `--prompts 16` (64 answers), about five times as
 long. Prints tables and writes build/bench/rl.json.
 """
 
@@ -359,7 +359,7 @@ def main() -> None:
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
     parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
     parser.add_argument("--works", nargs="+", default=["equal", "natural"], choices=["equal", "natural"])
-    parser.add_argument("--prompts", type=int, default=4, help=f"prompts an update, {SAMPLES} answers each")
+    parser.add_argument("--prompts", type=int, default=3, help=f"prompts an update, {SAMPLES} answers each")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer, or of the longest natural one x 0.5")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=common.CORES)
