@@ -421,15 +421,23 @@ def undo(session: Session, project: Project, labeler: Labeler) -> Task | None:
     return Task(item, list(assignment.shown))
 
 
+def disputed(project: Project, limit: int) -> sa.Select[tuple[Item]]:
+    """Query for the items on which labelers disagree most; honeypots are none of them."""
+    return (
+        sa.select(Item)
+        .where(Item.project_id == project.id, Item.disagreement > 0, Item.honeypot.is_(False))
+        .order_by(Item.disagreement.desc(), Item.id)
+        .limit(limit)
+    )
+
+
 def reopen_disputed(session: Session, project: Project, limit: int = 1000) -> int:
     """Asks anew about the items on which labelers disagree most; returns how many.
 
     Their verdicts count no longer and stay in the table as undone; anybody may judge the items again, those who judged
     before included. Honeypots and items without disagreement stay as they are.
     """
-    disputed = sa.select(Item).where(Item.project_id == project.id, Item.disagreement > 0)
-    worst = disputed.order_by(Item.disagreement.desc(), Item.id).limit(limit).with_for_update()
-    items = session.scalars(worst).all()
+    items = session.scalars(disputed(project, limit).with_for_update()).all()
     for item in items:
         _forget(session, item)
         session.execute(sa.delete(Assignment).where(Assignment.item_id == item.id))

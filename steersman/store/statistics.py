@@ -21,6 +21,7 @@ from steersman.data.agreement import (
     order_bias,
     raw_agreement,
 )
+from steersman.store.judging import disputed
 from steersman.store.models import AgreementDay, Item, Labeler, LabelerDay, Project, UnitPattern, VotePair
 from steersman.store.tallies import decode_pattern
 
@@ -69,14 +70,7 @@ def agreement_report(session: Session, project: Project) -> AgreementReport:
 
 def disputed_items(session: Session, project: Project, limit: int = 20) -> list[Item]:
     """The items on which labelers disagree most."""
-    return list(
-        session.scalars(
-            sa.select(Item)
-            .where(Item.project_id == project.id, Item.disagreement > 0)
-            .order_by(Item.disagreement.desc(), Item.id)
-            .limit(limit)
-        )
-    )
+    return list(session.scalars(disputed(project, limit)))
 
 
 def _questions(session: Session, project: Project) -> list[QuestionAgreement]:

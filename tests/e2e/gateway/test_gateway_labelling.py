@@ -278,6 +278,7 @@ def _train_reward_model(tmp_path: Path, release: Path) -> dict[str, Any]:
     return json.loads(run_reward_model(spec, context)["evaluation"].read_text())
 
 
+@pytest.mark.timeout(900)
 async def test_three_labelers_judge_until_a_release_is_allowed_and_a_reward_model_learns_from_it(
     tmp_path: Path,
 ) -> None:

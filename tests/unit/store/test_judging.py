@@ -224,20 +224,24 @@ def test_disputed_items_are_asked_again_and_the_record_stays(store: Store) -> No
         for verdict in verdicts:
             judge(store, project, labeler, verdict)
     with store.transaction() as session:
+        add_items(session, project, [item("trap", expected=A_WINS)])
+        trap = session.scalars(sa.select(Item.id).where(Item.honeypot)).one()
+        for labeler, verdict in ((ann, A_WINS), (bob, B_WINS)):
+            record(session, project, NewJudgement(trap, labeler.id, verdict, 1.0))
+    with store.transaction() as session:
         disputed = [found.id for found in disputed_items(session, project)]
         assert reopen_disputed(session, project, limit=1) == 1
         assert reopen_disputed(session, project) == 1
     assert len(disputed) == 2
     with store.reading() as session:
         report = agreement_report(session, project)
-        assert (report.judgements, report.questions[0].raw) == (2, 1.0)
+        assert (report.judgements, report.honeypots, report.questions[0].raw) == (4, 2, 1.0)
         assert disputed_items(session, project) == []
-        assert session.scalar(sa.select(sa.func.count(Judgement.id))) == 6
+        assert session.scalar(sa.select(sa.func.count(Judgement.id))) == 8
         assert [progress(session, project, labeler).left for labeler in (ann, bob, cem)] == [2, 2, 2]
     assert {judge(store, project, labeler, A_WINS) for labeler in (ann, bob) for _ in range(2)} == set(disputed)
     with store.reading() as session:
-        assert agreement_report(session, project).judgements == 6
-        assert_slots(session, project)
+        assert agreement_report(session, project).judgements == 8
 
 
 def test_rows_with_a_judgement_become_honeypots(store: Store) -> None:

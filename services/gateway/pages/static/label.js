@@ -20,7 +20,7 @@ document.addEventListener("keydown", (event) => {
     if (!choice) return;
     choice.checked = true;
     const next = scales[scales.indexOf(scale) + 1];
-    (next?.querySelector(":checked, input") ?? choice).focus();
+    (next?.querySelector(":checked") ?? next?.querySelector("input") ?? choice).focus();
     event.preventDefault();
     return;
   }
