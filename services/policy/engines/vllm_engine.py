@@ -23,17 +23,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from transformers import AutoConfig, GenerationConfig
 
 from services.policy.engines.hardware import Precision
-from services.policy.engines.sampling import stream_key
+from services.policy.engines.vllm_samples import Request, Sample, deliver
 from services.policy.engines.vllm_weights import Checkpoint, Plan, save_adapter
 from steersman.errors import (
     ConfigError,
@@ -45,17 +43,13 @@ from steersman.errors import (
 from steersman.generation import (
     EngineInfo,
     Event,
-    FinishReason,
     GenerationRequest,
     RequestFailed,
-    SampleFinished,
-    TokenEvent,
     WeightsUpdate,
 )
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
-    from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
 logger = logging.getLogger(__name__)
@@ -68,19 +62,6 @@ _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 _RUNNING_ADAPTERS = 2
 """The one in use, and the one that running samples began with."""
 _T = TypeVar("_T")
-
-
-@dataclass(eq=False)
-class _Request:
-    handle: int
-    request: GenerationRequest
-    on_event: Callable[[Event], None]
-    adapter: LoRARequest | None
-    running: set[str] = field(default_factory=set)
-    """vLLM's ids of the samples that have not ended."""
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    cancelled: bool = False
-    ended: bool = False
 
 
 class VllmEngine:
@@ -145,7 +126,7 @@ class VllmEngine:
         self._loading = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Request] = {}
         self._next_handle = 0
         self._version = 0
         self._adapter: LoRARequest | None = None
@@ -374,7 +355,7 @@ class VllmEngine:
             shutil.rmtree(adapter.lora_path, ignore_errors=True)
 
     def _begin(self, handle: int, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
-        one = _Request(handle, request, on_event, self._adapter)
+        one = Request(handle, request, on_event, self._adapter)
         self._requests[handle] = one
         if one.adapter is not None:
             self._adapter_users[one.adapter.lora_int_id] += 1
@@ -386,7 +367,7 @@ class VllmEngine:
                 one.tasks.add(task)
                 task.add_done_callback(one.tasks.discard)
 
-    async def _end(self, one: _Request) -> None:
+    async def _end(self, one: Request) -> None:
         del self._requests[one.handle]
         if one.adapter is not None:
             self._adapter_users[one.adapter.lora_int_id] -= 1
@@ -399,22 +380,22 @@ class VllmEngine:
             one.cancelled = True
             await self._llm.abort(list(one.running))
 
-    def _fail(self, one: _Request, error: SteersmanError) -> None:
+    def _fail(self, one: Request, error: SteersmanError) -> None:
         """Ends the request with one error; its other samples are dropped."""
         if not one.ended:
             one.ended = True
-            _deliver(one, RequestFailed(error))
+            deliver(one, RequestFailed(error))
         for task in one.tasks:
             task.cancel()
 
-    async def _sample(self, one: _Request, vllm_id: str, prompt_index: int, sample_index: int) -> None:
-        sample = _Sample(one, prompt_index, sample_index)
+    async def _sample(self, one: Request, vllm_id: str, prompt_index: int, sample_index: int) -> None:
+        sample = Sample(one, prompt_index, sample_index)
         try:
             if not one.cancelled:
                 await self._generate(one, vllm_id, sample)
             one.running.discard(vllm_id)
             if not one.ended:
-                _deliver(one, sample.finished())
+                deliver(one, sample.finished())
         except Exception as error:
             if self._llm.errored:
                 self._died()
@@ -424,93 +405,22 @@ class VllmEngine:
             if not one.running:
                 await self._end(one)
 
-    async def _generate(self, one: _Request, vllm_id: str, sample: _Sample) -> None:
+    async def _generate(self, one: Request, vllm_id: str, sample: Sample) -> None:
         from vllm.inputs.engine import tokens_input
 
         prompt = one.request.prompts[sample.prompt_index]
-        params = self._sampling_params(one.request, len(prompt), sample)
+        limit = min(one.request.params.max_new_tokens, self._context - len(prompt))
+        params = sample.params(limit, self._eos)
         outputs = self._llm.generate(tokens_input(prompt.tolist()), params, vllm_id, lora_request=one.adapter)
         async with aclosing(outputs) as results:
             async for result in results:
                 sample.add(result.outputs[0], self._version)
-
-    def _sampling_params(self, request: GenerationRequest, prompt_length: int, sample: _Sample) -> Any:
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-        from vllm.sampling_params import SamplingParams as VllmParams
-
-        params = request.params
-        limit = min(params.max_new_tokens, self._context - prompt_length)
-        schema = getattr(request.constraint, "json_schema", None)
-        return VllmParams(
-            max_tokens=limit,
-            min_tokens=min(params.min_new_tokens, limit),
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            seed=int(stream_key(params.seed, sample.prompt_index, sample.sample_index) >> np.uint64(1)),
-            stop_token_ids=sorted(self._eos.union(params.stop_token_ids)),
-            ignore_eos=True,  # they are among the stop tokens
-            logprobs=params.top_logprobs,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
-            structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
-        )
 
     def _died(self) -> None:
         told, self._on_death = self._on_death, None
         if told is not None:
             logger.critical("vLLM's processes have died; their log above tells why")
             told()
-
-
-class _Sample:
-    """One sample, put together from what vLLM sends."""
-
-    def __init__(self, one: _Request, prompt_index: int, sample_index: int) -> None:
-        self.prompt_index = prompt_index
-        self.sample_index = sample_index
-        self._request = one
-        self._token_ids: list[int] = []
-        self._logprobs: list[float] = []
-        self._versions: tuple[int, ...] = ()
-        self._reason: FinishReason = "cancelled"
-
-    def add(self, output: CompletionOutput, version: int) -> None:
-        """`version` is that of streamed tokens; the sample itself has the exact spans that vLLM kept."""
-        one = self._request
-        if one.adapter is not None:
-            version = one.adapter.lora_int_id
-        flat: Any = output.logprobs
-        for place, token in enumerate(output.token_ids):
-            # At every position the drawn token comes first, then the alternatives.
-            start, end = flat.start_indices[place], flat.end_indices[place]
-            logprob = flat.logprobs[start]
-            self._token_ids.append(token)
-            self._logprobs.append(logprob)
-            if one.request.stream:
-                top = tuple(zip(flat.token_ids[start + 1 : end], flat.logprobs[start + 1 : end], strict=True))
-                _deliver(one, TokenEvent(self.prompt_index, self.sample_index, token, logprob, version, top))
-        if output.finish_reason is None:
-            return
-        if output.finish_reason in ("stop", "length"):
-            self._reason = "stop" if output.finish_reason == "stop" else "length"
-        elif not one.cancelled:
-            raise InternalError(f"vLLM ended a sample with '{output.finish_reason}'; its log tells why")
-        if not self._token_ids:
-            return
-        spans = [int(span.version) for span in output.weight_versions or ()]
-        self._versions = tuple(spans) if one.adapter is None else (version,)
-
-    def finished(self) -> SampleFinished:
-        return SampleFinished(
-            prompt_index=self.prompt_index,
-            sample_index=self.sample_index,
-            token_ids=np.array(self._token_ids, np.int32),
-            logprobs=np.array(self._logprobs, np.float32),
-            finish_reason=self._reason,
-            weights_versions=self._versions,
-        )
 
 
 def _set_environment(threads: int) -> None:
@@ -549,10 +459,3 @@ def _translate(error: Exception) -> SteersmanError:
         return UnavailableError("vLLM's processes have died; send the request to another replica")
     logger.error("vLLM failed", exc_info=error)
     return InternalError(f"vLLM failed: {error}")
-
-
-def _deliver(one: _Request, event: Event) -> None:
-    try:
-        one.on_event(event)
-    except Exception:
-        logger.exception("a callback for engine events raised; the event is lost")
