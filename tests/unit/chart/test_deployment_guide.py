@@ -28,7 +28,7 @@ FILE = {"values.yaml": ["--set", "database.existingSecret=x"]}
 
 def commands(*start: str) -> list[list[str]]:
     """The words of the commands that begin so."""
-    return [words for line in COMMANDS if (words := shlex.split(line, comments=True))[: len(start)] == list(start)]
+    return [shlex.split(line, comments=True) for line in COMMANDS if line.startswith(" ".join(start))]
 
 
 def objects() -> list[dict[str, Any]]:
