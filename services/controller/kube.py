@@ -42,6 +42,14 @@ RESOURCES: Mapping[str, Resource] = {
 }
 
 
+def explain(error: ApiException) -> str:
+    """What the API server says, for example which quota is exceeded; the HTTP reason where it says nothing."""
+    try:
+        return f"{error.status} {json.loads(error.body)['message']}"
+    except (TypeError, ValueError, KeyError):
+        return f"{error.status} {error.reason}"
+
+
 class Kube:
     """Thin and typed by nothing but dictionaries; errors are the client's ApiException."""
 

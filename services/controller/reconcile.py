@@ -11,7 +11,7 @@ from http import HTTPStatus
 
 from kubernetes.aio.client.exceptions import ApiException
 
-from services.controller.kube import Kube
+from services.controller.kube import Kube, explain
 from services.controller.model import Action, Create, Delete, Event, Json, Manifest, Patch, SetAlias, Settings
 from services.controller.observe import observe
 from services.controller.plan import plan, read_status
@@ -67,7 +67,7 @@ class Reconciler:
             except ApiException as error:
                 if error.status in (HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND):
                     return 0.0  # someone else wrote first: look again, decide anew
-                await self._explain(run, f"the API server refuses a change ({error.status} {error.reason})")
+                await self._explain(run, f"the API server refuses a change ({explain(error)})")
                 return RETRY_SECONDS
             except UnavailableError as error:
                 await self._explain(run, str(error))
@@ -153,7 +153,7 @@ class Reconciler:
         try:
             await self._kube.create("Event", meta["namespace"], body)
         except ApiException as error:
-            log.warning("event %s of %s is lost (%s)", event.reason, meta["name"], error.reason)
+            log.warning("event %s of %s is lost (%s)", event.reason, meta["name"], explain(error))
 
 
 def _replacing(current: Json, wanted: Json) -> Json:

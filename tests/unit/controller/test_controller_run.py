@@ -300,13 +300,15 @@ async def test_a_refused_change_is_explained_in_the_status(world, condition):
     world.kube.put(alignment_run())
 
     async def refuse(*_arguments, **_options):
-        raise ApiException(status=403, reason="exceeded quota")
+        error = ApiException(status=403, reason="Forbidden")
+        error.body = '{"kind": "Status", "message": "exceeded quota: gpus"}'
+        raise error
 
     world.kube.create = refuse
     status = await world.look()
     progressing = condition(status, "Progressing")
     assert (progressing["status"], progressing["reason"]) == ("False", "Blocked")
-    assert "exceeded quota" in progressing["message"]
+    assert progressing["message"] == "the API server refuses a change (403 exceeded quota: gpus)"
 
 
 async def test_a_wrong_manifest_is_explained_field_by_field(world, condition):
