@@ -133,11 +133,13 @@ def test_weights_are_for_trainers_only(helm, find):
 
 def test_scoring_is_for_trainers_and_the_gateway_is_for_those_who_are_named(helm, find):
     documents = helm.render("prod")
-    assert ingress(find(documents, "NetworkPolicy", "reward"))[50052] == ["trainer", "test"]
+    assert ingress(find(documents, "NetworkPolicy", "reward"))[50052] == ["gateway", "trainer", "test"], "best of n"
     assert ingress(find(documents, "NetworkPolicy", "reference"))[50053] == ["trainer", "test"]
     rule = find(documents, "NetworkPolicy", "gateway")["spec"]["ingress"][0]
-    names = [peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for peer in rule["from"]]
+    *named, test = rule["from"]
+    names = [peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for peer in named]
     assert names == ["ingress", "business-apps"]
+    assert test["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test", "helm test"
     assert set(ingress(find(documents, "NetworkPolicy", "controller"))) == {9090}
 
 
@@ -194,6 +196,20 @@ def test_a_kserve_predictor_holds_engine_and_gateway(helm, find):
     assert not [
         item for item in documents if item["kind"] == "Deployment" and item["metadata"]["name"].endswith("gateway")
     ]
+    # Told to stop together: the engine ends after the gateway takes no more requests, and waits for its answers.
+    stop = {one["name"]: one["lifecycle"]["preStop"]["sleep"]["seconds"] for one in (engine, gateway)}
+    assert stop["kserve-container"] > stop["transformer-container"]
+    assert "drainSeconds=120" in engine["args"]
+    assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] > stop["kserve-container"] + 120
+    (probe,) = find(documents, "Pod", "test")["spec"]["containers"]
+    assert probe["args"][-1] == "http://chat-predictor/readyz"
+
+
+def test_helm_test_asks_every_shared_service(helm, find):
+    (probe,) = find(helm.render(*EVERYTHING), "Pod", "test")["spec"]["containers"]
+    targets = [word for word in probe["args"] if word.startswith("steersman-")]
+    ports = {**SERVICES, "gateway": 8081}
+    assert sorted(targets) == sorted(f"steersman-{name}:{port}" for name, port in ports.items())
 
 
 def test_the_small_profile_fits_four_cores(helm):
