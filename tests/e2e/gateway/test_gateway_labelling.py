@@ -217,15 +217,19 @@ async def _judge_everything(page: Any, url: str, project: int, name: str, says_y
     await mine.goto(f"{url}/login?next=/label/{project}")
     await mine.fill("#name", name)
     await mine.keyboard.press("Enter")
-    await mine.wait_for_selector("#progress")
-    count = 0
-    while await mine.locator("#task").count():
+    progress = mine.locator("#progress")
+    await progress.wait_for()
+    count, done = 0, int(re.findall(r"(\d+) done", await progress.inner_text())[0])
+    while True:
+        await mine.wait_for_load_state()  # the keys work once the script runs
+        if not await mine.locator("#task").count():
+            break
         one, two = (await mine.inner_text(".conversation .turn")).split("\n")[-1].rstrip("?").split()
         index = WORDS.index(one) * len(WORDS) + WORDS.index(two)
         first_is_yes = (await mine.inner_text(".answer:nth-child(1) .text")).startswith("yes")
-        async with mine.expect_navigation():
-            await mine.keyboard.press("2" if first_is_yes == says_yes(index) else "6")
+        await mine.keyboard.press("2" if first_is_yes == says_yes(index) else "6")
         count += 1
+        await mine.locator("#progress", has_text=f": {done + count} done").wait_for()
     await mine.context.close()
     return count
 
