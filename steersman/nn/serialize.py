@@ -20,17 +20,17 @@ def to_safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, str]:
     computed from the tensors while they are copied.
     """
     header: dict[str, object] = {}
-    raws = []
+    raws: list[memoryview] = []
     end = 0
     for name, tensor in tensors.items():
         values = tensor.detach().cpu().contiguous()
-        raw = values.reshape(-1).view(torch.uint8).numpy()
+        raw = memoryview(values.reshape(-1).view(torch.uint8).numpy())
         start, end = end, end + raw.nbytes
         header[name] = {"dtype": _NAMES[values.dtype], "shape": list(values.shape), "data_offsets": [start, end]}
         raws.append(raw)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    parts = [len(text).to_bytes(8, "little"), text, *raws]
+    parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text, *raws]
 
     def digest() -> str:
         sha256 = hashlib.sha256()
