@@ -5,7 +5,7 @@ const typing = (element) => element.matches("textarea, select, input:not([type=r
 const scales = [...document.querySelectorAll("fieldset[data-scale]")];
 
 document.addEventListener("keydown", (event) => {
-  if (event.altKey || event.metaKey) return;
+  if (event.altKey || event.metaKey || event.repeat) return;
   const form = document.querySelector("#task");
   if (event.key === "Enter" && event.ctrlKey) {
     form?.querySelector("[data-key=Enter]")?.click();
@@ -32,7 +32,10 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-// A double click must not judge the next item.
+// A double click must not judge the next item, neither from this page nor from the next one that comes in between.
+document.addEventListener("click", (event) => {
+  if (event.detail > 1 && event.target.closest("button")) event.preventDefault();
+});
 document.querySelector("#task")?.addEventListener("submit", (event) => {
   if (event.target.dataset.sent) event.preventDefault();
   event.target.dataset.sent = "1";
