@@ -2,10 +2,11 @@
 
     torchrun --nproc-per-node N -m training.stage ...
 
-Rank 0 talks to the services and gives every rank the whole batch; ranks share its micro-batches. Embeddings, head and
-value head are small beside the layers and stay whole, so that `token_logprobs` sees a plain head.
+In the stage `rl` rank 0 talks to the services and gives every rank the whole batch; ranks share its micro-batches.
+Embeddings, head and value head are small beside the layers and stay whole, so that `token_logprobs` sees a plain head.
 
 A loss is a sum over a global count, so gradients of the ranks add up. FSDP averages them; `scale` makes up for it.
+The stages that TRL trains are sharded by Accelerate, also with FSDP2.
 """
 
 from __future__ import annotations

@@ -49,8 +49,18 @@ from steersman.nn.tokens import IGNORE, conversation_parts, distinct_pad_token
 from steersman.nn.trunk import is_decoder
 from training.algorithms.reward_losses import aspect_loss, binary_loss
 from training.context import DataFiles, StageContext
+from training.parallel import Ranks
 from training.reward_evaluation import ScoredPair, evaluate_pairs, evaluate_ratings
-from training.trl_setup import Progress, check_length, checkpoint_dir, numbered_rows, options, prepare, train
+from training.trl_setup import (
+    Progress,
+    check_length,
+    checkpoint_dir,
+    gathered,
+    numbered_rows,
+    options,
+    prepare,
+    train,
+)
 
 _REFERENCE_ROWS = 256
 """Conversations that mean and standard deviation are measured on."""
@@ -80,6 +90,18 @@ def run_reward_model(spec: RewardModelStage, ctx: StageContext) -> dict[str, Pat
     for number in range(spec.ensemble):
         if not (work / f"member-{number}").is_dir():
             train_member(spec, ctx, base, data, settings, number, work / f"member-{number}")
+    artifacts = {"model": ctx.stage_dir / "model"}
+    ranks = Ranks.join(ctx.device)
+    if ranks.is_first:
+        artifacts |= _finish(settings, work, data, files, ctx)
+    ranks.barrier()
+    return artifacts
+
+
+def _finish(
+    settings: RewardSettings, work: Path, data: RewardData, files: DataFiles, ctx: StageContext
+) -> dict[str, Path]:
+    """Normalises the trained members, makes one model of them, and measures it."""
     settings = _normalised(settings, work, data, files, ctx)
     artifacts = {"model": ctx.stage_dir / "model"}
     _assemble(settings, work, artifacts["model"])
@@ -185,7 +207,34 @@ def train_member(
     seed = ctx.seed + 1000 * number
     if spec.ensemble > 1:
         ctx.reporter.note(f"member {number + 1} of {spec.ensemble}")
-    torch.manual_seed(seed)  # the new head
+    trained = _member(spec, ctx, base, data, settings, seed)
+    checkpoints = checkpoint_dir(ctx) / f"member-{number}"
+    arguments = {**options(spec, ctx, seed), "output_dir": str(checkpoints)}
+    files = ctx.files("aspects" if spec.objective == "aspects" else "preferences")
+    make = _pairwise_trainer if spec.objective == "pairwise" else _pointwise_trainer
+    trainer = make(spec, trained, arguments, data, files, settings, Progress(ctx))
+    train(trainer, ctx, folder=checkpoints)
+    ranks = Ranks.join(ctx.device)
+    trained = gathered(trained, lambda: _member(spec, ctx, base, data, settings, seed), ranks)
+    if ranks.is_first:
+        ctx.reporter.note("saving the reward model")
+        if spec.lora is not None:
+            adapter = ctx.stage_dir / ("adapter" if spec.ensemble == 1 else f"adapter-{number}")
+            save_adapter(trained, adapter, data.tokenizer)
+            del trainer, trained
+            gc.collect()
+            merge_to_folder(base, adapter, folder)
+        else:
+            disable_dropout(trained)
+            save_model(trained, data.tokenizer, folder)
+    ranks.barrier()
+
+
+def _member(
+    spec: RewardModelStage, ctx: StageContext, base: Path, data: RewardData, settings: RewardSettings, seed: int
+) -> Any:
+    """A model as its training starts: a new head and, of LoRA, a new adapter, both drawn from the seed."""
+    torch.manual_seed(seed)
     outputs = max(1, len(settings.aspects))
     model = load_classifier(
         base, num_labels=outputs, device=ctx.device, quantization_config=quantization(spec.lora, ctx.device)
@@ -200,23 +249,7 @@ def train_member(
         data.tokenizer.pad_token = distinct_pad_token(data.tokenizer) or data.tokenizer.pad_token
         read_last_token(model)
     model.config.pad_token_id = data.tokenizer.pad_token_id
-    trained = prepare(model, spec, seed)
-    checkpoints = checkpoint_dir(ctx) / f"member-{number}"
-    arguments = {**options(spec, ctx, seed), "output_dir": str(checkpoints)}
-    files = ctx.files("aspects" if spec.objective == "aspects" else "preferences")
-    make = _pairwise_trainer if spec.objective == "pairwise" else _pointwise_trainer
-    trainer = make(spec, trained, arguments, data, files, settings, Progress(ctx))
-    train(trainer, ctx, folder=checkpoints)
-    ctx.reporter.note("saving the reward model")
-    if spec.lora is not None:
-        adapter = ctx.stage_dir / ("adapter" if spec.ensemble == 1 else f"adapter-{number}")
-        save_adapter(trained, adapter, data.tokenizer)  # type: ignore[arg-type]
-        del trainer, trained, model
-        gc.collect()
-        merge_to_folder(base, adapter, folder)
-    else:
-        disable_dropout(model)
-        save_model(model, data.tokenizer, folder)
+    return prepare(model, spec, seed)
 
 
 def read_last_token(model: nn.Module) -> None:
@@ -295,7 +328,10 @@ class PointwiseTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return samples, sum(int((batch["labels"] != IGNORE).sum()) for batch in samples)
+        ranks = Ranks.join(self.args.device.type)
+        # FSDP averages the gradients of the ranks, so each divides by its share of all labels.
+        labels = sum(int((batch["labels"] != IGNORE).sum()) for batch in samples)
+        return samples, ranks.add(torch.tensor(float(labels))).item() / ranks.world
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

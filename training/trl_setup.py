@@ -9,9 +9,8 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +29,7 @@ from steersman.nn.prepare import check_tokenizer_matches
 from steersman.nn.tokens import stop_ids
 from steersman.nn.trunk import skip_padding
 from training.context import StageContext
+from training.parallel import Ranks, whole
 
 CHECKPOINT_SECONDS = 30.0
 """Work that a killed stage repeats at most, give or take a step."""
@@ -86,7 +86,7 @@ def prepare(model: PreTrainedModel, spec: SupervisedStage, seed: int) -> nn.Modu
 
 def options(spec: SupervisedStage, ctx: StageContext, seed: int | None = None) -> dict[str, Any]:
     """Arguments of `transformers.TrainingArguments` that do not depend on the method."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = Ranks.join(ctx.device).world  # before Accelerate joins, whose process group would carry no CPU tensors
     if spec.batch_size % ranks:
         raise ConfigError(
             f"batchSize is {spec.batch_size}, which {ranks} trainer.workers cannot share; make it a multiple"
@@ -108,7 +108,8 @@ def options(spec: SupervisedStage, ctx: StageContext, seed: int | None = None) -
         "warmup_steps": min(spec.optimizer.warmup_ratio, 1 - 1e-9),
         "weight_decay": spec.optimizer.weight_decay,
         "max_grad_norm": spec.optimizer.max_grad_norm,
-        "optim": "adamw_torch_fused",
+        # fused: one kernel for all parameters; it takes no sharded ones.
+        "optim": "adamw_torch_fused" if ranks == 1 else "adamw_torch",
         "fsdp": True if ranks > 1 else None,
         "fsdp_config": {"version": 2, "reshard_after_forward": True} if ranks > 1 else None,
         "gradient_checkpointing": spec.gradient_checkpointing,
@@ -137,6 +138,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, ctx: StageContext) -> None:
         self._reporter = ctx.reporter
+        self._ranks = Ranks.join(ctx.device)
         self._saved = time.monotonic()
         self._counted: tuple[float, float] | None = None
         """(seconds, tokens) at the last log."""
@@ -153,7 +155,8 @@ class Progress(TrainerCallback):
         self._reporter.activity("measuring the validation loss")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if time.monotonic() - self._saved >= CHECKPOINT_SECONDS:
+        # Ranks save together, so one clock decides.
+        if self._ranks.from_first(lambda: time.monotonic() - self._saved >= CHECKPOINT_SECONDS):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -201,19 +204,39 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def finish_causal(start: Start, spec: SupervisedStage, ctx: StageContext) -> dict[str, Path]:
-    """Writes `model` (plain folder) and, of LoRA, `adapter`; returns them by name."""
+    """Writes `model` (plain folder) and, of LoRA, `adapter`; returns them by name. Every rank must call it."""
     artifacts = {"model": ctx.stage_dir / "model"}
-    with_adapter = spec.lora is not None
-    if with_adapter:
+    if spec.lora is not None:
         artifacts["adapter"] = ctx.stage_dir / "adapter"
-        ctx.reporter.note("saving the adapter and merging it")
-        save_adapter(start.model, artifacts["adapter"])
-        merge_to_folder(start.folder, artifacts["adapter"], artifacts["model"], stop_ids=start.stop_ids)
-    else:
-        ctx.reporter.note("saving the model")
-        save_model(start.model, start.tokenizer, artifacts["model"], start.stop_ids)  # type: ignore[arg-type]
+    ranks = Ranks.join(ctx.device)
+    trained = gathered(start.model, lambda: start_causal(start.folder, spec, ctx).model, ranks)
+    if ranks.is_first:
+        ctx.reporter.note("saving the adapter and merging it" if spec.lora is not None else "saving the model")
+        if spec.lora is not None:
+            save_adapter(trained, artifacts["adapter"])
+            merge_to_folder(start.folder, artifacts["adapter"], artifacts["model"], stop_ids=start.stop_ids)
+        else:
+            save_model(trained, start.tokenizer, artifacts["model"], start.stop_ids)
+    ranks.barrier()
     gc.collect()
     return artifacts
+
+
+def gathered(model: Any, build: Callable[[], Any], ranks: Ranks) -> Any:
+    """The model with whole weights on the first rank; every rank must call it.
+
+    Args:
+        model: as it was trained, its layers sharded where there are several ranks.
+        build: makes it as it was before training.
+    """
+    if ranks.world == 1:
+        return model
+    state = {name: whole(value.data) for name, value in model.named_parameters() if value.requires_grad}
+    if not ranks.is_first:
+        return model
+    fresh = build()
+    fresh.load_state_dict(state, strict=False)
+    return fresh
 
 
 def project_labelled_positions_only() -> None:

@@ -1,0 +1,235 @@
+"""SFT, rejection sampling, PPO, RLOO, GRPO and DPO on the demo's task, with the same token budget and several seeds.
+
+    python -m benchmarks.algorithms                        # everything; resumes where it was stopped
+    python -m benchmarks.algorithms --methods ppo,dpo --seeds 17 --jobs 1
+    python -m benchmarks.algorithms --base FOLDER --budget 32 --prompts 8    # a tiny model, to try the script
+
+Every method of a seed starts from the same SFT model and has the same reward model; both are trained once a seed. The
+budget counts answers that pass through the policy, generated or learned from, and so tokens (answers are as long as the
+data's, about 20 tokens): an on-policy step spends it twice on each sample, DPO twice on each pair, rejection sampling
+on every candidate and then on the winners. All train a LoRA adapter at the same rank.
+
+Evaluation is apart from the training code: the merged model answers held-out prompts by transformers' own `generate`;
+the reward model, the exact rubric (which no method sees) and the KL to the SFT model are computed here. The intervals
+are 95% over the prompts of all seeds; beside them stand the seeds' own means.
+
+Each cell (method, seed) is a file `cell.json` below --out and is not done again. Training runs through `steersman run`
+with one thread a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+METHODS = ("sft", "rejection-sampling", "ppo", "rloo", "grpo", "dpo")
+GENERATION = {"maxNewTokens": 40, "temperature": 0.7}
+EVALUATION_SEED = 5
+
+
+def stages_of(method: str, budget: int) -> list[dict[str, Any]]:
+    """The stages that a method adds to SFT and reward model."""
+    if method == "start":
+        return []
+    adam = {"learningRate": 3e-4, "schedule": "constant", "warmupRatio": 0.0}
+    if method == "sft":
+        return [{"sft": {"optimizer": adam, "batchSize": 8, "maxSteps": budget // 8}}]
+    if method == "dpo":
+        return [{"dpo": {"optimizer": adam, "batchSize": 8, "maxSteps": budget // 16}}]
+    if method == "rejection-sampling":
+        # Two rounds of 6 candidates a prompt; the second one learns from both rounds' winners: 15 answers a prompt.
+        options = {"rounds": 2, "promptsPerRound": max(1, budget // 15), "samplesPerPrompt": 6, "batchSize": 8}
+        return [{"rejectionSampling": {**options, "optimizer": adam, "generation": GENERATION}}]
+    options = {"steps": budget // 32, "promptsPerStep": 4, "samplesPerPrompt": 4, "klCoefficient": 0.1}
+    if method == "ppo":
+        options["ppo"] = {"critic": {"kind": "valueHead", "learningRate": 1e-3}}
+    return [{"rl": {"algorithm": method, "optimizer": adam, "generation": GENERATION, **options}}]
+
+
+def manifest(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
+    """The run of a cell; `start` is what all of a seed share."""
+    adam = {"learningRate": 1e-3}
+    steps = 2 if arguments.budget < 64 else 30
+    shared = [
+        {"sft": {"optimizer": adam, "batchSize": 8, "maxSteps": steps}},
+        {"rewardModel": {"optimizer": adam, "batchSize": 8, "maxSteps": steps}},
+    ]
+    return {
+        "apiVersion": "steersman.dev/v1alpha1",
+        "kind": "AlignmentRun",
+        "metadata": {"name": f"bench-{method}"},
+        "spec": {
+            "seed": seed,
+            "model": {"base": arguments.base, "threads": 1, "precision": "fp32", "device": "cpu"},
+            "data": {"demo": {"heldoutPrompts": arguments.prompts}},
+            "stages": shared + stages_of(method, arguments.budget),
+            "services": {"startTimeoutSeconds": 1800},
+        },
+    }
+
+
+def run_cell(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
+    """Trains and evaluates; returns the cell's content, from its file where that was made by the same manifest."""
+    folder = arguments.out / f"seed-{seed}" / method
+    wanted = manifest(arguments, method, seed)
+    path = folder / "cell.json"
+    if path.is_file():
+        cell = json.loads(path.read_text())
+        if cell["manifest"] == wanted:
+            return cell
+        shutil.rmtree(folder)
+    run = folder / "run"
+    start = arguments.out / f"seed-{seed}" / "start" / "run"
+    if method != "start" and not run.is_dir():
+        run.mkdir(parents=True)
+        for part in ("data", "prepared.json", "sft", "reward-model"):
+            (shutil.copytree if (start / part).is_dir() else shutil.copy2)(start / part, run / part)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(wanted))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    with (folder / "log.txt").open("a") as log:
+        for command in (
+            [Path(sys.executable).with_name("steersman"), "run", "-f", folder / "run.yaml", "--run-dir", run],
+            [sys.executable, "-m", "benchmarks.algorithms", "--evaluate", run],
+        ):
+            done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
+            if done.returncode:
+                raise SystemExit(f"{method}, seed {seed}: failed, see {folder / 'log.txt'}")
+    cell = {"method": method, "seed": seed, "manifest": wanted, **json.loads((run / "scores.json").read_text())}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(cell))
+    partial.rename(path)
+    print(f"{method}, seed {seed}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return cell
+
+
+def evaluate(run: Path) -> None:
+    """Answers the held-out prompts with a run's last model and writes `scores.json`."""
+    import torch
+
+    from steersman.config.manifest import load_manifest
+    from steersman.data import records
+    from steersman.nn.load import load_causal_lm, load_reward_model, load_tokenizer
+    from steersman.nn.tokens import prompt_ids, stop_ids
+    from steersman.rewards import build_reward
+
+    torch.set_num_threads(1)
+    manifest = load_manifest(run / "manifest.yaml")
+    names = manifest.stage_names()
+    last = next(run / name / "model" for name in reversed(names) if name != "reward-model")
+    tokenizer = load_tokenizer(last)
+    policy, start = load_causal_lm(last), load_causal_lm(run / "sft" / "model")
+    rubric, reward_model = build_reward("demo-rubric"), load_reward_model(run / "reward-model" / "model")
+    stops = stop_ids(tokenizer, policy.generation_config)
+    rows = list(records.read_jsonl(run / "data" / "prompts.heldout.jsonl", records.Prompt))
+    columns: dict[str, list[float]] = {name: [] for name in ("reward", "rubric", "kl", "length", "cut")}
+    torch.manual_seed(EVALUATION_SEED)
+    for row in rows:
+        prompt = [message.model_dump(exclude_none=True) for message in row.prompt]
+        ids = torch.tensor([prompt_ids(tokenizer, prompt)])
+        with torch.no_grad():
+            whole = policy.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=GENERATION["temperature"],
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=GENERATION["maxNewTokens"],
+                eos_token_id=stops,
+                pad_token_id=stops[0],
+            )
+            answer = whole[0, ids.shape[1] :]
+            logprobs = [
+                (model(whole).logits[0, ids.shape[1] - 1 : -1] / GENERATION["temperature"])
+                .log_softmax(-1)
+                .gather(1, answer[:, None])
+                .sum()
+                for model in (policy, start)
+            ]
+        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        columns["reward"].append(reward_model.score([whole[0].tolist()]).reward.item())
+        columns["rubric"].append(rubric(prompt, text, row.facts or {}).value)
+        columns["kl"].append((logprobs[0] - logprobs[1]).item())
+        columns["length"].append(float(len(answer)))
+        columns["cut"].append(float(int(answer[-1]) not in stops))
+    seconds = json.loads((run / "usage.json").read_text())["seconds"]
+    trained = sum(seconds.get(name, 0.0) for name in names[2:])
+    (run / "scores.json").write_text(json.dumps({**columns, "seconds": trained}))
+
+
+def table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a method: means with their intervals over all prompts and seeds, and the means of the seeds."""
+    from steersman.report.statistics import mean_interval
+
+    found = []
+    for method in dict.fromkeys(cell["method"] for cell in cells):
+        own = [cell for cell in cells if cell["method"] == method]
+        row: dict[str, Any] = {"method": method, "seeds": [cell["seed"] for cell in own]}
+        for name in ("reward", "rubric", "kl", "length", "cut"):
+            row[name] = [round(value, 4) for value in mean_interval([v for cell in own for v in cell[name]])]
+            row[f"{name}_by_seed"] = [round(sum(cell[name]) / len(cell[name]), 4) for cell in own]
+        row["seconds"] = [cell["seconds"] for cell in own]
+        found.append(row)
+    return found
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints the table."""
+
+    def interval(values: list[float], digits: int = 2) -> str:
+        return f"{values[0]:.{digits}f} ± {values[0] - values[1]:.{digits}f}"
+
+    head = ("method", "reward", "by seed", "rubric", "KL, nats", "tokens", "cut short", "seconds")
+    lines = [head, ("---",) * len(head)]
+    for row in rows:
+        by_seed = " ".join(f"{value:.2f}" for value in row["reward_by_seed"])
+        seconds = sum(row["seconds"]) / len(row["seconds"])
+        numbers = (interval(row["reward"]), by_seed, interval(row["rubric"]), interval(row["kl"]))
+        lines.append((row["method"], *numbers, interval(row["length"], 1), f"{row['cut'][0]:.1%}", f"{seconds:.0f}"))
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
+    parser.add_argument("--seeds", default="17,29,43", help="comma-separated")
+    parser.add_argument("--budget", type=int, default=256, help="answers through the policy, a multiple of 32")
+    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts a seed")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="cells at the same time")
+    parser.add_argument("--base", default="smollm2-135m-instruct", help="base model")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/algorithms"), help="folder of the cells")
+    parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.evaluate:
+        return evaluate(arguments.evaluate)
+    methods, seeds = arguments.methods.split(","), [int(seed) for seed in arguments.seeds.split(",")]
+    unknown = sorted(set(methods) - set(METHODS))
+    if unknown or arguments.budget % 32:
+        parser.error(f"unknown method {unknown[0]}" if unknown else "--budget must be a multiple of 32")
+    arguments.out = arguments.out.absolute()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        cells = list(pool.map(lambda seed: run_cell(arguments, "start", seed), seeds))
+        wanted = [(method, seed) for seed in seeds for method in methods]
+        cells += pool.map(lambda cell: run_cell(arguments, *cell), wanted)
+    rows = table(cells)
+    result = {"base": arguments.base, "budget": arguments.budget, "prompts": arguments.prompts, "table": rows}
+    (arguments.out / "result.json").write_text(json.dumps(result, indent=1))
+    show(rows)
+    print(f"\n{arguments.out / 'result.json'}")
+
+
+if __name__ == "__main__":
+    main()
