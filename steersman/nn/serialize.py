@@ -24,7 +24,7 @@ def to_safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, str]:
     end = 0
     for name, tensor in tensors.items():
         values = tensor.detach().cpu().contiguous()
-        raw = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+        raw = values.reshape(-1).view(torch.uint8).numpy().data
         start, end = end, end + raw.nbytes
         header[name] = {"dtype": _NAMES[values.dtype], "shape": list(values.shape), "data_offsets": [start, end]}
         raws.append(raw)
