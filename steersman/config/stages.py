@@ -18,7 +18,7 @@ from steersman.artifacts import manifest_of_hashes
 from steersman.config.manifest import AlignmentRun, DataSplits
 from steersman.data.records import file_digest
 
-SEVERAL_RANKS = ("rl",)
+SEVERAL_RANKS = ("sft", "reward_model", "rl", "dpo", "kto")
 """Kinds of stages that `trainer.workers` ranks share; the others run as one process."""
 _POLICY_STAGES = ("sft", "rl", "rejection_sampling", "dpo", "kto")
 

@@ -7,23 +7,36 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from ranks_worker import CASES, STEPS, curves
+from safetensors.torch import load_file
 
+from steersman.config.base import dump_yaml, load_model
+from steersman.config.manifest import AlignmentRun
 from training.parallel import Ranks
+from training.stage import run_stage
+
+
+def run_on_two_ranks(worker: str, *arguments: object) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name(worker)), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_ranks_give_the_loss_curve_of_one(tiny_model: Path, tmp_path: Path) -> None:
     """Every algorithm, all weights or an adapter: losses, norms and weights agree to 1e-4 over ten steps."""
-    worker = Path(__file__).with_name("ranks_worker.py")
     out = tmp_path / "two.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*command, str(worker), str(tiny_model), str(out)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks("ranks_worker.py", tiny_model, out)
     two = json.loads(out.read_text())
     one = curves(tiny_model, tmp_path, Ranks())
     assert set(two) == set(CASES)
@@ -33,3 +46,57 @@ def test_two_ranks_give_the_loss_curve_of_one(tiny_model: Path, tmp_path: Path) 
         assert moved > 1e-3, name  # the curve is no straight line that any number of ranks would draw
         for step, (expected, found) in enumerate(zip(one[name], two[name], strict=True), start=1):
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-4), (name, step)
+
+
+def test_two_ranks_train_the_stages_of_trl_as_one_does(tiny_model: Path, tmp_path: Path) -> None:
+    """SFT, reward models and DPO, sharded by Accelerate: losses and weights are those of one rank."""
+    from test_dpo_kto import pairs, thumbs
+
+    rows = {
+        "demonstrations": [{"messages": [*row["prompt"], *row["chosen"]]} for row in pairs(16)],
+        "preferences": pairs(16),
+        "feedback": thumbs(16),
+    }
+    for kind, items in rows.items():
+        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items))
+    sizes: dict[str, Any] = {
+        "maxSteps": 4,
+        "batchSize": 8,
+        "microBatchSize": 4,
+        "maxLength": 256,
+        "optimizer": {"learningRate": 0.003},
+    }
+    manifest = {
+        "apiVersion": "steersman.dev/v1alpha1",
+        "kind": "AlignmentRun",
+        "metadata": {"name": "ranks"},
+        "spec": {
+            "seed": 3,
+            "model": {"base": str(tiny_model), "precision": "fp32", "device": "cpu", "threads": 1},
+            "data": {kind: {"train": str(tmp_path / f"{kind}.jsonl")} for kind in rows},
+            "stages": [
+                {"sft": {**sizes, "lora": None}},
+                {"rewardModel": sizes},
+                {"rewardModel": {**sizes, "name": "judge", "objective": "binary", "lora": None}},
+                {"dpo": sizes},
+                {"dpo": {**sizes, "lora": None}},
+            ],
+        },
+    }
+    run = load_model(AlignmentRun, manifest, "test")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.yaml").write_text(dump_yaml(run))
+    for name in run.stage_names():
+        run_stage(tmp_path / "one", name, [])
+    run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", *run.stage_names())
+    for name in run.stage_names():
+        one, two = (
+            [json.loads(line) for line in (tmp_path / folder / name / "metrics.jsonl").read_text().splitlines()]
+            for folder in ("one", "two")
+        )
+        assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-4), name
+        weights = [load_file(tmp_path / folder / name / "model" / "model.safetensors") for folder in ("one", "two")]
+        assert weights[0].keys() == weights[1].keys()
+        for key, value in weights[0].items():
+            torch.testing.assert_close(weights[1][key], value, atol=1e-3, rtol=1e-3, msg=f"{name}: {key}")
