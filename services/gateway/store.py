@@ -150,8 +150,10 @@ def storable(text: str) -> str:
 def insert_new(session: Session, table: type[GatewayBase], row: dict[str, Any]) -> bool:
     """Inserts a row; False when its primary key is taken."""
     insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
-    result = session.execute(insert(table).values(row).on_conflict_do_nothing())
-    return bool(result.rowcount)  # type: ignore[attr-defined]
+    key = sa.inspect(table).primary_key[0]
+    # Not the row count: with PostgreSQL's driver it may be unknown.
+    made = session.execute(insert(table).values(row).on_conflict_do_nothing().returning(key))
+    return made.first() is not None
 
 
 def shared_secret(store: Store, name: str) -> bytes:
