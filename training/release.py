@@ -1,0 +1,232 @@
+"""The stage `release`: the newest policy as a plain folder with its model card, once its gates are passed.
+
+    gates of the evaluations -> checksums of the policy -> model/ and README.md -> artifact store -> registry
+
+In a cluster the controller takes it from there: it registers the candidate and gives it traffic step by step
+(services.controller.release). On one machine `steersman serve RUN` serves the folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from huggingface_hub import ModelCardData
+from transformers import AutoConfig
+
+from steersman.artifacts import atomic_dir, manifest_of_hashes, storage_errors, verify
+from steersman.config.manifest import EvaluateStage, ReleaseStage
+from steersman.config.stages import data_files, policy_folder, read_complete, stage_digest
+from steersman.data.records import file_digest
+from steersman.errors import FailedPreconditionError
+from steersman.nn.load import load_tokenizer
+from steersman.nn.prepare import check_tokenizer_matches
+from steersman.registry import Registry
+from steersman.report.schema import Evaluation, read_evaluation
+from steersman.report.summary import label, mean_kl, no_eos, summarise
+from training.context import StageContext
+from training.evaluate import check_gates
+
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+"""MLflow's own variable: the registry of a release outside a cluster; inside one the controller registers."""
+REGISTERED_MODEL = "steersman-chat"
+
+
+def run_release(spec: ReleaseStage, context: StageContext) -> None:
+    """Writes `model/` and `release.json`; may be repeated.
+
+    Raises:
+        FailedPreconditionError: a gate is not passed (the message has the figures), no evaluation with gates is about
+            the model that would be released, or the model is not a plain folder.
+        ChecksumError, NotFoundError: the policy's files are not those that its stage wrote.
+    """
+    evaluation = check_evaluations(context)
+    source = context.policy_model
+    _check_source(context, source)
+    model = context.stage_dir / "model"
+    context.reporter.activity("writing the model")
+    with atomic_dir(model) as partial:
+        ignore = shutil.ignore_patterns("README.md")  # of the base model; a link to it would be written through
+        shutil.copytree(source, partial, dirs_exist_ok=True, copy_function=_link_or_copy, ignore=ignore)
+        (partial / "README.md").write_text(model_card(context, evaluation), encoding="utf-8")
+    uri = _upload(context, model)
+    pointer = {
+        "model": uri,
+        "run": context.run.metadata.name,
+        "stage": source.parent.name if source != context.base_model else None,
+        "digest": stage_digest(context.run, context.name, context.run_dir),
+        "files": manifest_of_hashes(model),
+        "registered": _register(spec, context, uri),
+    }
+    with storage_errors(context.stage_dir):
+        (context.stage_dir / "release.json").write_text(json.dumps(pointer, indent=2) + "\n", encoding="utf-8")
+    context.reporter.note(f"released {uri}")
+
+
+def check_evaluations(context: StageContext) -> Evaluation | None:
+    """Checks the gates of every evaluation of the model to be released; returns the newest one, None without any."""
+    newest: Evaluation | None = None
+    elsewhere: list[str] = []
+    names = context.run.stage_names()
+    released = policy_folder(context.run, context.name, context.run_dir)
+    for name, stage in zip(names[: names.index(context.name)], context.spec.stages, strict=False):
+        if stage.evaluate is None:
+            continue
+        if policy_folder(context.run, name, context.run_dir) != released:
+            elsewhere += [name] if stage.evaluate.gates else []
+            continue
+        newest = read_evaluation(context.run_dir / name / "evaluation.json")
+        elsewhere.clear()
+        check_gates(stage.evaluate, newest)
+    if elsewhere:
+        raise FailedPreconditionError(
+            f"the gates of {elsewhere[-1]} were passed by an earlier model; put an evaluate stage behind the stage "
+            "that makes the released one"
+        )
+    return newest
+
+
+def _check_source(context: StageContext, source: Path) -> None:
+    """The policy is what its stage wrote, and a folder that transformers loads without anything else."""
+    if (source / "adapter_config.json").is_file() or not any(source.glob("*.safetensors")):
+        raise FailedPreconditionError(
+            f"{source} is not a plain model folder with *.safetensors; merge its adapter first"
+        )
+    if source != context.base_model:
+        complete = read_complete(context.run_dir, source.parent.name)
+        if complete is None:
+            raise FailedPreconditionError(f"{source.parent.name} is not complete; run it before the release")
+        files: dict[str, str] = complete["files"]  # type: ignore[assignment]
+        context.reporter.activity("comparing the policy with its checksums")
+        verify(source.parent, {name: digest for name, digest in files.items() if name.startswith("model/")})
+    check_tokenizer_matches(AutoConfig.from_pretrained(source), load_tokenizer(source))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """The weights exist once on the disk where it can link; nobody writes into a finished model folder."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _upload(context: StageContext, model: Path) -> str:
+    """Where the model lies: its folder, or with `spec.artifacts` its copy in the artifact store."""
+    if context.spec.artifacts is None:
+        return str(model)
+    uri = f"{context.spec.artifacts.rstrip('/')}/{context.run.metadata.name}/{context.name}/model"
+    store, path = fsspec.core.url_to_fs(uri)
+    context.reporter.activity(f"copying the model to {uri}")
+    for file in sorted(model.rglob("*")):
+        if file.is_file():
+            target = f"{path}/{file.relative_to(model).as_posix()}"
+            store.makedirs(target.rpartition("/")[0], exist_ok=True)
+            store.put_file(str(file), target)
+    return uri
+
+
+def _register(spec: ReleaseStage, context: StageContext, uri: str) -> dict[str, str] | None:
+    """Points the aliases of an MLflow registry at the model; None where none is configured."""
+    url = os.environ.get(TRACKING_URI)
+    if not url:
+        return None
+    aliases = ["candidate"] if spec.canary or spec.inference_service else ["candidate", "champion"]
+    digest = stage_digest(context.run, context.name, context.run_dir)
+
+    async def point() -> str:
+        registry = Registry(url, REGISTERED_MODEL)
+        try:
+            return [await registry.set_alias(alias, digest, context.run.metadata.name, uri) for alias in aliases][-1]
+        finally:
+            await registry.close()
+
+    version = asyncio.run(point())
+    context.reporter.note(f"{REGISTERED_MODEL} version {version} is {' and '.join(aliases)}")
+    return {"model": REGISTERED_MODEL, "version": version, "aliases": ", ".join(aliases)}
+
+
+# The model card
+
+
+def model_card(context: StageContext, evaluation: Evaluation | None) -> str:
+    """README.md of the model: where it comes from, how it was made, what was measured, what it is not for."""
+    run, spec = context.run, context.spec
+    names = run.stage_names()
+    base = Path(spec.model.base).name if Path(spec.model.base).is_absolute() else spec.model.base
+    made_by = list(zip(names[: names.index(context.name)], spec.stages, strict=False))
+    data = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["steersman", *dict.fromkeys(_method(stage) for _, stage in made_by if stage.evaluate is None)],
+    )
+    made = [f"- `{name}`: {_method(stage)}" for name, stage in made_by if stage.evaluate is None]
+    files = [
+        f"- `{path.name}` sha256 `{file_digest(path)}`"
+        for splits in data_files(run, context.run_dir).values()
+        for path in splits.values()
+        if path.is_file()
+    ]
+    revision = f" at revision {spec.model.revision}" if spec.model.revision else ""
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {run.metadata.name}",
+        f"`{base}`{revision}, aligned by Steersman with seed {spec.seed}. `config.yaml` of every stage and "
+        "`manifest.yaml` of the run repeat it.",
+        "## How it was made\n\n" + ("\n".join(made) or "The base model, unchanged."),
+        "## What was measured\n\n" + (_measured(context, evaluation) if evaluation else "Nothing: no evaluate stage."),
+        "## What it learned from\n\n" + ("\n".join(files) or "No files."),
+        "## What it is not for\n\nIt answers as the people who judged its training data preferred, in their domain. "
+        "Facts about customers, orders and prices must come from tools at answer time, not from its weights. The "
+        "figures above hold for prompts like the held-out ones.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _method(stage: Any) -> str:
+    if stage.rl is not None:
+        return stage.rl.algorithm
+    return stage.kind.replace("_", "-")
+
+
+def _measured(context: StageContext, evaluation: Evaluation) -> str:
+    numbers = summarise(evaluation)
+    models = list(evaluation.models)
+    lines = [
+        f"{len(evaluation.models[evaluation.aligned])} held-out answers a model, mean with 95% interval.",
+        "",
+        "| | " + " | ".join(label(name) for name in models) + " |",
+        "|---|" + "---|" * len(models),
+    ]
+    for title, row in (("reward", numbers["reward"]), ("rubric", numbers["rubric"])):
+        if row:
+            cells = [f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in (row[name] for name in models)]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    kls = [mean_kl(evaluation, name) for name in models]
+    lines.append("| KL to the reference, nats | " + " | ".join("–" if kl is None else f"{kl:.2f}" for kl in kls) + " |")
+    lines.append("| answers cut short | " + " | ".join(f"{no_eos(evaluation, name):.1%}" for name in models) + " |")
+    mean, low, high = numbers[f"{evaluation.aligned}_minus_{evaluation.start}"]
+    lines += ["", f"Gain in reward over {label(evaluation.start)}: {mean:.3f} ({low:.3f} to {high:.3f})."]
+    if evaluation.reward_model is not None:
+        lines.append(
+            f"Held-out accuracy of the reward model: {numbers['rm_accuracy']:.3f}; "
+            f"length alone: {numbers['length_baseline']:.3f}."
+        )
+    gates = [gate for stage in context.spec.stages if stage.evaluate is not None for gate in _gates(stage.evaluate)]
+    if gates:
+        lines.append("Gates passed: " + "; ".join(gates) + ".")
+    return "\n".join(lines)
+
+
+def _gates(spec: EvaluateStage) -> list[str]:
+    words = {
+        "reward": "reward gain, lower end of the interval, at least {}",
+        "rewardAccuracy": "reward accuracy at least {}",
+        "noEos": "answers cut short at most {}",
+    }
+    return [words[gate].format(limit) for gate, limit in spec.gates.items()]
