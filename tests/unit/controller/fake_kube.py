@@ -106,8 +106,8 @@ class FakeKube:
 
     async def list(self, kind: str, namespace: str, selector: str | None = None) -> list[Json]:
         found = [body for (k, n, _), body in self.objects.items() if (k, n) == (kind, namespace)]
-        if selector:
-            key, _, value = selector.partition("=")
+        for term in selector.split(",") if selector else ():
+            key, _, value = term.partition("=")
             found = [body for body in found if body["metadata"].get("labels", {}).get(key) == value]
         return copy.deepcopy(found)
 
