@@ -124,7 +124,7 @@ def save_adapter(folder: Path, update: WeightsUpdate) -> None:
     """Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors."""
     if update.adapter_config is None:
         raise InvalidArgumentError("the LoRA update has no adapter_config, send PEFT's adapter_config.json")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(dict(update.adapter_config)), encoding="utf-8")
     tensors = {name.replace(".default", ""): tensor.contiguous() for name, tensor in update.tensors.items()}
     _save(tensors, folder / "adapter_model.safetensors")

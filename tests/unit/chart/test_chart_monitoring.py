@@ -55,7 +55,7 @@ def exported() -> dict[str, tuple[str, set[str]]]:
         return gateway, front, back
 
     gateway, front, back = asyncio.run(scraped())
-    kinds = dict(re.findall(r"^# TYPE (steersman_\w+) (\w+)$", front + back, re.M))
+    kinds = dict(re.findall(r"^# TYPE (steersman_\w+?(?<!_created)) (\w+)$", front + back, re.M))
     metrics = [*gateway.metrics.registry._collector_to_names, *REGISTRY._collector_to_names]
     labels = {one._name: set(one._labelnames) for one in metrics if hasattr(one, "_labelnames")}
     labels["steersman_gateway_replica_ready"] = {"replica"}

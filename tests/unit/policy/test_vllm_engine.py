@@ -80,7 +80,8 @@ def adapter(seed: int, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[s
             if "lora_" in name:
                 parameter.normal_(0, 0.1)
     tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(wrapped).items()}
-    return tensors, config.to_dict(), wrapped.merge_and_unload()
+    plain = json.loads(json.dumps(config.to_dict(), default=list))
+    return tensors, plain, wrapped.merge_and_unload()
 
 
 def assert_serves(engine: Any, reference: PreTrainedModel, atol: float = 1e-4) -> None:
