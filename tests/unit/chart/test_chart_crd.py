@@ -17,8 +17,8 @@ from services.controller.crd import IMMUTABLE, chart_template, crd, main, struct
 EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*/run*.yaml"))
 ALLOWED = {
     "type", "description", "properties", "required", "items", "additionalProperties", "enum", "minimum", "maximum",
-    "exclusiveMinimum", "exclusiveMaximum", "pattern", "format", "minItems", "maxItems", "nullable",
-    "x-kubernetes-preserve-unknown-fields", "x-kubernetes-validations",
+    "exclusiveMinimum", "exclusiveMaximum", "pattern", "format", "minItems", "maxItems", "minProperties",
+    "maxProperties", "nullable", "x-kubernetes-preserve-unknown-fields", "x-kubernetes-validations",
 }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ class ApiServer(kmock.KubernetesScaffold):
     async def _fetch(self, request: kmock.Request, kind: str) -> Any:
         if request.subresource == "log":
             text = await self.kube.pod_log(request.namespace or "", request.name, int(request.params["tailLines"]))
-            return text.encode()
+            return kmock.Response(payload=text.encode(), headers={"Content-Type": "text/plain"})
         found = await self.kube.get(kind, request.namespace or "", request.name)
         if found is None:
             raise ApiException(status=404, reason="Not Found")
