@@ -45,7 +45,7 @@ RESOURCES: Mapping[str, Resource] = {
 def explain(error: ApiException) -> str:
     """What the API server says, for example which quota is exceeded; the HTTP reason where it says nothing."""
     try:
-        return f"{error.status} {json.loads(error.body)['message']}"
+        return f"{error.status} {json.loads(error.body or '')['message']}"
     except (TypeError, ValueError, KeyError):
         return f"{error.status} {error.reason}"
 
