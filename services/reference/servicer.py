@@ -26,9 +26,7 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
     ) -> pb.ComputeLogprobsResponse:
         info = self._engine.info
         if request.tokenizer_fingerprint and request.tokenizer_fingerprint != info.tokenizer_fingerprint:
-            raise FailedPreconditionError(
-                "the caller's tokenizer is not the reference's; start both from one base"
-            )
+            raise FailedPreconditionError("the caller's tokenizer is not the reference's; start both from one base")
         rows = unpack_rows(request.token_ids, np.int32, "token_ids")
         if len(rows) != len(request.prompt_lengths):
             raise InvalidArgumentError(
