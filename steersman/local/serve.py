@@ -14,7 +14,7 @@ from steersman.local.supervisor import Service, Supervisor
 from steersman.progress import say
 
 PORT, GRPC_PORT = 8080, 8081
-_POLICY_STAGES = ("sft", "rl", "rejection_sampling", "dpo", "kto")
+_POLICY_STAGES = ("sft", "rl", "rejection_sampling", "dpo", "kto", "release")
 
 
 def find_model(path: Path) -> tuple[Path, str, dict[str, Any]]:
