@@ -99,7 +99,13 @@ def test_a_stage_without_options_is_admitted(installed):
 )
 def test_wrong_manifests_are_refused(installed, spec, words):
     done = installed.kubectl(
-        "apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=yaml.safe_dump(manifest("wrong", **spec)), check=False
+        "apply",
+        "--dry-run=server",
+        "--validate=strict",
+        "-f",
+        "-",
+        stdin=yaml.safe_dump(manifest("wrong", **spec)),
+        check=False,
     )
     assert done.returncode != 0
     assert words in done.stderr
@@ -236,6 +242,8 @@ def test_uninstalling_removes_everything(installed):
     kinds = "deployments,services,configmaps,serviceaccounts,networkpolicies,roles,rolebindings,persistentvolumeclaims"
     selector = f"app.kubernetes.io/instance={installed.release}"
     left = installed.kubectl("get", kinds, "-l", selector, "-o", "name").stdout.split()
-    assert [name for name in left if not name.endswith("-database")] == [], "the database stays until it is deleted by hand"
+    assert [name for name in left if not name.endswith("-database")] == [], (
+        "the database stays until it is deleted by hand"
+    )
     gone = installed.kubectl("get", "crd", "alignmentruns.steersman.dev", check=False, namespaced=False)
     assert gone.returncode != 0
