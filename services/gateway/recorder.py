@@ -23,8 +23,8 @@ log = logging.getLogger("steersman.gateway")
 _LARGEST_BATCH = 500
 _LARGEST_BACKLOG = 20_000
 _RETRY_SECONDS = 1.0
-_INSERT_ANSWER = sa.insert(StoredAnswer.__table__)
-_INSERT_AUDIT = sa.insert(Audit.__table__)
+_INSERT_ANSWER = sa.insert(StoredAnswer.__table__)  # type: ignore[arg-type]
+_INSERT_AUDIT = sa.insert(Audit.__table__)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -421,7 +421,7 @@ def undo(session: Session, project: Project, labeler: Labeler) -> Task | None:
     return Task(item, list(assignment.shown))
 
 
-def disputed(project: Project, limit: int) -> sa.Select[tuple[Item]]:
+def disputed(project: Project, limit: int) -> sa.Select[Any]:
     """Query for the items on which labelers disagree most; honeypots are none of them."""
     return (
         sa.select(Item)

@@ -162,7 +162,7 @@ async def test_a_double_click_judges_once_and_the_pages_work_without_a_script() 
         other = await new_page(page, java_script_enabled=False)
         await _log_in(other, url, project)
         await other.click("text=B is slightly better")
-        await other.locator("#progress", has_text="1 done").wait_for()
+        await other.locator("#progress", has_text="2 done").wait_for()
         assert len(_verdicts(gateway.store)) == 2
 
 
