@@ -40,7 +40,7 @@ def objects() -> list[dict[str, Any]]:
 def test_the_manifest_is_a_run() -> None:
     (run,) = [one for one in objects() if one["kind"] == "AlignmentRun"]
     manifest = parse_run({**run, "metadata": {**run["metadata"], "namespace": "steersman", "uid": "1"}})
-    assert manifest.stage_names() == ["sft", "rewardModel", "rl", "evaluate", "release"]
+    assert manifest.stage_names() == ["sft", "reward-model", "rl", "evaluate", "release"]
 
 
 def test_the_pods_are_valid_and_restricted() -> None:
