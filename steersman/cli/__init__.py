@@ -29,7 +29,7 @@ app.add_typer(cluster.app)
 _EXTRA_OF_LIBRARY = {
     "engine": ("torch", "transformers", "peft", "safetensors", "accelerate", "gguf"),
     "training": ("trl", "datasets"),
-    "data": ("matplotlib", "scipy", "statsmodels", "sklearn", "krippendorff"),
+    "data": ("matplotlib", "scipy"),
     "gateway": ("fastapi", "uvicorn", "kserve", "httpx", "mcp", "jwt", "prometheus_client"),
     "controller": ("kopf", "kubernetes"),
 }

@@ -1,9 +1,9 @@
 """How far labelers agree: the statistics, from counts of votes.
 
 The input is a mapping from a pattern of votes on one unit to the number of units with that pattern, so the cost does
-not depend on the number of judgements. Fleiss' and Cohen's kappa come from `statsmodels`. Krippendorff's alpha is
-computed here, because the `krippendorff` package walks unit by unit (seconds for a million votes on a few aspects);
-the tests hold it to that package and to the published figures.
+not depend on the number of judgements. The kept packages walk unit by unit (seconds for a million votes) and would
+double the gateway's image; the tests hold these closed forms to `krippendorff`, `statsmodels`, `scikit-learn` and
+`scipy`, and to the published figures.
 """
 
 from __future__ import annotations
@@ -74,8 +74,6 @@ def fleiss_kappa(patterns: Patterns) -> tuple[float | None, int, int]:
     Source: Fleiss, "Measuring nominal scale agreement among many raters", 1971; it needs the same number of raters
     for every unit. Returns kappa (None where it is not defined), the units used, and the votes of each.
     """
-    from statsmodels.stats.inter_rater import fleiss_kappa as statsmodels_fleiss
-
     sizes: Counter[int] = Counter()
     for pattern, n in patterns.items():
         sizes[sum(count for _, count in pattern)] += n
@@ -87,7 +85,10 @@ def fleiss_kappa(patterns: Patterns) -> tuple[float | None, int, int]:
     units = sum(complete.values())
     if len(domain) < 2:
         return None, units, votes
-    return float(statsmodels_fleiss(np.repeat(*_table(complete, domain), axis=0))), units, votes
+    counts, weights = _table(complete, domain)
+    observed = weights @ ((counts**2).sum(1) - votes) / (units * votes * (votes - 1))
+    expected = (((weights @ counts) / (units * votes)) ** 2).sum()
+    return float((observed - expected) / (1 - expected)), units, votes
 
 
 def cohen_kappa(confusion: Mapping[tuple[float, float], int], *, weighted: bool = False) -> float | None:
@@ -95,14 +96,15 @@ def cohen_kappa(confusion: Mapping[tuple[float, float], int], *, weighted: bool 
 
     Source: Cohen, "A coefficient of agreement for nominal scales", 1960. None where it is not defined.
     """
-    from statsmodels.stats.inter_rater import cohens_kappa
-
     domain = sorted({value for pair, n in confusion.items() if n > 0 for value in pair})
     if len(domain) < 2:
         return None
-    table = np.array([[confusion.get((first, second), 0) for second in domain] for first in domain])
-    kappa = float(cohens_kappa(table, wt="linear" if weighted else None, return_results=False))
-    return None if math.isnan(kappa) else kappa
+    observed = np.array([[confusion.get((first, second), 0) for second in domain] for first in domain])
+    places = np.arange(len(domain))
+    distances = np.abs(np.subtract.outer(places, places)) if weighted else 1 - np.eye(len(domain))
+    expected = np.outer(observed.sum(1), observed.sum(0)) / observed.sum()
+    chance = (distances * expected).sum()
+    return float(1 - (distances * observed).sum() / chance) if chance else None
 
 
 def raw_agreement(patterns: Patterns) -> tuple[int, int]:
@@ -117,11 +119,13 @@ def raw_agreement(patterns: Patterns) -> tuple[int, int]:
 
 def order_bias(decided: int, decided_first: int) -> tuple[float | None, float | None]:
     """Share of comparisons won by the answer shown first, and the two-sided binomial p-value against one half."""
-    from scipy.stats import binomtest
-
     if not decided:
         return None, None
-    return decided_first / decided, float(binomtest(decided_first, decided).pvalue)
+    tail = min(decided_first, decided - decided_first)
+    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, decided + 1)))])
+    fewer = np.arange(tail + 1)
+    chances = log_factorials[decided] - log_factorials[fewer] - log_factorials[decided - fewer] - decided * math.log(2)
+    return decided_first / decided, min(1.0, 2 * float(np.exp(chances).sum()))
 
 
 def _table(patterns: Patterns, domain: Sequence[float]) -> tuple[Counts, Counts]:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score
+from statsmodels.stats import inter_rater
 
 from steersman.data.agreement import (
     AgreementReport,
@@ -118,6 +120,17 @@ def test_cohen_kappa_is_scikit_learns(pairs: list[tuple[int, int]], weighted: bo
     assert kappa == pytest.approx(wanted, abs=1e-9)
 
 
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=30))
+def test_fleiss_kappa_is_that_of_statsmodels(ratings: list[list[int]]) -> None:
+    kappa, units, votes = fleiss_kappa(patterns_of(ratings))
+    assert (units, votes) == (len(ratings), 3)
+    if len({value for row in ratings for value in row}) < 2:
+        assert kappa is None
+        return
+    assert kappa == pytest.approx(inter_rater.fleiss_kappa(inter_rater.aggregate_raters(ratings)[0]), abs=1e-9)
+
+
 def test_raw_agreement_counts_pairs() -> None:
     assert raw_agreement(patterns_of([[1, 1, 2], [1, 1, 1], [2, None, None]])) == (6, 4)
 
@@ -126,6 +139,8 @@ def test_order_bias_names_share_and_p_value() -> None:
     share, p_value = order_bias(100, 70)
     assert share == pytest.approx(0.7)
     assert p_value < 0.001
+    for decided, first in ((1, 0), (2, 1), (7, 5), (100, 70), (5000, 2450)):
+        assert order_bias(decided, first)[1] == pytest.approx(binomtest(first, decided).pvalue, rel=1e-9)
     assert order_bias(0, 0) == (None, None)
 
 
