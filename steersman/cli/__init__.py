@@ -26,6 +26,8 @@ app.add_typer(data.app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(cluster.app)
 
+STOPPED = 130
+"""Exit code of a process that was interrupted, as shells have it."""
 _EXTRA_OF_LIBRARY = {
     "engine": ("torch", "transformers", "peft", "safetensors", "accelerate", "gguf"),
     "training": ("trl", "datasets"),
@@ -47,8 +49,10 @@ def main() -> NoReturn:
         if extra is None:
             raise
         _fail(f"this command needs {library}; pip install 'steersman[{extra}]'", 2)
-    except KeyboardInterrupt:
-        _fail("stopped", 130)
+    except SystemExit as ended:
+        if ended.code == STOPPED:  # what typer makes of KeyboardInterrupt
+            _fail("stopped", STOPPED)
+        raise
     except Exception as error:
         # Errors of the tree and failed stages carry an exit code; everything else is a defect and keeps its trace.
         code = getattr(error, "exit_code", None)
