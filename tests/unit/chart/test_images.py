@@ -68,12 +68,6 @@ def test_the_image_without_torch_is_small_and_its_programs_start_from_read_only_
     print(output)
 
 
-@pytest.mark.timeout(900)
-def test_the_libraries_of_the_gpu_image_fit_together() -> None:
-    """vllm, torch and what Steersman needs, resolved by pip against the package index; nothing is installed."""
-    assert "torch 2.13.0" in check("--resolve", "Dockerfile.gpu")
-
-
 def test_constraints_beside_a_package_leave_out_what_it_bounds() -> None:
     spec = importlib.util.spec_from_file_location("image_requirements", ROOT / "scripts/image_requirements.py")
     assert spec is not None
@@ -82,4 +76,4 @@ def test_constraints_beside_a_package_leave_out_what_it_bounds() -> None:
     spec.loader.exec_module(module)
     bounds = ["transformers<5.20.0,>=5.16.1", "numpy", "Prometheus_Client>=0.18", "tqdm; python_version < '4'"]
     constraints = ["transformers==5.23.0", "numpy==2.4.6", "prometheus-client==0.26.0", "tqdm==4.70", "typer==1.0"]
-    assert module.beside(constraints, bounds) == ["numpy==2.4.6", "tqdm==4.70", "typer==1.0"]
+    assert module.beside(constraints, bounds) == ["tqdm==4.70", "typer==1.0"]
