@@ -92,8 +92,7 @@ def manifest(steps: int, pairs: int, seed: int) -> dict[str, Any]:
                         "samplesPerPrompt": 4,
                         "generation": generation,
                         "ppo": {"critic": {"kind": "valueHead", "learningRate": 1e-3}},
-                        "optimizer": {"learningRate": 1e-3},
-                        "klCoefficient": 0.02,
+                        "optimizer": {"learningRate": 3e-4},
                         # Answers of this model run past 64 tokens as a rule; the reward alone is measured here.
                         "missingEosPenalty": 0,
                     }
