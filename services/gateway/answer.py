@@ -10,6 +10,7 @@ from typing import Any
 from services.gateway.auth.callers import Caller
 from services.gateway.store import storable
 from services.gateway.tools.desk import Proposal
+from services.gateway.tracing import Trace
 from steersman.errors import InternalError
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
@@ -84,6 +85,7 @@ class Answer:
         self.prompt_tokens = 0
         self.weights_version = 0
         self.feedback_token = ""
+        self.trace = Trace()
         self.first_token_seconds = 0.0
         self.on_end: Callable[[Answer, BaseException | None], Awaitable[None]] | None = None
         self._start = time.monotonic()

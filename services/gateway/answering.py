@@ -118,11 +118,11 @@ class Assistant:
         self._add_system_prompt(question.request)
         answer = Answer(f"{question.id_prefix}-{secrets.token_hex(12)}", question, self._stream)
         answer.model = question.model or self.config.model
-        span = self.tracer.start(answer, answer.model)
+        answer.trace = self.tracer.start(answer, answer.model)
         answer.feedback_token = self._tokens.issue(answer.id, question.caller.tenant)
 
         async def on_end(answer: Answer, error: BaseException | None) -> None:
-            self.tracer.end(span, answer, _outcome(answer, error), error)
+            answer.trace.end(answer, _outcome(answer, error), error)
             await self._finish(answer, claim, error)
 
         answer.on_end = on_end

@@ -5,6 +5,8 @@ https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/ . Texts are nev
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from services.gateway.config import Telemetry
@@ -17,8 +19,66 @@ if TYPE_CHECKING:
     from services.gateway.answer import Answer
 
 
+class Trace:
+    """The span of one answer, with a child for each tool call; all of it does nothing while tracing is off."""
+
+    def __init__(self, tracer: Any = None, span: Any = None) -> None:
+        self._tracer = tracer
+        self._span = span
+
+    @contextmanager
+    def tool(self, name: str, call_id: str = "") -> Iterator[None]:
+        """A span around one tool call or lookup; arguments and results are texts and stay out of it."""
+        if self._span is None:
+            yield
+            return
+        from opentelemetry.trace import SpanKind, set_span_in_context
+
+        attributes = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": name, "gen_ai.tool.type": "function"}
+        if call_id:
+            attributes["gen_ai.tool.call.id"] = call_id
+        span = self._tracer.start_span(
+            f"execute_tool {name}",
+            context=set_span_in_context(self._span),
+            kind=SpanKind.INTERNAL,
+            attributes=attributes,
+        )
+        try:
+            yield
+        except BaseException as error:
+            _fail(span, error)
+            raise
+        finally:
+            span.end()
+
+    def end(self, answer: Answer, outcome: str, error: BaseException | None) -> None:
+        if self._span is None:
+            return
+        self._span.set_attributes(
+            {
+                "gen_ai.response.id": answer.id,
+                "gen_ai.response.model": f"{answer.model}@{answer.weights_version}",
+                "gen_ai.response.finish_reasons": [outcome],
+                "gen_ai.usage.input_tokens": answer.prompt_tokens,
+                "gen_ai.usage.output_tokens": answer.completion_tokens,
+                "steersman.first_token_seconds": answer.first_token_seconds,
+                "steersman.sources": [f"{source.system}:{source.record}" for source in answer.sources],
+            }
+        )
+        if error is not None:
+            _fail(self._span, error)
+        self._span.end()
+
+
+def _fail(span: Any, error: BaseException) -> None:
+    from opentelemetry.trace import Status, StatusCode
+
+    span.set_attribute("error.type", type(error).__name__)
+    span.set_status(Status(StatusCode.ERROR))
+
+
 class Tracer:
-    """Makes one span for each answer; does nothing while the switch is off."""
+    """Makes the trace of each answer; does nothing while the switch is off."""
 
     def __init__(self, config: Telemetry, exporter: SpanExporter | None = None) -> None:
         self._tracer: Any = None
@@ -41,10 +101,10 @@ class Tracer:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("steersman.gateway", __version__)
 
-    def start(self, answer: Answer, model: str) -> Any:
-        """A span that begins now, a child of the caller's `traceparent`; None while switched off."""
+    def start(self, answer: Answer, model: str) -> Trace:
+        """A trace that begins now, below the caller's `traceparent`."""
         if self._tracer is None:
-            return None
+            return Trace()
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -63,28 +123,8 @@ class Tracer:
             attributes["gen_ai.conversation.id"] = answer.question.conversation_id
         context = TraceContextTextMapPropagator().extract({"traceparent": answer.question.traceparent})
         name = f"{attributes['gen_ai.operation.name']} {model}"
-        return self._tracer.start_span(name, context=context, kind=SpanKind.SERVER, attributes=attributes)
-
-    def end(self, span: Any, answer: Answer, outcome: str, error: BaseException | None) -> None:
-        if span is None:
-            return
-        span.set_attributes(
-            {
-                "gen_ai.response.id": answer.id,
-                "gen_ai.response.model": f"{answer.model}@{answer.weights_version}",
-                "gen_ai.response.finish_reasons": [outcome],
-                "gen_ai.usage.input_tokens": answer.prompt_tokens,
-                "gen_ai.usage.output_tokens": answer.completion_tokens,
-                "steersman.first_token_seconds": answer.first_token_seconds,
-                "steersman.sources": [f"{source.system}:{source.record}" for source in answer.sources],
-            }
-        )
-        if error is not None:
-            from opentelemetry.trace import Status, StatusCode
-
-            span.set_attribute("error.type", type(error).__name__)
-            span.set_status(Status(StatusCode.ERROR))
-        span.end()
+        span = self._tracer.start_span(name, context=context, kind=SpanKind.SERVER, attributes=attributes)
+        return Trace(self._tracer, span)
 
     def close(self) -> None:
         if self._provider is not None:

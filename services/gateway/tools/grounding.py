@@ -85,7 +85,8 @@ class Grounding:
         request, most = answer.question.request, self._config.records
         for text in _user_texts(request)[:_TURNS_LOOKED_AT]:
             if wishes(text, most):
-                facts = await look_up(self.records, answer.question.caller, text, most)
+                with answer.trace.tool("lookup"):
+                    facts = await look_up(self.records, answer.question.caller, text, most)
                 if facts is not None:
                     answer.sources.extend(facts.sources)
                     _add_context(request, facts.context)
@@ -118,7 +119,8 @@ class Grounding:
                 return
             request.messages.add(role="assistant", content="".join(said), tool_calls=calls)
             for call in calls:
-                outcome = await self.toolbox.call(caller, call, transcript(request))
+                with answer.trace.tool(call.name, call.id):
+                    outcome = await self.toolbox.call(caller, call, transcript(request))
                 answer.sources.extend(source for source in outcome.sources if source not in answer.sources)
                 request.messages.add(role="tool", content=outcome.text, tool_call_id=call.id, name=call.name)
                 if outcome.proposal is not None:

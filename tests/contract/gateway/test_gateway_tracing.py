@@ -9,7 +9,7 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from services.gateway.config import Telemetry
@@ -17,6 +17,7 @@ from services.gateway.server import Gateway
 from services.gateway.testing import gateway_config, running_gateway, serve_app
 from services.gateway.tracing import Tracer
 from steersman.testing.fake_policy import FakePolicy, serve_policy
+from steersman.v1 import common_pb2, policy_pb2
 
 pytest.importorskip("opentelemetry.sdk", reason="OpenTelemetry is not installed (extra `tracing`)")
 CHAT = "/v1/chat/completions"
@@ -64,6 +65,51 @@ async def test_a_span_for_every_answer(gateway: Gateway, policy: FakePolicy) -> 
         "UnavailableError",
     )
     assert "12345" not in "".join(span.to_json() for span in (good, broken))
+
+
+@pytest.mark.parametrize(("mode", "tool", "call_id"), [("lookup", "lookup", None), ("tools", "check_stock", "call-1")])
+async def test_a_span_below_it_for_every_look_into_a_business_system(mode: str, tool: str, call_id: str | None) -> None:
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    async def products(request: Request) -> Response:
+        return JSONResponse({"value": [{"code": "P-12345", "quantity": 3}]})
+
+    def reply(request: policy_pb2.PolicyServiceChatRequest) -> Any:
+        told = [message.content for message in request.messages if message.role in ("tool", "system")]
+        if told or mode == "lookup":
+            return " ".join(told)
+        return [common_pb2.ToolCall(id="call-1", name="check_stock", arguments='{"product": "P-12345"}')]
+
+    policy, exporter = FakePolicy(), InMemorySpanExporter()
+    policy.reply = reply
+    stock = {"entity": "products", "number": "code", "owner": None, "fields": {"code": "code", "available": "quantity"}}
+    async with (
+        serve_app(Starlette(routes=[Route("/products", products)])) as url,
+        serve_policy(policy) as endpoint,
+        running_gateway(
+            gateway_config(
+                endpoint,
+                tools={
+                    "mode": mode,
+                    "systems": [{"name": "sap", "type": "odata", "url": url, "kinds": {"stock": stock}}],
+                },
+            )
+        ) as gateway,
+        httpx.AsyncClient(base_url=gateway.url) as http,
+    ):
+        gateway.assistant.tracer = Tracer(Telemetry(), exporter)
+        body = {"model": "steersman", "messages": [{"role": "user", "content": "Is P-12345 in stock?"}]}
+        answer = (await http.post(CHAT, json=body)).json()
+        gateway.assistant.tracer.close()
+    assert '"available": 3' in answer["choices"][0]["message"]["content"]
+    child, whole = exporter.get_finished_spans()
+    assert child.parent is not None
+    assert whole.context is not None
+    assert (child.name, child.parent.span_id) == (f"execute_tool {tool}", whole.context.span_id)
+    attributes = dict(child.attributes or {})
+    assert (attributes["gen_ai.operation.name"], attributes["gen_ai.tool.name"]) == ("execute_tool", tool)
+    assert attributes.get("gen_ai.tool.call.id") == call_id
+    assert "12345" not in child.to_json()
 
 
 async def test_spans_arrive_at_a_collector_only_when_switched_on() -> None:
