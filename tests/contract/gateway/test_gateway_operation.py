@@ -151,7 +151,7 @@ async def test_ten_times_the_capacity_leaves_the_gateway_as_it_was() -> None:
     async with serving(policy, limits={"concurrentAnswers": 4, "queuedAnswers": 2}) as (gateway, http):
 
         async def insist() -> None:
-            for _ in range(3):
+            for _ in range(6):
                 answer = await http.post(CHAT, json=BODY, timeout=120)
                 statuses.append(answer.status_code)
                 if answer.status_code == 429:

@@ -145,7 +145,7 @@ async def test_the_openapi_document_is_exact(tmp_path: Path) -> None:
         command = [
             Path(sys.executable).parent / "schemathesis", "run", f"{gateway.url}/openapi.json",
             "--header", f"Authorization: Bearer {key}", "--checks", checks, "--phases", "examples,coverage,fuzzing",
-            "--max-examples", "6", "--seed", "1", "--generation-database", "none",
+            "--max-examples", "15", "--seed", "1", "--generation-database", "none",
         ]  # fmt: skip
         done = await asyncio.to_thread(
             subprocess.run, command, cwd=tmp_path, capture_output=True, text=True, timeout=250
