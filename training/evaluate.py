@@ -29,15 +29,35 @@ from training.rollout import Prompt, Scored
 
 def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
     """Writes evaluation.json; a gate that is not passed ends the stage with FailedPreconditionError."""
-    checks = {check.name: build_reward(check.name, check.options) for check in spec.checks}
-    services = Services(context, context.policy_model, reference=bool(context.spec.services.reference.endpoints))
-    split = "heldout" if context.files("prompts").heldout else "train"
-    prompts = services.prompts(split, spec.generation)[: spec.max_prompts]
     models = {"base": context.base_model}
     if context.sft_model is not None:
         models["sft"] = context.sft_model
     if context.policy_model not in models.values():
         models["rlhf"] = context.policy_model
+    with Services(context, context.policy_model, reference=bool(context.spec.services.reference.endpoints)) as services:
+        results, seconds = _answer(spec, context, services, models)
+    evaluation = Evaluation(
+        name=context.run.metadata.name,
+        seed=context.seed,
+        models=results,
+        reward_model=_reward_model_evaluation(context),
+        logprob_mismatch=_mean_mismatch(context),
+        seconds=seconds,
+        base_model=context.spec.model.base,
+        hardware=f"{context.device}, {context.precision}",
+    )
+    with storage_errors(context.stage_dir):
+        (context.stage_dir / "evaluation.json").write_text(evaluation.model_dump_json(indent=1))
+    check_gates(spec, evaluation)
+
+
+def _answer(
+    spec: EvaluateStage, context: StageContext, services: Services, models: Mapping[str, Path]
+) -> tuple[dict[str, tuple[Sample, ...]], dict[str, float]]:
+    """Scored answers of every model to the same prompts, and the seconds that they took."""
+    checks = {check.name: build_reward(check.name, check.options) for check in spec.checks}
+    split = "heldout" if context.files("prompts").heldout else "train"
+    prompts = services.prompts(split, spec.generation)[: spec.max_prompts]
     results: dict[str, tuple[Sample, ...]] = {}
     seconds: dict[str, float] = {}
     for number, (name, folder) in enumerate(models.items(), start=1):
@@ -54,19 +74,7 @@ def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
         seconds[name] = time.monotonic() - start
         rewards = [sample.reward for sample in results[name] if sample.reward is not None]
         context.reporter.step(number, len(models), reward=sum(rewards) / max(len(rewards), 1))
-    evaluation = Evaluation(
-        name=context.run.metadata.name,
-        seed=context.seed,
-        models=results,
-        reward_model=_reward_model_evaluation(context),
-        logprob_mismatch=_mean_mismatch(context),
-        seconds=seconds,
-        base_model=context.spec.model.base,
-        hardware=f"{context.device}, {context.precision}",
-    )
-    with storage_errors(context.stage_dir):
-        (context.stage_dir / "evaluation.json").write_text(evaluation.model_dump_json(indent=1))
-    check_gates(spec, evaluation)
+    return results, seconds
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -75,12 +83,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _sample(prompt: Prompt, index: int, item: Scored, checks: Mapping[str, Reward]) -> Sample:
-    facts = json.loads(prompt.facts_json) if prompt.facts_json else {}
-    rubric: dict[str, float] = {}
-    for check in checks.values():
-        verdict = check(prompt.messages, item.text, facts)
-        rubric |= dict(verdict.criteria) or {"total": verdict.value}
-        break
     kl = None
     if item.ref_logprobs is not None:
         kl = float((item.sample.logprobs - item.ref_logprobs).sum())
@@ -89,11 +91,24 @@ def _sample(prompt: Prompt, index: int, item: Scored, checks: Mapping[str, Rewar
         prompt=tuple(Message(role=m["role"], content=m["content"]) for m in prompt.messages),
         answer=item.text,
         reward=item.score.reward if item.score.HasField("reward") else None,
-        rubric=rubric,
+        rubric=rubric_of(prompt, item.text, checks),
         kl=kl,
         length=len(item.sample.token_ids),
         finish_reason="stop" if item.sample.ended else "length",
     )
+
+
+def rubric_of(prompt: Prompt, answer: str, checks: Mapping[str, Reward]) -> dict[str, float]:
+    """`total` and criteria of the first check, and every other check's value by its name."""
+    facts = json.loads(prompt.facts_json) if prompt.facts_json else {}
+    found: dict[str, float] = {}
+    for name, check in checks.items():
+        verdict = check(prompt.messages, answer, facts)
+        if found:
+            found[name] = verdict.value
+        else:
+            found = {"total": verdict.value} | (dict(verdict.criteria) or {name: verdict.value})
+    return found
 
 
 def _reward_model_evaluation(context: StageContext) -> RewardModelEvaluation | None:

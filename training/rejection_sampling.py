@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -25,61 +26,77 @@ from training.sft import run_sft
 
 def run_rejection_sampling(spec: RejectionSamplingStage, context: StageContext) -> None:
     """Writes `model/` and, per round, the winners; complete rounds are not repeated."""
-    services = Services(context, context.policy_model, reference=False)
-    prompts = services.prompts("train", spec.generation)
-    rollouts = services.rollouts(spec.generation)
-    model = context.policy_model
-    for number in range(spec.rounds):
-        folder = context.stage_dir / f"round-{number + 1}"
-        winners_file = folder / "winners.jsonl"
-        if not (folder / "model").is_dir():
-            services.policy.publish(WeightsPayload.of("full", read_weights(model)))
-            chosen = prompts_of_round(prompts, spec.prompts_per_round, number, context.seed)
-            if not winners_file.is_file():
-                scored, timing = rollouts.collect(chosen, spec.samples_per_prompt, (context.seed << 32) + number)
-                count_failed(scored, spec.max_failed_share)
-                winners = [best_of(prompt, items) for prompt, items in zip(chosen, scored, strict=True)]
-                earlier = _earlier_winners(context, number) if spec.keep_earlier_winners else {}
-                rows = merge_winners([row for row in winners if row is not None], earlier)
-                if not rows:
-                    raise FailedPreconditionError(
-                        f"round {number + 1} has no winner: no sample ended by itself within "
-                        f"{spec.generation.max_new_tokens} tokens; raise generation.maxNewTokens or train SFT longer"
-                    )
-                folder.mkdir(parents=True, exist_ok=True)
-                partial = winners_file.with_suffix(".partial")
-                with storage_errors(partial):
-                    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                partial.rename(winners_file)
-                rewards = [row["reward"] for row in rows]
-                means = [item.score.reward for items in scored for item in items if item.score.HasField("reward")]
-                context.reporter.step(
-                    number + 1,
-                    spec.rounds,
-                    reward=sum(means) / len(means),
-                    reward_best=sum(rewards) / len(rewards),
-                    winners=float(len(rows)),
-                    **timing,
-                )
-            tune = SftStage(
-                lora=spec.lora,
-                optimizer=spec.optimizer,
-                epochs=spec.epochs,
-                batch_size=spec.batch_size,
-                micro_batch_size=spec.micro_batch_size,
-            )
-            run_sft(
-                tune,
-                replace(
-                    context,
-                    stage_dir=folder,
-                    policy_model=model,
-                    data={**context.data, "demonstrations": DataFiles(winners_file)},
-                ),
-            )
-        model = folder / "model"
+    with Services(context, context.policy_model, reference=False) as services:
+        prompts = services.prompts("train", spec.generation)
+        model = context.policy_model
+        for number in range(spec.rounds):
+            folder = context.stage_dir / f"round-{number + 1}"
+            winners = folder / "winners.jsonl"
+            if not winners.is_file():
+                services.policy.publish(WeightsPayload.of("full", read_weights(model)))
+                _write_winners(spec, context, services, prompts, number, winners)
+            if not (folder / "model").is_dir():
+                _fine_tune(spec, context, model, winners, services.max_context)
+            model = folder / "model"
     with atomic_dir(context.stage_dir / "model") as folder:
         shutil.copytree(model, folder, dirs_exist_ok=True)
+
+
+def _write_winners(
+    spec: RejectionSamplingStage,
+    context: StageContext,
+    services: Services,
+    prompts: list[Prompt],
+    number: int,
+    path: Path,
+) -> None:
+    """Samples a round's answers with the published policy, and writes the best of each prompt."""
+    chosen = prompts_of_round(prompts, spec.prompts_per_round, number, context.seed)
+    rollouts = services.rollouts(spec.generation)
+    scored, timing = rollouts.collect(chosen, spec.samples_per_prompt, (context.seed << 32) + number)
+    count_failed(scored, spec.max_failed_share)
+    found = [best_of(prompt, items) for prompt, items in zip(chosen, scored, strict=True)]
+    earlier = _earlier_winners(context, number) if spec.keep_earlier_winners else {}
+    rows = merge_winners([row for row in found if row is not None], earlier)
+    if not rows:
+        raise FailedPreconditionError(
+            f"round {number + 1} has no winner: no sample ended by itself within "
+            f"{spec.generation.max_new_tokens} tokens; raise generation.maxNewTokens or train SFT longer"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with storage_errors(partial):
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.rename(path)
+    rewards = [item.score.reward for items in scored for item in items if item.score.HasField("reward")]
+    context.reporter.step(
+        number + 1,
+        spec.rounds,
+        reward=sum(rewards) / len(rewards),
+        reward_best=sum(row["reward"] for row in rows) / len(rows),
+        winners=float(len(rows)),
+        **timing,
+    )
+
+
+def _fine_tune(
+    spec: RejectionSamplingStage, context: StageContext, model: Path, winners: Path, max_length: int
+) -> None:
+    """Trains on the winners from the round's model.
+
+    Args:
+        max_length: longest conversation that the policy can have sampled.
+    """
+    stage = SftStage(
+        lora=spec.lora,
+        optimizer=spec.optimizer,
+        epochs=spec.epochs,
+        batch_size=spec.batch_size,
+        micro_batch_size=spec.micro_batch_size,
+        max_length=max_length,
+    )
+    data = {**context.data, "demonstrations": DataFiles(winners)}
+    run_sft(stage, replace(context, stage_dir=winners.parent, policy_model=model, data=data))
 
 
 def prompts_of_round(prompts: list[Prompt], count: int, number: int, seed: int) -> list[Prompt]:

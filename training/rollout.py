@@ -25,6 +25,7 @@ from steersman.config.manifest import Generation
 from steersman.errors import FailedPreconditionError
 from steersman.rpc.wire import pack_rows
 from steersman.v1 import common_pb2, reward_pb2
+from training.algorithms.rewards import present
 from training.batch import SampleBatch
 from training.clients import PolicyPool, ReferenceClient, RewardClient, Sample, result_of, spread
 
@@ -215,7 +216,7 @@ def _reward(score: reward_pb2.ItemScore) -> float:
 
 def exclude_failed(batch: SampleBatch, scored: Sequence[Sequence[Scored]], max_share: float) -> tuple[SampleBatch, int]:
     """Leaves out samples without a score or without tokens; too many of them pause the run (`count_failed`)."""
-    return batch.select(~batch.scores.isnan() & (batch.lengths > 0)), count_failed(scored, max_share)
+    return batch.select(present(batch.scores, batch.lengths)), count_failed(scored, max_share)
 
 
 def count_failed(scored: Sequence[Sequence[Scored]], max_share: float) -> int:
@@ -240,6 +241,14 @@ def exclude_stale(batch: SampleBatch, ages: Tensor, limit: int) -> tuple[SampleB
 
     Args:
         ages: int64 [N], steps between the oldest weights that made a token of the sample and the newest.
+
+    Raises:
+        FailedPreconditionError: none is left to learn from.
     """
     stale = ages > limit
+    if bool(stale.all()):
+        raise FailedPreconditionError(
+            f"every sample of the batch is more than maxStaleness {limit} steps old: "
+            "the policy service lags behind; look at its log, or raise maxStaleness"
+        )
     return batch.select(~stale), int(stale.sum())

@@ -614,6 +614,7 @@ class RunSpec(FrozenModel):
         if len(set(names)) != len(names):
             raise ValueError("two rewardModel stages have the same name; give each its own")
         self._scorers_are_told_apart(names)
+        self._batches_fit_the_ranks()
         return self
 
     def _scorers_are_told_apart(self, models: list[str]) -> None:
@@ -623,6 +624,21 @@ class RunSpec(FrozenModel):
             double = next((name for name in names if names.count(name) > 1), None)
             if double is not None:
                 raise ValueError(f"stages.{index}.reward has two scorers named {double}; each needs its own name")
+
+    def _batches_fit_the_ranks(self) -> None:
+        workers = self.trainer.workers
+        for index, stage in enumerate(self.stages):
+            where = f"stages.{index} ({stage.kind})"
+            if isinstance(stage.spec, SupervisedStage) and stage.spec.batch_size % workers:
+                raise ValueError(
+                    f"{where} has batchSize {stage.spec.batch_size}, which {workers} trainer.workers cannot share; "
+                    "make it a multiple"
+                )
+            if stage.kto is not None and min(stage.kto.micro_batch_size, stage.kto.batch_size // workers) < 2:
+                raise ValueError(
+                    f"{where} estimates its KL from mismatched rows of a micro-batch; microBatchSize and the share of "
+                    "batchSize of each of the trainer.workers must be at least 2"
+                )
 
 
 _DATA_OF_STAGE = {

@@ -122,7 +122,7 @@ class Preference(Prompt):
 
     chosen: list[Message] = Field(min_length=1)
     rejected: list[Message] = Field(min_length=1)
-    margin: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    margin: float | None = Field(default=None, ge=0, allow_inf_nan=False, strict=True)
     """How much better `chosen` is (Llama 2, section 3.2.2), in the unit of its source."""
     soft_label: float | None = Field(default=None, ge=0, le=1)
     """Share of labelers who preferred `chosen`, where they disagreed."""

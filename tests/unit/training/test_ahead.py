@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_ppo_update import build, make_batch, options_of
 
+from steersman.errors import FailedPreconditionError
 from steersman.v1 import reward_pb2
 from training.ahead import Ahead
 from training.clients import Sample
@@ -74,6 +75,10 @@ def test_stale_samples_leave_the_batch_and_are_counted(tiny_model: Path, tmp_pat
     assert (len(kept), stale) == (6, 6)
     assert kept.lengths.tolist() == batch.lengths[ages <= 1].tolist()
     assert len(kept.engine_logprobs) == int(kept.lengths.sum())
+    with pytest.raises(
+        FailedPreconditionError, match="every sample of the batch is more than maxStaleness 1 steps old"
+    ):
+        exclude_stale(batch, ages + 2, 1)
 
 
 def test_the_trainer_dates_samples_by_their_version(tiny_model: Path, tmp_path: Path) -> None:

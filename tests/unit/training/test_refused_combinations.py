@@ -62,6 +62,7 @@ def rl(**options: Any) -> list[dict[str, Any]]:
         ([{"rewardModel": {"ensembleMode": "worst"}}], "set ensemble to at least 2"),
         ([{"dpo": {"loss": "robust"}}], "set labelSmoothing above 0"),
         ([{"dpo": {"loss": "ipo", "labelSmoothing": 0.1}}], "no meaning for the loss ipo"),
+        ([{"kto": {"microBatchSize": 1}}], "must be at least 2"),
     ],
 )
 def test_refused(stages: list[dict[str, Any]], reason: str) -> None:
@@ -69,6 +70,18 @@ def test_refused(stages: list[dict[str, Any]], reason: str) -> None:
         load(*stages)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "reason"),
+    [
+        ({"sft": {"batchSize": 8}}, 3, "batchSize 8, which 3 trainer.workers cannot share"),
+        ({"kto": {"batchSize": 2}}, 2, "share of batchSize of each of the trainer.workers must be at least 2"),
+    ],
+)
+def test_a_batch_that_the_ranks_cannot_share_is_refused(stage: dict[str, Any], workers: int, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load(stage, trainer={"workers": workers})
 
 
 def test_ptx_without_demonstrations_is_refused() -> None:
@@ -94,6 +107,16 @@ def test_aspects_without_rated_rows_are_refused() -> None:
             {"rewardModel": {"margin": True}},
             {"preferences": [{"chosen": ANSWER, "rejected": REFUSAL, "margin": m} for m in (1.0, None)]},
             r"preferences\.jsonl: row 2 has no margin; add it, or set margin: false in stage reward-model",
+        ),
+        (
+            {"rewardModel": {"margin": True}},
+            {"preferences": [{"chosen": ANSWER, "rejected": REFUSAL, "margin": "large"}]},
+            r"preferences\.jsonl:1: margin: input should be a valid number, found 'large'",
+        ),
+        (
+            {"rewardModel": {"margin": True}},
+            {"preferences": [{"chosen": ANSWER, "rejected": REFUSAL, "margin": True}]},
+            r"preferences\.jsonl:1: margin: input should be a valid number, found True",
         ),
         (
             {"kto": {}},
