@@ -14,6 +14,11 @@ VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_TESTS := tests/unit/policy/test_vllm_engine.py tests/contract/test_vllm_policy.py
 
+# Of the tests on a GPU: the libraries of the GPU image.
+GPU_VENV ?= .venv-gpu
+GPU_READY := $(GPU_VENV)/.ready
+GPU_TESTS := tests/unit/policy tests/unit/algorithms/test_token_logprobs.py
+
 # Of the demo: the seed, and the folder below examples/.
 SEED ?= 17
 EXAMPLE ?= 01-quickstart
@@ -62,8 +67,20 @@ $(VLLM_READY): pyproject.toml
 	@touch $@
 
 .PHONY: test-vllm
-test-vllm: $(VLLM_READY) ## Run the tests that need vLLM, in .venv-vllm.
+test-vllm: $(VLLM_READY) $(READY) ## Run the tests that need vLLM, which has an environment of its own, .venv-vllm.
 	$(VLLM_VENV)/bin/python -m pytest -m vllm $(VLLM_TESTS)
+	STEERSMAN_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/pytest -m vllm tests/e2e/gateway/test_gateway_vllm_server.py
+
+$(GPU_READY): pyproject.toml constraints.gpu.txt
+	@test -x $(GPU_VENV)/bin/python || { echo "setup  virtual environment in $(GPU_VENV)"; $(PYTHON) -m venv $(GPU_VENV); }
+	$(call loud,installing torch,$(GPU_VENV)/bin/pip install --quiet torch==2.13.0)
+	$(call loud,installing vLLM and libraries,$(GPU_VENV)/bin/pip install --quiet -c constraints.gpu.txt vllm -e '.[training,data]' hypothesis pytest pytest-asyncio pytest-timeout)
+	@touch $@
+
+.PHONY: test-gpu
+test-gpu: ## Run the tests that need a CUDA device, with the libraries of the GPU image in .venv-gpu.
+	@if nvidia-smi -L > /dev/null 2>&1; then $(MAKE) $(GPU_READY) && $(GPU_VENV)/bin/python -m pytest -m gpu $(GPU_TESTS); \
+	else echo "test-gpu  skipped: this machine has no CUDA device"; fi
 
 .PHONY: test-cluster
 test-cluster: $(READY) ## Run the tests that need a Kubernetes API server.
@@ -95,4 +112,4 @@ bench-%: $(READY) ## Run benchmarks/<name>.py (ARGS="...").
 
 .PHONY: clean
 clean: ## Remove runs, environment and caches; prepared models stay in ~/.cache/steersman.
-	rm -rf runs $(VENV) $(VLLM_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf runs $(VENV) $(VLLM_VENV) $(GPU_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
