@@ -409,13 +409,30 @@ def releases(store: StoreOption = DEFAULT_STORE) -> None:
 
 @app.command()
 def trained(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Records on which releases the models of a run were trained, by the hashes of its data files."""
+    from steersman.store import Store
+    from steersman.store.releases import record_run
+
+    with Store.open(store).transaction() as session:
+        found = [(stage, f"{release.name} v{release.version}") for stage, release in record_run(session, run)]
+    for stage, release in found:
+        typer.echo(f"{stage} of {run.resolve().name} was trained on {release}")
+    if not found:
+        typer.echo(f"no data file of {run} is one of a release in this store")
+
+
+@app.command()
+def trained_elsewhere(
     name: str,
     version: int,
     run: Annotated[str, typer.Option(help="Name of the run.")],
     model: Annotated[str, typer.Option(help="Name and version of the model.")],
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Records that a model was trained on a release."""
+    """Records that a model was trained on a release by other means than a run of Steersman."""
     from steersman.store import Store
     from steersman.store.releases import get_release, record_training
 

@@ -5,7 +5,7 @@
 <run>/<stage>/config.yaml        the stage's resolved configuration
 <run>/<stage>/metrics.jsonl      one JSON object a step
 <run>/<stage>/model/             the model that the stage made, where it makes one
-<run>/<stage>/complete.json      written last: digest of what went in, hashes of what came out
+<run>/<stage>/complete.json      written last: digest of what went in, hashes of the data and of what came out
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from steersman.artifacts import manifest_of_hashes
 from steersman.config.manifest import AlignmentRun, DataSplits
@@ -49,17 +50,22 @@ def stage_digest(run: AlignmentRun, name: str, run_dir: Path) -> str:
         "seed": spec["seed"],
         "model": spec["model"],
         "stages": spec["stages"][: index + 1],
-        "data": {
-            f"{kind}.{split}": file_digest(path)
-            for kind, splits in data_files(run, run_dir).items()
-            for split, path in splits.items()
-            if path.is_file()
-        },
+        "data": data_digests(run, run_dir),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_complete(run_dir: Path, name: str) -> dict[str, object] | None:
+def data_digests(run: AlignmentRun, run_dir: Path) -> dict[str, str]:
+    """SHA-256 of every data file of the run, by `kind.split`."""
+    return {
+        f"{kind}.{split}": file_digest(path)
+        for kind, splits in data_files(run, run_dir).items()
+        for split, path in splits.items()
+        if path.is_file()
+    }
+
+
+def read_complete(run_dir: Path, name: str) -> dict[str, Any] | None:
     """Content of a stage's complete.json; None when the stage is not complete."""
     path = run_dir / name / "complete.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -69,7 +75,12 @@ def mark_complete(run: AlignmentRun, name: str, run_dir: Path) -> None:
     """Writes complete.json as the last act of a stage."""
     folder = run_dir / name
     hashes = {key: value for key, value in manifest_of_hashes(folder).items() if not key.startswith("checkpoints/")}
-    content = {"stage": name, "digest": stage_digest(run, name, run_dir), "files": hashes}
+    content = {
+        "stage": name,
+        "digest": stage_digest(run, name, run_dir),
+        "data": data_digests(run, run_dir),
+        "files": hashes,
+    }
     partial = folder / ".complete.json"
     partial.write_text(json.dumps(content, indent=2))
     partial.rename(folder / "complete.json")

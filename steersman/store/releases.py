@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from steersman.artifacts import atomic_dir
+from steersman.config.stages import read_complete
 from steersman.data.records import file_digest
 from steersman.data.release import Draft, write_release, write_without
 from steersman.data.rules import ReleaseOptions
@@ -99,6 +100,32 @@ def record_training(session: Session, release: Release, run: str, model: str) ->
     if session.get(Training, (release.id, run, model)) is None:
         session.add(Training(release_id=release.id, run=run, model=model))
         session.flush()
+
+
+def record_run(session: Session, run_dir: Path) -> list[tuple[str, Release]]:
+    """Remembers on which releases the models of a run were trained, by the hashes of the data files that it used.
+
+    Args:
+        run_dir: folder of the run, here or copied from elsewhere; its data files need not exist any more.
+
+    Returns:
+        Stage and release, in the order of their names.
+
+    Raises:
+        NotFoundError: no complete stage in the folder made a model.
+    """
+    stages = [path.parent.name for path in sorted(run_dir.glob("*/complete.json")) if path.with_name("model").is_dir()]
+    if not stages:
+        raise NotFoundError(f"{run_dir} holds no complete stage with a model; name the folder of a run")
+    releases = session.scalars(sa.select(Release).order_by(Release.name, Release.version)).all()
+    found: list[tuple[str, Release]] = []
+    for stage in stages:
+        data = (read_complete(run_dir, stage) or {}).get("data", {})
+        used = {digest for split, digest in data.items() if not split.endswith(".heldout")}
+        found.extend((stage, release) for release in releases if used & set(release.card["files"].values()))
+    for stage, release in found:
+        record_training(session, release, run_dir.resolve().name, stage)
+    return found
 
 
 def delete_customer(store: Store, customer: str) -> DeletionReport:

@@ -12,7 +12,9 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from steersman.cli.data import app
-from steersman.errors import ConfigError, FailedPreconditionError
+from steersman.config.manifest import AlignmentRun
+from steersman.config.stages import mark_complete
+from steersman.errors import ConfigError, FailedPreconditionError, NotFoundError
 from steersman.store import Store
 from steersman.store.judging import NewJudgement, ensure_labeler, get_project, next_task, record
 from steersman.store.models import Item
@@ -93,6 +95,23 @@ def test_options_that_are_wrong_are_named(tmp_path: Path, store_url: str) -> Non
             invoke(*arguments)
 
 
+def finished_run(tmp_path: Path, train: Path) -> Path:
+    """The folder that a run with one reward-model stage leaves, without the weights."""
+    folder = tmp_path / "aligned"
+    (folder / "reward-model" / "model").mkdir(parents=True)
+    stages = [{"rewardModel": {}}, {"evaluate": {}}]
+    spec = {"data": {"preferences": {"train": str(train)}, "prompts": {"train": str(train)}}, "stages": stages}
+    document = {"apiVersion": "steersman.dev/v1alpha1", "kind": "AlignmentRun", "metadata": {"name": "aligned"}}
+    run = AlignmentRun.model_validate(document | {"spec": spec}, by_alias=True, by_name=False)
+    mark_complete(run, "reward-model", folder)
+    return folder
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path, store_url: str) -> None:
+    with pytest.raises(NotFoundError, match="holds no complete stage with a model"):
+        invoke("trained", tmp_path, "--store", store_url)
+
+
 def test_from_candidates_to_a_release_and_a_deletion(tmp_path: Path, store_url: str) -> None:
     store = ("--store", store_url)
     invoke("create-project", "shop", "compare", "--overlap", 2, "--threshold", "min_alpha=0.6", *store)
@@ -110,8 +129,12 @@ def test_from_candidates_to_a_release_and_a_deletion(tmp_path: Path, store_url: 
     assert "shop v1: made; 18 rows" in made
     assert "12 x tie" in made
     assert "good" in invoke("releases", *store)
-    invoke("trained", "shop", 1, "--run", "run-1", "--model", "reward-model v3", *store)
+    invoke("trained-elsewhere", "shop", 1, "--run", "run-1", "--model", "reward-model v3", *store)
+    run = finished_run(tmp_path, train=tmp_path / "releases" / "shop" / "v1" / "train.jsonl")
+    assert "reward-model of aligned was trained on shop v1" in invoke("trained", run, *store)
+    invoke("trained", run, *store)
     deleted = invoke("delete-customer", "acme", "--yes", *store)
+    assert deleted.count("reward-model of aligned (on shop v1)") == 1
     assert "10 items" in deleted
     assert "shop: use v2" in deleted
     assert "trained on deleted data: reward-model v3 of run-1 (on shop v1)" in deleted
