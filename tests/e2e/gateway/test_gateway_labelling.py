@@ -242,41 +242,15 @@ def _release(database: str, folder: Path) -> str:
 
 def _train_reward_model(tmp_path: Path, release: Path) -> dict[str, Any]:
     """A tiny reward model on the released files; its evaluation on the test split."""
-    from steersman.config.manifest import (
-        DataSpec,
-        DemoData,
-        EvaluateStage,
-        Lora,
-        Optimizer,
-        RewardModelStage,
-        RunSpec,
-        Stage,
-    )
-    from training.context import DataFiles, StageContext
+    from stage_context import stage_context
+
+    from steersman.config.manifest import Lora, Optimizer, RewardModelStage
+    from training.context import DataFiles
     from training.reward_model import run_reward_model
 
-    class Silent:
-        def step(self, step: int, total: int, **metrics: float) -> None: ...
-        def note(self, text: str) -> None: ...
-        def activity(self, text: str) -> None: ...
-
     base = save_model_folder(tmp_path / "base", tiny_llama())
-    (tmp_path / "stage").mkdir()
-    context = StageContext(
-        run=None,  # type: ignore[arg-type]
-        run_dir=tmp_path,
-        stage_dir=tmp_path / "stage",
-        name="reward-model",
-        spec=RunSpec(data=DataSpec(demo=DemoData()), stages=[Stage(evaluate=EvaluateStage())]),
-        base_model=base,
-        policy_model=base,
-        seed=17,
-        reporter=Silent(),
-        device="cpu",
-        precision="fp32",
-        cache_dir=tmp_path / "cache",
-        data={"preferences": DataFiles(release / "train.jsonl", heldout=release / "test.jsonl")},
-    )
+    data = {"preferences": DataFiles(release / "train.jsonl", heldout=release / "test.jsonl")}
+    context = stage_context(tmp_path, base, data)
     sizes = {"max_steps": 40, "batch_size": 8, "micro_batch_size": 8, "max_length": 256}
     spec = RewardModelStage(lora=Lora(rank=4), optimizer=Optimizer(learning_rate=1e-2), **sizes)
     return json.loads(run_reward_model(spec, context)["evaluation"].read_text())

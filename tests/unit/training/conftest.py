@@ -8,27 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stage_context import stage_context
 
-from steersman.config.manifest import DataSpec, DemoData, EvaluateStage, RunSpec, Stage
 from steersman.testing.models import save_model_folder, tiny_llama
 from training.context import DataFiles, StageContext
-
-
-class Recorder:
-    """A reporter that remembers."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[int, int, dict[str, float]]] = []
-        self.notes: list[str] = []
-
-    def step(self, step: int, total: int, **metrics: float) -> None:
-        self.steps.append((step, total, metrics))
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def activity(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="session")
@@ -45,23 +28,7 @@ def make_context(tmp_path: Path, base_model: Path) -> Callable[..., StageContext
         for split, rows in {"train": train, **splits}.items():
             files[split] = tmp_path / f"{kind}.{split}.jsonl"
             files[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
-        stage_dir = tmp_path / "stage"
-        stage_dir.mkdir(exist_ok=True)
-        return StageContext(
-            run=None,  # type: ignore[arg-type]
-            run_dir=tmp_path,
-            stage_dir=stage_dir,
-            name="stage",
-            spec=RunSpec(data=DataSpec(demo=DemoData()), stages=[Stage(evaluate=EvaluateStage())]),
-            base_model=model,
-            policy_model=model,
-            seed=17,
-            reporter=Recorder(),
-            device="cpu",
-            precision="fp32",
-            cache_dir=tmp_path / "cache",
-            data={kind: DataFiles(**files)},
-        )
+        return stage_context(tmp_path, model, {kind: DataFiles(**files)})
 
     return make
 
