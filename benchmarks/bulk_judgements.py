@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime as dt
-import json
 import random
 import re
 import statistics
@@ -26,6 +25,7 @@ from pathlib import Path
 import httpx
 import sqlalchemy as sa
 
+from benchmarks.report import heading, write
 from services.gateway.testing import gateway_config, running_gateway
 from steersman.store import Store
 from steersman.store.judging import (
@@ -171,8 +171,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         url = arguments.url or f"sqlite:///{Path(folder, 'store.db')}"
         figures = asyncio.run(run(arguments.judgements, url, arguments.repeat))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({name: round(value, 4) for name, value in figures.items()}, indent=2) + "\n")
+    write(
+        heading(1, "sqlalchemy", "fastapi") | {name: round(value, 4) for name, value in figures.items()}, arguments.out
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""What the benchmarks share: prompts, services as processes, ceilings of the machine, turns, the report."""
+"""What the benchmarks share: prompts, services as processes, ceilings of the machine, turns."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -16,12 +14,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from transformers import AutoTokenizer, LogitsProcessor
 
@@ -175,40 +171,3 @@ def alternate(
 def ratio(peer: Sequence[float], ours: Sequence[float]) -> float:
     """Median over the rounds of the peer's seconds over ours."""
     return statistics.median(one / other for one, other in zip(peer, ours, strict=True))
-
-
-# -- report ------------------------------------------------------------------------------------------------------------
-
-
-def heading(threads: int) -> dict[str, object]:
-    """Date, machine and versions of a report."""
-    names = ("torch", "transformers", "trl", "peft", "grpcio")
-    with open("/proc/cpuinfo") as info:
-        cpu = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), "")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu or platform.machine(), "cores": psutil.cpu_count(), "threads": threads},
-        "versions": {name: importlib.metadata.version(name) for name in names},
-    }
-
-
-def write(report: Mapping[str, object], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {path}")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints left-aligned names and right-aligned numbers."""
-    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    for row in cells:
-        print("  ".join(f"{value:{'<' if not i else '>'}{widths[i]}}" for i, value in enumerate(row)))
-
-
-def _cell(value: object) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else (f"{value:.0f}" if isinstance(value, float) else str(value))
-    )

@@ -31,7 +31,6 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ import numpy as np
 import psutil
 import uvloop
 
+from benchmarks.report import heading, write
 from steersman.testing.fake_policy import FakePolicy, serve_policy
 from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 
@@ -90,7 +90,15 @@ def stack(seconds_per_token: float, *, one_core: bool = False, **limits: Any) ->
         }
         config = Path(folder) / "gateway.yaml"
         config.write_text(json.dumps(settings))
-        engine_command = [sys.executable, __file__, "--engine", str(engine_port), "--pace", str(seconds_per_token)]
+        engine_command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gateway",
+            "--engine",
+            str(engine_port),
+            "--pace",
+            str(seconds_per_token),
+        ]
         log = (Path(folder) / "gateway.log").open("w")
         processes = [
             subprocess.Popen(engine_command, cwd=ROOT),
@@ -386,8 +394,7 @@ def main() -> int:
             uvloop.run(run_engine(options.engine, options.pace))
         return 0
     results: dict[str, Any] = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cores": len(os.sched_getaffinity(0)),
+        **heading(len(os.sched_getaffinity(0)), "fastapi", "uvicorn", "grpcio", "pydantic"),
         "load_before": round(os.getloadavg()[0], 2),
     }
     failed = False
@@ -400,9 +407,7 @@ def main() -> int:
             results[f"{name}_error"] = f"{type(error).__name__}: {error}"
         results |= {key: round(value, 4) for key, value in found.items()}
         print(f"{name} ({time.monotonic() - start:.0f} s)", json.dumps(found or results[f"{name}_error"], indent=2))
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written to {options.out}")
+        write(results, options.out)
     return int(failed)
 
 

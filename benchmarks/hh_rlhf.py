@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import heading, write
 from steersman.nn.load import load_tokenizer
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.nn.tokens import prompt_ids
@@ -56,16 +58,16 @@ def prepare_data(source: Path, out: Path, pairs: int) -> None:
                 row for row, *size in zip(rows, sides[::2], sides[1::2], strict=True) if max(size) <= MAX_PAIR_TOKENS
             ]
             rows = rows[:pairs]
-        write(out / f"{split}.jsonl", rows)
-        write(out / f"{split}-prompts.jsonl", [{"id": row["id"], "prompt": row["prompt"]} for row in prompts])
+        write_rows(out / f"{split}.jsonl", rows)
+        write_rows(out / f"{split}-prompts.jsonl", [{"id": row["id"], "prompt": row["prompt"]} for row in prompts])
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def manifest(steps: int, pairs: int, seed: int) -> dict[str, Any]:
-    generation = {"maxNewTokens": 64, "temperature": 0.7}
+    generation = {"maxNewTokens": 48, "temperature": 1.0}
     return {
         "apiVersion": "steersman.dev/v1alpha1",
         "kind": "AlignmentRun",
@@ -88,16 +90,17 @@ def manifest(steps: int, pairs: int, seed: int) -> dict[str, Any]:
                 {
                     "rl": {
                         "steps": steps,
-                        "promptsPerStep": 8,
+                        "promptsPerStep": 12,
                         "samplesPerPrompt": 4,
                         "generation": generation,
                         "ppo": {"critic": {"kind": "valueHead", "learningRate": 1e-3}},
-                        "optimizer": {"learningRate": 3e-4},
-                        # Answers of this model run past 64 tokens as a rule; the reward alone is measured here.
+                        "optimizer": {"learningRate": 1e-3, "schedule": "constant", "warmupRatio": 0},
+                        "klCoefficient": 0.02,
+                        # Answers of this model run past the limit as a rule; the reward alone is measured here.
                         "missingEosPenalty": 0,
                     }
                 },
-                {"evaluate": {"generation": generation, "maxPrompts": 64}},
+                {"evaluate": {"generation": generation}},
             ],
         },
     }
@@ -150,7 +153,7 @@ def main() -> None:
     overrides = [part for value in arguments.set for part in ("--set", value)]
     steersman("run", "-f", str(work / "run.yaml"), "--run-dir", str(work / "run"), *overrides)
     result = result_of(work / "run", arguments.seed)
-    (OUT / "hh_rlhf.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(heading(os.cpu_count() or 1) | result, OUT / "hh_rlhf.json")
     show(result)
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import orjson
 
+from benchmarks.report import heading, write
+
 TEXT = (
     "the order of what can you help with delivery late refund please account a to and is it my we will send again "
     "tomorrow invoice number thanks sorry about this problem café “quoted” naïve how do I bake bread without yeast"
@@ -84,8 +86,7 @@ def main() -> None:
         summary = json.loads((out / "import.json").read_bytes())
     figures |= {"rows": summary["read"], "written": summary["written"], "duplicates": summary["duplicates"]}
     figures |= {f"rows_per_{clock}_s": summary["read"] / figures[f"{clock}_s"] for clock in ("wall", "cpu")}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({name: round(value, 1) for name, value in figures.items()}, indent=2) + "\n")
+    write(heading(1, "orjson") | {name: round(value, 1) for name, value in figures.items()}, arguments.out)
     print(
         f"{summary['read']:,} rows read, {summary['written']:,} written, {summary['duplicates']:,} duplicates; "
         f"{summary['read'] / figures['wall_s']:,.0f} rows/s wall, {summary['read'] / figures['cpu_s']:,.0f} rows/s of "

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
+from benchmarks.report import heading, table, write
 from benchmarks.services import null_services
 from steersman.config.manifest import Generation, RlStage
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
@@ -143,18 +144,18 @@ def main() -> None:
     results = {staleness: train(folder, seconds_per_token, staleness, arguments.steps) for staleness in (0, 1)}
     larger = max(results[1]["generation"], results[1]["update_and_publish"])
     over = results[1]["seconds"] / larger - 1.0
-    common.table(
+    table(
         ("max_staleness", "step s", "generation s", "update and publish s"),
         [[str(number), *one.values()] for number, one in results.items()],
     )
     print(f"with staleness 1 a step takes {100 * over:.1f} % more than the larger of the two; target at most 5 %")
     report = {
-        **common.heading(1),
+        **heading(1),
         "staleness": {str(number): one for number, one in results.items()},
         "over_the_larger": over,
         "target": 0.05,
     }
-    common.write(report, arguments.out)
+    write(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
+from benchmarks.report import heading, table, write
 
 SAMPLES, RATE, KL, RANK, ALPHA = 4, 1e-5, 0.05, 16, 32.0
 PATTERN = "[aeiou] (order|the|you)"
@@ -370,7 +371,7 @@ def main() -> None:
     limits = common.ceilings()
     count = arguments.prompts * SAMPLES
     lengths = {"equal": [arguments.new] * count, "natural": common.natural_lengths(count, 2 * arguments.new)}
-    report: dict[str, Any] = {**common.heading(arguments.threads), "ceilings": limits, "works": {}}
+    report: dict[str, Any] = {**heading(arguments.threads), "ceilings": limits, "works": {}}
     for name in arguments.works:
         work = Work(folder, arguments.prompts, lengths[name], arguments.threads, arguments.rounds + 1)
         result = compare(name, work, arguments.rounds, limits["gemm_fp32_gflops"])
@@ -387,13 +388,13 @@ def main() -> None:
             for phase, value in phases.items()
             if phase != "useful_gflop"
         ]
-        common.table(("", "phase", "median"), rows)
+        table(("", "phase", "median"), rows)
         print(
             f"ratio {result['ratio']:.2f}, memory {result['memory_ratio']:.2f} "
             f"(with services {result['memory_ratio_with_services']:.2f}), GEMM share {result['gemm_share']:.2f}"
         )
     print("ceilings", limits)
-    common.write(report, arguments.out)
+    write(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from benchmarks import common
+from benchmarks.report import heading, write
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.rpc.client import open_channel
 from steersman.rpc.wire import pack_rows, unpack_rows
@@ -160,7 +161,7 @@ def run(folder: Path, precisions: list[str], rounds: int, threads: int) -> dict[
     for name, found in samples.items():
         engines[name]["logprob_mismatch"] = mismatch(exact, found[:16])
     return {
-        **common.heading(threads),
+        **heading(threads),
         "ceilings": common.ceilings(),
         "engines": engines,
         "workloads": {work.name: _summary(work, seconds[work.name]) for work in works},
@@ -204,7 +205,7 @@ def main() -> None:
     folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
     report = run(folder, arguments.precision, arguments.rounds, arguments.threads)
     print_table(report)
-    common.write(report, arguments.out)
+    write(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks import common
+from benchmarks.report import heading, table, write
 from steersman.config.manifest import Lora
 from steersman.nn.load import load_tokenizer
 from steersman.nn.packed import pack
@@ -343,15 +344,15 @@ def main() -> None:
         report = run(folder, reward, arguments.rounds, arguments.threads)
     names = ("in process", "gRPC", "gRPC, empty engine")
     print()
-    common.table(("48 samples, seconds", *names), [[p, *(v[n] for n in names)] for p, v in report["phases"].items()])
+    table(("48 samples, seconds", *names), [[p, *(v[n] for n in names)] for p, v in report["phases"].items()])
     print(
         f"an update takes {report['update_seconds']:.2f} s; tax {100 * report['tax']:.2f} % of it "
         f"(difference of the large numbers {100 * report['difference']:.1f} %), target at most 3 %\n"
     )
     cases = [[c["replicas"], c["threads_each"], c["generate"], c["reference"], c["reward"]] for c in report["replicas"]]
-    common.table(("replicas of each", "threads each", "generate s", "reference s", "reward s"), cases)
+    table(("replicas of each", "threads each", "generate s", "reference s", "reward s"), cases)
     print("ceilings", limits)
-    common.write({**common.heading(arguments.threads), "ceilings": limits, **report}, arguments.out)
+    write({**heading(arguments.threads), "ceilings": limits, **report}, arguments.out)
 
 
 if __name__ == "__main__":

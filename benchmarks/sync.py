@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
+from benchmarks.report import heading, table, write
 from steersman.config.manifest import Lora
 from steersman.nn.load import load_tokenizer
 from steersman.nn.packed import pack
@@ -138,9 +139,9 @@ def main() -> None:
         "target s",
         "mismatch",
     )
-    common.table(header, [[one[n] for n in (*names, "target_seconds", "logprob_mismatch")] for one in results])
+    table(header, [[one[n] for n in (*names, "target_seconds", "logprob_mismatch")] for one in results])
     print("ceilings", limits)
-    common.write({**common.heading(arguments.threads), "ceilings": limits, "results": results}, arguments.out)
+    write({**heading(arguments.threads), "ceilings": limits, "results": results}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import common
+from benchmarks.report import heading, table, write
 from steersman.config.manifest import Critic, Lora
 from steersman.nn.packed import pack
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
@@ -250,13 +251,13 @@ def main() -> None:
     header = ("", "s", "optimizer s", "tokens/s", "answer tokens/s", "GFLOP/s", "share of GEMM", "peak GiB")
     columns = ("seconds", "optimizer_seconds", "tokens_per_second", "answer_tokens_per_second", "gflops",
                "gemm_share", "peak_gib")  # fmt: skip
-    common.table(header, [[name, *(found[column] for column in columns)] for name, found in results.items()])
+    table(header, [[name, *(found[column] for column in columns)] for name, found in results.items()])
     if cases:
         print("\nlora fp32, one update:")
-        common.table(("", "tokens", *header[1:]), [[c["case"], c["tokens"], *(c[k] for k in columns)] for c in cases])
+        table(("", "tokens", *header[1:]), [[c["case"], c["tokens"], *(c[k] for k in columns)] for c in cases])
     print("ceilings", limits)
-    report = {**common.heading(arguments.threads), "ceilings": limits, "variants": results, "scaling": cases}
-    common.write(report, arguments.out)
+    report = {**heading(arguments.threads), "ceilings": limits, "variants": results, "scaling": cases}
+    write(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
+from benchmarks.report import heading, write
 from benchmarks.rollout import Workload, rollout, workloads
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.rpc.client import open_channel
@@ -84,7 +85,7 @@ def run(folder: Path, rounds: int, threads: int, eager: bool) -> dict[str, Any]:
                 rates = (f"{name} {work.tokens / values[-1]:6.0f} tokens/s" for name, values in times.items())
                 print(f"round {number + 1}  {work.name:10}", *rates, flush=True)
     return {
-        **common.heading(threads),
+        **heading(threads),
         "compiled": not eager,
         "seconds": seconds,
         "tokens_per_second": {
@@ -112,7 +113,7 @@ def main() -> None:
     print(f"\n{'tokens/s':12}{'offline':>10}{'service':>10}{'ratio':>8}")
     for name, rates in report["tokens_per_second"].items():
         print(f"{name:12}{rates['offline']:10.0f}{rates['service']:10.0f}{report['ratio'][name]:8.2f}")
-    common.write(report, arguments.out)
+    write(report, arguments.out)
 
 
 if __name__ == "__main__":

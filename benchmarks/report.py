@@ -1,0 +1,46 @@
+"""The report of a benchmark: where and with what it was measured, its file, its table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+
+def heading(threads: int, *packages: str) -> dict[str, object]:
+    """Date, machine and versions of a report; by default those of the libraries that compute."""
+    names = packages or ("torch", "transformers", "trl", "peft", "grpcio")
+    with open("/proc/cpuinfo") as info:
+        cpu = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), "")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"cpu": cpu or platform.machine(), "cores": psutil.cpu_count(), "threads": threads},
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def write(report: Mapping[str, object], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints left-aligned names and right-aligned numbers."""
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        print("  ".join(f"{value:{'<' if not i else '>'}{widths[i]}}" for i, value in enumerate(row)))
+
+
+def _cell(value: object) -> str:
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 100
+        else (f"{value:.0f}" if isinstance(value, float) else str(value))
+    )
