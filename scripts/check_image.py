@@ -1,68 +1,40 @@
 """Builds an image without a container engine, and starts what it holds.
 
     python scripts/check_image.py                            # Dockerfile: runs the steps, checks size and entry points
-    python scripts/check_image.py --resolve Dockerfile.gpu   # checks it, and that pip finds versions that fit together
     python scripts/check_image.py --parse Dockerfile.gpu     # checks its files and what becomes an image
+    python scripts/check_image.py --resolve Dockerfile.gpu   # checks that its libraries fit together, all as pinned
+    python scripts/check_image.py --lock Dockerfile.gpu      # writes the pins anew
 
-The steps of the first stage are executed as they stand: `COPY` out of a read-only copy of the sources that holds just
+The steps of the stage `build` are executed as they stand: `COPY` out of a read-only copy of the sources that holds just
 what .dockerignore lets through, `RUN` with the same commands in a clean prefix. The base image is this machine's
 Python; steps that need root (apt-get) are left out and named. The GPU image's libraries are many gigabytes: `--resolve`
-asks the package index for what its last `pip install` would install, and downloads nothing but metadata.
+solves what its `pip install` commands ask for with nothing but metadata from the package index.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
-import shlex
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from image_requirements import beside, requirements
+from dockerfile import Installation, chain, installations, parse, problems
 
 ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = ROOT / "pyproject.toml"
 BASE_IMAGE_MIB = 130
 """python:3.11-slim-bookworm, unpacked."""
 LIMIT_MIB = 400
-"""Of what the image adds to its base. KServe's SDK (pandas, pillow, kubernetes) is the half of it."""
+"""Of the whole image without torch."""
 ENTRY_POINTS = ("services.gateway", "services.controller", "steersman.rpc.probe")
-BUILD_TOOLS = ("gcc", "g++", "make", "git", "curl", "build-essential", "devel")
-
-
-@dataclass
-class Stage:
-    """One `FROM ... AS name` and its instructions."""
-
-    image: str
-    name: str
-    steps: list[tuple[str, str]] = field(default_factory=list)
-
-
-def parse(path: Path) -> list[Stage]:
-    """The stages of a Dockerfile; ValueError for an instruction that is not understood."""
-    text = re.sub(
-        r"\\\n\s*", " ", "\n".join(line for line in path.read_text().splitlines() if not line.startswith("#"))
-    )
-    stages: list[Stage] = []
-    for line in filter(None, map(str.strip, text.splitlines())):
-        keyword, _, rest = line.partition(" ")
-        if keyword == "FROM":
-            image, _, name = rest.partition(" AS ")
-            stages.append(Stage(image, name or str(len(stages))))
-        elif keyword in ("RUN", "COPY", "ENV", "ARG", "LABEL", "USER", "WORKDIR", "ENTRYPOINT", "CMD", "SHELL"):
-            if stages:
-                stages[-1].steps.append((keyword, rest))
-        else:
-            raise ValueError(f"{path.name}: the instruction {keyword} is not understood")
-    return stages
+PYTHONS = {"python:3.11-slim": "3.11", "ubuntu24.04": "3.12"}
+"""Python's version by a part of the base image's name."""
 
 
 def context(target: Path) -> None:
@@ -79,43 +51,8 @@ def context(target: Path) -> None:
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
 
 
-def check_stages(path: Path, stages: list[Stage]) -> list[str]:
-    """What is wrong with the stages that become images: those with a CMD."""
-    chain = {stage.name: stage for stage in stages}
-    problems = ["has a HEALTHCHECK; probes do that"] if "HEALTHCHECK" in path.read_text() else []
-    for image in (stage for stage in stages if any(keyword == "CMD" for keyword, _ in stage.steps)):
-        steps: list[tuple[str, str]] = []
-        stage: Stage | None = image
-        while stage is not None:
-            steps = stage.steps + steps
-            if stage.image not in chain and not re.search(r"@\$\{[A-Z]+_DIGEST\}$", stage.image):
-                problems.append(f"{stage.image} is not pinned by a digest argument")
-            stage = chain.get(stage.image)
-        users = [rest for keyword, rest in steps if keyword == "USER"]
-        if not users or users[-1].split(":")[0] in ("root", "0"):
-            problems.append(f"{image.name} runs as root")
-        if not any(keyword == "LABEL" for keyword, _ in steps):
-            problems.append(f"{image.name} has no labels")
-        copies = [rest for keyword, rest in steps if keyword == "COPY"]
-        if not all(rest.startswith("--from=") for rest in copies):
-            problems.append(f"{image.name} copies from the context instead of a build stage")
-        if not copies or not copies[-1].endswith(" /opt/code /opt/code"):
-            problems.append(f"{image.name} does not copy the code last")
-        for tool in BUILD_TOOLS:
-            if any(keyword == "RUN" and re.search(rf"\b{re.escape(tool)}\b", rest) for keyword, rest in steps):
-                problems.append(f"{image.name} installs {tool}")
-    return problems
-
-
-def missing_sources(stages: list[Stage], source: Path) -> list[str]:
-    """COPY sources that the build context does not hold."""
-    copies = [rest.split() for stage in stages for keyword, rest in stage.steps if keyword == "COPY"]
-    wanted = [name for words in copies if not words[0].startswith("--") for name in words[:-1]]
-    return [name for name in wanted if not (source / name).exists()]
-
-
 class Builder:
-    """Executes the steps of the first stage under a prefix that stands for `/`."""
+    """Executes the steps of a stage under a prefix that stands for `/`."""
 
     def __init__(self, source: Path, prefix: Path) -> None:
         self._source = source
@@ -160,7 +97,7 @@ def size_mib(folder: Path) -> float:
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir()) / 2**20
 
 
-def build(dockerfile: Path) -> int:
+def build(dockerfile: Path) -> list[str]:
     """Executes the build stage, then starts every entry point with read-only code."""
     stages = parse(dockerfile)
     with tempfile.TemporaryDirectory(prefix="image-") as folder:
@@ -168,99 +105,112 @@ def build(dockerfile: Path) -> int:
         source.mkdir()
         prefix.mkdir()
         context(source)
-        problems = check_stages(dockerfile, stages)
-        problems += [f"COPY {name}: not in the build context" for name in missing_sources(stages, source)]
-        if not problems:
+        found = problems(dockerfile, stages, source)
+        if not found:
             builder = Builder(source, prefix)
-            for keyword, rest in stages[0].steps:
+            for keyword, rest in chain(stages, "build")[1]:
                 builder.step(keyword, rest)
-            problems += entry_points(prefix)
+            found += starts(prefix)
             libraries, code = size_mib(prefix / "opt/steersman"), size_mib(prefix / "opt/code")
             total = BASE_IMAGE_MIB + libraries + code
-            print(f"libraries {libraries:.0f} MiB + code {code:.1f} MiB + base {BASE_IMAGE_MIB} MiB = {total:.0f} MiB")
-            if libraries + code > LIMIT_MIB:
-                problems.append(f"{libraries + code:.0f} MiB on top of the base are more than {LIMIT_MIB} MiB")
-        _writable(Path(folder))
-    return report(dockerfile, problems)
+            print(f"base {BASE_IMAGE_MIB} MiB + libraries {libraries:.0f} MiB + code {code:.1f} MiB = {total:.0f} MiB")
+            if total >= LIMIT_MIB:
+                found.append(f"{total:.0f} MiB is not below {LIMIT_MIB} MiB")
+        for path in Path(folder).rglob("*"):
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(path.stat().st_mode | stat.S_IWUSR)
+    return found
 
 
-def entry_points(prefix: Path) -> list[str]:
-    """Starts the modules that the chart starts, with `--help`, from code that nobody may write."""
+def starts(prefix: Path) -> list[str]:
+    """Starts the modules that the chart starts, and a gateway that answers, from code that nobody may write."""
     code = prefix / "opt/code"
     for path in sorted(code.rglob("*"), reverse=True):
         path.chmod(path.stat().st_mode & ~0o222)
-    python = prefix / "opt/steersman/bin/python"
     environment = {
         "PYTHONPATH": str(code),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PATH": os.environ["PATH"],
         "HOME": "/nonexistent",
     }
-    problems = []
-    for module in ENTRY_POINTS:
-        command = [str(python), "-m", module, "--help"]
+    commands = [["-m", module, "--help"] for module in ENTRY_POINTS]
+    commands.append([str(ROOT / "scripts/image_smoke.py")])
+    found = []
+    for command in commands:
         run = subprocess.run(
-            command, env=environment, cwd="/", capture_output=True, text=True, timeout=300, check=False
+            [str(prefix / "opt/steersman/bin/python"), *command],
+            env=environment,
+            cwd=prefix,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         if run.returncode != 0:
-            problems.append(f"python -m {module} does not start: {run.stderr.strip().splitlines()[-1:]}")
-    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is not None)"
-    if subprocess.run([str(python), "-c", probe], env=environment, cwd="/", check=False).returncode:
-        problems.append("torch is installed; this image must not carry it")
-    return problems
+            found.append(f"python {' '.join(command)} fails:\n{run.stderr[-2000:]}")
+        elif command[0] != "-m":
+            print(run.stdout, end="")
+    return found
 
 
-def resolve(dockerfile: Path) -> int:
-    """Lets pip resolve what the last `pip install` with constraints would install beside vllm."""
+def resolve(dockerfile: Path) -> list[str]:
+    """Solves what each stage installs; the pins must leave nothing open and allow just what is found."""
     stages = parse(dockerfile)
-    problems = check_stages(dockerfile, stages)
-    problems += [f"COPY {name}: no such file" for name in missing_sources(stages, ROOT)]
-    steps = next(stage.steps for stage in stages if stage.name == "build")
-    arguments = dict(rest.split("=", 1) for keyword, rest in steps if keyword == "ARG")
-    command = next(rest for keyword, rest in steps if keyword == "RUN" and " -c beside.txt " in rest)
-    for name, value in arguments.items():
-        command = command.replace(f"${{{name}}}", value)
-    extras = re.search(r"image_requirements.py pyproject.toml (.*?) >", command)
-    install = re.search(r"pip install [^&]*-c beside.txt ([^&]*)", command)
-    if extras is None or install is None:
-        return report(dockerfile, [*problems, "no pip install with requirements and -c beside.txt was found"])
-    words = [word for word in shlex.split(install[1]) if word not in ("-r", "requirements.txt")]
-    vllm = next(word for word in words if word.startswith("vllm=="))
-    with tempfile.TemporaryDirectory(prefix="image-") as folder:
-        (bounds,) = _resolved(Path(folder), "--no-deps", vllm)
-        lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        constraints = Path(folder) / "beside.txt"
-        constraints.write_text("\n".join(beside(lines, bounds["requires_dist"])))
-        wanted = requirements(ROOT / "pyproject.toml", extras[1].split())
-        found = {
-            one["name"].lower(): one["version"]
-            for one in _resolved(Path(folder), "-c", str(constraints), *words, *wanted)
-        }
-    print(f"{len(found)} packages fit together, among them:")
-    for name in ("torch", "vllm", "transformers", "trl", "peft", "grpcio", "protobuf"):
-        print(f"  {name} {found[name]}")
-    return report(dockerfile, problems)
+    found = problems(dockerfile, stages, ROOT)
+    for installation in installations(stages, PYPROJECT):
+        pins = _pins((ROOT / installation.constraints).read_text())
+        solved = _pins(_solve(dockerfile, installation, "-c", str(ROOT / installation.constraints)))
+        if installation.alone:
+            _solve(dockerfile, replace(installation, requirements=installation.alone), "--no-deps")
+        print(f"{installation.stage}: {len(solved)} packages fit together, among them")
+        for name in ("torch", "vllm", "transformers", "trl", "peft", "grpcio", "protobuf", "numpy"):
+            if name in solved:
+                print(f"  {name} {solved[name]}")
+        for name in sorted(solved.keys() - pins.keys()):
+            found.append(f"{installation.stage}: {installation.constraints} does not pin {name}=={solved[name]}")
+    return found
 
 
-def _resolved(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Metadata of what pip would install into an empty environment."""
-    target = folder / "report.json"
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
-    subprocess.run([*command, "--report", str(target), *arguments], check=True)
-    return [one["metadata"] for one in json.loads(target.read_text())["install"]]
+def lock(dockerfile: Path) -> list[str]:
+    """Writes the pins of a Dockerfile; a version of constraints.txt stays wherever the requirements let it."""
+    (installation,) = installations(parse(dockerfile), PYPROJECT)
+    target = ROOT / installation.constraints
+    shutil.copy(ROOT / "constraints.txt", target)
+    _solve(dockerfile, installation, "--no-annotate", "--no-header", "-o", str(target))
+    head = f"# Pins of {dockerfile.name}. Written by: python scripts/check_image.py --lock {dockerfile.name}\n"
+    target.write_text(head + target.read_text())
+    return []
 
 
-def _writable(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_dir() and not path.is_symlink():
-            path.chmod(path.stat().st_mode | stat.S_IWUSR)
+def _pins(text: str) -> dict[str, str]:
+    """Versions by normalized name in lines `name[extra]==version`."""
+    matches = re.finditer(r"^([A-Za-z0-9._-]+)(?:\[.*\])?==(\S+)", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", match[1]).lower(): match[2] for match in matches}
 
 
-def report(dockerfile: Path, problems: list[str]) -> int:
-    for problem in problems:
-        print(f"{dockerfile.name}: {problem}", file=sys.stderr)
-    print(f"{dockerfile.name}: {'not ' if problems else ''}in order")
-    return 1 if problems else 0
+def _solve(dockerfile: Path, installation: Installation, *options: str) -> str:
+    """uv's answer: a line `name==version` for each package."""
+    base, _ = chain(parse(dockerfile), installation.stage)
+    version = next(version for part, version in PYTHONS.items() if part in base)
+    uv = [shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "uv", "pip", "compile"]
+    command = [*uv, "-", "--quiet", "--no-progress", "--python-version", version, *_index(), *options]
+    wanted = "\n".join(installation.requirements)
+    done = subprocess.run(command, input=wanted, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{dockerfile.name}, stage {installation.stage}:\n{done.stderr}")
+    return done.stdout
+
+
+def _index() -> list[str]:
+    """uv's options for where pip is configured to look."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    options = ["--index-strategy", "unsafe-best-match"]
+    for name, _, value in (line.partition("=") for line in lines):
+        option = name.rpartition(".")[2]
+        if option in ("index-url", "extra-index-url", "find-links"):
+            options += [word for place in value.strip("'").split() for word in (f"--{option}", place)]
+    return options
 
 
 def main() -> int:
@@ -268,16 +218,22 @@ def main() -> int:
     parser.add_argument("dockerfile", nargs="?", default="Dockerfile")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--parse", action="store_true", help="execute nothing")
-    mode.add_argument("--resolve", action="store_true", help="execute nothing, but let pip look for versions")
+    mode.add_argument("--resolve", action="store_true", help="install nothing, but let versions be solved")
+    mode.add_argument("--lock", action="store_true", help="write the pins anew")
     arguments = parser.parse_args()
     dockerfile = ROOT / arguments.dockerfile
-    if arguments.resolve:
-        return resolve(dockerfile)
-    if not arguments.parse:
-        return build(dockerfile)
-    stages = parse(dockerfile)
-    missing = [f"COPY {name}: no such file" for name in missing_sources(stages, ROOT)]
-    return report(dockerfile, check_stages(dockerfile, stages) + missing)
+    if arguments.lock:
+        found = lock(dockerfile)
+    elif arguments.resolve:
+        found = resolve(dockerfile)
+    elif arguments.parse:
+        found = problems(dockerfile, parse(dockerfile), ROOT)
+    else:
+        found = build(dockerfile)
+    for problem in found:
+        print(f"{dockerfile.name}: {problem}", file=sys.stderr)
+    print(f"{dockerfile.name}: {'not ' if found else ''}in order")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

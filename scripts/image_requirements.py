@@ -1,17 +1,14 @@
-"""Prints what pip installs into an image.
+"""Prints what pip installs into an image: requirements of the core and of extras.
 
-    python scripts/image_requirements.py pyproject.toml gateway controller   # requirements of the core and of extras
-    python scripts/image_requirements.py --beside vllm constraints.txt       # constraints, less what vllm bounds itself
+    python scripts/image_requirements.py pyproject.toml gateway controller
 
 The Dockerfiles install these before they copy the code, so that a change of code rebuilds one small layer.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 import tomllib
-from importlib import metadata
 from pathlib import Path
 
 
@@ -29,26 +26,5 @@ def requirements(pyproject: Path, extras: list[str]) -> list[str]:
     return found
 
 
-def beside(constraints: list[str], bounds: list[str]) -> list[str]:
-    """The constraints of packages for which `bounds`, a package's own requirements, leaves every version.
-
-    numpy's is left out as well: vllm pins numba, and numba bounds numpy.
-    """
-    bounded = {"numpy"} | {_name(bound) for bound in bounds if re.search(r"[<=!~]=?\s*\d", bound.partition(";")[0])}
-    return [line for line in constraints if _name(line) not in bounded]
-
-
-def _name(requirement: str) -> str:
-    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
-
-
-def main(arguments: list[str]) -> None:
-    if arguments[0] == "--beside":
-        lines = Path(arguments[2]).read_text(encoding="utf-8").splitlines()
-        print("\n".join(beside(lines, metadata.requires(arguments[1]) or [])))
-    else:
-        print("\n".join(requirements(Path(arguments[0]), arguments[1:])))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print("\n".join(requirements(Path(sys.argv[1]), sys.argv[2:])))
