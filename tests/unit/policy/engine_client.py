@@ -6,12 +6,18 @@ import queue
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 from transformers import PreTrainedModel
 
 from services.policy.engine import Engine, Event, GenerationRequest, RequestFailed, SampleFinished, SamplingParams
 
 TIMEOUT = 120.0
+_NO_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device here; `make test-gpu` runs this on a machine that has one"
+)
+CUDA = (pytest.mark.gpu, _NO_CUDA)
+"""Marks of what needs a GPU."""
 
 
 def collect(engine: Engine, request: GenerationRequest) -> tuple[list[Event], dict[tuple[int, int], SampleFinished]]:

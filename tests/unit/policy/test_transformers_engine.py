@@ -66,11 +66,12 @@ MODELS = [tiny_llama, tiny_qwen2, tiny_qwen3, tiny_mistral, tiny_gemma2]
 
 
 @pytest.fixture
-def engine_of() -> Iterator[Callable[..., TransformersEngine]]:
+def engine_of(device: str) -> Iterator[Callable[..., TransformersEngine]]:
     engines: list[TransformersEngine] = []
 
     def build(model: PreTrainedModel, **settings: object) -> TransformersEngine:
-        engines.append(TransformersEngine(model, **({"precision": "fp32"} | settings)))  # type: ignore[arg-type]
+        options = {"precision": "fp32", "device": device} | settings
+        engines.append(TransformersEngine(model, **options))  # type: ignore[arg-type]
         engines[-1].start()
         return engines[-1]
 

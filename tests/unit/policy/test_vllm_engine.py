@@ -1,4 +1,6 @@
-"""The vLLM engine against transformers, on a tiny random model (`make test-vllm`)."""
+"""The vLLM engine against transformers, on a tiny random model: fp32 on a CPU (`make test-vllm`), bf16 on a GPU
+(`make test-gpu`).
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,10 @@ from steersman.testing.models import save_model_folder, tiny_llama
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 LONG = SamplingParams(max_new_tokens=400, min_new_tokens=400)
+EXACT = pytest.mark.parametrize("device", ["cpu"], indirect=True, scope="module")
+"""What bf16 does not give: the same tokens as transformers, or as in another batch."""
+BF16_MISMATCH = 0.04
+"""Mean difference of log-probabilities that a GPU may show against the fp32 forward."""
 
 
 def model(seed: int = 0) -> PreTrainedModel:
@@ -31,10 +37,12 @@ def model(seed: int = 0) -> PreTrainedModel:
     return tiny_llama(hidden_size=128, seed=seed)
 
 
-def build(folder: Path, **options: Any) -> Any:
+def build(folder: Path, device: str, **options: Any) -> Any:
     from services.policy.engines.vllm_engine import VllmEngine
 
-    engine = VllmEngine(folder, precision="fp32", eager=True, max_running=16, kv_cache_tokens=8192, **options)
+    precision = "fp32" if device == "cpu" else "bf16"
+    options = {"eager": True, "max_running": 16, "kv_cache_tokens": 8192, "memory_share": 0.2} | options
+    engine = VllmEngine(folder, device=device, precision=precision, **options)
     engine.start()
     return engine
 
@@ -45,8 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def started(folder: Path) -> Iterator[Any]:
-    engine = build(folder)
+def started(folder: Path, device: str) -> Iterator[Any]:
+    engine = build(folder, device, lora="auto" if device == "cpu" else "merge")
     yield engine
     engine.close()
 
@@ -60,8 +68,8 @@ def engine(started: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def adapting(folder: Path) -> Iterator[Any]:
-    engine = build(folder, lora="adapter", max_lora_rank=8)
+def adapting(folder: Path, device: str) -> Iterator[Any]:
+    engine = build(folder, device, lora="adapter" if device == "cpu" else "auto", max_lora_rank=8)
     yield engine
     engine.close()
 
@@ -84,12 +92,20 @@ def adapter(seed: int, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[s
     return tensors, plain, wrapped.merge_and_unload()
 
 
-def assert_serves(engine: Any, reference: PreTrainedModel, atol: float = 1e-4) -> None:
+def assert_near(engine: Any, found: np.ndarray, expected: np.ndarray) -> None:
+    """Log-probabilities [R] of the engine and of the fp32 forward."""
+    if engine.info().dtype == "float32":
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    else:
+        assert np.abs(found - expected).mean() <= BF16_MISMATCH
+
+
+def assert_serves(engine: Any, reference: PreTrainedModel) -> None:
     prompts = random_prompts([4, 40])
     version = engine.info().weights_version
     for (index, _), sample in samples(engine, prompts, SamplingParams(max_new_tokens=12, seed=1)).items():
         expected = reference_logprobs(reference, prompts[index], sample.token_ids)
-        np.testing.assert_allclose(sample.logprobs, expected, atol=atol)
+        assert_near(engine, sample.logprobs, expected)
         assert sample.weights_versions == (version,)
 
 
@@ -118,7 +134,7 @@ def test_logprobs_are_of_the_distribution_that_was_sampled_from(engine) -> None:
     for params in (SamplingParams(max_new_tokens=16, seed=3), SamplingParams(max_new_tokens=16, temperature=0.5)):
         for (index, _), sample in samples(engine, prompts, params, n=2).items():
             expected = reference_logprobs(reference, prompts[index], sample.token_ids, params.temperature)
-            np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+            assert_near(engine, sample.logprobs, expected)
             assert (sample.token_ids.dtype, sample.logprobs.dtype) == (np.int32, np.float32)
     # With top-k the probabilities of what remains sum to one: the drawn token is one of five.
     prompt, params = prompts[:1], SamplingParams(max_new_tokens=16, top_k=5)
@@ -126,10 +142,14 @@ def test_logprobs_are_of_the_distribution_that_was_sampled_from(engine) -> None:
     ids = torch.from_numpy(np.concatenate([prompt[0], sample.token_ids])).long()
     with torch.no_grad():
         kept = reference(ids[None]).logits[0, len(prompt[0]) - 1 : -1].topk(5)
-    places = (kept.indices == ids[len(prompt[0]) :, None]).float().argmax(1, keepdim=True)
-    np.testing.assert_allclose(sample.logprobs, kept.values.log_softmax(-1).gather(1, places)[:, 0], atol=1e-4)
+    places = (kept.indices == ids[len(prompt[0]) :, None]).float().max(1, keepdim=True)
+    known = places.values[:, 0].bool().numpy()  # rounding may swap the fifth and the sixth
+    assert known.mean() >= (1.0 if engine.info().dtype == "float32" else 0.7)
+    expected = kept.values.log_softmax(-1).gather(1, places.indices)[:, 0].numpy()
+    assert_near(engine, sample.logprobs[known], expected[known])
 
 
+@EXACT
 def test_greedy_equals_generate(engine) -> None:
     prompt = random_prompts([21])
     found = samples(engine, prompt, SamplingParams(max_new_tokens=12, temperature=0.0))[0, 0]
@@ -138,6 +158,7 @@ def test_greedy_equals_generate(engine) -> None:
     np.testing.assert_array_equal(found.token_ids, expected[0, 21:].numpy())
 
 
+@EXACT
 def test_seeds_stops_and_limits(engine) -> None:
     prompts = random_prompts([5, 9])
     first, again = (samples(engine, prompts, SamplingParams(max_new_tokens=24, seed=5), n=3) for _ in range(2))
@@ -172,6 +193,7 @@ def test_the_samples_of_a_prompt_compute_it_once(engine) -> None:
     assert cached == 7 * 192  # whole blocks of 32
 
 
+@EXACT
 def test_samples_arrive_as_they_finish_and_tokens_when_asked(engine) -> None:
     short = GenerationRequest("short", random_prompts([6]), SamplingParams(max_new_tokens=3))
     order: queue.Queue[Event] = queue.Queue()
@@ -225,11 +247,11 @@ def test_full_weights_serve_running_samples_and_forget_old_prefixes(engine) -> N
     assert versions == [version] * swapped + [version + 1] * (250 - swapped)
     # What came later is of the new weights, over keys and values that were computed anew.
     expected = endless_logprobs(model(seed=1), prompt, sample.token_ids)
-    np.testing.assert_allclose(sample.logprobs[swapped:], expected[swapped:], atol=1e-4)
-    assert np.abs(sample.logprobs[:swapped] - expected[:swapped]).max() > 1e-2
+    assert_near(engine, sample.logprobs[swapped:], expected[swapped:])
+    assert np.abs(sample.logprobs[:swapped] - expected[:swapped]).mean() > 3 * BF16_MISMATCH
     again = samples(engine, [prompt], SamplingParams(max_new_tokens=20))[0, 0]
     assert again.weights_versions == (version + 1,)
-    np.testing.assert_allclose(again.logprobs, reference_logprobs(model(seed=1), prompt, again.token_ids), atol=1e-4)
+    assert_near(engine, again.logprobs, reference_logprobs(model(seed=1), prompt, again.token_ids))
 
 
 def test_partial_merged_and_again_full_weights(engine) -> None:
@@ -315,7 +337,7 @@ def test_adapters_have_a_name_for_every_version(adapting) -> None:
     _, found = gather(arrived, request)
     assert found[0, 0].weights_versions == (version + 1,)
     expected = endless_logprobs(merged, prompt, found[0, 0].token_ids)
-    np.testing.assert_allclose(found[0, 0].logprobs, expected, atol=1e-4)
+    assert_near(adapting, found[0, 0].logprobs, expected)
     assert [path.name for path in adapting._scratch.iterdir()] == [f"adapter-{version + 2}"]
     # Full weights end the time of adapters; the next adapter lies on the weights of the start again.
     adapting.load_weights(full(version + 3, model(seed=4)))
@@ -333,10 +355,11 @@ def test_an_adapter_that_vllm_cannot_use_changes_nothing(adapting) -> None:
     assert len(samples(adapting, random_prompts([5]), SamplingParams(max_new_tokens=3))) == 1
 
 
-def test_death_and_close_are_told(folder) -> None:
+@EXACT
+def test_death_and_close_are_told(folder, device) -> None:
     told = threading.Event()
     before = set(psutil.Process().children(recursive=True))
-    engine = build(folder, on_death=told.set)
+    engine = build(folder, device, on_death=told.set)
     request = GenerationRequest("r", random_prompts([8, 9]), LONG, stream=True)
     _, arrived = first_tokens(engine, request, 2)
     for process in set(psutil.Process().children(recursive=True)) - before:

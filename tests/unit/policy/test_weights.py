@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_client import random_prompts, reference_logprobs, samples
+from engine_client import CUDA, random_prompts, reference_logprobs, samples
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
@@ -27,11 +27,15 @@ def build(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.fixture(params=["plain", "packed", "transposed"])
+@pytest.fixture(
+    params=[("cpu", "plain"), ("cpu", "packed"), ("cpu", "transposed"), pytest.param(("cuda", "plain"), marks=CUDA)],
+    ids="-".join,
+)
 def engine(build: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[TransformersEngine]:
     """With every layout of weights, whatever is fast on this machine."""
-    monkeypatch.setattr(transformers_engine, "weight_layout", lambda device, dtype: request.param)
-    engine = TransformersEngine(build(), precision="fp32")
+    device, layout = request.param
+    monkeypatch.setattr(transformers_engine, "weight_layout", lambda device, dtype: layout)
+    engine = TransformersEngine(build(), precision="fp32", device=device)
     engine.start()
     yield engine
     engine.close()
