@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from steersman.config.manifest import DpoStage, KtoStage, Lora, Optimizer
@@ -90,20 +91,102 @@ def test_dpo_prefers_what_is_preferred(make_context, base_model, loss, lora):
     assert context.reporter.steps[-1][2]["eval_rewards/accuracies"] == 1.0
 
 
-def test_dpo_loss_equals_the_equation(make_context, base_model):
-    """One step on one pair: the loss at step 2 by hand from the weights after step 1."""
-    spec = DpoStage(lora=None, optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup_ratio=0), **OPTIONS)
-    spec = spec.model_copy(update={"max_steps": 2, "batch_size": 2, "micro_batch_size": 2})
+def log_sigmoid(value: float) -> float:
+    return -math.log1p(math.exp(-value))
+
+
+BETA, FLIPPED, TOKENS = 0.1, 0.2, 4
+"""Both answers are three letters and the end token."""
+EQUATIONS = {
+    "sigmoid": lambda d: -log_sigmoid(BETA * d),
+    "ipo": lambda d: (d / TOKENS - 1 / (2 * BETA)) ** 2,
+    "hinge": lambda d: max(0.0, 1 - BETA * d),
+    "robust": lambda d: -((1 - FLIPPED) * log_sigmoid(BETA * d) - FLIPPED * log_sigmoid(-BETA * d)) / (1 - 2 * FLIPPED),
+}
+
+
+@pytest.mark.parametrize("loss", EQUATIONS)
+def test_dpo_loss_equals_the_equation(make_context, base_model, loss):
+    """Steps on one pair: the loss at step 2 by hand from the weights after step 1."""
+    spec = DpoStage(
+        loss=loss,
+        beta=BETA,
+        label_smoothing=FLIPPED if loss == "robust" else 0.0,
+        lora=None,
+        optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup_ratio=0),
+        **{**OPTIONS, "batch_size": 2, "micro_batch_size": 2, "max_steps": 2},
+    )
     same = pairs(1) * 4
     for row in same:
         row["prompt"][0]["content"] = "red"
     context = make_context("preferences", same)
     run_dpo(spec.model_copy(update={"max_steps": 1}), context)
     gain = preference_gain(context.stage_dir / "model", base_model)
+    assert gain > 0.1
     context = make_context("preferences", same)
     run_dpo(spec, context)
     losses = [metrics["loss"] for _, _, metrics in context.reporter.steps if "loss" in metrics]
-    assert losses[1] == pytest.approx(-math.log(1 / (1 + math.exp(-0.1 * gain))), abs=1e-4)
+    assert losses[1] == pytest.approx(EQUATIONS[loss](gain), abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "flipped", "optimum"),
+    [("sigmoid", 2, math.log(3) / 0.5), ("ipo", 0, TOKENS / (2 * 0.5))],
+    ids=["sigmoid", "ipo"],
+)
+def test_dpo_reaches_the_optimum_of_its_loss(make_context, base_model, loss, flipped, optimum):
+    """Where 2 of 8 labelers disagree, sigma(beta d) = 3/4 is best; IPO's best d is 1 / (2 beta) a token."""
+    rows = pairs(8)
+    for number, row in enumerate(rows):
+        row["prompt"][0]["content"] = "red"
+        if number < flipped:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    rates = Optimizer(learning_rate=3e-3, schedule="linear", warmup_ratio=0)
+    spec = DpoStage(loss=loss, beta=0.5, lora=None, optimizer=rates, **{**OPTIONS, "max_steps": 40})
+    artifacts = run_dpo(spec, make_context("preferences", rows))
+    assert preference_gain(artifacts["model"], base_model) == pytest.approx(optimum, rel=0.05)
+
+
+def test_kto_loss_equals_the_equation(make_context, base_model):
+    """As above; every batch holds all rows, so the mismatched answers are as often the good as the bad one."""
+    spec = KtoStage(
+        lora=None,
+        optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup_ratio=0),
+        desirable_weight=1.5,
+        undesirable_weight=0.5,
+        **{**OPTIONS, "micro_batch_size": 8, "max_steps": 2},
+    )
+    rows = thumbs(8)
+    for row in rows:
+        row["prompt"][0]["content"] = "red"
+    context = make_context("feedback", rows)
+    run_kto(spec.model_copy(update={"max_steps": 1}), context)
+    tokenizer = load_tokenizer(base_model)
+    after, before = load_causal_lm(context.stage_dir / "model"), load_causal_lm(base_model)
+    up, down = (logprob(after, tokenizer, said) - logprob(before, tokenizer, said) for said in ("yes", "no!"))
+    z = max(0.0, (up + down) / 2)
+    good = 1.5 * (1 - math.exp(log_sigmoid(0.1 * (up - z))))
+    bad = 0.5 * (1 - math.exp(log_sigmoid(0.1 * (z - down))))
+    context = make_context("feedback", rows)
+    run_kto(spec, context)
+    losses = [metrics["loss"] for _, _, metrics in context.reporter.steps if "loss" in metrics]
+    assert abs(losses[1] - losses[0]) > 1e-3
+    assert losses[1] == pytest.approx((good + bad) / 2, abs=1e-4)
+
+
+def test_micro_batches_change_nothing(make_context):
+    """Pairs of very different length; KTO is left out, whose KL is that of a micro-batch."""
+    rows = pairs(8)
+    for number, row in enumerate(rows):
+        row["prompt"][0]["content"] = "hm " * number + "red"
+        row["rejected"][0]["content"] += "!" * number
+    weights = []
+    for micro in (8, 2):
+        options = {**OPTIONS, "max_steps": 3, "micro_batch_size": micro}
+        spec = DpoStage(lora=None, optimizer=Optimizer(learning_rate=1e-3), **options)
+        weights.append(load_file(run_dpo(spec, make_context("preferences", rows))["model"] / "model.safetensors"))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], atol=2e-4, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=4)], ids=["full", "lora"])

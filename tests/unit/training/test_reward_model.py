@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from steersman.config.manifest import Lora, Optimizer, RewardModelStage
@@ -15,6 +16,7 @@ from steersman.errors import DataError
 from steersman.nn.load import load_reward_backbone, load_reward_model
 from steersman.nn.tokens import conversation_parts
 from steersman.testing.models import save_model_folder, tiny_llama, tiny_roberta_reward, tiny_tokenizer
+from training.algorithms import pairwise_loss
 from training.reward_evaluation import ScoredPair, evaluate_pairs
 from training.reward_model import run_reward_model
 
@@ -99,6 +101,42 @@ def test_the_service_scores_as_training_measured(make_context):
         raw = plain(**batch).logits[:, 0]
     settings = model.settings
     np.testing.assert_allclose((raw - settings.mean) / settings.std, scores[:4], atol=1e-4)
+
+
+@pytest.mark.parametrize(("margin", "centering"), [(False, 0.0), (True, 0.0), (True, 0.2)])
+def test_the_pairwise_loss_is_that_of_the_equation(make_context, margin, centering):
+    """TRL's loss on four pairs beside `pairwise_loss`, whose golden values stand in test_reward_losses.py."""
+    rows = pairs(4, 1)
+    still = Optimizer(learning_rate=1e-12)  # so that what is saved is what the loss was computed from
+    spec = stage(lora=None, optimizer=still, margin=margin, center_rewards=centering, max_steps=1, batch_size=4)
+    context = make_context("preferences", rows)
+    model = load_reward_model(run_reward_model(spec, context)["model"])
+    chosen, rejected = (
+        model.score([model.encode(row["prompt"] + row[side]) for row in rows]).members[0]
+        for side in ("chosen", "rejected")
+    )
+    margins = torch.tensor([row["margin"] for row in rows]) if margin else None
+    expected, _ = pairwise_loss(chosen, rejected, margin=margins, centering=centering, denominator=4)
+    assert context.reporter.steps[0][2]["loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["pairwise", "binary", "aspects"])
+def test_micro_batches_change_nothing(make_context, objective):
+    """Rows of very different length; some ratings of the aspects are missing, so micro-batches have unequal numbers."""
+    rows = rated(8, 1) if objective == "aspects" else pairs(8, 1)
+    for number, row in enumerate(rows):
+        row["prompt"][0]["content"] = "hm " * number + row["prompt"][0]["content"]
+    aspects = {"helpfulness": 0.75, "tone": 0.25} if objective == "aspects" else {}
+    weights = []
+    for micro in (8, 2):
+        spec = stage(
+            objective=objective, aspects=aspects, lora=None, optimizer=Optimizer(learning_rate=1e-3),
+            max_steps=3, micro_batch_size=micro,
+        )  # fmt: skip
+        context = make_context("aspects" if aspects else "preferences", rows)
+        weights.append(load_file(run_reward_model(spec, context)["model"] / "model.safetensors"))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], atol=2e-4, rtol=0, msg=name)
 
 
 def test_padding_with_the_end_token_hides_nothing(make_context, tmp_path):
