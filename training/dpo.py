@@ -22,11 +22,18 @@ from trl import DPOConfig, DPOTrainer
 from steersman.config.manifest import DpoStage
 from steersman.data.records import Message, Preference
 from steersman.errors import DataError
-from steersman.nn.load import load_causal_lm
 from steersman.nn.tokens import answer_ids, prompt_ids
-from steersman.nn.trunk import skip_padding
 from training.context import StageContext
-from training.trl_setup import Progress, check_length, finish_causal, numbered_rows, options, start_causal, train
+from training.trl_setup import (
+    Progress,
+    check_length,
+    finish_causal,
+    numbered_rows,
+    options,
+    reference_of,
+    start_causal,
+    train,
+)
 
 
 def run_dpo(spec: DpoStage, ctx: StageContext) -> dict[str, Path]:
@@ -37,10 +44,7 @@ def run_dpo(spec: DpoStage, ctx: StageContext) -> dict[str, Path]:
     """
     files = ctx.files("preferences")
     start = start_causal(ctx.policy_model, spec, ctx)
-    reference = None
-    if spec.lora is None:  # with an adapter the reference is the model without it
-        reference = load_causal_lm(start.folder, device=ctx.device)
-        skip_padding(reference)
+    reference = reference_of(start, spec, ctx)
     trainer = _Trainer(
         model=start.model,
         ref_model=reference,

@@ -19,11 +19,18 @@ from trl import KTOConfig, KTOTrainer
 from steersman.config.manifest import KtoStage
 from steersman.data.records import Feedback
 from steersman.errors import ConfigError, DataError
-from steersman.nn.load import load_causal_lm
-from steersman.nn.trunk import skip_padding
 from training.context import StageContext
 from training.dpo import prompt_and_answer
-from training.trl_setup import Progress, check_length, finish_causal, numbered_rows, options, start_causal, train
+from training.trl_setup import (
+    Progress,
+    check_length,
+    finish_causal,
+    numbered_rows,
+    options,
+    reference_of,
+    start_causal,
+    train,
+)
 
 
 def run_kto(spec: KtoStage, ctx: StageContext) -> dict[str, Path]:
@@ -39,10 +46,7 @@ def run_kto(spec: KtoStage, ctx: StageContext) -> dict[str, Path]:
     if micro < 2:
         raise ConfigError("kto.microBatchSize must be at least 2: the KL is estimated from mismatched rows of it")
     start = start_causal(ctx.policy_model, spec, ctx)
-    reference = None
-    if spec.lora is None:  # with an adapter the reference is the model without it
-        reference = load_causal_lm(start.folder, device=ctx.device)
-        skip_padding(reference)
+    reference = reference_of(start, spec, ctx)
 
     def load(path: Path) -> Dataset:
         return feedback_dataset(path, start.tokenizer, start.stop_ids, spec.max_length, micro, ctx.seed)

@@ -93,6 +93,7 @@ def _fine_tune(
         epochs=spec.epochs,
         batch_size=spec.batch_size,
         micro_batch_size=spec.micro_batch_size,
+        gradient_checkpointing=spec.gradient_checkpointing,
         max_length=max_length,
     )
     data = {**context.data, "demonstrations": DataFiles(winners)}

@@ -74,6 +74,15 @@ def start_causal(folder: Path, spec: SupervisedStage, ctx: StageContext) -> Star
     return Start(folder, prepare(model, spec, ctx.seed), tokenizer, stops)
 
 
+def reference_of(start: Start, spec: SupervisedStage, ctx: StageContext) -> PreTrainedModel | None:
+    """The frozen model that the policy is held against; None with an adapter, without which the policy is it."""
+    if spec.lora is not None:
+        return None
+    reference = load_causal_lm(start.folder, device=ctx.device)
+    skip_padding(reference)
+    return reference
+
+
 def prepare(model: PreTrainedModel, spec: SupervisedStage, seed: int) -> nn.Module:
     """Adapter (its start drawn from `seed`) and the trunk without padding."""
     set_seed(seed)

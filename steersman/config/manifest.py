@@ -369,6 +369,8 @@ class RejectionSamplingStage(FrozenModel):
     """Conversations an optimizer step."""
     micro_batch_size: Positive = 8
     """Conversations a forward pass."""
+    gradient_checkpointing: bool = False
+    """Trades time for memory."""
     max_failed_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of a round that may lack a reward before the run pauses."""
 
