@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ import yaml
 METHODS = ("sft", "rejection-sampling", "ppo", "rloo", "grpo", "dpo")
 GENERATION = {"maxNewTokens": 40, "temperature": 0.7}
 EVALUATION_SEED = 5
+EVALUATION_BATCH = 16
 
 
 def stages_of(method: str, budget: int) -> list[dict[str, Any]]:
@@ -50,7 +52,7 @@ def stages_of(method: str, budget: int) -> list[dict[str, Any]]:
         # Two rounds of 6 candidates a prompt; the second one learns from both rounds' winners: 15 answers a prompt.
         options = {"rounds": 2, "promptsPerRound": max(1, budget // 15), "samplesPerPrompt": 6, "batchSize": 8}
         return [{"rejectionSampling": {**options, "optimizer": adam, "generation": GENERATION}}]
-    options = {"steps": budget // 32, "promptsPerStep": 4, "samplesPerPrompt": 4, "klCoefficient": 0.1}
+    options: dict[str, Any] = {"steps": budget // 32, "promptsPerStep": 4, "samplesPerPrompt": 4, "klCoefficient": 0.1}
     if method == "ppo":
         options["ppo"] = {"critic": {"kind": "valueHead", "learningRate": 1e-3}}
     return [{"rl": {"algorithm": method, "optimizer": adam, "generation": GENERATION, **options}}]
@@ -76,6 +78,10 @@ def manifest(arguments: argparse.Namespace, method: str, seed: int) -> dict[str,
             "services": {"startTimeoutSeconds": 1800},
         },
     }
+
+
+class CellFailed(Exception):
+    """A cell could not be trained or evaluated."""
 
 
 def run_cell(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def run_cell(arguments: argparse.Namespace, method: str, seed: int) -> dict[str,
         ):
             done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
             if done.returncode:
-                raise SystemExit(f"{method}, seed {seed}: failed, see {folder / 'log.txt'}")
+                raise CellFailed(f"{method}, seed {seed}: failed, see {folder / 'log.txt'}")
     cell = {"method": method, "seed": seed, "manifest": wanted, **json.loads((run / "scores.json").read_text())}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(cell))
@@ -125,6 +131,7 @@ def evaluate(run: Path) -> None:
     from steersman.rewards import build_reward
 
     torch.set_num_threads(1)
+    torch.manual_seed(EVALUATION_SEED)
     manifest = load_manifest(run / "manifest.yaml")
     names = manifest.stage_names()
     last = next(run / name / "model" for name in reversed(names) if name != "reward-model")
@@ -133,40 +140,52 @@ def evaluate(run: Path) -> None:
     rubric, reward_model = build_reward("demo-rubric"), load_reward_model(run / "reward-model" / "model")
     stops = stop_ids(tokenizer, policy.generation_config)
     rows = list(records.read_jsonl(run / "data" / "prompts.heldout.jsonl", records.Prompt))
+    chats = [[message.model_dump(exclude_none=True) for message in row.prompt] for row in rows]
+    prompts = [prompt_ids(tokenizer, chat) for chat in chats]
     columns: dict[str, list[float]] = {name: [] for name in ("reward", "rubric", "kl", "length", "cut")}
-    torch.manual_seed(EVALUATION_SEED)
-    for row in rows:
-        prompt = [message.model_dump(exclude_none=True) for message in row.prompt]
-        ids = torch.tensor([prompt_ids(tokenizer, prompt)])
-        with torch.no_grad():
-            whole = policy.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                temperature=GENERATION["temperature"],
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=GENERATION["maxNewTokens"],
-                eos_token_id=stops,
-                pad_token_id=stops[0],
-            )
-            answer = whole[0, ids.shape[1] :]
-            logprobs = [
-                (model(whole).logits[0, ids.shape[1] - 1 : -1] / GENERATION["temperature"])
-                .log_softmax(-1)
-                .gather(1, answer[:, None])
-                .sum()
-                for model in (policy, start)
-            ]
-        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-        columns["reward"].append(reward_model.score([whole[0].tolist()]).reward.item())
-        columns["rubric"].append(rubric(prompt, text, row.facts or {}).value)
-        columns["kl"].append((logprobs[0] - logprobs[1]).item())
+    for row, chat, prompt, answer in zip(rows, chats, prompts, sample(policy, prompts, stops), strict=True):
+        text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        columns["reward"].append(reward_model.score([prompt + answer]).reward.item())
+        columns["rubric"].append(rubric(chat, text, row.facts or {}).value)
+        columns["kl"].append(logprob(policy, prompt, answer) - logprob(start, prompt, answer))
         columns["length"].append(float(len(answer)))
-        columns["cut"].append(float(int(answer[-1]) not in stops))
+        columns["cut"].append(float(answer[-1] not in stops))
     seconds = json.loads((run / "usage.json").read_text())["seconds"]
     trained = sum(seconds.get(name, 0.0) for name in names[2:])
     (run / "scores.json").write_text(json.dumps({**columns, "seconds": trained}))
+
+
+def sample(policy: Any, prompts: list[list[int]], stops: list[int]) -> Iterator[list[int]]:
+    """An answer to every prompt, its end token included."""
+    import torch
+
+    for first in range(0, len(prompts), EVALUATION_BATCH):
+        batch = prompts[first : first + EVALUATION_BATCH]
+        width = max(map(len, batch))
+        answers = policy.generate(
+            torch.tensor([[stops[0]] * (width - len(prompt)) + prompt for prompt in batch]),
+            attention_mask=torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch]),
+            do_sample=True,
+            temperature=GENERATION["temperature"],
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=GENERATION["maxNewTokens"],
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+        )[:, width:].tolist()
+        for answer in answers:
+            end = next((place for place, token in enumerate(answer) if token in stops), len(answer) - 1)
+            yield answer[: end + 1]
+
+
+def logprob(model: Any, prompt: list[int], answer: list[int]) -> float:
+    """Log-probability of the answer at the temperature of the sampling, in nats."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer]), logits_to_keep=len(answer) + 1).logits[0, :-1]
+    logprobs = (logits / GENERATION["temperature"]).log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(answer)[:, None]).sum().item()
 
 
 def table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -220,15 +239,27 @@ def main() -> None:
     if unknown or arguments.budget % 32:
         parser.error(f"unknown method {unknown[0]}" if unknown else "--budget must be a multiple of 32")
     arguments.out = arguments.out.absolute()
+    failures: list[str] = []
+
+    def attempt(cell: tuple[str, int]) -> list[dict[str, Any]]:
+        try:
+            return [run_cell(arguments, *cell)]
+        except CellFailed as failure:
+            failures.append(str(failure))
+            print(failure, file=sys.stderr, flush=True)
+            return []
+
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        cells = list(pool.map(lambda seed: run_cell(arguments, "start", seed), seeds))
-        wanted = [(method, seed) for seed in seeds for method in methods]
-        cells += pool.map(lambda cell: run_cell(arguments, *cell), wanted)
+        cells = [cell for found in pool.map(attempt, [("start", seed) for seed in seeds]) for cell in found]
+        wanted = [(method, cell["seed"]) for cell in cells for method in methods]
+        cells += [cell for found in pool.map(attempt, wanted) for cell in found]
     rows = table(cells)
     result = {"base": arguments.base, "budget": arguments.budget, "prompts": arguments.prompts, "table": rows}
     (arguments.out / "result.json").write_text(json.dumps(result, indent=1))
     show(rows)
     print(f"\n{arguments.out / 'result.json'}")
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 if __name__ == "__main__":
