@@ -93,8 +93,12 @@ class Process:
 
 
 @contextlib.contextmanager
-def service(kind: str, threads: int, **settings: Any) -> Iterator[Process]:
-    """`python -m services.<kind>` in a process of its own on free ports, ready to serve."""
+def service(kind: str, threads: int, *, shared: bool = True, **settings: Any) -> Iterator[Process]:
+    """`python -m services.<kind>` in a process of its own on free ports, ready to serve.
+
+    Args:
+        shared: other processes compute on the same cores at the same time, see `child_environment`.
+    """
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         port, weights_port = one.getsockname()[1], other.getsockname()[1]
     config: dict[str, Any] = {"port": port, "threads": threads} | settings
@@ -104,7 +108,7 @@ def service(kind: str, threads: int, **settings: Any) -> Iterator[Process]:
         path = Path(scratch) / f"{kind}.yaml"
         path.write_text(json.dumps(config))
         command = [sys.executable, "-m", f"services.{kind}", "--config", str(path)]
-        process = subprocess.Popen(command, env=child_environment(threads, offline=True))
+        process = subprocess.Popen(command, env=child_environment(threads, offline=True, shared=shared))
         try:
             target = f"127.0.0.1:{port}"
             with open_channel(target) as channel:

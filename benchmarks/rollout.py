@@ -133,7 +133,7 @@ def run(folder: Path, precisions: list[str], rounds: int, threads: int) -> dict[
     with contextlib.ExitStack() as stack:
         settings = {"model": str(folder), "kvCacheTokens": 64 * 320}
         services = {
-            name: stack.enter_context(common.service("policy", threads, precision=name, **settings))
+            name: stack.enter_context(common.service("policy", threads, shared=False, precision=name, **settings))
             for name in precisions
         }
         channels = {name: stack.enter_context(open_channel(one.target)) for name, one in services.items()}
