@@ -73,13 +73,13 @@ def test_learns_to_answer_and_to_stop_and_an_adapter_learns_otherwise(make_conte
     assert [step for step, _, metrics in steps if "loss" in metrics] == list(range(1, 121))
 
     learned = artifacts["model"].rename(context.run_dir / "learned")
-    for thing, colour in {"sky": "grey", "grass": "brown", "coal": "white"}.items():
+    # Words of letters that the base has learned: an adapter leaves the embedding, and so the other letters, as it is.
+    for thing, colour in {"sky": "green", "grass": "black", "coal": "blue"}.items():
         monkeypatch.setitem(COLOURS, thing, colour)
     context = make_context("demonstrations", chats(64), validation=chats(8, seed=2), model=learned)
     artifacts = run_sft(spec.model_copy(update={"lora": Lora(rank=8)}), context)
-    # A small adapter on a small random trunk comes close; whether the last letter is right depends on rounding.
-    first, last = context.reporter.steps[0][2]["loss"], context.reporter.steps[-1][2]["eval_loss"]
-    assert last < 0.5 * first, (first, last)
+    assert answers(artifacts["model"]) == {thing: f"{colour}<|im_end|>" for thing, colour in COLOURS.items()}
+    assert context.reporter.steps[-1][2]["eval_loss"] < 0.1
     assert (artifacts["adapter"] / "adapter_model.safetensors").is_file()
 
 
