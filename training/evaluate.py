@@ -7,6 +7,7 @@ as full weights; the reward service scores; the reference gives the KL; exact ch
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from steersman.rewards import Reward, build_reward
 from training.clients import WeightsPayload
 from training.connect import Services
 from training.context import StageContext
-from training.rollout import Prompt, Scored
+from training.rollout import Prompt, Scored, reward_of
 
 
 def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
@@ -90,7 +91,7 @@ def _sample(prompt: Prompt, index: int, item: Scored, checks: Mapping[str, Rewar
         prompt_id=f"{prompt.key}#{index}",
         prompt=tuple(Message(role=m["role"], content=m["content"]) for m in prompt.messages),
         answer=item.text,
-        reward=item.score.reward if item.score.HasField("reward") else None,
+        reward=reward if math.isfinite(reward := reward_of(item.score)) else None,
         rubric=rubric_of(prompt, item.text, checks),
         kl=kl,
         length=len(item.sample.token_ids),

@@ -7,6 +7,7 @@ Each round: n samples a prompt -> the best by reward -> fine-tune on the winners
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from training.clients import WeightsPayload
 from training.connect import Services
 from training.context import DataFiles, StageContext
 from training.evaluate import read_weights
-from training.rollout import Prompt, Scored, count_failed
+from training.rollout import Prompt, Scored, count_failed, reward_of
 from training.sft import run_sft
 
 
@@ -68,7 +69,7 @@ def _write_winners(
     with storage_errors(partial):
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     partial.rename(path)
-    rewards = [item.score.reward for items in scored for item in items if item.score.HasField("reward")]
+    rewards = [reward for items in scored for item in items if math.isfinite(reward := reward_of(item.score))]
     context.reporter.step(
         number + 1,
         spec.rounds,
@@ -112,7 +113,7 @@ def prompts_of_round(prompts: list[Prompt], count: int, number: int, seed: int) 
 
 def best_of(prompt: Prompt, items: list[Scored]) -> dict | None:
     """The demonstration row of the sample with the highest reward that ended by itself; None without any."""
-    good = [item for item in items if item.score.HasField("reward") and item.sample.ended and item.text]
+    good = [item for item in items if math.isfinite(reward_of(item.score)) and item.sample.ended and item.text]
     if not good:
         return None
     best = max(good, key=lambda item: item.score.reward)

@@ -202,15 +202,15 @@ def to_batch(prompts: Sequence[Prompt], scored: Sequence[Sequence[Scored]]) -> S
         lengths=torch.tensor([len(item.sample.token_ids) for _, item in flat]),
         engine_logprobs=joined([item.sample.logprobs for _, item in flat]),
         ref_logprobs=joined([item.ref_logprobs for _, item in flat if item.ref_logprobs is not None]),
-        scores=floats([_reward(item.score) for _, item in flat]),
+        scores=floats([reward_of(item.score) for _, item in flat]),
         parts={name: floats([values.get(name, math.nan) for values in parts]) for name in names},
         ended=torch.tensor([item.sample.ended for _, item in flat]),
         versions=torch.tensor([item.sample.versions[0] if item.sample.versions else 0 for _, item in flat]),
     )
 
 
-def _reward(score: reward_pb2.ItemScore) -> float:
-    """NaN where it is missing or no number: never 0."""
+def reward_of(score: reward_pb2.ItemScore) -> float:
+    """NaN where it is missing or not finite: never 0."""
     return score.reward if score.HasField("reward") and math.isfinite(score.reward) else math.nan
 
 
@@ -226,7 +226,7 @@ def count_failed(scored: Sequence[Sequence[Scored]], max_share: float) -> int:
         FailedPreconditionError: they are more than `max_share` of all.
     """
     scores = [item.score for items in scored for item in items]
-    count = sum(math.isnan(_reward(score)) for score in scores)
+    count = sum(math.isnan(reward_of(score)) for score in scores)
     if count > max_share * len(scores):
         reasons = sorted({score.error for score in scores if score.error})
         raise FailedPreconditionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 
 import numpy as np
@@ -27,6 +28,8 @@ def test_the_highest_reward_wins_among_answers_that_ended() -> None:
         sampled("cut short", 3.0, ended=False),
         sampled("", 4.0),
         sampled("no reward", None),
+        sampled("no number", math.nan),
+        sampled("overflow", math.inf),
         sampled("bad", -1.0),
     ]
     winner = {
