@@ -21,7 +21,7 @@ class LeaderElection(FrozenModel):
     """Name of the Lease."""
     namespace: str
     """Namespace of the Lease."""
-    duration_seconds: Annotated[int, Field(ge=3)] = 15
+    duration_seconds: Annotated[int, Field(ge=5)] = 15
     """A Lease that is not renewed for this long is free."""
 
 

@@ -10,26 +10,22 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import kopf
 from kubernetes.aio import config as kube_config
 from kubernetes.aio.client import ApiClient
-from kubernetes.aio.leaderelection import electionconfig, leaderelection
-from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
 from services.controller.config import ControllerConfig, load_templates
 from services.controller.kube import Kube
+from services.controller.leader import lead
 from services.controller.model import RUN_LABEL, Settings
 from services.controller.reconcile import RETRY_SECONDS, Reconciler
 from services.controller.signals import LiveSignals
 from services.controller.status import TERMINAL
-from steersman.errors import UnavailableError
 from steersman.registry import Registry
 
 log = logging.getLogger("steersman.controller")
@@ -171,7 +167,9 @@ async def serve(config: ControllerConfig) -> None:
         settings = Settings(templates, config.storage, can_watch=signals is not None)
         reconciler = Reconciler(kube, settings, signals=signals, registry=model_registry)
         try:
-            await _lead(client, config, lambda: _operate(build_registry(kube, reconciler, config), config))
+            await lead(
+                client, config.leader_election, lambda: _operate(build_registry(kube, reconciler, config), config)
+            )
         finally:
             for source in (signals, model_registry):
                 if source is not None:
@@ -198,42 +196,3 @@ async def _alive(port: int | None) -> AsyncIterator[None]:
 
 async def _operate(registry: kopf.OperatorRegistry, config: ControllerConfig) -> None:
     await kopf.operator(registry=registry, namespaces=config.namespaces, standalone=True)
-
-
-async def _lead(client: ApiClient, config: ControllerConfig, work: Callable[[], Awaitable[None]]) -> None:
-    """Does the work while the Lease is held; without leader election, at once."""
-    election = config.leader_election
-    if election is None:
-        await work()
-        return
-    identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
-    result: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    async def lead() -> None:
-        try:
-            await work()
-        except Exception as error:
-            result.set_exception(error)
-        else:
-            result.set_result(None)
-
-    async def stopped() -> None:
-        log.warning("the Lease %s/%s is lost", election.namespace, election.lease)
-
-    duration = election.duration_seconds
-    settings = electionconfig.Config(
-        LeaseLock(election.lease, election.namespace, identity, client),
-        lease_duration=duration,
-        renew_deadline=duration * 2 / 3,
-        retry_period=duration / 5,
-        onstarted_leading=lead,
-        onstopped_leading=stopped,
-    )
-    leader = asyncio.create_task(leaderelection.LeaderElection(settings).run())
-    await asyncio.wait({leader, result}, return_when=asyncio.FIRST_COMPLETED)
-    if not result.done():
-        raise UnavailableError(f"the Lease {election.namespace}/{election.lease} is lost; starting anew")
-    leader.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await leader
-    result.result()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, Callable
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import kmock
@@ -14,9 +15,10 @@ from kubernetes.aio.client.exceptions import ApiException
 from services.controller.kube import RESOURCES
 
 KIND_OF = {kmock.resource(item.group, item.version, item.plural): kind for kind, item in RESOURCES.items()}
+KIND_OF[kmock.resource("coordination.k8s.io", "v1", "leases")] = "Lease"
 SUBRESOURCES = {"Pod": ("status", "log"), "Event": (), "Service": (), "ConfigMap": ()}
 
-Intercept = Callable[[kmock.Request], BaseException | None]
+Intercept = Callable[[kmock.Request], BaseException | Awaitable[BaseException | None] | None]
 
 
 class ApiServer(kmock.KubernetesScaffold):
@@ -34,12 +36,13 @@ class ApiServer(kmock.KubernetesScaffold):
         self.deliveries = 1
         """How often a watch delivers every event."""
         self.watches_opened = 0
-        self._watches: dict[str, set[asyncio.Queue[Json | None]]] = {kind: set() for kind in RESOURCES}
+        self._watches: dict[str, set[asyncio.Queue[Json | None]]] = {kind: set() for kind in KIND_OF.values()}
         self._history: list[tuple[str, Json]] = []
         verbs = {"get", "list", "watch", "create", "patch", "delete"}
         for resource, kind in KIND_OF.items():
             self.resources[resource] = {
                 "kind": kind,
+                "singular": kind.lower(),
                 "namespaced": True,
                 "verbs": verbs,
                 "subresources": set(SUBRESOURCES.get(kind, ("status",))),
@@ -56,6 +59,7 @@ class ApiServer(kmock.KubernetesScaffold):
             (kmock.action.DELETE, self._remove),
         ):
             self.fallback[action] << self._guarded(serve)
+        self.fallback[kmock.method.PUT] << self._guarded(self._replace)
 
     def break_watches(self, *, gone: bool) -> None:
         """Ends every open watch: with 410 Gone, as after a compaction, or without a word, as when a proxy restarts."""
@@ -69,6 +73,8 @@ class ApiServer(kmock.KubernetesScaffold):
     def _guarded(self, serve: Callable[[kmock.Request, str], Any]) -> Callable[[kmock.Request], Any]:
         async def answer(request: kmock.Request) -> Any:
             problem = self.intercept(request) if self.intercept is not None else None
+            if inspect.isawaitable(problem):
+                problem = await problem
             try:
                 if problem is not None:
                     raise problem
@@ -113,7 +119,7 @@ class ApiServer(kmock.KubernetesScaffold):
 
     async def _create(self, request: kmock.Request, kind: str) -> Json:
         name = request.data["metadata"]["name"]
-        if not await self.kube.create(kind, request.namespace or "", request.data):
+        if not await self.kube.create(kind, request.namespace or "", {"kind": kind, **request.data}):
             raise ApiException(status=409, reason="AlreadyExists")
         return self.kube.objects[kind, request.namespace, name]
 
@@ -121,6 +127,9 @@ class ApiServer(kmock.KubernetesScaffold):
         if request.headers["Content-Type"] != "application/merge-patch+json":
             raise ApiException(status=415, reason="Unsupported Media Type")
         return await self.kube.patch(kind, request.namespace or "", request.name, request.data, request.subresource)
+
+    async def _replace(self, request: kmock.Request, kind: str) -> Json:
+        return await self.kube.replace(kind, request.namespace or "", request.name, request.data)
 
     async def _remove(self, request: kmock.Request, kind: str) -> Json:
         if (kind, request.namespace, request.name) not in self.kube.objects:

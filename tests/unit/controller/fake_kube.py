@@ -117,8 +117,8 @@ class FakeKube:
             return False
         self.writes.append(("create", kind, key[2]))
         body = copy.deepcopy(body)
-        body["metadata"] |= {"uid": f"uid-{next(self._versions)}", "resourceVersion": str(next(self._versions))}
-        body["metadata"]["generation"] = 1
+        body["metadata"] |= {"namespace": namespace, "uid": f"uid-{next(self._versions)}"}
+        body["metadata"] |= {"resourceVersion": str(next(self._versions)), "generation": 1}
         self.objects[key] = body
         self._tell("ADDED", body)
         return True
@@ -147,6 +147,16 @@ class FakeKube:
         if wanted["metadata"].get("deletionTimestamp") and not wanted["metadata"].get("finalizers"):
             self._remove(key)
         return copy.deepcopy(wanted)
+
+    async def replace(self, kind: str, namespace: str, name: str, body: Json) -> Json:
+        current = self.objects.get((kind, namespace, name))
+        if current is None:
+            raise ApiException(status=404, reason="Not Found")
+        if body["metadata"].get("resourceVersion") != current["metadata"]["resourceVersion"]:
+            raise ApiException(status=409, reason="Conflict")
+        self.writes.append(("replace", kind, name))
+        meta = {**current["metadata"], "resourceVersion": str(next(self._versions))}
+        return copy.deepcopy(self.put({**body, "kind": kind, "metadata": meta}))
 
     async def delete(self, kind: str, namespace: str, name: str) -> None:
         key = (kind, namespace, name)
