@@ -1,12 +1,34 @@
-"""One rank of test_ranks: `torchrun ... ranks_stages_worker.py RUN_DIR STAGE...` runs stages one after the other."""
+"""One rank of test_ranks: `torchrun ... ranks_stages_worker.py RUN_DIR STAGE...` runs stages one after the other.
+
+`STAGE@N` dies in that stage behind its N-th step, whose checkpoint is written.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
+import training.trl_setup
 from training.stage import run_stage
+
+
+def die_behind(step: int) -> None:
+    """Lets every step write a checkpoint, and has the first rank killed when it begins the step after this one."""
+    training.trl_setup.CHECKPOINT_SECONDS = 0.0
+
+    def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    training.trl_setup.Progress.on_step_begin = on_step_begin  # type: ignore[method-assign]
+
 
 if __name__ == "__main__":
     for stage in sys.argv[2:]:
-        run_stage(Path(sys.argv[1]), stage, [])
+        name, _, last = stage.partition("@")
+        if last:
+            die_behind(int(last))
+        run_stage(Path(sys.argv[1]), name, [])

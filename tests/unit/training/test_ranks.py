@@ -20,7 +20,8 @@ from training.parallel import Ranks
 from training.stage import run_stage
 
 
-def run_on_two_ranks(worker: str, *arguments: object) -> None:
+def run_on_two_ranks(worker: str, *arguments: object, killed: bool = False) -> str:
+    """What the ranks said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -30,7 +31,11 @@ def run_on_two_ranks(worker: str, *arguments: object) -> None:
         env=environment,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    if killed:
+        assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-3000:]
+    else:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def test_two_ranks_give_the_loss_curve_of_one(tiny_model: Path, tmp_path: Path) -> None:
@@ -49,7 +54,9 @@ def test_two_ranks_give_the_loss_curve_of_one(tiny_model: Path, tmp_path: Path) 
 
 
 def test_two_ranks_train_the_stages_of_trl_as_one_does(tiny_model: Path, tmp_path: Path) -> None:
-    """SFT, reward models and DPO, sharded by Accelerate: losses and weights are those of one rank."""
+    """SFT, reward models and DPO, sharded by Accelerate: losses and weights are those of one rank, also when the ranks
+    are killed and go on from their checkpoint, with all weights (SFT) or an adapter (reward model).
+    """
     from test_dpo_kto import pairs, thumbs
 
     rows = {
@@ -89,7 +96,11 @@ def test_two_ranks_train_the_stages_of_trl_as_one_does(tiny_model: Path, tmp_pat
         (tmp_path / name / "manifest.yaml").write_text(dump_yaml(run))
     for name in run.stage_names():
         run_stage(tmp_path / "one", name, [])
-    run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", *run.stage_names())
+    run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", "sft@2", killed=True)
+    said = run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", "sft", "reward-model@2", killed=True)
+    assert "sft  continuing from checkpoint-2" in said
+    said = run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", *run.stage_names())
+    assert "reward-model  continuing from checkpoint-2" in said
     for name in run.stage_names():
         one, two = (
             [json.loads(line) for line in (tmp_path / folder / name / "metrics.jsonl").read_text().splitlines()]
