@@ -195,4 +195,7 @@ async def _alive(port: int | None) -> AsyncIterator[None]:
 
 
 async def _operate(registry: kopf.OperatorRegistry, config: ControllerConfig) -> None:
-    await kopf.operator(registry=registry, namespaces=config.namespaces, standalone=True)
+    kopf.on.login(registry=registry)(kopf.login_via_client)  # a plain registry has no login of its own
+    # After a signal kopf ends by cancelling itself.
+    with contextlib.suppress(asyncio.CancelledError):
+        await kopf.operator(registry=registry, namespaces=config.namespaces, standalone=True)

@@ -137,3 +137,16 @@ def test_the_readme_names_every_value(chart):
         for name in names:
             assert f"`{name}" in text, f"{name} is missing; run python scripts/chart_docs.py"
     assert not re.search(r"\|\s*\|\s*$", text, re.M) or json.dumps(values)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_controllers_are_elected_by_a_lease_that_their_role_lets_them_hold(helm, find, replicas):
+    """Also a single one: while the Deployment rolls, there are two for a moment."""
+    documents = helm.render("default", f"controller.replicas={replicas}")
+    assert find(documents, "Deployment", "controller")["spec"]["replicas"] == replicas
+    election = load_model(ControllerConfig, config_of(documents, find, "controller"), "controller").leader_election
+    assert election is not None
+    assert election.namespace == "ml"
+    create, hold = find(documents, "Role", "controller-leader")["rules"]
+    assert (create["resources"], create["verbs"]) == (["leases"], ["create"])
+    assert (hold["resourceNames"], hold["verbs"]) == ([election.lease], ["get", "update"])
