@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from services.policy.chat import ChatFormat
 from services.policy.config import PolicyConfig
@@ -33,41 +34,27 @@ def load_chat_format(config: PolicyConfig) -> ChatFormat:
 
 def build_engine(config: PolicyConfig) -> Engine:
     """The engine that the configuration names; its libraries are imported here and not before."""
-    if config.engine == "transformers":
-        from services.policy.engines.transformers_engine import TransformersEngine
-
-        return TransformersEngine(
-            model_folder(config),
-            name=config.model_name,
-            precision=config.precision,
-            device=config.device,
-            threads=config.threads,
-            max_context=config.max_context,
-            kv_cache_tokens=config.kv_cache_tokens,
-        )
     if config.engine == "tgi":
         from services.policy.engines.tgi import TgiEngine
 
         if config.engine_url is None:
             raise ConfigError("engineUrl is missing; set the address of the TGI server")
         return TgiEngine(config.engine_url, model_folder(config), name=config.model_name)
+    options: dict[str, Any] = config.model_dump(
+        include={"precision", "device", "threads", "max_context", "kv_cache_tokens"}
+    )
+    if config.engine == "transformers":
+        from services.policy.engines.transformers_engine import TransformersEngine
+
+        return TransformersEngine(model_folder(config), name=config.model_name, **options)
     try:
         from services.policy.engines.vllm_engine import VllmEngine
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"engine vllm is not in this installation ({error.name} is missing); use transformers"
         ) from None
-    return VllmEngine(
-        model_folder(config),
-        name=config.model_name,
-        precision=config.precision,
-        device=config.device,
-        threads=config.threads,
-        max_context=config.max_context,
-        kv_cache_tokens=config.kv_cache_tokens,
-        on_death=_stop_process,
-        **config.vllm.model_dump(),
-    )
+    options |= config.vllm.model_dump()
+    return VllmEngine(model_folder(config), name=config.model_name, on_death=_stop_process, **options)
 
 
 def _stop_process() -> None:

@@ -34,6 +34,15 @@ def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def end_tokens(*configs: object) -> frozenset[int]:
+    """End-of-sequence tokens of the first configuration that names any; given are the generation's and the model's."""
+    for config in configs:
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class Filter:
     """A restriction of one row beyond forbidden tokens."""

@@ -26,7 +26,8 @@ from services.policy.engines.attention import DecodeStep, PrefillStep, Span
 from services.policy.engines.decoder import build_decoder
 from services.policy.engines.hardware import Precision, resolve_device, resolve_dtype, weight_layout
 from services.policy.engines.kv_cache import KVCache, row_capacity
-from services.policy.engines.sampling import Draw, Drawn, Filter, draw, stream_key, uniforms
+from services.policy.engines.sampling import Drawn, draw, end_tokens, stream_key
+from services.policy.engines.transformers_samples import ConstraintError, DrawPlan, Sample, deliver, report
 from services.policy.engines.weights import Place
 from steersman.errors import (
     ConfigError,
@@ -42,7 +43,6 @@ from steersman.generation import (
     FinishReason,
     GenerationRequest,
     RequestFailed,
-    SampleFinished,
     TokenEvent,
     WeightsUpdate,
 )
@@ -51,35 +51,6 @@ logger = logging.getLogger(__name__)
 
 _SHARE_AT_LEAST = 8
 """Shared prompt tokens from which copying pays."""
-
-
-@dataclass(eq=False)
-class _Sample:
-    handle: int
-    request: GenerationRequest
-    on_event: Callable[[Event], None]
-    prompt_index: int
-    sample_index: int
-    prompt: np.ndarray
-    limit: int
-    """Most tokens of the response: the caller's limit or the end of the context."""
-    stops: frozenset[int]
-    key: np.uint64
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    prompt_version: int = 0
-    """Weights version of the prompt's keys and values."""
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache: all but the last."""
-        return len(self.prompt) + len(self.token_ids) - 1
-
-    @property
-    def cache_tokens(self) -> int:
-        """Tokens that the cache must be able to hold."""
-        return len(self.prompt) + self.limit - 1
 
 
 class TransformersEngine:
@@ -129,14 +100,14 @@ class TransformersEngine:
         self._thread: threading.Thread | None = None
         self._next_handle = 0
         # Under the lock: what other threads hand over.
-        self._submitted: deque[_Sample] = deque()
+        self._submitted: deque[Sample] = deque()
         self._cancelled: set[int] = set()
         self._swaps: deque[_Swap] = deque()
         self._preparing = threading.Lock()
         # The engine's thread only.
-        self._waiting: deque[_Sample] = deque()
-        self._rows: list[_Sample] = []
-        self._draw: _DrawPlan | None = None
+        self._waiting: deque[Sample] = deque()
+        self._rows: list[Sample] = []
+        self._draw: DrawPlan | None = None
         self._version = 0
 
     def start(self) -> None:
@@ -151,7 +122,7 @@ class TransformersEngine:
         text = model.config.get_text_config()
         self._vocab: int = text.vocab_size
         self._context = min(self._max_context or text.max_position_embeddings, text.max_position_embeddings)
-        self._eos = _eos_token_ids(model)
+        self._eos = end_tokens(model.generation_config, text)
         self._device, self._dtype = device, dtype
         model.requires_grad_(False).eval().to(device)
         with torch.no_grad():
@@ -214,9 +185,9 @@ class TransformersEngine:
 
     def _sample(
         self, request: GenerationRequest, on_event: Callable[[Event], None], prompt_index: int, sample_index: int
-    ) -> _Sample:
+    ) -> Sample:
         prompt = request.prompts[prompt_index]
-        return _Sample(
+        return Sample(
             handle=0,
             request=request,
             on_event=on_event,
@@ -294,7 +265,7 @@ class TransformersEngine:
             self._finish([(row, "cancelled") for row, sample in enumerate(self._rows) if sample.handle in cancelled])
             for sample in [sample for sample in self._waiting if sample.handle in cancelled]:
                 self._waiting.remove(sample)
-                _report(sample, "cancelled")
+                report(sample, "cancelled")
         return opened
 
     def _admit(self) -> None:
@@ -321,7 +292,7 @@ class TransformersEngine:
             if span.end == span.start and span.donor is not None:
                 self._cache.copy_all(span.donor, span.row, span.end)
 
-    def _make_room(self, sample: _Sample) -> bool:
+    def _make_room(self, sample: Sample) -> bool:
         """Whether a row for the sample is there, after changing the rows' capacity where that helps."""
         rows = len(self._rows) + 1
         needed = row_capacity(max(one.cache_tokens for one in (*self._rows, sample)))
@@ -333,7 +304,7 @@ class TransformersEngine:
         self._cache.resize(needed, len(self._rows), longest)
         return True
 
-    def _share(self, sample: _Sample) -> Span:
+    def _share(self, sample: Sample) -> Span:
         """The prompt tokens to compute, and the running sample whose prompt begins with the others."""
         end = len(sample.prompt) - 1
         donor, shared = None, 0
@@ -359,10 +330,10 @@ class TransformersEngine:
     def _decode(self) -> None:
         """One token for every running sample."""
         if self._draw is None:
-            self._draw = _DrawPlan(self._rows, self._device)
+            self._draw = DrawPlan(self._rows, self._device)
         try:
             how = self._draw.at(self._rows)
-        except _ConstraintError as broken:
+        except ConstraintError as broken:
             self._fail({broken.handle}, broken.error)
             return
         lengths = np.array([row.length for row in self._rows])
@@ -385,7 +356,7 @@ class TransformersEngine:
                 count = sample.request.params.top_logprobs
                 top = drawn.top(row, count) if count else ()
                 event = TokenEvent(sample.prompt_index, sample.sample_index, token, logprob, self._version, top)
-                _deliver(sample, event)
+                deliver(sample, event)
             if token in sample.stops:
                 ended.append((row, "stop"))
             elif len(sample.token_ids) == sample.limit:
@@ -398,7 +369,7 @@ class TransformersEngine:
         for row, _ in reversed(ended):
             self._drop(row)
         for sample, reason in samples:
-            _report(sample, reason)
+            report(sample, reason)
 
     def _drop(self, row: int) -> None:
         """Frees a row; the last one moves into its place, so that the rows in use stay together."""
@@ -410,7 +381,7 @@ class TransformersEngine:
 
     def _fail(self, handles: set[int], error: SteersmanError) -> None:
         """Ends whole requests with one error each."""
-        failed: dict[int, _Sample] = {}
+        failed: dict[int, Sample] = {}
         for row in reversed(range(len(self._rows))):
             if self._rows[row].handle in handles:
                 failed[self._rows[row].handle] = self._rows[row]
@@ -419,7 +390,7 @@ class TransformersEngine:
             failed[sample.handle] = sample
             self._waiting.remove(sample)
         for handle in sorted(failed):
-            _deliver(failed[handle], RequestFailed(error))
+            deliver(failed[handle], RequestFailed(error))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64, copy=False)).to(self._device)
@@ -438,88 +409,6 @@ class _Swap:
     error: SteersmanError | None = None
 
 
-class _DrawPlan:
-    """What drawing needs of the running samples and stays the same until one comes or goes."""
-
-    def __init__(self, rows: Sequence[_Sample], device: torch.device) -> None:
-        params = [row.request.params for row in rows]
-        greedy = [row for row, one in enumerate(params) if one.temperature == 0.0]
-        temperatures = [one.temperature or 1.0 for one in params]
-        self._device = device
-        self._keys = np.array([row.key for row in rows], np.uint64)
-        self._greedy = torch.tensor(greedy, device=device) if greedy else None
-        self._temperatures = None
-        if any(one != 1.0 for one in temperatures):
-            self._temperatures = torch.tensor(temperatures, device=device).unsqueeze(1)
-        self._filtered = [
-            row
-            for row, (sample, one) in enumerate(zip(rows, params, strict=True))
-            if sample.request.constraint is not None or (one.temperature > 0.0 and (one.top_k > 0 or one.top_p < 1.0))
-        ]
-        self._minimum = [row for row, one in enumerate(params) if one.min_new_tokens > 0]
-
-    def at(self, rows: Sequence[_Sample]) -> Draw:
-        """Raises _ConstraintError when a caller's constraint does."""
-        positions = np.array([len(row.token_ids) for row in rows])
-        pairs = [
-            (row, stop)
-            for row in self._minimum
-            if positions[row] < rows[row].request.params.min_new_tokens
-            for stop in sorted(rows[row].stops)
-        ]
-        forbidden = None
-        if pairs:
-            both = torch.tensor(pairs, device=self._device).unbind(1)
-            forbidden = (both[0], both[1])
-        return Draw(
-            uniforms=torch.from_numpy(uniforms(self._keys, positions)).to(self._device).unsqueeze(1),
-            temperatures=self._temperatures,
-            greedy=self._greedy,
-            forbidden=forbidden,
-            filters=[_filter(row, rows[row]) for row in self._filtered],
-        )
-
-
-class _ConstraintError(Exception):
-    def __init__(self, handle: int, error: SteersmanError) -> None:
-        self.handle = handle
-        self.error = error
-
-
-def _filter(row: int, sample: _Sample) -> Filter:
-    params, constraint = sample.request.params, sample.request.constraint
-    allowed = None
-    if constraint is not None:
-        try:
-            allowed = constraint(sample.prompt_index, sample.sample_index, sample.token_ids)
-        except Exception as error:
-            logger.exception("a token constraint failed")
-            raise _ConstraintError(sample.handle, InternalError(f"the token constraint failed: {error}")) from error
-        if allowed is not None and not allowed.any():
-            raise _ConstraintError(sample.handle, InvalidArgumentError("the token constraint allows no token"))
-    greedy = params.temperature == 0.0
-    return Filter(row, 0 if greedy else params.top_k, 1.0 if greedy else params.top_p, allowed)
-
-
-def _report(sample: _Sample, reason: FinishReason) -> None:
-    finished = SampleFinished(
-        prompt_index=sample.prompt_index,
-        sample_index=sample.sample_index,
-        token_ids=np.array(sample.token_ids, np.int32),
-        logprobs=np.array(sample.logprobs, np.float32),
-        finish_reason=reason,
-        weights_versions=tuple(sample.versions),
-    )
-    _deliver(sample, finished)
-
-
-def _deliver(sample: _Sample, event: Event) -> None:
-    try:
-        sample.on_event(event)
-    except Exception:
-        logger.exception("a callback for engine events raised; the event is lost")
-
-
 def _common_prefix(one: np.ndarray, other: np.ndarray) -> int:
     count = min(len(one), len(other))
     different = one[:count] != other[:count]
@@ -531,12 +420,3 @@ def _load(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError) as error:
         raise ConfigError(f"model '{folder}' cannot be loaded as a causal language model: {error}") from error
-
-
-def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The generation configuration's end-of-sequence tokens, or else the model configuration's."""
-    found = model.generation_config.eos_token_id if model.generation_config is not None else None
-    found = model.config.get_text_config().eos_token_id if found is None else found
-    if found is None:
-        return frozenset()
-    return frozenset(found if isinstance(found, list) else [found])

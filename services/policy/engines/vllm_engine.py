@@ -31,6 +31,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from services.policy.engines.hardware import Precision
+from services.policy.engines.sampling import end_tokens
 from services.policy.engines.vllm_samples import Request, Sample, deliver
 from services.policy.engines.vllm_weights import Checkpoint, Plan, save_adapter
 from steersman.errors import (
@@ -59,6 +60,7 @@ LOGPROBS_NOTE = (
     "length and token constraints (temperature 0: of the untempered distribution)"
 )
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
+_NOT_OPEN = "the engine is closed; start it before loading weights"
 _RUNNING_ADAPTERS = 2
 """The one in use, and the one that running samples began with."""
 _T = TypeVar("_T")
@@ -149,7 +151,7 @@ class VllmEngine:
         self._context: int = min(
             self._max_context or config.max_position_embeddings, config.max_position_embeddings, self._kv_cache_tokens
         )
-        self._eos = _eos_token_ids(self._model, config)
+        self._eos = end_tokens(_generation_config(self._model), config)
         self._scratch = Path(tempfile.mkdtemp(prefix="vllm-weights-"))
         loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, args=(loop,), name="vllm-engine", daemon=True)
@@ -272,6 +274,9 @@ class VllmEngine:
 
     def load_weights(self, update: WeightsUpdate) -> float:
         with self._loading:
+            with self._lock:
+                if self._loop is None:  # the folder for the weights is gone
+                    raise UnavailableError(_NOT_OPEN)
             if update.kind == "lora" and self._lora == "adapter":
                 return self._load_adapter(update)
             return self._wait_for_swap(self._checkpoint.after(update), update.version, None)
@@ -298,7 +303,7 @@ class VllmEngine:
         with self._lock:
             if self._loop is None:
                 work.close()
-                raise UnavailableError("the engine is closed; start it before loading weights")
+                raise UnavailableError(_NOT_OPEN)
             running = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return running.result()
@@ -435,16 +440,11 @@ def _set_environment(threads: int) -> None:
         os.environ.setdefault(name, value)
 
 
-def _eos_token_ids(folder: Path, config: Any) -> frozenset[int]:
-    """The generation configuration's end-of-sequence tokens, or else the model configuration's."""
+def _generation_config(folder: Path) -> GenerationConfig | None:
     try:
-        found = GenerationConfig.from_pretrained(folder).eos_token_id
+        return GenerationConfig.from_pretrained(folder)
     except OSError:
-        found = None
-    found = config.eos_token_id if found is None else found
-    if found is None:
-        return frozenset()
-    return frozenset(found if isinstance(found, list) else [found])
+        return None
 
 
 def _translate(error: Exception) -> SteersmanError:

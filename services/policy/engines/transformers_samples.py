@@ -1,0 +1,127 @@
+"""The samples of the transformers engine: their state, what drawing needs of them, what their callers are told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from services.policy.engines.sampling import Draw, Filter, uniforms
+from steersman.errors import InternalError, InvalidArgumentError, SteersmanError
+from steersman.generation import Event, FinishReason, GenerationRequest, SampleFinished
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Sample:
+    handle: int
+    request: GenerationRequest
+    on_event: Callable[[Event], None]
+    prompt_index: int
+    sample_index: int
+    prompt: np.ndarray
+    limit: int
+    """Most tokens of the response: the caller's limit or the end of the context."""
+    stops: frozenset[int]
+    key: np.uint64
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    prompt_version: int = 0
+    """Weights version of the prompt's keys and values."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache: all but the last."""
+        return len(self.prompt) + len(self.token_ids) - 1
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the cache must be able to hold."""
+        return len(self.prompt) + self.limit - 1
+
+
+class DrawPlan:
+    """What drawing needs of the running samples and stays the same until one comes or goes."""
+
+    def __init__(self, rows: Sequence[Sample], device: torch.device) -> None:
+        params = [row.request.params for row in rows]
+        greedy = [row for row, one in enumerate(params) if one.temperature == 0.0]
+        temperatures = [one.temperature or 1.0 for one in params]
+        self._device = device
+        self._keys = np.array([row.key for row in rows], np.uint64)
+        self._greedy = torch.tensor(greedy, device=device) if greedy else None
+        self._temperatures = None
+        if any(one != 1.0 for one in temperatures):
+            self._temperatures = torch.tensor(temperatures, device=device).unsqueeze(1)
+        self._filtered = [
+            row
+            for row, (sample, one) in enumerate(zip(rows, params, strict=True))
+            if sample.request.constraint is not None or (one.temperature > 0.0 and (one.top_k > 0 or one.top_p < 1.0))
+        ]
+        self._minimum = [row for row, one in enumerate(params) if one.min_new_tokens > 0]
+
+    def at(self, rows: Sequence[Sample]) -> Draw:
+        """Raises ConstraintError when a caller's constraint does."""
+        positions = np.array([len(row.token_ids) for row in rows])
+        pairs = [
+            (row, stop)
+            for row in self._minimum
+            if positions[row] < rows[row].request.params.min_new_tokens
+            for stop in sorted(rows[row].stops)
+        ]
+        forbidden = None
+        if pairs:
+            both = torch.tensor(pairs, device=self._device).unbind(1)
+            forbidden = (both[0], both[1])
+        return Draw(
+            uniforms=torch.from_numpy(uniforms(self._keys, positions)).to(self._device).unsqueeze(1),
+            temperatures=self._temperatures,
+            greedy=self._greedy,
+            forbidden=forbidden,
+            filters=[_filter(row, rows[row]) for row in self._filtered],
+        )
+
+
+class ConstraintError(Exception):
+    def __init__(self, handle: int, error: SteersmanError) -> None:
+        self.handle = handle
+        self.error = error
+
+
+def _filter(row: int, sample: Sample) -> Filter:
+    params, constraint = sample.request.params, sample.request.constraint
+    allowed = None
+    if constraint is not None:
+        try:
+            allowed = constraint(sample.prompt_index, sample.sample_index, sample.token_ids)
+        except Exception as error:
+            logger.exception("a token constraint failed")
+            raise ConstraintError(sample.handle, InternalError(f"the token constraint failed: {error}")) from error
+        if allowed is not None and not allowed.any():
+            raise ConstraintError(sample.handle, InvalidArgumentError("the token constraint allows no token"))
+    greedy = params.temperature == 0.0
+    return Filter(row, 0 if greedy else params.top_k, 1.0 if greedy else params.top_p, allowed)
+
+
+def report(sample: Sample, reason: FinishReason) -> None:
+    finished = SampleFinished(
+        prompt_index=sample.prompt_index,
+        sample_index=sample.sample_index,
+        token_ids=np.array(sample.token_ids, np.int32),
+        logprobs=np.array(sample.logprobs, np.float32),
+        finish_reason=reason,
+        weights_versions=tuple(sample.versions),
+    )
+    deliver(sample, finished)
+
+
+def deliver(sample: Sample, event: Event) -> None:
+    try:
+        sample.on_event(event)
+    except Exception:
+        logger.exception("a callback for engine events raised; the event is lost")
