@@ -17,19 +17,22 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
 import orjson
+from isal import igzip, isal_zlib
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from steersman.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
+
+#: What reading a damaged gzip stream raises.
+DAMAGED: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, isal_zlib.error)  # type: ignore[assignment]
 
 #: A line longer than this is never one training row; the reader names it and goes on behind it.
 MAX_LINE_BYTES = 64 * 1024 * 1024
@@ -254,7 +257,7 @@ def read_lines(
                     limit = MAX_LINE_BYTES // 2**20
                     yield number, DataError(f"{name}:{number}: longer than {limit} MiB; split the row or remove it")
                     continue
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            except DAMAGED as error:
                 yield number + 1, DataError(f"{name}:{number + 1}: damaged gzip stream ({error}); fetch the file again")
                 return
             except OSError as error:
@@ -290,7 +293,7 @@ def open_bytes(path: str | os.PathLike[str], position: Position | None = None) -
         magic = raw.read(2)
         raw.seek(0)
         if magic == b"\x1f\x8b":
-            with gzip.GzipFile(fileobj=raw) as unpacked:
+            with igzip.GzipFile(fileobj=raw) as unpacked:
                 yield unpacked  # type: ignore[misc]
         else:
             yield raw

@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import IO, Any
 import orjson
 
 from steersman.data.records import (
+    DAMAGED,
     MAX_LINE_BYTES,
     Position,
     describe_json_error,
@@ -30,6 +30,9 @@ from steersman.data.records import (
 from steersman.errors import DataError
 
 _CHUNK = 1 << 20
+_UNREADABLE: tuple[type[Exception], ...] = (OSError, *DAMAGED)
+_NO_TEXT: tuple[type[Exception], ...] = (DataError, *_UNREADABLE)
+_NO_CSV: tuple[type[Exception], ...] = (csv.Error, *_NO_TEXT)
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -104,7 +107,7 @@ def _read_json(path: str | os.PathLike[str], position: Position | None) -> Itera
             text = _decoded(stream, name)
             while not buffer.strip() and (chunk := text.read(_CHUNK)):
                 buffer += chunk
-        except (OSError, EOFError, zlib.error, DataError) as error:
+        except _NO_TEXT as error:
             yield Record(1, _damaged(name, 1, error))
             return
         if buffer.lstrip()[:1] == "[":
@@ -133,7 +136,7 @@ def _json_array(text: IO[str], buffer: str, name: str) -> Iterator[Record]:
             if more and cut and len(buffer) - at < MAX_LINE_BYTES:
                 try:
                     chunk = text.read(max(_CHUNK, len(buffer) - at))
-                except (OSError, EOFError, zlib.error) as damage:
+                except _UNREADABLE as damage:
                     yield Record(line, _damaged(name, line, damage))
                     return
                 more = bool(chunk)
@@ -181,7 +184,7 @@ def _read_csv(
         try:
             reader = csv.reader(_decoded(stream, name), delimiter=delimiter)
             columns = next(reader, None) if header else None
-        except (csv.Error, OSError, EOFError, zlib.error, DataError) as error:
+        except _NO_CSV as error:
             yield Record(1, _damaged(name, 1, error))
             return
         while True:
@@ -191,7 +194,7 @@ def _read_csv(
             except csv.Error as error:
                 yield Record(line, DataError(f"{name}:{line}: not valid CSV ({error}); mend or remove the row"))
                 continue
-            except (OSError, EOFError, zlib.error) as error:
+            except _UNREADABLE as error:
                 yield Record(line, _damaged(name, line, error))
                 return
             if values is None:
