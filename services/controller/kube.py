@@ -94,12 +94,15 @@ class Kube:
                 raise
 
     async def pod_log(self, namespace: str, name: str, lines: int) -> str:
-        """Last lines of the first container; empty when the pod has not started or is gone."""
+        """Last lines of the first container; empty when the pod has not started or is gone, or its node is silent."""
         path = f"{RESOURCES['Pod'].path(namespace, name, 'log')}?tailLines={lines}"
         try:
             return (await self._raw("get", path)).decode(errors="replace")
+        except TimeoutError:
+            return ""
         except ApiException as error:
-            if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.BAD_REQUEST):
+            # The API server asks the node's kubelet, and says 500 and above when that does not answer.
+            if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.BAD_REQUEST) or error.status >= 500:
                 return ""
             raise
 

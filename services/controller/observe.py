@@ -31,7 +31,30 @@ from steersman.errors import UnavailableError
 LOG_LINES = 20
 """Lines of a failed pod's log that the status keeps."""
 _PROGRESS_LINES = 50
+_LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 _LOG_CHARS = 2048
+
+
+def as_written(run: Manifest) -> Manifest:
+    """The run with the nulls of its manifest, such as `lora: null`.
+
+    `kubectl apply` (without `--server-side`) leaves them out of an object that it creates, though they mean something
+    else than nothing; its annotation keeps what was written.
+    """
+    try:
+        written = json.loads(run["metadata"]["annotations"][_LAST_APPLIED])["spec"]
+    except (KeyError, TypeError, ValueError):
+        return run
+    return {**run, "spec": _with_nulls(run["spec"], written)}
+
+
+def _with_nulls(stored: Any, written: Any) -> Any:
+    if isinstance(stored, dict) and isinstance(written, dict):
+        nulls = {key: None for key, value in written.items() if value is None and key not in stored}
+        return {key: _with_nulls(value, written.get(key)) for key, value in stored.items()} | nulls
+    if isinstance(stored, list) and isinstance(written, list) and len(stored) == len(written):
+        return [_with_nulls(*pair) for pair in zip(stored, written, strict=True)]
+    return stored
 
 
 async def observe(kube: Kube, run: Manifest, signals: LiveSignals | None, now: datetime) -> Observed:

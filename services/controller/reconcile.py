@@ -13,7 +13,7 @@ from kubernetes.aio.client.exceptions import ApiException
 
 from services.controller.kube import Kube, explain
 from services.controller.model import Action, Create, Delete, Event, Json, Manifest, Patch, SetAlias, Settings
-from services.controller.observe import observe
+from services.controller.observe import as_written, observe
 from services.controller.plan import plan, read_status
 from services.controller.signals import LiveSignals
 from services.controller.status import format_time, with_condition
@@ -59,6 +59,7 @@ class Reconciler:
             if run is None:
                 self._locks.pop((namespace, name), None)
                 return None
+            run = as_written(run)
             now = self._clock()
             decision = plan(run, await observe(self._kube, run, self._signals, now), self._settings, now)
             try:

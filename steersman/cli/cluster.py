@@ -61,13 +61,19 @@ class Cluster:
             raise UnavailableError(f"{what}: the API server does not answer ({error}); check the kubeconfig") from None
 
     def submit(self, document: dict[str, Any]) -> dict[str, Any]:
-        """Creates a run, or changes what may change of an existing one."""
+        """Creates a run, or changes what may change of an existing one.
+
+        By server-side apply: in a merge patch the API server drops the nulls of list elements, and so `lora: null`.
+        """
         name = document["metadata"]["name"]
-        place = (GROUP, VERSION, self.namespace, PLURAL)
-        try:
-            return self.call(name, self._runs.create_namespaced_custom_object, *place, document)
-        except ConflictError:
-            return self.call(name, self._runs.patch_namespaced_custom_object, *place, name, document)
+        return self.call(
+            name,
+            self._runs.patch_namespaced_custom_object,
+            *(GROUP, VERSION, self.namespace, PLURAL, name, document),
+            field_manager="steersman",
+            force=True,
+            _content_type="application/apply-patch+yaml",
+        )
 
     def get(self, name: str) -> dict[str, Any]:
         place = (GROUP, VERSION, self.namespace, PLURAL, name)

@@ -142,7 +142,7 @@ def changed(**spec: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("document", "words"),
     [
-        (changed(stages=[{"sft": {}, "rl": {}}]), "exactly one key"),
+        (changed(stages=[{"sft": {}, "rl": {}}]), "at most 1 properties"),
         (changed(stages=[{}]), "at least 1 properties"),
         (changed(stages=[{"sft": None, "rl": {}}]), "at most 1 properties"),
         (changed(stages=[{"release": {"canary": {}}}]), "canary needs inferenceService"),

@@ -124,9 +124,21 @@ class ApiServer(kmock.KubernetesScaffold):
         return self.kube.objects[kind, request.namespace, name]
 
     async def _update(self, request: kmock.Request, kind: str) -> Json:
+        if request.headers["Content-Type"] == "application/apply-patch+yaml":
+            return await self._apply(request, kind)
         if request.headers["Content-Type"] != "application/merge-patch+json":
             raise ApiException(status=415, reason="Unsupported Media Type")
         return await self.kube.patch(kind, request.namespace or "", request.name, request.data, request.subresource)
+
+    async def _apply(self, request: kmock.Request, kind: str) -> Json:
+        """Server-side apply by the one manager of the whole spec: creates, or replaces the spec, nulls included."""
+        if not request.params.get("fieldManager"):
+            raise ApiException(status=400, reason="BadRequest")
+        found = await self.kube.get(kind, request.namespace or "", request.name)
+        if found is None:
+            return await self._create(request, kind)
+        body = {**found, "spec": request.data["spec"]}
+        return await self.kube.replace(kind, request.namespace or "", request.name, body)
 
     async def _replace(self, request: kmock.Request, kind: str) -> Json:
         return await self.kube.replace(kind, request.namespace or "", request.name, request.data)

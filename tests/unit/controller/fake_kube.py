@@ -63,7 +63,9 @@ def inference_service(name: str = "chat", uri: str = "pvc://steersman-artifacts/
 
 
 def merge(target: Any, patch: Any) -> Any:
-    """RFC 7386."""
+    """RFC 7386, with a habit of the API server: it drops the nulls inside list elements too."""
+    if isinstance(patch, list):
+        return [merge(None, item) for item in patch]
     if not isinstance(patch, dict):
         return copy.deepcopy(patch)
     out = dict(target) if isinstance(target, dict) else {}

@@ -56,6 +56,15 @@ async def test_a_manifest_is_submitted_and_what_may_change_is_changed(api, steer
     assert api.kube.find("AlignmentRun", "demo")["spec"]["suspend"] is True
 
 
+async def test_a_null_of_the_manifest_stays_also_when_it_is_submitted_again(api, steersman, tmp_path):
+    """`lora: null` asks for full weights."""
+    full = [{"sft": {"lora": None}}]
+    for change in ((), ("--set", "spec.suspend=true")):
+        done = await steersman("submit", "-f", write(tmp_path, stages=full), *change)
+        assert done.exit_code == 0, done.output
+        assert api.kube.find("AlignmentRun", "demo")["spec"]["stages"] == full
+
+
 async def test_status_shows_all_runs_or_one_with_the_reason_of_its_failure(api, steersman):
     run = api.kube.put(alignment_run())
     run["status"] = {

@@ -114,6 +114,21 @@ async def test_two_runs_at_once_and_the_deletion_of_one(api, operator):
     assert api.kube.names("AlignmentRun") == ["second"]
 
 
+async def test_a_node_that_is_silent_holds_no_run_up(api, operator):
+    """The API server asks the kubelet for the log, and answers 500 when that is not there; the rest is known."""
+
+    def no_log(request: kmock.Request) -> BaseException | None:
+        return ApiException(status=500, reason="InternalError") if request.subresource == "log" else None
+
+    api.intercept = no_log
+    api.kube.put(alignment_run(stages=[{"sft": {}}]))
+    await until(lambda: api.kube.find("Job", "demo-sft"))
+    api.kube.run_pod("demo-sft", "")
+    await until(lambda: status(api).get("message") == "sft: starting")
+    api.kube.edit("demo", suspend=True)
+    await until(lambda: phase(api) == "Suspended")
+
+
 async def test_the_operator_restarts_between_acting_and_writing_the_status(api):
     """The Job is made, the status is not: the next process finds the Job and makes no second one."""
 

@@ -100,6 +100,27 @@ async def test_given_endpoints_are_used_and_nothing_is_started(world):
     assert world.kube.names("StatefulSet") == []
 
 
+async def test_a_null_that_kubectl_apply_leaves_out_still_counts(world):
+    """`lora: null` asks for full weights; kubectl keeps it only in its annotation."""
+    written = alignment_run(stages=[{"sft": {"lora": None, "epochs": 2}}, {"rewardModel": {"lora": {"rank": 8}}}])
+    run = alignment_run(stages=[{"sft": {"epochs": 2}}, {"rewardModel": {"lora": {"rank": 8}}}])
+    run["metadata"]["annotations"] = {"kubectl.kubernetes.io/last-applied-configuration": json.dumps(written)}
+    world.kube.put(run)
+    await world.settle()
+    manifest = yaml.safe_load(world.kube.find("ConfigMap", "demo-manifest")["data"]["manifest.yaml"])
+    assert manifest["spec"]["stages"] == written["spec"]["stages"]
+
+
+@pytest.mark.parametrize("annotation", ["", "{", "[]", "{}", '{"spec": null}', '{"spec": {"stages": [{"sft": null}]}}'])
+async def test_an_annotation_that_is_not_the_manifest_changes_nothing(world, annotation):
+    run = alignment_run(stages=[{"sft": {}}, {"rewardModel": {}}])
+    run["metadata"]["annotations"] = {"kubectl.kubernetes.io/last-applied-configuration": annotation}
+    world.kube.put(run)
+    await world.settle()
+    manifest = yaml.safe_load(world.kube.find("ConfigMap", "demo-manifest")["data"]["manifest.yaml"])
+    assert manifest["spec"]["stages"] == run["spec"]["stages"]
+
+
 async def test_progress_is_read_from_the_log(world):
     world.kube.put(alignment_run())
     await world.settle()
