@@ -55,11 +55,11 @@ class Reconciler:
             Seconds after which it should be looked at again without an event; None: only after one.
         """
         async with self._locks.setdefault((namespace, name), asyncio.Lock()):
-            run = await self._kube.get("AlignmentRun", namespace, name)
-            if run is None:
+            stored = await self._kube.get("AlignmentRun", namespace, name)
+            if stored is None:
                 self._locks.pop((namespace, name), None)
                 return None
-            run = as_written(run)
+            run = as_written(stored)
             now = self._clock()
             decision = plan(run, await observe(self._kube, run, self._signals, now), self._settings, now)
             try:
