@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 GRACE_SECONDS = 8.0
@@ -62,16 +62,20 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], grace: float = GRACE_SECO
             process.wait()
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(count: int, taken: Container[int] = ()) -> list[int]:
     """Free loopback ports below the range that the kernel gives to outgoing connections.
 
     So a service that is started again finds its port still free.
+
+    Args:
+        count: how many.
+        taken: ports that were given away and may not be listened on yet.
     """
     found: list[int] = []
     for port in random.sample(range(20_000, 32_000), 2_000):
         if len(found) == count:
             break
-        if is_free(port):
+        if port not in taken and is_free(port):
             found.append(port)
     return found
 

@@ -131,7 +131,9 @@ class Supervisor:
         process.stop([running.process for running in ending if running.restart_at is None])
 
     def _launch(self, service: Service) -> None:
-        ports = {**dict(zip(service.ports, process.free_ports(len(service.ports)), strict=True)), **service.fixed_ports}
+        taken = {port for running in self._running.values() for port in running.ports.values()}
+        free = process.free_ports(len(service.ports), taken | set(service.fixed_ports.values()))
+        ports = {**dict(zip(service.ports, free, strict=True)), **service.fixed_ports}
         path = self._folder / f"{service.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump({**service.config, **ports}, sort_keys=False), encoding="utf-8")

@@ -121,3 +121,9 @@ def test_ports_lie_below_those_of_outgoing_connections() -> None:
     ports = process.free_ports(3)
     assert len(set(ports)) == 3
     assert all(20_000 <= port < 32_000 and process.is_free(port) for port in ports)
+
+
+def test_a_port_is_given_away_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = process.free_ports(2)
+    monkeypatch.setattr("random.sample", lambda ports, count: free)
+    assert process.free_ports(1, taken={free[0]}) == [free[1]]
