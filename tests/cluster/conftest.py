@@ -3,71 +3,23 @@
 STEERSMAN_CLUSTER_MODE   `full` (pods run) or `api` (API server and controllers only); found out when not set
 STEERSMAN_IMAGE_CORE     image without torch, as the cluster can pull it; mode `full`
 STEERSMAN_IMAGE_MODEL    image with torch; mode `full`
+
+In mode `api` the tests play the kubelet; where no kube-controller-manager runs either, the Job controller and the
+garbage collector as well.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
+import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass
-class Lab:
-    """One namespace of a real cluster, and the tools of a person at a terminal."""
-
-    bin: Path
-    namespace: str
-    full: bool
-    release: str = "st"
-
-    def helm(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return self._run("helm", *arguments, "-n", self.namespace, check=check)
-
-    def kubectl(
-        self, *arguments: str, check: bool = True, stdin: str | None = None, namespaced: bool = True
-    ) -> subprocess.CompletedProcess[str]:
-        place = ("-n", self.namespace) if namespaced else ()
-        return self._run("kubectl", *place, *arguments, check=check, stdin=stdin)
-
-    def install(self, *values: str) -> None:
-        """Installs or upgrades the chart as a trial on CPUs."""
-        chart = ROOT / "charts/steersman"
-        images = []
-        if self.full:
-            for key, variable in (("core", "STEERSMAN_IMAGE_CORE"), ("gpu", "STEERSMAN_IMAGE_MODEL")):
-                repository, _, tag = os.environ[variable].rpartition(":")
-                images += ["--set", f"images.{key}.repository={repository}", "--set", f"images.{key}.tag={tag}"]
-        wait = ["--wait", "--timeout", "15m"] if self.full else []
-        self.helm(
-            "upgrade", "--install", self.release, str(chart), "-f", str(chart / "values-cpu.yaml"),
-            "--set", "crds.keep=false", "--set", "artifacts.keep=false", *images, *wait, *values,
-        )  # fmt: skip
-
-    def can(self, who: str, verb: str, resource: str) -> bool:
-        """Asks the API server by impersonation."""
-        account = f"system:serviceaccount:{self.namespace}:{self.release}-steersman-{who}"
-        answer = self.kubectl("auth", "can-i", verb, resource, "--as", account, check=False)
-        return answer.stdout.strip() == "yes"
-
-    def _run(
-        self, tool: str, *arguments: str, check: bool, stdin: str | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [str(self.bin / tool), *arguments], capture_output=True, text=True, input=stdin, timeout=1200, check=False
-        )
-        if check and done.returncode != 0:
-            raise AssertionError(f"{tool} {' '.join(arguments)}: {done.stderr or done.stdout}")
-        return done
+from cluster_lab import ROOT, Lab, until
 
 
 @pytest.fixture(scope="session")
@@ -87,14 +39,30 @@ def lab() -> Iterator[Lab]:
             "the cluster runs pods: set STEERSMAN_IMAGE_CORE and STEERSMAN_IMAGE_MODEL to images it can pull, "
             "or STEERSMAN_CLUSTER_MODE=api"
         )
-    print(f"cluster {version.git_version}, mode {mode}")
     namespace = f"steersman-test-{uuid.uuid4().hex[:6]}"
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     core.create_namespace({"metadata": {"name": namespace, "labels": labels}})
-    found = Lab(_tools(), namespace, mode == "full")
+    controllers = mode == "full" or _has_controllers(core, namespace)
+    print(f"cluster {version.git_version}, mode {mode}, controllers: {'yes' if controllers else 'no'}")
+    found = Lab(_tools(), namespace, mode == "full", controllers)
     yield found
     found.helm("uninstall", found.release, "--ignore-not-found", check=False)
     core.delete_namespace(namespace)
+
+
+@pytest.fixture(scope="session")
+def installed(lab: Lab) -> Lab:
+    """The chart's installation, which all modules share; the last one takes it away."""
+    lab.install()
+    until(
+        lambda: "True" in lab.kubectl(
+            "get", "crd", "alignmentruns.steersman.dev", "-o",
+            "jsonpath={.status.conditions[?(@.type=='Established')].status}", check=False, namespaced=False,
+        ).stdout,
+        60,
+        "the CRD was not established",
+    )  # fmt: skip
+    return lab
 
 
 def _has_ready_node(core: Any) -> bool:
@@ -103,6 +71,15 @@ def _has_ready_node(core: Any) -> bool:
         for node in core.list_node().items
         for condition in node.status.conditions or []
     )
+
+
+def _has_controllers(core: Any, namespace: str) -> bool:
+    """The ServiceAccount controller gives a fresh namespace its `default`, in a moment."""
+    for _ in range(20):
+        if any(account.metadata.name == "default" for account in core.list_namespaced_service_account(namespace).items):
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def _tools() -> Path:
