@@ -17,10 +17,11 @@ from typing import Any
 import kopf
 from kubernetes.aio import config as kube_config
 from kubernetes.aio.client import ApiClient
+from kubernetes.aio.client.exceptions import ApiException
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
 from services.controller.config import ControllerConfig, load_templates
-from services.controller.kube import Kube
+from services.controller.kube import Kube, explain
 from services.controller.leader import lead
 from services.controller.model import RUN_LABEL, Settings
 from services.controller.reconcile import RETRY_SECONDS, Reconciler
@@ -103,7 +104,8 @@ async def resync(kube: Kube, dispatcher: Dispatcher, namespaces: list[str], seco
             try:
                 runs = await kube.list("AlignmentRun", namespace)
             except Exception as error:
-                log.warning("runs in %s cannot be listed (%s)", namespace, error)
+                reason = explain(error) if isinstance(error, ApiException) else error
+                log.warning("runs in %s cannot be listed (%s)", namespace, reason)
                 continue
             for run in runs:
                 phase = (run.get("status") or {}).get("phase", "Pending")
