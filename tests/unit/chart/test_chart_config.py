@@ -77,7 +77,7 @@ def settings(helm, find, tmp_path) -> Settings:
 
 
 @pytest.mark.parametrize("version", ["1.31", "1.37"])
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 4])
 def test_the_objects_of_a_run_are_valid_kubernetes(settings, workers, version):
     """The chart's templates, completed by the controller, for every stage."""
     run = alignment_run(trainer={"workers": workers, "queue": "gpus"}, services={"policy": {"replicas": 2}})
