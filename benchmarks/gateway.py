@@ -309,7 +309,7 @@ async def measure_overload(seconds: float) -> dict[str, float]:
     """Ten times the capacity: latency of the served, share refused, memory, and the time to recover."""
     places, pace = 8, 0.05
     body = json.dumps({**BODY, "messages": [{"role": "user", "content": "one two three"}]}).encode()
-    with stack(pace, concurrentAnswers=places, queuedAnswers=places // 2) as running:
+    with stack(pace, concurrentAnswers=places, queuedAnswers=places // 4) as running:
 
         async def once(http: Http) -> tuple[int, float]:
             start = time.perf_counter()

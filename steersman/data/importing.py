@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from steersman.artifacts import atomic_dir
 from steersman.data.formats import Format, ImportOptions, Skip
-from steersman.data.records import Position, Preference, Row, describe_validation_error, file_digest, row_type_of
+from steersman.data.records import Position, Preference, describe_validation_error, file_digest, row_type_of
 from steersman.data.sources import Record, read_hugging_face, read_records
-from steersman.data.splits import SeenSet, Splits, encode
+from steersman.data.splits import SeenSet, Splits, encode, encode_parts
 from steersman.errors import DataError, StorageError
 
 #: Longest row that is taken over, as JSON; longer ones are named and left out.
@@ -110,6 +110,7 @@ def convert_rows(
     known = {"source": job.format.name, "licence": job.format.licence, **job.metadata}
     known = {name: value for name, value in known.items() if value is not None}
     row_type = job.format.row_type
+    may_be_plain = row_type is Preference and _is_plain_metadata(known)
 
     def skip(where: str, reason: str) -> None:
         summary.skip(reason, where)
@@ -125,11 +126,15 @@ def convert_rows(
             if isinstance(row, Skip):
                 skip(where, row.reason)
                 continue
-            row = {"id": f"{where}.{part}" if part else where, **known, **row}
+            metadata = {"id": f"{where}.{part}" if part else where, **known}
+            plain = may_be_plain and _is_plain_pair(row)
             try:
-                if not _plainly_good(row, row_type):
+                if plain:
+                    line, fingerprint = encode_parts(row, metadata)
+                row = metadata | row
+                if not plain:
                     (row_type or row_type_of(row)).model_validate(row)
-                line, fingerprint = encode(row)
+                    line, fingerprint = encode(row)
             except ValidationError as error:
                 skip(where, describe_validation_error(error))
             except DataError as error:
@@ -146,18 +151,22 @@ def convert_rows(
 
 
 _PLAIN_ROLES = ("user", "assistant")
+_PLAIN_METADATA = frozenset({"source", "licence", "customer"})
 _ANSWERS = (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
-_REQUIRED = frozenset(name for name, _ in _ANSWERS)
-_PLAIN_ROW = _REQUIRED | {"id", "source", "licence", "customer"}
+_PLAIN_KEYS = [name for name, _ in _ANSWERS]
 
 
-def _plainly_good(row: dict[str, Any], row_type: type[Row] | None) -> bool:
-    """Whether `Preference` accepts a row for sure; False means: ask it.
+def _is_plain_metadata(metadata: Mapping[str, Any]) -> bool:
+    return metadata.keys() <= _PLAIN_METADATA and all(type(value) is str for value in metadata.values())
+
+
+def _is_plain_pair(row: dict[str, Any]) -> bool:
+    """Whether `Preference` accepts a converted row for sure; False means: ask it.
 
     The short way for nearly every pair of a large data set, plain turns with text: the model takes as long as all the
     rest of an import.
     """
-    if row_type is not Preference or not _REQUIRED <= row.keys() <= _PLAIN_ROW or row["chosen"] == row["rejected"]:
+    if list(row) != _PLAIN_KEYS or row["chosen"] == row["rejected"]:
         return False
     for name, last_role in _ANSWERS:
         turns = row[name]
@@ -171,12 +180,7 @@ def _plainly_good(row: dict[str, Any], row_type: type[Row] | None) -> bool:
         last = turns[-1]
         if last["role"] != last_role or not last["content"] or last["content"].isspace():
             return False
-    if row["chosen"][0]["role"] != "assistant" or row["rejected"][0]["role"] != "assistant":
-        return False
-    for name in row.keys() - _REQUIRED:  # noqa: SIM110 - a generator takes twice as long
-        if type(row[name]) is not str:
-            return False
-    return True
+    return row["chosen"][0]["role"] == "assistant" and row["rejected"][0]["role"] == "assistant"
 
 
 def import_to_folder(

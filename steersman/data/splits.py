@@ -36,9 +36,13 @@ def group_key(row: Mapping[str, Any], by: str | None = None) -> str:
 def encode(row: Mapping[str, Any]) -> tuple[bytes, int]:
     """A row as a JSON line, and 64 bits over everything that training sees of it: equal bits are duplicates."""
     content = {name: row[name] for name in CONTENT if name in row}
+    return encode_parts(content, {name: row[name] for name in row if name not in content})
+
+
+def encode_parts(content: dict[str, Any], metadata: dict[str, Any]) -> tuple[bytes, int]:
+    """The same of a row in two parts; the keys of `content` are those of `CONTENT`, in its order."""
     first = orjson.dumps(content)
-    rest = orjson.dumps({name: row[name] for name in row if name not in content})
-    line = first if rest == b"{}" else first[:-1] + b"," + rest[1:]
+    line = first[:-1] + b"," + orjson.dumps(metadata)[1:] if metadata else first
     return line, int.from_bytes(hashlib.blake2b(first, digest_size=8).digest(), "little")
 
 

@@ -23,14 +23,15 @@ from steersman.data.importing import (
     MAX_ROW_BYTES,
     ImportJob,
     Summary,
-    _plainly_good,
+    _is_plain_metadata,
+    _is_plain_pair,
     convert_rows,
     describe_skips,
     import_to_folder,
 )
 from steersman.data.records import Preference, Row, read_jsonl
 from steersman.data.sources import Record, read_hugging_face, read_records
-from steersman.data.splits import SeenSet, Splits, group_key
+from steersman.data.splits import CONTENT, SeenSet, Splits, encode, encode_parts, group_key
 from steersman.data.table import ColumnMap, canonical_format, table_format
 from steersman.errors import ConfigError, DataError, StorageError
 
@@ -228,18 +229,21 @@ turns = st.one_of(
 @given(
     st.fixed_dictionaries(
         {"prompt": turns, "chosen": turns},
-        optional={"rejected": turns, "id": st.sampled_from(["x", 3]), "licence": st.sampled_from(["MIT", None]),
+        optional={"rejected": turns, "customer": st.sampled_from(["x", 3]), "licence": st.sampled_from(["MIT", None]),
                   "margin": st.just(-1.0)},
     )
 )  # fmt: skip
 def test_what_passes_the_short_check_passes_the_model(row: dict[str, Any]) -> None:
-    if _plainly_good(row, Preference):
-        Preference.model_validate(row)
+    pair = {name: value for name, value in row.items() if name in CONTENT}
+    metadata = {name: value for name, value in row.items() if name not in CONTENT}
+    if _is_plain_metadata(metadata) and _is_plain_pair(pair):
+        Preference.model_validate({"id": "a:1", **metadata, **pair})
+        assert encode_parts(pair, metadata) == encode(metadata | pair)
 
 
 def test_the_short_check_takes_nearly_every_real_pair(shared_data: Path) -> None:
     rows, _ = run(shared_data / "hh-rlhf" / "helpful-base" / "train.jsonl.gz")
-    assert all(_plainly_good(row, Preference) for row in rows)
+    assert all(_is_plain_pair({name: row[name] for name in ("prompt", "chosen", "rejected")}) for row in rows)
 
 
 # --- duplicates, splits, tables ---------------------------------------------------------------------------------
