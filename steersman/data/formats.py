@@ -48,6 +48,8 @@ class Format:
     licence: str | None
     """Licence of the public data set; None where a format is used by many."""
     about: str
+    plain: bool = False
+    """Turns are made by the converter itself, of a user or the assistant with a text: nobody need look at each."""
 
 
 def message(role: str, content: str) -> dict[str, Any]:
@@ -452,7 +454,7 @@ FORMATS: dict[str, Format] = {
         Format("sharegpt", Demonstration, sharegpt, None, "ShareGPT conversations"),
         Format("sharegpt-dpo", Preference, sharegpt_dpo, None, "ShareGPT / LLaMA-Factory DPO files"),
         Format("kto", Feedback, kto, None, "LLaMA-Factory KTO files"),
-        Format("hh", Preference, hh, "MIT", "Anthropic HH-RLHF"),
+        Format("hh", Preference, hh, "MIT", "Anthropic HH-RLHF", plain=True),
         Format("shp", Preference, shp, "Reddit terms (SHP)", "Stanford Human Preferences"),
         Format("helpsteer", Aspects, helpsteer, "CC-BY-4.0", "NVIDIA HelpSteer"),
         Format("ultrafeedback", Aspects, ultrafeedback, "MIT", "OpenBMB UltraFeedback"),

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from steersman.artifacts import atomic_dir
 from steersman.data.formats import Format, ImportOptions, Skip
-from steersman.data.records import Position, Preference, describe_validation_error, file_digest, row_type_of
+from steersman.data.records import Position, describe_validation_error, file_digest, row_type_of
 from steersman.data.sources import Record, read_hugging_face, read_records
 from steersman.data.splits import SeenSet, Splits, encode, encode_parts
 from steersman.errors import DataError, StorageError
@@ -110,7 +110,7 @@ def convert_rows(
     known = {"source": job.format.name, "licence": job.format.licence, **job.metadata}
     known = {name: value for name, value in known.items() if value is not None}
     row_type = job.format.row_type
-    may_be_plain = row_type is Preference and _is_plain_metadata(known)
+    may_be_plain = job.format.plain and _is_plain_metadata(known)
 
     def skip(where: str, reason: str) -> None:
         summary.skip(reason, where)
@@ -150,7 +150,6 @@ def convert_rows(
                     summary.duplicates += 1
 
 
-_PLAIN_ROLES = ("user", "assistant")
 _PLAIN_METADATA = frozenset({"source", "licence", "customer"})
 _ANSWERS = (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
 _PLAIN_KEYS = [name for name, _ in _ANSWERS]
@@ -161,24 +160,18 @@ def _is_plain_metadata(metadata: Mapping[str, Any]) -> bool:
 
 
 def _is_plain_pair(row: dict[str, Any]) -> bool:
-    """Whether `Preference` accepts a converted row for sure; False means: ask it.
+    """Whether `Preference` accepts a row of a plain format for sure; False means: ask it.
 
-    The short way for nearly every pair of a large data set, plain turns with text: the model takes as long as all the
-    rest of an import.
+    The short way for nearly every pair of a large data set: the model takes as long as all the rest of an import.
     """
     if list(row) != _PLAIN_KEYS or row["chosen"] == row["rejected"]:
         return False
     for name, last_role in _ANSWERS:
         turns = row[name]
-        if type(turns) is not list or not turns:
+        if not turns or turns[-1]["role"] != last_role:
             return False
-        for turn in turns:
-            if type(turn) is not dict or len(turn) != 2 or type(turn.get("content")) is not str:
-                return False
-            if turn.get("role") not in _PLAIN_ROLES:
-                return False
-        last = turns[-1]
-        if last["role"] != last_role or not last["content"] or last["content"].isspace():
+        text = turns[-1]["content"]
+        if not text or text.isspace():
             return False
     return row["chosen"][0]["role"] == "assistant" and row["rejected"][0]["role"] == "assistant"
 

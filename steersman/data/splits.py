@@ -70,7 +70,7 @@ class Splits:
 class SeenSet:
     """A growing set of 64-bit fingerprints that costs 8 bytes each: a small hash set before a sorted array."""
 
-    def __init__(self, recent: int = 250_000) -> None:
+    def __init__(self, recent: int = 1_000_000) -> None:
         self._recent: set[int] = set()
         self._limit = recent
         self._sorted = np.empty(0, np.uint64)
@@ -79,9 +79,10 @@ class SeenSet:
         """Adds a fingerprint; False when it was there already."""
         if value in self._recent:
             return False
-        at = int(self._sorted.searchsorted(np.uint64(value)))
-        if at < len(self._sorted) and int(self._sorted[at]) == value:
-            return False
+        if len(self._sorted):
+            at = int(self._sorted.searchsorted(np.uint64(value)))
+            if at < len(self._sorted) and int(self._sorted[at]) == value:
+                return False
         self._recent.add(value)
         if len(self._recent) >= self._limit:
             fresh = np.fromiter(self._recent, np.uint64, len(self._recent))

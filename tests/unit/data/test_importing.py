@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steersman.data.export import export, read_any
-from steersman.data.formats import FORMATS
+from steersman.data.formats import FORMATS, ImportOptions, Skip
 from steersman.data.importing import (
     MAX_ROW_BYTES,
     ImportJob,
@@ -31,7 +31,7 @@ from steersman.data.importing import (
 )
 from steersman.data.records import Preference, Row, read_jsonl
 from steersman.data.sources import Record, read_hugging_face, read_records
-from steersman.data.splits import CONTENT, SeenSet, Splits, encode, encode_parts, group_key
+from steersman.data.splits import SeenSet, Splits, encode, encode_parts, group_key
 from steersman.data.table import ColumnMap, canonical_format, table_format
 from steersman.errors import ConfigError, DataError, StorageError
 
@@ -212,33 +212,38 @@ def test_json_arrays_are_read_as_the_library_reads_them(
         assert [record.data for record in read_records(path)] == rows
 
 
-turns = st.one_of(
-    st.lists(
-        st.fixed_dictionaries(
-            {"role": st.sampled_from(["user", "assistant", "assistant", "system", 3]),
-             "content": st.sampled_from(["a", "b", " ", "", None])},
-            optional={"name": st.just("n")},
-        ),
-        max_size=3,
-    ),
-    st.sampled_from([None, "text", [3], {}]),
-)  # fmt: skip
-
-
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.fixed_dictionaries(
-        {"prompt": turns, "chosen": turns},
-        optional={"rejected": turns, "customer": st.sampled_from(["x", 3]), "licence": st.sampled_from(["MIT", None]),
-                  "margin": st.just(-1.0)},
+    st.lists(
+        st.lists(
+            st.sampled_from(["\n\nHuman:", "\n\nAssistant:", "\nHuman:", " a", "b", " ", "\n", "\u00e9"]), max_size=9
+        ),
+        min_size=3,
+        max_size=3,
     )
-)  # fmt: skip
-def test_what_passes_the_short_check_passes_the_model(row: dict[str, Any]) -> None:
-    pair = {name: value for name, value in row.items() if name in CONTENT}
-    metadata = {name: value for name, value in row.items() if name not in CONTENT}
-    if _is_plain_metadata(metadata) and _is_plain_pair(pair):
-        Preference.model_validate({"id": "a:1", **metadata, **pair})
-        assert encode_parts(pair, metadata) == encode(metadata | pair)
+)
+def test_what_passes_the_short_check_passes_the_model(parts: list[list[str]]) -> None:
+    shared, chosen, rejected = ("".join(part) for part in parts)
+    record = {"chosen": shared + chosen, "rejected": shared + rejected}
+    for pair in FORMATS["hh"].convert(record, ImportOptions()):
+        if isinstance(pair, Skip):
+            continue
+        for turns in pair.values():
+            assert all(turn.keys() == {"role", "content"} and type(turn["content"]) is str for turn in turns)
+            assert {turn["role"] for turn in turns} <= {"user", "assistant"}
+        if _is_plain_pair(pair):
+            Preference.model_validate({"id": "a:1", **pair})
+            assert encode_parts(pair, {"id": "a:1"}) == encode({"id": "a:1", **pair})
+
+
+def test_metadata_that_is_not_plain_goes_the_long_way(tmp_path: Path) -> None:
+    assert _is_plain_metadata({"source": "hh", "licence": "MIT"})
+    assert not _is_plain_metadata({"source": 3})
+    assert not _is_plain_metadata({"split": "train"})
+    (tmp_path / "a.jsonl").write_bytes(lines(hh_row(1)))
+    rows, summary = run(tmp_path / "a.jsonl", metadata={"customer": 3})
+    assert not rows
+    assert any("customer" in reason for reason in summary.skipped)
 
 
 def test_the_short_check_takes_nearly_every_real_pair(shared_data: Path) -> None:
