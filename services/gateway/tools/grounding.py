@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 from services.gateway.answer import Answer
 from services.gateway.metrics import Metrics
@@ -93,9 +94,10 @@ class Grounding:
                 return
 
     async def _with_tools(
-        self, answer: Answer, offered: list[dict[str, object]], generate: Generate
+        self, answer: Answer, offered: list[dict[str, Any]], generate: Generate
     ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         request, caller, used = answer.question.request, answer.question.caller, 0
+        names = {tool["function"]["name"] for tool in offered}
         for round_number in range(self._config.rounds + 1):
             request.tools_json = json.dumps(offered) if round_number < self._config.rounds else ""
             calls: list[common_pb2.ToolCall] = []
@@ -119,7 +121,8 @@ class Grounding:
                 return
             request.messages.add(role="assistant", content="".join(said), tool_calls=calls)
             for call in calls:
-                with answer.trace.tool(call.name, call.id):
+                # A name that the model made up is a text; traces hold none.
+                with answer.trace.tool(call.name if call.name in names else "unknown", call.id):
                     outcome = await self.toolbox.call(caller, call, transcript(request))
                 answer.sources.extend(source for source in outcome.sources if source not in answer.sources)
                 request.messages.add(role="tool", content=outcome.text, tool_call_id=call.id, name=call.name)

@@ -67,8 +67,17 @@ async def test_a_span_for_every_answer(gateway: Gateway, policy: FakePolicy) -> 
     assert "12345" not in "".join(span.to_json() for span in (good, broken))
 
 
-@pytest.mark.parametrize(("mode", "tool", "call_id"), [("lookup", "lookup", None), ("tools", "check_stock", "call-1")])
-async def test_a_span_below_it_for_every_look_into_a_business_system(mode: str, tool: str, call_id: str | None) -> None:
+@pytest.mark.parametrize(
+    ("mode", "called", "tool", "call_id"),
+    [
+        ("lookup", "", "lookup", None),
+        ("tools", "check_stock", "check_stock", "call-1"),
+        ("tools", "made up of P-12345", "unknown", "call-1"),
+    ],
+)
+async def test_a_span_below_it_for_every_look_into_a_business_system(
+    mode: str, called: str, tool: str, call_id: str | None
+) -> None:
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     async def products(request: Request) -> Response:
@@ -78,7 +87,7 @@ async def test_a_span_below_it_for_every_look_into_a_business_system(mode: str, 
         told = [message.content for message in request.messages if message.role in ("tool", "system")]
         if told or mode == "lookup":
             return " ".join(told)
-        return [common_pb2.ToolCall(id="call-1", name="check_stock", arguments='{"product": "P-12345"}')]
+        return [common_pb2.ToolCall(id="call-1", name=called, arguments='{"product": "P-12345"}')]
 
     policy, exporter = FakePolicy(), InMemorySpanExporter()
     policy.reply = reply
@@ -101,7 +110,8 @@ async def test_a_span_below_it_for_every_look_into_a_business_system(mode: str, 
         body = {"model": "steersman", "messages": [{"role": "user", "content": "Is P-12345 in stock?"}]}
         answer = (await http.post(CHAT, json=body)).json()
         gateway.assistant.tracer.close()
-    assert '"available": 3' in answer["choices"][0]["message"]["content"]
+    found = '"available": 3' in answer["choices"][0]["message"]["content"]
+    assert found == (tool != "unknown")
     child, whole = exporter.get_finished_spans()
     assert child.parent is not None
     assert whole.context is not None
