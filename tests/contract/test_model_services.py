@@ -307,6 +307,9 @@ def test_no_request_fails_during_a_swap(stubs: Stubs, tiny_model: Path) -> None:
     call = stubs.policy.Generate(policy_pb2.GenerateRequest(prompts=pack_rows(PROMPTS), n=2, sampling=sampling))
     while not stubs.policy.GetPolicyInfo(policy_pb2.GetPolicyInfoRequest()).running:
         time.sleep(0.001)
+    # What was asked later has its token: the others have begun, however busy the machine is.
+    one = common_pb2.SamplingParams(max_new_tokens=1, seed=1)
+    assert list(stubs.policy.Generate(policy_pb2.GenerateRequest(prompts=pack_rows(PROMPTS[:1]), n=1, sampling=one)))
     publish(stubs, 1, full_payload(stubs, tiny_model, 1.01))
     versions = [tuple(response.weights_versions) for response in call]
     assert len(versions) == 4
