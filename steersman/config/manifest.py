@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic.alias_generators import to_camel
 
 from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
 from steersman.errors import ConfigError
@@ -595,12 +596,12 @@ class RunSpec(FrozenModel):
             if lora is not None and lora.quantize and self.model.device == "cpu":
                 raise ValueError(f"{where}.lora.quantize needs a CUDA device, but model.device is cpu; remove it")
             if need and self.data.demo is None and getattr(self.data, need) is None:
-                raise ValueError(f"{where} ({stage.kind}) needs data.{need}; add it or use data.demo")
+                raise ValueError(f"{where} ({to_camel(stage.kind)}) needs data.{need}; add it or use data.demo")
             if stage.kind in ("rl", "rejection_sampling"):
                 reward: RewardMix = stage.spec.reward  # type: ignore[attr-defined]
                 if "reward_model" not in kinds[:index] and not reward.verifiable and not self.services.reward.endpoints:
                     raise ValueError(
-                        f"{where} ({stage.kind}) has nothing to reward: put a rewardModel stage before it, "
+                        f"{where} ({to_camel(stage.kind)}) has nothing to reward: put a rewardModel stage before it, "
                         "or list reward.verifiable, or give services.reward.endpoints"
                     )
             if stage.rl is not None and stage.rl.ppo is not None and stage.rl.ppo.ptx_coefficient:
@@ -630,7 +631,7 @@ class RunSpec(FrozenModel):
     def _batches_fit_the_ranks(self) -> None:
         workers = self.trainer.workers
         for index, stage in enumerate(self.stages):
-            where = f"stages.{index} ({stage.kind})"
+            where = f"stages.{index} ({to_camel(stage.kind)})"
             if isinstance(stage.spec, SupervisedStage) and stage.spec.batch_size % workers:
                 raise ValueError(
                     f"{where} has batchSize {stage.spec.batch_size}, which {workers} trainer.workers cannot share; "
