@@ -23,6 +23,7 @@ from steersman.config.stages import (
     stage_digest,
 )
 from steersman.errors import ConfigError, SteersmanError
+from steersman.openmp import prefer_yielding_threads
 from steersman.progress import ConsoleReporter
 
 
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--stage", required=True, help="name of the stage, for example rl")
     parser.add_argument("--set", action="append", default=[], metavar="spec.a.b=c", help="override; repeatable")
     arguments = parser.parse_args()
+    prefer_yielding_threads()
     try:
         run_stage(arguments.run_dir.absolute(), arguments.stage, arguments.set)
     except SteersmanError as error:

@@ -114,8 +114,8 @@ def cause(code: int) -> str:
 def child_environment(threads: int, *, offline: bool, shared: bool = True) -> dict[str, str]:
     """Environment of services and stages.
 
-    Threads that wait must not spin where several processes share the cores: a spinning one takes the core that another
-    needs (a factor of two on two cores). A process that has the cores for itself is a fifth faster when they do.
+    Threads that wait must not keep a core that another process needs. Those of `steersman.openmp` give way while they
+    spin; GNU's, its stand-in on other machines, must sleep at once, unless the process has the cores for itself.
 
     Args:
         threads: CPU threads of each process; 0: all cores.
@@ -130,7 +130,7 @@ def child_environment(threads: int, *, offline: bool, shared: bool = True) -> di
         "PYTHONUNBUFFERED": "1",
     }
     if shared:
-        environment |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+        environment |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "10"}
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
     return environment

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from steersman.config.base import apply_overrides, load_model, read_yaml
 from steersman.errors import SteersmanError
+from steersman.openmp import prefer_yielding_threads
 from steersman.rpc.server import ServerConfig
 
 C = TypeVar("C", bound=ServerConfig)
@@ -23,6 +24,7 @@ def service_main(name: str, config_type: type[C], serve: Callable[[C], Awaitable
     parser.add_argument("--config", type=Path, help="YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override of one field; repeatable")
     arguments = parser.parse_args()
+    prefer_yielding_threads()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
         data = apply_overrides(read_yaml(arguments.config) if arguments.config else {}, arguments.set)

@@ -1,0 +1,30 @@
+"""The OpenMP runtime behind torch's CPU kernels.
+
+libtorch brings GNU's. Its threads wait at every barrier either asleep or spinning: asleep, a decoding step of one
+request takes three times as long; spinning, two processes on the same cores slow each other twentyfold; and with a
+second Python thread that ever computed, they sleep in any case. Intel's (LLVM's) threads spin and yield the core to
+whoever wants it. PyTorch's CPU tuning guide preloads it for the same reasons. See docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from importlib import metadata
+
+_LIBRARY = "libiomp5.so"
+
+
+def prefer_yielding_threads() -> bool:
+    """Loads Intel's runtime, whose symbols then precede those of GNU's; must run before torch is imported.
+
+    Returns:
+        Whether it is in place; false where the package `intel-openmp` is not made for this machine (only Linux on
+        x86-64) or not installed: then GNU's runtime stays.
+    """
+    try:
+        files = metadata.files("intel-openmp") or []
+        path = next(file.locate() for file in files if file.name == _LIBRARY)
+        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    except (metadata.PackageNotFoundError, StopIteration, OSError):
+        return False
+    return True
