@@ -48,6 +48,10 @@ class Work:
     """Of the answers, the samples of a prompt one after the other."""
     threads: int
     steps: int
+    samples: int = SAMPLES
+    """Answers to each prompt."""
+    reward_model: Path | None = None
+    """PPO with this reward model, from which the critic starts; None: RLOO with `PATTERN`."""
 
     def messages(self) -> list[list[dict[str, str]]]:
         question = "What about order {}? It was promised for last week, I need it for a birthday, and nobody answers."
@@ -174,7 +178,7 @@ def our_worker(pipe: Connection, work: Work) -> None:
     import torch
 
     from benchmarks.train import useful_gflop
-    from steersman.config.manifest import Generation, Lora, Optimizer, RlStage
+    from steersman.config.manifest import Generation, Lora, Optimizer, PpoSpec, RlStage
     from steersman.nn.hardware import use_fast_exact_matmul
     from steersman.nn.load import load_tokenizer
     from steersman.nn.tokens import tokenizer_fingerprint
@@ -188,13 +192,15 @@ def our_worker(pipe: Connection, work: Work) -> None:
     use_fast_exact_matmul()
     tokenizer = load_tokenizer(work.folder)
     fingerprint = tokenizer_fingerprint(tokenizer)
+    ppo = PpoSpec() if work.reward_model else None
     spec = RlStage(
-        algorithm="rloo",
+        algorithm="ppo" if ppo else "rloo",
+        ppo=ppo,
         lora=Lora(rank=RANK, alpha=ALPHA),
         optimizer=Optimizer(learning_rate=RATE, schedule="constant", warmup_ratio=0.0),
         steps=work.steps,
         prompts_per_step=work.prompts,
-        samples_per_prompt=SAMPLES,
+        samples_per_prompt=work.samples,
         generation=Generation(max_new_tokens=max(work.lengths)),
         kl_coefficient=KL,
         micro_batch_tokens=1 << 16,
@@ -205,7 +211,9 @@ def our_worker(pipe: Connection, work: Work) -> None:
         )
         for one in work.messages()
     ]
-    scorer = {"name": "regex", "kind": "verifiable", "options": {"pattern": PATTERN}}
+    scorer: dict[str, Any] = {"name": "regex", "kind": "verifiable", "options": {"pattern": PATTERN}}
+    if work.reward_model:
+        scorer = {"name": "reward", "kind": "model", "path": str(work.reward_model)}
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
 
         def start(kind: str, **settings: Any) -> common.Process:
@@ -222,8 +230,15 @@ def our_worker(pipe: Connection, work: Work) -> None:
         forced: Any = ForcedPool(replica, work.lengths)
         decode = lambda ids: str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))  # noqa: E731
         model = PolicyModel(
-            work.folder, spec.lora, None, None, device="cpu", precision="fp32", temperature=1.0, seed=0
-        )  # fmt: skip
+            work.folder,
+            spec.lora,
+            ppo and ppo.critic,
+            work.reward_model,
+            device="cpu",
+            precision="fp32",
+            temperature=1.0,
+            seed=0,
+        )
         rollouts = Rollouts(forced, *clients, decode, spec.generation, lambda _: None)
         trainer = Trainer(
             spec, model, rollouts, pool, prompts, Checkpoints(Path(folder)), _Silent(), seed=0
@@ -309,12 +324,14 @@ class _Silent:
 # -- turns -------------------------------------------------------------------------------------------------------------
 
 
-def compare(name: str, work: Work, rounds: int, gemm: float) -> dict[str, Any]:
+def compare(
+    name: str, work: Work, rounds: int, gemm: float, peer: Callable[[Connection, Work], None] = trl_worker
+) -> dict[str, Any]:
     """Starts both, lets them take turns."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
-    for label, worker in (("trl", trl_worker), ("ours", our_worker)):
+    for label, worker in (("trl", peer), ("ours", our_worker)):
         pipes[label], theirs = context.Pipe()
         processes.append(context.Process(target=worker, args=(theirs, work), name=label))
         processes[-1].start()
@@ -353,6 +370,22 @@ def compare(name: str, work: Work, rounds: int, gemm: float) -> dict[str, Any]:
     }
 
 
+def show(name: str, result: dict[str, Any]) -> None:
+    """Prints what `compare` found."""
+    print(f"\n{name}: {result['answers']} answers, {result['answer_tokens']} tokens, longest {result['longest']}")
+    rows = [
+        [label, phase, value]
+        for label, phases in result["phases"].items()
+        for phase, value in phases.items()
+        if phase != "useful_gflop"
+    ]
+    table(("", "phase", "median"), rows)
+    print(
+        f"ratio {result['ratio']:.2f}, memory {result['memory_ratio']:.2f} "
+        f"(with services {result['memory_ratio_with_services']:.2f})"
+    )
+
+
 def main() -> None:
     from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 
@@ -381,18 +414,8 @@ def main() -> None:
     for key in ("memory_ratio", "memory_ratio_with_services", "gemm_share"):
         report[key] = first[key]
     for name, result in report["works"].items():
-        print(f"\n{name}: {result['answers']} answers, {result['answer_tokens']} tokens, longest {result['longest']}")
-        rows = [
-            [label, phase, value]
-            for label, phases in result["phases"].items()
-            for phase, value in phases.items()
-            if phase != "useful_gflop"
-        ]
-        table(("", "phase", "median"), rows)
-        print(
-            f"ratio {result['ratio']:.2f}, memory {result['memory_ratio']:.2f} "
-            f"(with services {result['memory_ratio_with_services']:.2f}), GEMM share {result['gemm_share']:.2f}"
-        )
+        show(name, result)
+        print(f"GEMM share {result['gemm_share']:.2f}")
     print("ceilings", limits)
     write(report, arguments.out)
 

@@ -9,7 +9,6 @@ import json
 import queue
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import grpc
 import numpy as np
+from isal import isal_zlib
 from torch import Tensor
 
 from steersman.errors import CancelledError, ConflictError, SteersmanError, UnavailableError, from_grpc
@@ -199,7 +199,7 @@ def _sample(response: policy_pb2.GenerateResponse) -> Sample:
 def _chunks(version: int, data: bytes) -> Iterator[weights_pb2.UploadChunksRequest]:
     for offset in range(0, len(data), CHUNK_BYTES):
         part = data[offset : offset + CHUNK_BYTES]
-        yield weights_pb2.UploadChunksRequest(version=version, offset=offset, data=part, crc32=zlib.crc32(part))
+        yield weights_pb2.UploadChunksRequest(version=version, offset=offset, data=part, crc32=isal_zlib.crc32(part))
 
 
 class PolicyPool:

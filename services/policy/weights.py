@@ -7,13 +7,13 @@ import hashlib
 import json
 import logging
 import tempfile
-import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import IO
 
 import fsspec
 import grpc
+from isal import isal_zlib
 from safetensors.torch import load_file
 
 from services.policy.config import PolicyConfig
@@ -123,7 +123,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             return pb.UploadChunksResponse(received=transaction.received if transaction is not None else 0)
 
     def _append(self, transaction: _Transaction, chunk: pb.UploadChunksRequest) -> None:
-        if zlib.crc32(chunk.data) != chunk.crc32:
+        if isal_zlib.crc32(chunk.data) != chunk.crc32:
             raise ChecksumError(f"the chunk at {chunk.offset} does not have its checksum; send it again")
         self._store(transaction, chunk.data)
 

@@ -1,0 +1,147 @@
+"""A whole PPO update against the experimental PPOTrainer of TRL 1.9.0: generation, scoring, critic, update and sync.
+
+    python -m benchmarks.ppo [--prompts 12] [--new 64] [--rounds 5]
+
+TRL 1.16 has no PPO any more; that of 1.9.0 is unmaintained. It lies in a folder of its own, so that the
+trainers stay on the version that they are made for. Both train the policy and a separate critic (LoRA rank 16, float32)
+with the same reward model, prompts, learning rate and numbers of tokens, one answer a prompt, one epoch, one minibatch;
+TRL without gradient checkpointing. Answers have equal lengths: TRL always generates the longest. See benchmarks.rl for
+the keys. Prints a table and writes build/bench/ppo.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.report import heading, write
+from benchmarks.rl import ALPHA, KL, RANK, RATE, Work, _Timer, compare, show
+
+PEER = "trl==1.9.0"
+PEER_FOLDER = Path("build/bench/trl-1.9.0").absolute()
+
+
+def install_peer() -> None:
+    if not PEER_FOLDER.is_dir():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(PEER_FOLDER), PEER]
+        subprocess.run(pip, check=True)
+
+
+def trl_worker(pipe: Connection, work: Work) -> None:
+    """Makes one update for every message; answers with seconds by phase."""
+    sys.path.insert(0, str(PEER_FOLDER))
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    torch.set_num_threads(work.threads)
+    # TRL takes every pad token for padding; the model's own one ends each turn of a prompt.
+    tokenizer = AutoTokenizer.from_pretrained(work.folder, padding_side="left", pad_token="<|endoftext|>")
+    policy = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.float32)
+    assert work.reward_model is not None
+    critic, reward = (
+        AutoModelForSequenceClassification.from_pretrained(work.reward_model, dtype=torch.float32) for _ in range(2)
+    )
+    lora = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
+    projections = [name for name, module in critic.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    inject_adapter_in_model(LoraConfig(**lora | {"target_modules": projections}), critic.model)
+    timer = _Timer()
+
+    class Turns(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            pipe.recv()
+            timer.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            pipe.send(timer.stop() | {"peak_gib": common.peak_gib()})
+            if state.global_step < work.steps:
+                self.on_train_begin(args, state, control)
+
+    prompts = [
+        {"input_ids": tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False)}
+        for one in work.messages()
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PPOTrainer(
+            model=policy,
+            ref_model=None,  # the policy without its adapter
+            reward_model=reward,
+            value_model=critic,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(prompts),
+            eval_dataset=Dataset.from_list(prompts),
+            peft_config=LoraConfig(task_type="CAUSAL_LM", **lora),
+            callbacks=[Turns()],
+            args=PPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=work.prompts,
+                local_rollout_forward_batch_size=work.prompts,
+                total_episodes=work.prompts * work.steps,
+                num_ppo_epochs=1,
+                num_mini_batches=1,
+                num_sample_generations=0,
+                response_length=max(work.lengths),
+                temperature=1.0,
+                kl_coef=KL,
+                learning_rate=RATE,
+                lr_scheduler_type="constant",
+                optim="adamw_torch_fused",
+                adam_epsilon=1e-5,
+                gradient_checkpointing=False,
+                bf16=False,
+                use_cpu=True,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+        )
+        timer.wrap(trainer.policy_model, "generate", "generate")
+        trainer.train()
+
+
+def main() -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
+    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
+    parser.add_argument("--prompts", type=int, default=12, help="prompts an update, one answer each")
+    parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=common.CORES)
+    parser.add_argument("--out", type=Path, default=Path("build/bench/ppo.json"))
+    arguments = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    install_peer()
+    folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
+    limits = common.ceilings()
+    with tempfile.TemporaryDirectory() as reward_model:
+        torch.manual_seed(0)
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).save_pretrained(
+            reward_model
+        )
+        AutoTokenizer.from_pretrained(folder).save_pretrained(reward_model)
+        lengths = [arguments.new] * arguments.prompts
+        work = Work(folder, arguments.prompts, lengths, arguments.threads, arguments.rounds + 1, 1, Path(reward_model))
+        result = compare("ppo", work, arguments.rounds, limits["gemm_fp32_gflops"], trl_worker)
+    del result["gemm_share"]  # counts the products of RLOO, which has no critic
+    show(f"PPO against {PEER}", result)
+    print("ceilings", limits)
+    write({**heading(arguments.threads), "peer": PEER, "ceilings": limits, **result}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
