@@ -107,7 +107,8 @@ def service(kind: str, threads: int, *, shared: bool = True, **settings: Any) ->
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / f"{kind}.yaml"
         path.write_text(json.dumps(config))
-        command = [sys.executable, "-m", f"services.{kind}", "--config", str(path)]
+        child = ["-m", "steersman.local.child", str(os.getpid())]  # it must not outlive the benchmark
+        command = [sys.executable, *child, f"services.{kind}", "--config", str(path)]
         process = subprocess.Popen(command, env=child_environment(threads, offline=True, shared=shared))
         try:
             target = f"127.0.0.1:{port}"

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.report import heading, write
-from benchmarks.rl import ALPHA, KL, RANK, RATE, Work, _Timer, compare, show
+from benchmarks.rl import ALPHA, KL, RANK, RATE, Work, Timer, compare, show
 
 PEER = "trl==1.9.0"
 PEER_FOLDER = Path("build/bench/trl-1.9.0").absolute()
@@ -51,10 +51,10 @@ def trl_worker(pipe: Connection, work: Work) -> None:
     critic, reward = (
         AutoModelForSequenceClassification.from_pretrained(work.reward_model, dtype=torch.float32) for _ in range(2)
     )
-    lora = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
+    lora: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
     projections = [name for name, module in critic.model.named_modules() if isinstance(module, torch.nn.Linear)]
     inject_adapter_in_model(LoraConfig(**lora | {"target_modules": projections}), critic.model)
-    timer = _Timer()
+    timer = Timer()
 
     class Turns(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -34,6 +34,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.report import heading, table, write
+from steersman.local.child import die_with_parent
 
 SAMPLES, RATE, KL, RANK, ALPHA = 4, 1e-5, 0.05, 16, 32.0
 PATTERN = "[aeiou] (order|the|you)"
@@ -72,7 +73,7 @@ def trl_worker(pipe: Connection, work: Work) -> None:
     torch.set_num_threads(work.threads)
     tokenizer = AutoTokenizer.from_pretrained(work.folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.float32)
-    timer = _Timer()
+    timer = Timer()
 
     class Turns(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -139,7 +140,7 @@ def _force_lengths(trainer: Any, lengths: list[int]) -> None:
     inner.generate = generate
 
 
-class _Timer:
+class Timer:
     """Seconds of a step by phase; what no phase names is the update."""
 
     def __init__(self) -> None:
@@ -232,7 +233,7 @@ def our_worker(pipe: Connection, work: Work) -> None:
         model = PolicyModel(
             work.folder,
             spec.lora,
-            ppo and ppo.critic,
+            ppo.critic if ppo else None,
             work.reward_model,
             device="cpu",
             precision="fp32",
@@ -324,6 +325,11 @@ class _Silent:
 # -- turns -------------------------------------------------------------------------------------------------------------
 
 
+def _child(worker: Callable[[Connection, Work], None], pipe: Connection, work: Work) -> None:
+    die_with_parent()  # TRL's process holds up to 15 GB
+    worker(pipe, work)
+
+
 def compare(
     name: str, work: Work, rounds: int, gemm: float, peer: Callable[[Connection, Work], None] = trl_worker
 ) -> dict[str, Any]:
@@ -333,7 +339,7 @@ def compare(
     processes = []
     for label, worker in (("trl", peer), ("ours", our_worker)):
         pipes[label], theirs = context.Pipe()
-        processes.append(context.Process(target=worker, args=(theirs, work), name=label))
+        processes.append(context.Process(target=_child, args=(worker, theirs, work), name=label))
         processes[-1].start()
         theirs.close()
     found: dict[str, list[dict[str, float]]] = {label: [] for label in pipes}

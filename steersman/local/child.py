@@ -15,12 +15,17 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    parent, module, *arguments = sys.argv[1:]
+def die_with_parent(parent: int = 0) -> None:
+    """The kernel kills this process when its parent ends; `parent`: process id that it must have, 0: any."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if int(parent) and os.getppid() != int(parent):
+    if parent and os.getppid() != parent:
         raise SystemExit(1)  # the parent died before it could be watched
+
+
+def main() -> None:
+    parent, module, *arguments = sys.argv[1:]
+    die_with_parent(int(parent))
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
