@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.report import heading, write
-from benchmarks.rl import ALPHA, KL, RANK, RATE, Work, Timer, compare, show
+from benchmarks.rl import ALPHA, KL, RANK, RATE, Timer, Work, compare, show
 
 PEER = "trl==1.9.0"
 PEER_FOLDER = Path("build/bench/trl-1.9.0").absolute()
