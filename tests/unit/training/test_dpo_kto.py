@@ -51,11 +51,15 @@ def thumbs(count: int, seed: int = 1) -> list[dict]:
 def logprob(model, tokenizer, answer: str) -> float:
     """Log-probability of the whole answer, end token included, by a plain forward pass."""
     prompt = [{"role": "user", "content": "red"}]
-    before = prompt_ids(tokenizer, prompt)
-    after = answer_ids(tokenizer, prompt, {"role": "assistant", "content": answer}, [2])
+    said = answer_ids(tokenizer, prompt, {"role": "assistant", "content": answer}, [2])
+    return response_logprob(model, prompt_ids(tokenizer, prompt), said)
+
+
+def response_logprob(model, prompt: list[int], response: list[int]) -> float:
+    """Log-probability of a response in tokens, in nats."""
     with torch.no_grad():
-        logprobs = model(torch.tensor([before + after])).logits[0].log_softmax(-1)
-    return sum(logprobs[len(before) - 1 + i, token].item() for i, token in enumerate(after))
+        logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    return sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(response))
 
 
 def preference_gain(folder, base_model) -> float:
@@ -172,6 +176,38 @@ def test_kto_loss_equals_the_equation(make_context, base_model):
     losses = [metrics["loss"] for _, _, metrics in context.reporter.steps if "loss" in metrics]
     assert abs(losses[1] - losses[0]) > 1e-3
     assert losses[1] == pytest.approx((good + bad) / 2, abs=1e-4)
+
+
+def test_kto_padding_changes_nothing(make_context, base_model):
+    """Rows of very different length in one batch against forward passes of single rows, mismatched ones as well."""
+    options = {**OPTIONS, "micro_batch_size": 8}
+    spec = KtoStage(lora=None, optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup_ratio=0), **options)
+    rows = thumbs(8)
+    for number, row in enumerate(rows):
+        row["prompt"][0]["content"] = "hm " * number + "red"
+        row["completion"][0]["content"] += "!" * (7 - number)
+    context = make_context("feedback", rows)
+    run_kto(spec.model_copy(update={"max_steps": 1}), context)
+    after, before = load_causal_lm(context.stage_dir / "model"), load_causal_lm(base_model)
+    data = feedback_dataset(context.files("feedback").train, load_tokenizer(base_model), [2], 256, 8, context.seed)
+
+    def gains(answers: str) -> torch.Tensor:
+        return torch.tensor(
+            [
+                response_logprob(after, row["prompt_ids"], row[answers])
+                - response_logprob(before, row["prompt_ids"], row[answers])
+                for row in data
+            ]
+        )
+
+    signs = torch.tensor([1.0 if row["label"] else -1.0 for row in data])
+    z = gains("KL_completion_ids").mean().clamp(min=0)
+    expected = (1 - torch.sigmoid(0.1 * signs * (gains("completion_ids") - z))).mean().item()
+    context = make_context("feedback", rows)
+    run_kto(spec.model_copy(update={"max_steps": 2}), context)
+    losses = [metrics["loss"] for _, _, metrics in context.reporter.steps if "loss" in metrics]
+    assert abs(losses[1] - losses[0]) > 1e-3
+    assert losses[1] == pytest.approx(expected, abs=1e-4)
 
 
 def test_micro_batches_change_nothing(make_context):
