@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from steersman.openmp import prefer_yielding_threads
+
+prefer_yielding_threads()  # as services and stages do, before anything imports torch
+
 pytest_plugins = ["live_services"]
 
 ROOT = Path(__file__).resolve().parent.parent

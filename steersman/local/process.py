@@ -130,7 +130,7 @@ def child_environment(threads: int, *, offline: bool, shared: bool = True) -> di
         "PYTHONUNBUFFERED": "1",
     }
     if shared:
-        environment |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "10"}
+        environment["OMP_WAIT_POLICY"] = "passive"
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
     return environment
