@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -116,6 +117,8 @@ def run_cell(arguments: argparse.Namespace, method: str, seed: int) -> dict[str,
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(cell))
     partial.rename(path)
+    if method != "start":
+        shutil.rmtree(run)  # a cell's models take 2 GB
     print(f"{method}, seed {seed}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return cell
 
@@ -214,7 +217,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     lines = [head, ("---",) * len(head)]
     for row in rows:
         by_seed = " ".join(f"{value:.2f}" for value in row["reward_by_seed"])
-        seconds = sum(row["seconds"]) / len(row["seconds"])
+        seconds = statistics.median(row["seconds"])
         numbers = (interval(row["reward"]), by_seed, interval(row["rubric"]), interval(row["kl"]))
         lines.append((row["method"], *numbers, interval(row["length"], 1), f"{row['cut'][0]:.1%}", f"{seconds:.0f}"))
     for line in lines:
