@@ -34,6 +34,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks.report import heading
+
 METHODS = ("sft", "rejection-sampling", "ppo", "rloo", "grpo", "dpo")
 GENERATION = {"maxNewTokens": 40, "temperature": 0.7}
 EVALUATION_SEED = 5
@@ -257,7 +259,13 @@ def main() -> None:
         wanted = [(method, cell["seed"]) for cell in cells for method in methods]
         cells += [cell for found in pool.map(attempt, wanted) for cell in found]
     rows = table(cells)
-    result = {"base": arguments.base, "budget": arguments.budget, "prompts": arguments.prompts, "table": rows}
+    result = {
+        **heading(1),
+        "base": arguments.base,
+        "budget": arguments.budget,
+        "prompts": arguments.prompts,
+        "table": rows,
+    }
     (arguments.out / "result.json").write_text(json.dumps(result, indent=1))
     show(rows)
     print(f"\n{arguments.out / 'result.json'}")
