@@ -19,6 +19,7 @@ pytestmark = pytest.mark.browser
 async def test_chat_streams_and_takes_judgements() -> None:
     async with browsing() as (page, gateway, policy, url):
         await page.goto(url)
+        await page.wait_for_selector("#question:focus")  # without a click
         await page.keyboard.type("where is my <b>parcel</b>?")
         await page.keyboard.press("Enter")
         await page.wait_for_selector(".tools")
