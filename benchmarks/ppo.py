@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.report import heading, write
-from benchmarks.rl import ALPHA, KL, RANK, RATE, Timer, Work, compare, show
+from benchmarks.rl import ALPHA, KL, RANK, Timer, Work, compare, show, trl_options, turns
 
 PEER = "trl==1.9.0"
 PEER_FOLDER = Path("build/bench/trl-1.9.0").absolute()
@@ -40,7 +40,7 @@ def trl_worker(pipe: Connection, work: Work) -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig, inject_adapter_in_model
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     torch.set_num_threads(work.threads)
@@ -51,20 +51,10 @@ def trl_worker(pipe: Connection, work: Work) -> None:
     critic, reward = (
         AutoModelForSequenceClassification.from_pretrained(work.reward_model, dtype=torch.float32) for _ in range(2)
     )
-    lora: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
+    lora: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA}
     projections = [name for name, module in critic.model.named_modules() if isinstance(module, torch.nn.Linear)]
-    inject_adapter_in_model(LoraConfig(**lora | {"target_modules": projections}), critic.model)
+    inject_adapter_in_model(LoraConfig(target_modules=projections, **lora), critic.model)
     timer = Timer()
-
-    class Turns(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            pipe.recv()
-            timer.start()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            pipe.send(timer.stop() | {"peak_gib": common.peak_gib()})
-            if state.global_step < work.steps:
-                self.on_train_begin(args, state, control)
 
     prompts = [
         {"input_ids": tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False)}
@@ -79,10 +69,10 @@ def trl_worker(pipe: Connection, work: Work) -> None:
             processing_class=tokenizer,
             train_dataset=Dataset.from_list(prompts),
             eval_dataset=Dataset.from_list(prompts),
-            peft_config=LoraConfig(task_type="CAUSAL_LM", **lora),
-            callbacks=[Turns()],
+            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **lora),
+            callbacks=[turns(pipe, timer, work.steps)],
             args=PPOConfig(
-                output_dir=folder,
+                **trl_options(folder),
                 per_device_train_batch_size=work.prompts,
                 local_rollout_forward_batch_size=work.prompts,
                 total_episodes=work.prompts * work.steps,
@@ -90,19 +80,7 @@ def trl_worker(pipe: Connection, work: Work) -> None:
                 num_mini_batches=1,
                 num_sample_generations=0,
                 response_length=max(work.lengths),
-                temperature=1.0,
                 kl_coef=KL,
-                learning_rate=RATE,
-                lr_scheduler_type="constant",
-                optim="adamw_torch_fused",
-                adam_epsilon=1e-5,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
             ),
         )
         timer.wrap(trainer.policy_model, "generate", "generate")
@@ -136,8 +114,7 @@ def main() -> None:
         AutoTokenizer.from_pretrained(folder).save_pretrained(reward_model)
         lengths = [arguments.new] * arguments.prompts
         work = Work(folder, arguments.prompts, lengths, arguments.threads, arguments.rounds + 1, 1, Path(reward_model))
-        result = compare("ppo", work, arguments.rounds, limits["gemm_fp32_gflops"], trl_worker)
-    del result["gemm_share"]  # counts the products of RLOO, which has no critic
+        result = compare("ppo", work, arguments.rounds, trl_worker)
     show(f"PPO against {PEER}", result)
     print("ceilings", limits)
     write({**heading(arguments.threads), "peer": PEER, "ceilings": limits, **result}, arguments.out)

@@ -67,21 +67,13 @@ def trl_worker(pipe: Connection, work: Work) -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import RLOOConfig, RLOOTrainer
 
     torch.set_num_threads(work.threads)
     tokenizer = AutoTokenizer.from_pretrained(work.folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.float32)
     timer = Timer()
-
-    class Turns(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            pipe.recv()
-            timer.start()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            pipe.send(timer.stop() | {"peak_gib": common.peak_gib()})
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
         return [float(re.search(PATTERN, one[0]["content"]) is not None) for one in completions]
@@ -93,28 +85,16 @@ def trl_worker(pipe: Connection, work: Work) -> None:
             train_dataset=Dataset.from_list([{"prompt": one} for one in work.messages()]),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[Turns()],
+            callbacks=[turns(pipe, timer, work.steps)],
             args=RLOOConfig(
-                output_dir=folder,
+                **trl_options(folder),
                 per_device_train_batch_size=len(work.lengths),
                 num_generations=SAMPLES,
                 max_completion_length=max(work.lengths),
                 max_steps=work.steps,
-                learning_rate=RATE,
-                lr_scheduler_type="constant",
-                optim="adamw_torch_fused",
-                adam_epsilon=1e-5,
                 beta=KL,
-                temperature=1.0,
                 top_p=1.0,
                 top_k=0,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
                 shuffle_dataset=False,
             ),
         )
@@ -122,6 +102,42 @@ def trl_worker(pipe: Connection, work: Work) -> None:
         timer.wrap(trainer, "_generate", "generate")
         timer.wrap(trainer, "_get_per_token_logps_and_entropies", "old and reference log-probabilities", ungraded=True)
         trainer.train()
+
+
+def turns(pipe: Connection, timer: Timer, steps: int) -> Any:
+    """A callback for TRL's trainers: an update starts with a message and answers with its seconds."""
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            pipe.recv()
+            timer.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            pipe.send(timer.stop() | {"peak_gib": common.peak_gib()})
+            if state.global_step < steps:
+                self.on_train_begin(args, state, control)
+
+    return Turns()
+
+
+def trl_options(folder: str) -> dict[str, Any]:
+    """What the configurations of TRL's trainers have in common here."""
+    return {
+        "output_dir": folder,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "adam_epsilon": 1e-5,
+        "temperature": 1.0,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
 
 
 def _force_lengths(trainer: Any, lengths: list[int]) -> None:
@@ -247,7 +263,10 @@ def our_worker(pipe: Connection, work: Work) -> None:
         trainer.publish(0)
         answers = sum(work.lengths)
         tokens = sum(len(one.ids) for one in prompts) + answers
-        useful = useful_gflop(model.policy.get_base_model(), tokens, answers, lora=True)
+        # Of RLOO, which has no critic.
+        useful = (
+            {} if ppo else {"useful_gflop": useful_gflop(model.policy.get_base_model(), tokens, answers, lora=True)}
+        )
         for step in range(work.steps):
             pipe.recv()
             begun = time.perf_counter()
@@ -266,7 +285,7 @@ def our_worker(pipe: Connection, work: Work) -> None:
                     "update": updated - collected,
                     "publish": end - updated,
                     "seconds": end - begun,
-                    "useful_gflop": useful,
+                    **useful,
                     "peak_gib": common.peak_gib(),
                     "services_gib": services,
                 }
@@ -331,7 +350,7 @@ def _child(worker: Callable[[Connection, Work], None], pipe: Connection, work: W
 
 
 def compare(
-    name: str, work: Work, rounds: int, gemm: float, peer: Callable[[Connection, Work], None] = trl_worker
+    name: str, work: Work, rounds: int, peer: Callable[[Connection, Work], None] = trl_worker
 ) -> dict[str, Any]:
     """Starts both, lets them take turns."""
     context = multiprocessing.get_context("spawn")
@@ -371,7 +390,6 @@ def compare(
         "ratio": common.ratio(seconds["trl"], seconds["ours"]),
         "memory_ratio": ours["peak_gib"] / phases["trl"]["peak_gib"],
         "memory_ratio_with_services": (ours["peak_gib"] + ours["services_gib"]) / phases["trl"]["peak_gib"],
-        "gemm_share": ours["useful_gflop"] / ours["update"] / gemm,
         "phases": phases,
     }
 
@@ -413,7 +431,9 @@ def main() -> None:
     report: dict[str, Any] = {**heading(arguments.threads), "ceilings": limits, "works": {}}
     for name in arguments.works:
         work = Work(folder, arguments.prompts, lengths[name], arguments.threads, arguments.rounds + 1)
-        result = compare(name, work, arguments.rounds, limits["gemm_fp32_gflops"])
+        result = compare(name, work, arguments.rounds)
+        ours = result["phases"]["ours"]
+        result["gemm_share"] = ours["useful_gflop"] / ours["update"] / limits["gemm_fp32_gflops"]
         report["works"][name] = result
         report[f"ratio_{name}"] = result["ratio"]
     first = report["works"][arguments.works[0]]
