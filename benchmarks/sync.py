@@ -1,11 +1,11 @@
 """Weight sync: from the trainer's weights to a policy service that samples with them.
 
-    python -m benchmarks.sync [--model FOLDER] [--rounds 5] [--replicas 1 2]
+    python -m benchmarks.sync [--model FOLDER] [--rounds 5] [--replicas 1 2] [--through folder grpc]
 
-The trainer's model runs in this process, each policy service in one of its own; they meet over gRPC as in a run.
-`prepare` is collecting, packing and hashing in the trainer, `publish` the transaction with all replicas, `pause` what
-generation stands still. After the last round answers are sampled and their log-probabilities compared with the
-trainer's. Prints a table and writes build/bench/sync.json.
+The trainer's model runs in this process, each policy service in one of its own. Weights go over gRPC, as between
+machines, or through a folder in memory, as on one machine. `pause` is what generation stands still. After the last
+round answers are sampled and their log-probabilities compared with the trainer's. Prints a table and writes
+build/bench/sync.json.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ import torch
 from benchmarks import common
 from benchmarks.report import heading, table, write
 from steersman.config.manifest import Lora
+from steersman.local.memory import memory_folder
 from steersman.nn.load import load_tokenizer
 from steersman.nn.packed import pack
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.nn.tokens import tokenizer_fingerprint
 from steersman.v1 import common_pb2
-from training.clients import PolicyPool, PolicyReplica, WeightsPayload
+from training.clients import PolicyPool, PolicyReplica
 from training.policy_model import PolicyModel
+from training.publication import Outbox
 
 TARGETS = {"lora": 0.1, "full": 0.5}
 LARGE_BYTES = 8.03e9 * 2
@@ -41,8 +43,11 @@ class _Replica(PolicyReplica):
 
     pause_seconds = 0.0
 
-    def publish(self, version: int, payload: WeightsPayload) -> float:
-        self.pause_seconds = super().publish(version, payload)
+    size = 0
+
+    def publish(self, version: int, outbox: Outbox) -> float:
+        self.pause_seconds = super().publish(version, outbox)
+        self.size = outbox.manifest.size
         return self.pause_seconds
 
 
@@ -63,49 +68,52 @@ def mismatch(model: PolicyModel, pool: PolicyPool, prompts: Sequence[np.ndarray]
     return float(np.abs(own - np.concatenate([one.logprobs for one in samples])).mean())
 
 
-def measure(folder: Path, kind: str, replicas: int, rounds: int, threads: int) -> dict[str, object]:
+def measure(
+    folder: Path, kind: str, through: str, replicas: int, rounds: int, threads: int, precision: str
+) -> dict[str, object]:
     lora = Lora() if kind == "lora" else None
     model = PolicyModel(folder, lora, None, None, device="cpu", precision="fp32", temperature=1.0, seed=0)
     generator = torch.Generator().manual_seed(0)
     fingerprint = tokenizer_fingerprint(load_tokenizer(folder))
-    prepares, publishes, pauses = [], [], []
-    size = 0
+    times, pauses = [], []
     with contextlib.ExitStack() as stack:
-        services = [stack.enter_context(common.service("policy", threads, model=str(folder))) for _ in range(replicas)]
+        shared = None
+        options: dict[str, object] = {"model": str(folder), "precision": precision}
+        if through == "folder":
+            shared = stack.enter_context(memory_folder(4 * sum(p.numel() * 4 for p in model.parameters())))
+            assert shared is not None, "memory has no room for two publications"
+            options["artifactUrls"] = [f"file://{shared}/"]
+        services = [stack.enter_context(common.service("policy", threads, **options)) for _ in range(replicas)]
         clients = [_Replica(one.target, one.weights_target, 60.0, print) for one in services]
-        pool = PolicyPool(clients, fingerprint)
+        pool = PolicyPool(clients, fingerprint, shared)
         stack.callback(pool.close)
         served = pool.info().model.dtype
         dtype = torch.bfloat16 if served == "bfloat16" else torch.float32
         for number in range(rounds + 1):
             change(model, generator)
             start = time.perf_counter()
-            payload = model.payload(dtype)
-            prepared = time.perf_counter()
-            pool.publish(payload)
-            end = time.perf_counter()
-            print(f"{kind} x{replicas}: prepare {prepared - start:.3f} s, publish {end - prepared:.3f} s", flush=True)
+            pool.publish(model.payload(dtype))
+            seconds = time.perf_counter() - start
+            print(f"{kind} through {through} x{replicas}: {seconds:.3f} s", flush=True)
             if number:
-                prepares.append(prepared - start)
-                publishes.append(end - prepared)
+                times.append(seconds)
                 pauses.append(max(client.pause_seconds for client in clients))
-            size = len(payload.data)
         difference = mismatch(model, pool, common.chat_prompts(folder, 8))
         peak = max(common.peak_gib(one.pid) for one in services)
-    seconds = statistics.median(a + b for a, b in zip(prepares, publishes, strict=True))
+    seconds = statistics.median(times)
+    size = clients[0].size
     return {
         "kind": kind,
+        "through": through,
         "replicas": replicas,
         "served_dtype": served,
         "megabytes": size / 1e6,
-        "prepare_seconds": statistics.median(prepares),
-        "publish_seconds": statistics.median(publishes),
         "pause_seconds": statistics.median(pauses),
         "seconds": seconds,
         "target_seconds": TARGETS[kind],
         "logprob_mismatch": difference,
         "service_peak_gib": peak,
-        "large_model_by_stream_seconds": LARGE_BYTES / (size / seconds) if kind == "full" else None,
+        "large_model_seconds": LARGE_BYTES / (size / seconds) if kind == "full" else None,
     }
 
 
@@ -115,6 +123,8 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
     parser.add_argument("--kinds", nargs="+", default=["lora", "full"], choices=list(TARGETS))
     parser.add_argument("--replicas", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--through", nargs="+", default=["folder", "grpc"], choices=["folder", "grpc"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the policy service")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=common.CORES)
     parser.add_argument("--out", type=Path, default=Path("build/bench/sync.json"))
@@ -123,23 +133,14 @@ def main() -> None:
     folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
     limits = common.ceilings()
     results = [
-        measure(folder, kind, replicas, arguments.rounds, arguments.threads)
+        measure(folder, kind, through, replicas, arguments.rounds, arguments.threads, arguments.precision)
         for kind in arguments.kinds
+        for through in arguments.through
         for replicas in arguments.replicas
     ]
-    names = ("kind", "replicas", "megabytes", "prepare_seconds", "publish_seconds", "pause_seconds", "seconds")
-    header = (
-        "weights",
-        "replicas",
-        "MB",
-        "prepare s",
-        "publish s",
-        "pause s",
-        "usable after s",
-        "target s",
-        "mismatch",
-    )
-    table(header, [[one[n] for n in (*names, "target_seconds", "logprob_mismatch")] for one in results])
+    names = ("kind", "through", "replicas", "megabytes", "pause_seconds", "seconds", "target_seconds")
+    header = ("weights", "through", "replicas", "MB", "pause s", "usable after s", "target s", "mismatch", "8B bf16 s")
+    table(header, [[one[n] for n in (*names, "logprob_mismatch", "large_model_seconds")] for one in results])
     print("ceilings", limits)
     write({**heading(arguments.threads), "ceilings": limits, "results": results}, arguments.out)
 

@@ -45,6 +45,8 @@ class Cluster:
     loop: LoopThread
     servers: list[Server] = field(default_factory=list)
     endpoints: dict[str, list[str]] = field(default_factory=dict)
+    weights_folder: Path | None = None
+    """What the trainer publishes through; None: gRPC."""
 
     def start_policy(self, model: Path, **options: Any) -> None:
         from services.policy.build import build_engine, load_chat_format
@@ -115,7 +117,11 @@ class Cluster:
             self.endpoints.setdefault(kind, []).append(f"127.0.0.1:{port}")
 
     def services(self) -> dict[str, Any]:
-        policy = {"endpoints": self.endpoints["policy"], "weightsEndpoints": self.endpoints["weights"]}
+        policy = {
+            "endpoints": self.endpoints["policy"],
+            "weightsEndpoints": self.endpoints["weights"],
+            "weightsFolder": str(self.weights_folder) if self.weights_folder else None,
+        }
         others = {kind: {"endpoints": self.endpoints[kind]} for kind in ("reward", "reference")}
         return {"policy": policy, **others, "startTimeoutSeconds": 5}
 

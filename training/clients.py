@@ -5,22 +5,19 @@ A service that is not there is waited for and the call repeated; what a service 
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
-from isal import isal_zlib
-from torch import Tensor
 
 from steersman.errors import CancelledError, ConflictError, SteersmanError, UnavailableError, from_grpc
-from steersman.nn.serialize import to_safetensors
 from steersman.rpc.client import open_channel, wait_ready
 from steersman.rpc.wire import pack_rows, unpack_rows
 from steersman.v1 import (
@@ -34,8 +31,8 @@ from steersman.v1 import (
     weights_pb2,
     weights_pb2_grpc,
 )
+from training.publication import Outbox, WeightsPayload
 
-CHUNK_BYTES = 4 * 1024 * 1024
 CALL_SECONDS = 600.0
 GENERATE_SECONDS = 6 * 3600.0
 """A batch is one call; that the other side is gone is noticed by keepalive, long before."""
@@ -60,22 +57,6 @@ class Sample:
     ended: bool
     """It ended by itself, not by the token limit."""
     versions: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class WeightsPayload:
-    """What one publication sends to every replica."""
-
-    kind: Literal["full", "lora"]
-    data: bytes
-    sha256: str
-    adapter_config: dict[str, Any] | None
-
-    @staticmethod
-    def of(
-        kind: Literal["full", "lora"], tensors: dict[str, Tensor], adapter_config: dict[str, Any] | None = None
-    ) -> WeightsPayload:
-        return WeightsPayload(kind, *to_safetensors(tensors), adapter_config)
 
 
 class _Remote:
@@ -153,27 +134,19 @@ class PolicyReplica(_Remote):
     def status(self) -> weights_pb2.GetWeightsStatusResponse:
         return self.retrying(lambda: self._weights.GetWeightsStatus(weights_pb2.GetWeightsStatusRequest(), timeout=30))
 
-    def publish(self, version: int, payload: WeightsPayload) -> float:
-        """Loads the payload as `version`; returns the seconds that generation stood still."""
-        return self.retrying(lambda: self._publish(version, payload))
+    def publish(self, version: int, outbox: Outbox) -> float:
+        """Loads what is in the outbox as `version`; returns the seconds that generation stood still."""
+        return self.retrying(lambda: self._publish(version, outbox))
 
-    def _publish(self, version: int, payload: WeightsPayload) -> float:
+    def _publish(self, version: int, outbox: Outbox) -> float:
         status = self._weights.GetWeightsStatus(weights_pb2.GetWeightsStatusRequest(), timeout=30)
         if status.pending_version:
             self._weights.AbortUpdate(weights_pb2.AbortUpdateRequest(version=status.pending_version), timeout=30)
-        kind = weights_pb2.WEIGHTS_KIND_LORA if payload.kind == "lora" else weights_pb2.WEIGHTS_KIND_FULL
-        begin = weights_pb2.BeginUpdateRequest(
-            version=version,
-            manifest=weights_pb2.WeightsManifest(
-                kind=kind,  # type: ignore[arg-type]
-                size=len(payload.data),
-                sha256=payload.sha256,
-                adapter_config_json=json.dumps(payload.adapter_config) if payload.adapter_config else "",
-            ),
-        )
+        begin = weights_pb2.BeginUpdateRequest(version=version, manifest=outbox.manifest)
         if self._weights.BeginUpdate(begin, timeout=30).already_loaded:
             return 0.0
-        self._weights.UploadChunks(_chunks(version, payload.data), timeout=CALL_SECONDS)
+        if not outbox.manifest.artifact_url:
+            self._weights.UploadChunks(outbox.chunks(version), timeout=CALL_SECONDS)
         return self._weights.CommitUpdate(
             weights_pb2.CommitUpdateRequest(version=version), timeout=CALL_SECONDS
         ).pause_seconds
@@ -196,21 +169,21 @@ def _sample(response: policy_pb2.GenerateResponse) -> Sample:
     )
 
 
-def _chunks(version: int, data: bytes) -> Iterator[weights_pb2.UploadChunksRequest]:
-    for offset in range(0, len(data), CHUNK_BYTES):
-        part = data[offset : offset + CHUNK_BYTES]
-        yield weights_pb2.UploadChunksRequest(version=version, offset=offset, data=part, crc32=isal_zlib.crc32(part))
-
-
 class PolicyPool:
     """All replicas as one: prompts are split over them, weights go to all of them or the batch fails."""
 
-    def __init__(self, replicas: Sequence[PolicyReplica], fingerprint: str) -> None:
+    def __init__(self, replicas: Sequence[PolicyReplica], fingerprint: str, folder: Path | None = None) -> None:
+        """Args:
+        folder: this run's own, seen by all replicas: weights go through it; None: over gRPC.
+
+        Raises:
+            StorageError: the folder cannot be written to.
+        """
         self._replicas = list(replicas)
         self._fingerprint = fingerprint
         self._threads = ThreadPoolExecutor(len(self._replicas), thread_name_prefix="publish")
         self._publishing = threading.Lock()
-        self._published: WeightsPayload | None = None
+        self._outbox = Outbox(folder)
         self._issued: set[int] = set()
         self.version: int | None = None
         """Version that the next batch must be made with; None: what the replicas started with."""
@@ -222,6 +195,7 @@ class PolicyPool:
         for replica in self._replicas:
             replica.close()
         self._threads.shutdown(wait=False)
+        self._outbox.close()
 
     def info(self) -> policy_pb2.GetPolicyInfoResponse:
         """Of the first replica; they run the same model."""
@@ -234,22 +208,22 @@ class PolicyPool:
         """
         start = time.monotonic()
         with self._publishing:
+            self._outbox.put(payload)
             statuses = list(self._threads.map(lambda replica: replica.status(), self._replicas))
-            same = {status.loaded_version for status in statuses if status.loaded_sha256 == payload.sha256}
+            digest = self._outbox.manifest.digest
+            same = {status.loaded_version for status in statuses if status.loaded_digest == digest}
             newest = max(status.loaded_version for status in statuses)
             version = newest if same == {newest} else newest + 1
             self._issued.add(version)
-            list(self._threads.map(lambda replica: replica.publish(version, payload), self._replicas))
-            self._published, self.version = payload, version
+            list(self._threads.map(lambda replica: replica.publish(version, self._outbox), self._replicas))
+            self.version = version
         return time.monotonic() - start
 
     def restore(self, replica: PolicyReplica) -> None:
         """Gives a replica that came back with other weights the published ones."""
         with self._publishing:
-            if self._published is None or self.version is None:
-                return
-            if replica.status().loaded_version != self.version:
-                replica.publish(self.version, self._published)
+            if self.version is not None and replica.status().loaded_version != self.version:
+                replica.publish(self.version, self._outbox)
 
     def may_have_made(self, versions: Sequence[int], in_flight: bool) -> bool:
         """Whether this pool published these weights: the last ones, or `in_flight` any."""

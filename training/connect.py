@@ -9,6 +9,7 @@ import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from steersman.config.manifest import Generation
+from steersman.config.stages import weights_folder
 from steersman.errors import ConfigError, FailedPreconditionError
 from steersman.nn.load import load_tokenizer
 from steersman.nn.tokens import stop_ids, tokenizer_fingerprint
@@ -47,7 +48,7 @@ class Services:
             PolicyReplica(target, weights, patience, note)
             for target, weights in zip(spec.policy.endpoints, spec.policy.weights_endpoints, strict=True)
         ]
-        self.policy = PolicyPool(replicas, fingerprint)
+        self.policy = PolicyPool(replicas, fingerprint, weights_folder(context.run, context.run_dir))
         self.reward = [RewardClient(target, fingerprint, patience, note) for target in spec.reward.endpoints]
         self.reference = [
             ReferenceClient(target, fingerprint, patience, note) for target in spec.reference.endpoints if reference

@@ -22,9 +22,9 @@ from steersman.errors import FailedPreconditionError
 from steersman.report.schema import Evaluation, Message, RewardModelEvaluation, Sample
 from steersman.report.statistics import compare
 from steersman.rewards import Reward, build_reward
-from training.clients import WeightsPayload
 from training.connect import Services
 from training.context import StageContext
+from training.publication import WeightsPayload
 from training.rollout import Prompt, Scored, reward_of
 
 
@@ -64,7 +64,7 @@ def _answer(
     for number, (name, folder) in enumerate(models.items(), start=1):
         start = time.monotonic()
         context.reporter.note(f"{name}: {len(prompts)} held-out prompts")
-        services.policy.publish(WeightsPayload.of("full", read_weights(folder)))
+        services.policy.publish(WeightsPayload("full", read_weights(folder)))
         # Every model starts each prompt from the same seed: the comparison is paired.
         scored, _ = services.rollouts(spec.generation).collect(prompts, spec.samples_per_prompt, context.seed << 20)
         results[name] = tuple(

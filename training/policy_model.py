@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from steersman.nn.load import load_causal_lm, load_reward_backbone
 from steersman.nn.logprobs import token_logprobs
 from steersman.nn.lora import attach_lora, quantization
 from steersman.nn.packed import PackedBatch, enable_packed, hidden_states
-from training.clients import WeightsPayload
 from training.parallel import sharded_like, unsharded, whole
+from training.publication import WeightsPayload
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,12 +171,16 @@ class PolicyModel(nn.Module):
         """
         if self._lora is None:
             tensors = {name: whole(value).to(dtype) for name, value in self.policy.named_parameters()}
-            return WeightsPayload.of("full", tensors)
+            return WeightsPayload("full", tensors)
         if self._lora.use_dora:
-            return WeightsPayload.of("full", _merged_layers(self.policy, dtype))
+            return WeightsPayload("full", _merged_layers(self.policy, dtype))
         config = self.policy.peft_config["default"].to_dict()  # type: ignore[index,union-attr]
-        tensors = whole(dict(get_peft_model_state_dict(self.policy)))
-        return WeightsPayload.of("lora", tensors, {key: _plain(value) for key, value in config.items()})
+        return WeightsPayload("lora", whole(self._adapter), {key: _plain(value) for key, value in config.items()})
+
+    @cached_property
+    def _adapter(self) -> dict[str, Tensor]:
+        """The adapter's parameters by PEFT's names, the same memory; PEFT goes over the whole model to find them."""
+        return dict(get_peft_model_state_dict(self.policy))
 
 
 def _merged_layers(policy: Any, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ import torch
 from steersman.artifacts import atomic_dir, storage_errors
 from steersman.config.manifest import RejectionSamplingStage, SftStage
 from steersman.errors import FailedPreconditionError
-from training.clients import WeightsPayload
 from training.connect import Services
 from training.context import DataFiles, StageContext
 from training.evaluate import read_weights
+from training.publication import WeightsPayload
 from training.rollout import Prompt, Scored, count_failed, reward_of
 from training.sft import run_sft
 
@@ -34,7 +34,7 @@ def run_rejection_sampling(spec: RejectionSamplingStage, context: StageContext) 
             folder = context.stage_dir / f"round-{number + 1}"
             winners = folder / "winners.jsonl"
             if not winners.is_file():
-                services.policy.publish(WeightsPayload.of("full", read_weights(model)))
+                services.policy.publish(WeightsPayload("full", read_weights(model)))
                 _write_winners(spec, context, services, prompts, number, winners)
             if not (folder / "model").is_dir():
                 _fine_tune(spec, context, model, winners, services.max_context)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 import fsspec
 import grpc
+from blake3 import blake3
 from isal import isal_zlib
 from safetensors.torch import load_file
 
@@ -26,11 +26,13 @@ from steersman.errors import (
     PermissionDeniedError,
     StorageError,
 )
+from steersman.nn.serialize import anonymous_file, digest_of, mapped
 from steersman.v1 import weights_pb2 as pb
 from steersman.v1 import weights_pb2_grpc
 
 log = logging.getLogger("steersman.policy.weights")
 
+_FILE = "file://"
 _KINDS = {pb.WEIGHTS_KIND_FULL: "full", pb.WEIGHTS_KIND_LORA: "lora"}
 
 
@@ -39,18 +41,18 @@ class _Transaction:
     version: int
     manifest: pb.WeightsManifest
     file: IO[bytes]
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    digest: blake3 = field(default_factory=blake3)
     received: int = 0
 
 
 class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
-    """One transaction at a time. What is being uploaded lies in an unnamed temporary file."""
+    """One transaction at a time. What is being uploaded lies in an anonymous file."""
 
     def __init__(self, engine: Engine, config: PolicyConfig) -> None:
         self._engine = engine
         self._config = config
         self._open: _Transaction | None = None
-        self._loaded_sha256 = ""
+        self._loaded_digest = ""
         self._lock = asyncio.Lock()
 
     @property
@@ -62,7 +64,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     ) -> pb.BeginUpdateResponse:
         async with self._lock:
             manifest = request.manifest
-            if request.version == self._loaded and manifest.sha256 == self._loaded_sha256:
+            if request.version == self._loaded and manifest.digest == self._loaded_digest:
                 return pb.BeginUpdateResponse(already_loaded=True)
             if request.version <= self._loaded:
                 raise FailedPreconditionError(
@@ -74,22 +76,23 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
                 )
             self._check(manifest)
             self._close_transaction()
-            self._open = _Transaction(request.version, manifest, tempfile.TemporaryFile())  # noqa: SIM115
+            self._open = _Transaction(request.version, manifest, anonymous_file())
             return pb.BeginUpdateResponse()
 
     def _check(self, manifest: pb.WeightsManifest) -> None:
         if manifest.kind not in _KINDS:
             raise InvalidArgumentError("manifest.kind is unspecified; it must be FULL or LORA")
-        if len(manifest.sha256) != 64:
-            raise InvalidArgumentError("manifest.sha256 must be 64 hexadecimal digits")
+        if len(manifest.digest) != 64:
+            raise InvalidArgumentError("manifest.digest must be 64 hexadecimal digits")
         if not 0 < manifest.size <= self._config.max_upload_bytes:
             raise InvalidArgumentError(
                 f"manifest.size is {manifest.size}; it must be 1 to maxUploadBytes ({self._config.max_upload_bytes})"
             )
         if (manifest.kind == pb.WEIGHTS_KIND_LORA) != bool(manifest.adapter_config_json):
             raise InvalidArgumentError("manifest.adapter_config_json belongs to kind LORA, and only to it")
-        if manifest.artifact_url and not any(manifest.artifact_url.startswith(p) for p in self._config.artifact_urls):
-            raise PermissionDeniedError(f"{manifest.artifact_url} is under none of the service's artifactUrls")
+        url = manifest.artifact_url
+        if url and (".." in url.split("/") or not any(url.startswith(one) for one in self._config.artifact_urls)):
+            raise PermissionDeniedError(f"{url} is under none of the service's artifactUrls")
 
     def _transaction(self, version: int) -> _Transaction:
         if self._open is None or self._open.version != version:
@@ -145,24 +148,36 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             transaction = self._transaction(request.version)
             # The swap must not be torn by a caller that goes away: it runs to its end in any case.
             pause = await asyncio.shield(asyncio.to_thread(self._apply, transaction))
-            self._loaded_sha256 = transaction.manifest.sha256
+            self._loaded_digest = transaction.manifest.digest
             self._close_transaction()
             log.info("weights version %d loaded, generation paused for %.3f s", request.version, pause)
             return pb.CommitUpdateResponse(version=request.version, pause_seconds=pause)
 
     def _apply(self, transaction: _Transaction) -> float:
         manifest = transaction.manifest
-        if manifest.artifact_url:
-            self._read_artifact(transaction)
-        if transaction.received != manifest.size:
+        if manifest.artifact_url.startswith(_FILE):  # read where it lies
+            path = Path(manifest.artifact_url.removeprefix(_FILE))
+            try:
+                with mapped(path) as data:
+                    size, digest = len(data), digest_of(data)
+            except (OSError, ValueError) as error:
+                raise FailedPreconditionError(
+                    f"{manifest.artifact_url} cannot be read ({error}); do trainer and replica see the same folder?"
+                ) from None
+        else:
+            if manifest.artifact_url:
+                self._read_artifact(transaction)
+            transaction.file.flush()
+            path = Path(f"/proc/self/fd/{transaction.file.fileno()}")
+            size, digest = transaction.received, transaction.digest.hexdigest()
+        if size != manifest.size:
             raise FailedPreconditionError(
-                f"{transaction.received} of {manifest.size} bytes are here; upload the rest before the commit"
+                f"{size} of {manifest.size} bytes are here; upload the rest before the commit"
             )
-        if transaction.digest.hexdigest() != manifest.sha256:
-            raise ChecksumError("the payload does not have manifest.sha256; abort and send it again")
-        transaction.file.flush()
+        if digest != manifest.digest:
+            raise ChecksumError("the payload does not have manifest.digest; abort and send it again")
         try:
-            tensors = load_file(f"/proc/self/fd/{transaction.file.fileno()}")
+            tensors = load_file(path)
         except Exception as error:
             raise InvalidArgumentError(f"the payload is not a safetensors file ({error})") from None
         update = WeightsUpdate(
@@ -176,7 +191,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     def _read_artifact(self, transaction: _Transaction) -> None:
         transaction.file.seek(0)
         transaction.file.truncate()
-        transaction.received, transaction.digest = 0, hashlib.sha256()
+        transaction.received, transaction.digest = 0, blake3()
         try:
             with fsspec.open(transaction.manifest.artifact_url, "rb") as source:
                 while data := source.read(8 * 1024 * 1024):
@@ -202,7 +217,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     ) -> pb.GetWeightsStatusResponse:
         return pb.GetWeightsStatusResponse(
             loaded_version=self._loaded,
-            loaded_sha256=self._loaded_sha256,
+            loaded_digest=self._loaded_digest,
             pending_version=self._open.version if self._open else 0,
             received=self._open.received if self._open else 0,
         )

@@ -522,6 +522,9 @@ class ServiceSpec(FrozenModel):
 class PolicyServiceSpec(ServiceSpec):
     weights_endpoints: list[str] = []
     """host:port of the replicas' control planes (WeightsService), in the order of `endpoints`."""
+    weights_folder: str | None = None
+    """Folder that the trainer and all replicas see: weights go through it as files, not over gRPC. A relative one lies
+    in the run's folder. `steersman run` takes memory (/dev/shm) by itself."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Generation engine."""
     max_context: Positive | None = None

@@ -86,6 +86,12 @@ def mark_complete(run: AlignmentRun, name: str, run_dir: Path) -> None:
     partial.rename(folder / "complete.json")
 
 
+def weights_folder(run: AlignmentRun, run_dir: Path) -> Path | None:
+    """Where weights go through to the policy service; None: over gRPC."""
+    name = run.spec.services.policy.weights_folder
+    return run_dir / name if name else None
+
+
 def policy_folder(run: AlignmentRun, name: str, run_dir: Path) -> Path | None:
     """Model folder of the newest stage before `name` that trains the policy; None: the base model."""
     return _newest(run, name, run_dir, _POLICY_STAGES)

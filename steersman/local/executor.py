@@ -28,6 +28,7 @@ from steersman.config.manifest import AlignmentRun, ServicesSpec
 from steersman.config.stages import SEVERAL_RANKS
 from steersman.errors import ConfigError, ConflictError, UnavailableError
 from steersman.local import folder, process
+from steersman.local.memory import memory_folder
 from steersman.local.prepare import data_digests
 from steersman.local.services import GRPC_NAMES, endpoint_overrides, services_of
 from steersman.local.supervisor import Supervisor
@@ -75,9 +76,12 @@ def run_manifest(run: AlignmentRun, run_dir: Path, *, force_restart: bool = Fals
 
 
 def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> None:
-    with Supervisor(
-        run_dir / "services", _environment(run, base), run.spec.services.start_timeout_seconds
-    ) as supervisor:
+    with (
+        _weights_in_memory(run, base) as run,
+        Supervisor(
+            run_dir / "services", _environment(run, base), run.spec.services.start_timeout_seconds
+        ) as supervisor,
+    ):
         for name in run.stage_names():
             if _is_done(run, name, run_dir):
                 say(name, "is complete, see " + str(run_dir / name))
@@ -96,6 +100,21 @@ def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> N
                 conclude(run_dir, usage)  # a gate that is not passed has numbers to show
                 raise
             say(name, f"complete after {clock(usage.seconds[name])}")
+
+
+@contextmanager
+def _weights_in_memory(run: AlignmentRun, base: Path) -> Iterator[AlignmentRun]:
+    """The run with a folder in memory that weights go through, where it does not say otherwise."""
+    policy = run.spec.services.policy
+    if policy.weights_folder or policy.endpoints:
+        yield run
+        return
+    # Two publications, in numbers of twice the checkpoint's width.
+    size = 4 * sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    with memory_folder(size) as memory:
+        spec = run.spec.model_dump(mode="json", by_alias=True)
+        spec["services"]["policy"]["weightsFolder"] = str(memory) if memory else None
+        yield folder.with_spec(run, spec)
 
 
 def _await_given(services: ServicesSpec) -> None:

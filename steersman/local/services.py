@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from steersman.config.manifest import AlignmentRun, RewardMix, ServicesSpec
-from steersman.config.stages import policy_folder, reward_model_folders, sft_folder
+from steersman.config.stages import policy_folder, reward_model_folders, sft_folder, weights_folder
 from steersman.local.supervisor import Service, Supervisor
 
 DRAIN_SECONDS = 3.0
@@ -35,7 +35,7 @@ def services_of(run: AlignmentRun, name: str, run_dir: Path, base: Path) -> list
     found = []
     services = run.spec.services
     if not services.policy.endpoints:
-        found += [policy_service(run, model, f"policy-{index}") for index in range(services.policy.replicas)]
+        found += [policy_service(run, model, run_dir, index) for index in range(services.policy.replicas)]
     if not services.reward.endpoints:
         found += _replicas(services, "reward", {**_common(run), "scorers": _scorers(run, name, run_dir)}, run, name)
     if not services.reference.endpoints:
@@ -43,7 +43,7 @@ def services_of(run: AlignmentRun, name: str, run_dir: Path, base: Path) -> list
     return found
 
 
-def policy_service(run: AlignmentRun, model: Path, name: str) -> Service:
+def policy_service(run: AlignmentRun, model: Path, run_dir: Path, index: int) -> Service:
     """A replica of the policy service."""
     spec = run.spec.services.policy
     config = {
@@ -54,7 +54,9 @@ def policy_service(run: AlignmentRun, model: Path, name: str) -> Service:
         "maxContext": spec.max_context,
         "kvCacheTokens": spec.kv_cache_tokens,
     }
-    return Service(name, "services.policy", GRPC_NAMES["policy"], config, ("port", "weightsPort"))
+    if shared := weights_folder(run, run_dir):
+        config["artifactUrls"] = [f"file://{shared}/"]
+    return Service(f"policy-{index}", "services.policy", GRPC_NAMES["policy"], config, ("port", "weightsPort"))
 
 
 def endpoint_overrides(run: AlignmentRun, services: list[Service], supervisor: Supervisor) -> list[str]:
@@ -66,7 +68,9 @@ def endpoint_overrides(run: AlignmentRun, services: list[Service], supervisor: S
         if kind == "policy":
             weights = supervisor.port(service.name, "weightsPort")
             found.setdefault("policy.weightsEndpoints", []).append(f"127.0.0.1:{weights}")
-    return [f"spec.services.{key}=[{', '.join(values)}]" for key, values in found.items()]
+    overrides = [f"spec.services.{key}=[{', '.join(values)}]" for key, values in found.items()]
+    shared = run.spec.services.policy.weights_folder
+    return [*overrides, f"spec.services.policy.weightsFolder={shared}"] if shared else overrides
 
 
 def _replicas(

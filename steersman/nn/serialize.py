@@ -1,43 +1,95 @@
-"""Tensors to the bytes of a safetensors file, in one copy, and their digest."""
+"""Weights as a safetensors file, written once, and its digest."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
+import mmap
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_BUFFERS = 512
+"""Of one `pwritev`; the system's limit is 1024."""
 
 
-def to_safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, str]:
-    """What `safetensors.torch.save` returns for float32, bfloat16 and float16 tensors, and its SHA-256.
+def anonymous_file() -> IO[bytes]:
+    """A file without a name that is gone when it is closed: in memory where the system can, which is Linux."""
+    return os.fdopen(os.memfd_create("weights"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
 
-    That function copies everything three times, which for full weights takes as long as sending them. The digest is
-    computed from the tensors while they are copied.
+
+def write_safetensors(tensors: Mapping[str, Tensor], file: IO[bytes]) -> None:
+    """Writes what `safetensors.torch.save_file` does for float32, bfloat16 and float16 tensors.
+
+    That function goes through a copy of everything, on one thread; for full weights this takes a quarter of its time.
+
+    Raises:
+        OSError: there is no room.
     """
     header: dict[str, object] = {}
-    raws: list[memoryview] = []
+    parts: list[memoryview] = []
     end = 0
     for name, tensor in tensors.items():
         values = tensor.detach().cpu().contiguous()
-        raw = values.reshape(-1).view(torch.uint8).numpy().data
-        start, end = end, end + raw.nbytes
+        part = values.reshape(-1).view(torch.uint8).numpy().data
+        start, end = end, end + part.nbytes
         header[name] = {"dtype": _NAMES[values.dtype], "shape": list(values.shape), "data_offsets": [start, end]}
-        raws.append(raw)
+        parts.append(part)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text, *raws]
+    parts.insert(0, memoryview(len(text).to_bytes(8, "little") + text))
+    size = sum(part.nbytes for part in parts)
+    os.ftruncate(file.fileno(), size)
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda job: _write(file.fileno(), *job), _shares(parts, size // threads + 1)))
 
-    def digest() -> str:
-        sha256 = hashlib.sha256()
-        for part in parts:
-            sha256.update(part)
-        return sha256.hexdigest()
 
-    with ThreadPoolExecutor(1) as thread:
-        hashed = thread.submit(digest)
-        return b"".join(parts), hashed.result()
+def _shares(parts: Sequence[memoryview], size: int) -> list[tuple[int, list[memoryview]]]:
+    """(offset, buffers) of about `size` bytes each; a large buffer is split."""
+    shares: list[tuple[int, list[memoryview]]] = []
+    offset = room = 0
+    for part in parts:
+        while part.nbytes:
+            if not room:
+                shares.append((offset, []))
+                room = size
+            piece, part = part[:room], part[room:]
+            shares[-1][1].append(piece)
+            offset, room = offset + piece.nbytes, room - piece.nbytes
+    return shares
+
+
+def _write(descriptor: int, offset: int, buffers: list[memoryview]) -> None:
+    while buffers:
+        written = os.pwritev(descriptor, buffers[:_BUFFERS], offset)
+        offset += written
+        while written and written >= buffers[0].nbytes:
+            written -= buffers.pop(0).nbytes
+        if written:
+            buffers[0] = buffers[0][written:]
+
+
+def mapped(file: IO[bytes] | Path) -> mmap.mmap:
+    """A file that is not empty as read-only memory.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is empty.
+    """
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return mapped(opened)
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def digest_of(data: bytes | mmap.mmap) -> str:
+    """BLAKE3, 256 bits, lower-case hexadecimal; on all cores."""
+    return blake3(data, max_threads=blake3.AUTO).hexdigest()

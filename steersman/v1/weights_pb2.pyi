@@ -16,18 +16,18 @@ WEIGHTS_KIND_FULL: WeightsKind
 WEIGHTS_KIND_LORA: WeightsKind
 
 class WeightsManifest(_message.Message):
-    __slots__ = ("kind", "size", "sha256", "adapter_config_json", "artifact_url")
+    __slots__ = ("kind", "size", "digest", "adapter_config_json", "artifact_url")
     KIND_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
-    SHA256_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     ARTIFACT_URL_FIELD_NUMBER: _ClassVar[int]
     kind: WeightsKind
     size: int
-    sha256: str
+    digest: str
     adapter_config_json: str
     artifact_url: str
-    def __init__(self, kind: _Optional[_Union[WeightsKind, str]] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ..., adapter_config_json: _Optional[str] = ..., artifact_url: _Optional[str] = ...) -> None: ...
+    def __init__(self, kind: _Optional[_Union[WeightsKind, str]] = ..., size: _Optional[int] = ..., digest: _Optional[str] = ..., adapter_config_json: _Optional[str] = ..., artifact_url: _Optional[str] = ...) -> None: ...
 
 class BeginUpdateRequest(_message.Message):
     __slots__ = ("version", "manifest")
@@ -90,13 +90,13 @@ class GetWeightsStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWeightsStatusResponse(_message.Message):
-    __slots__ = ("loaded_version", "loaded_sha256", "pending_version", "received")
+    __slots__ = ("loaded_version", "loaded_digest", "pending_version", "received")
     LOADED_VERSION_FIELD_NUMBER: _ClassVar[int]
-    LOADED_SHA256_FIELD_NUMBER: _ClassVar[int]
+    LOADED_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PENDING_VERSION_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     loaded_version: int
-    loaded_sha256: str
+    loaded_digest: str
     pending_version: int
     received: int
-    def __init__(self, loaded_version: _Optional[int] = ..., loaded_sha256: _Optional[str] = ..., pending_version: _Optional[int] = ..., received: _Optional[int] = ...) -> None: ...
+    def __init__(self, loaded_version: _Optional[int] = ..., loaded_digest: _Optional[str] = ..., pending_version: _Optional[int] = ..., received: _Optional[int] = ...) -> None: ...

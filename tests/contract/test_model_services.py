@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 import zlib
@@ -10,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import grpc
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -76,7 +77,7 @@ def full_payload(stubs: Stubs, tiny_model: Path, scale: float) -> bytes:
 
 def manifest_of(data: bytes, **fields: Any) -> weights_pb2.WeightsManifest:
     return weights_pb2.WeightsManifest(
-        kind=weights_pb2.WEIGHTS_KIND_FULL, size=len(data), sha256=hashlib.sha256(data).hexdigest(), **fields
+        kind=weights_pb2.WEIGHTS_KIND_FULL, size=len(data), digest=blake3(data).hexdigest(), **fields
     )
 
 
@@ -297,9 +298,41 @@ def test_incomplete_or_damaged_weights_are_never_loaded(stubs: Stubs, tiny_model
     bad = weights_pb2.UploadChunksRequest(version=1, offset=0, data=b"abc", crc32=1)
     stubs.weights.BeginUpdate(begin)
     assert error_of(lambda: stubs.weights.UploadChunks(iter([bad]))).code() == grpc.StatusCode.DATA_LOSS
-    outside = weights_pb2.BeginUpdateRequest(version=1, manifest=manifest_of(data, artifact_url="file:///etc/passwd"))
-    assert error_of(lambda: stubs.weights.BeginUpdate(outside)).code() == grpc.StatusCode.PERMISSION_DENIED
     assert stubs.weights.GetWeightsStatus(weights_pb2.GetWeightsStatusRequest()).loaded_version == 0
+
+
+def test_weights_are_read_from_allowed_places_only(cluster: Any, tiny_model: Path, tmp_path: Path) -> None:
+    cluster.start_policy(tiny_model, artifact_urls=[f"file://{tmp_path}/shared/", "memory://bucket/"])
+    cluster.endpoints |= {"reward": cluster.endpoints["policy"], "reference": cluster.endpoints["policy"]}
+    stubs = Stubs(cluster.endpoints)
+    data = full_payload(stubs, tiny_model, 1.3)
+    (tmp_path / "shared").mkdir()
+    for path in ("outside", "shared/weights"):
+        (tmp_path / path).write_bytes(data)
+    fsspec.filesystem("memory").pipe_file("/bucket/weights", data)
+
+    def load(version: int, url: str, payload: bytes = data) -> int:
+        manifest = manifest_of(payload, artifact_url=url)
+        stubs.weights.BeginUpdate(weights_pb2.BeginUpdateRequest(version=version, manifest=manifest))
+        return stubs.weights.CommitUpdate(weights_pb2.CommitUpdateRequest(version=version)).version
+
+    outside = (f"file://{tmp_path}/outside", f"file://{tmp_path}/shared/../outside", "file:///etc/passwd")
+    for url in outside:
+        assert error_of(lambda url=url: load(1, url)).code() == grpc.StatusCode.PERMISSION_DENIED
+    missing = error_of(lambda: load(1, f"file://{tmp_path}/shared/missing"))
+    assert missing.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "see the same folder" in missing.details()
+    other = data[:-1] + bytes([data[-1] ^ 1])
+    stubs.weights.AbortUpdate(weights_pb2.AbortUpdateRequest(version=1))
+    assert error_of(lambda: load(2, f"file://{tmp_path}/shared/weights", other)).code() == grpc.StatusCode.DATA_LOSS
+    stubs.weights.AbortUpdate(weights_pb2.AbortUpdateRequest(version=2))
+    assert load(3, f"file://{tmp_path}/shared/weights") == 3
+    shared = {response.logprobs.data for response in generate(stubs)}
+    # The trainer's next weights go into the same file; what is served does not change with it.
+    (tmp_path / "shared" / "weights").write_bytes(bytes(len(data)))
+    assert {response.logprobs.data for response in generate(stubs)} == shared
+    assert load(4, "memory://bucket/weights") == 4
+    assert {response.logprobs.data for response in generate(stubs)} == shared
 
 
 def test_no_request_fails_during_a_swap(stubs: Stubs, tiny_model: Path) -> None:

@@ -122,6 +122,7 @@ def test_a_run_ends_with_all_numbers_and_artifacts(unbroken: Path) -> None:
     assert (run / "rl" / "adapter" / "adapter_config.json").is_file()
     assert (run / "report" / "report.html").is_file()
     assert any(line.startswith(f"rl  [##########] step {STEPS}/{STEPS}  reward ") for line in lines)
+    assert "file:///dev/shm/" in (run / "services" / "policy-0.yaml").read_text()
     assert no_process_of(run)
 
 
@@ -253,6 +254,9 @@ def test_a_stopped_run_leaves_nothing_behind(
     while not no_process_of(before_rl / "run") and time.monotonic() < end:
         time.sleep(0.1)
     assert no_process_of(before_rl / "run")
+    if number != signal.SIGKILL:
+        url = yaml.safe_load((before_rl / "run" / "services" / "policy-0.yaml").read_text())["artifactUrls"][0]
+        assert not Path(url.removeprefix("file://")).exists()
 
 
 def changed(**spec: Any) -> dict[str, Any]:

@@ -11,15 +11,15 @@ import pytest
 from test_rl import BANDIT, LIKES_LETTERS, PROMPTS, metrics
 
 from steersman.artifacts import manifest_of_hashes
-from steersman.errors import FailedPreconditionError
+from steersman.errors import FailedPreconditionError, PermissionDeniedError, StorageError
 from steersman.testing.models import save_model_folder, tiny_llama
 from training.ppo import Trainer
 
 SERVICES = {"mergeRequests": False}
 
 
-def start(cluster: Any, model: Path, **reward: Any) -> None:
-    cluster.start_policy(model)
+def start(cluster: Any, model: Path, **policy: Any) -> None:
+    cluster.start_policy(model, **policy)
     cluster.start_reference(model, merge_requests=False)
     cluster.start_reward(LIKES_LETTERS, **SERVICES)
 
@@ -62,6 +62,32 @@ def test_strictly_on_policy_equals_the_synchronous_loop_bit_for_bit(
     synchronous = hashes(run_manifest(cluster, tiny_model, options, prompts=PROMPTS, name="synchronous"))
     assert "adapter/adapter_model.safetensors" in ahead
     assert ahead == synchronous
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, None])
+def test_weights_through_a_folder_are_the_same_as_over_grpc(
+    lora: dict | None, cluster: Any, tiny_model: Path, run_manifest: Callable, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    start(cluster, tiny_model, artifact_urls=[f"file://{shared}/"])
+    options = {"rl": {**BANDIT, "algorithm": "grpo", "steps": 3, "lora": lora}}
+    streamed = hashes(run_manifest(cluster, tiny_model, options, prompts=PROMPTS, name="streamed"))
+    cluster.weights_folder = shared
+    through_files = hashes(run_manifest(cluster, tiny_model, options, prompts=PROMPTS, name="files"))
+    assert through_files == streamed
+    assert list(shared.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_used(cluster: Any, tiny_model: Path, run_manifest: Callable, tmp_path: Path) -> None:
+    start(cluster, tiny_model)
+    options = {"rl": {**BANDIT, "algorithm": "grpo", "steps": 1}}
+    (tmp_path / "file").touch()
+    cluster.weights_folder = tmp_path / "file" / "shared"
+    with pytest.raises(StorageError, match=r"services\.policy\.weightsFolder: .*Not a directory.*share"):
+        run_manifest(cluster, tiny_model, options, prompts=PROMPTS, name="no-folder")
+    cluster.weights_folder = tmp_path / "unknown"
+    with pytest.raises(PermissionDeniedError, match="under none of the service's artifactUrls"):
+        run_manifest(cluster, tiny_model, options, prompts=PROMPTS, name="not-allowed")
 
 
 def test_a_service_of_another_model_is_refused(

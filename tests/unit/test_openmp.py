@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -37,13 +38,29 @@ def test_torch_takes_the_runtime_that_was_loaded_before(before: str, status: int
     assert done.returncode == status, done.stderr
 
 
+_ENTERS = """
+import runpy, sys
+from pathlib import Path
+module, *sys.argv[1:] = sys.argv[1:]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+assert "libiomp5" in Path("/proc/self/maps").read_text()
+"""
+
+
 @pytest.mark.parametrize("module", ["services.policy", "services.reference", "services.reward", "training.stage"])
-def test_entry_points_load_it_before_torch(module: str) -> None:
-    """Their imports alone must not bring torch."""
-    name = f"{module}.__main__" if module.startswith("services") else module
-    program = f"import {name}, sys; raise SystemExit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+def test_entry_points_load_it_before_torch(module: str, tmp_path: Path) -> None:
+    """Each ends at a file that is missing, which it looks for after that."""
+    missing = str(tmp_path / "missing")
+    arguments = ["--run-dir", missing, "--stage", "rl"] if module == "training.stage" else ["--config", missing]
+    done = subprocess.run(
+        [sys.executable, "-c", _ENTERS, module, *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
+    assert "there is no such file" in done.stderr
 
 
 def test_a_machine_without_the_package_keeps_its_runtime(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from services.policy.engines.weights import Source, WeightStore
+from services.policy.engines.weights import Place, Source, WeightStore
 from steersman.errors import InvalidArgumentError, StorageError
 from steersman.generation import WeightsUpdate
 
@@ -59,7 +59,7 @@ class Checkpoint:
         self._scratch = scratch
         self._parameters = _Parameters(tuple(tensors))
         self._store = WeightStore(tensors, aliases, dtype)
-        self._store.attach(self._parameters)
+        self._store.register(self._parameters)
         self._start = Plan(start, lambda: None)
         self._now = self._start
 
@@ -106,18 +106,12 @@ class _Parameters:
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
         self.changed: dict[str, Tensor] = {}
-        self._sources: tuple[Source, ...] = ()
 
-    def prepare(self, sources: Sequence[Source], dtype: torch.dtype) -> Callable[[], None]:
-        for name, source, before in zip(self.names, sources, self._sources, strict=False):  # none before the first
-            if source is not before:
-                self.changed[name] = torch.empty(source.shape, dtype=dtype)
-                source.into(self.changed[name])
-
-        def place() -> None:
-            self._sources = tuple(sources)
-
-        return place
+    def prepare(self, sources: Sequence[Source | None], dtype: torch.dtype) -> Place:
+        for name, source in zip(self.names, sources, strict=True):
+            if source is not None:
+                self.changed[name] = source.tensor(dtype)
+        return lambda: None
 
 
 def save_adapter(folder: Path, update: WeightsUpdate) -> None:

@@ -2,17 +2,18 @@
 
 Preparing (merging an adapter, casting, the layout that the CPU's kernels want) runs on the caller's thread while
 generation goes on; putting in place only exchanges references, between two decode steps, and hands back what was
-replaced, because to free it takes longer than all the rest.
+replaced, because to free it takes longer than all the rest. Nothing refers to an update's own tensors afterwards:
+they may lie in a file that its owner takes away.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.utils.other import get_pattern_key
@@ -36,20 +37,44 @@ class Source(Protocol):
     @property
     def shape(self) -> torch.Size: ...
 
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        """The parameter, to be kept."""
+        ...
+
     def into(self, out: Tensor) -> None:
         """Writes the parameter to `out`, which has its shape, any strides and any dtype."""
         ...
 
 
-@dataclass(frozen=True, eq=False)
 class Given:
     """A parameter as it was given."""
 
-    value: Tensor
+    def __init__(self, value: Tensor, *, own: bool, spare: Tensor | None = None) -> None:
+        """
+        Args:
+            own: it may be served as it is; otherwise its memory is somebody else's.
+            spare: memory for a copy, where it fits.
+        """
+        self.value = value
+        self.copy: Tensor | None = None
+        """To be served, of a value that is somebody else's."""
+        self._own, self._spare = own, spare
+        self._lock = threading.Lock()
 
     @property
     def shape(self) -> torch.Size:
         return self.value.shape
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        if self._own:
+            return self.value.to(dtype)
+        with self._lock:  # a tied parameter has two holders, and shall exist once
+            if self.copy is None:
+                out = self._spare
+                if out is None or (out.shape, out.dtype) != (self.shape, dtype):
+                    out = torch.empty_like(self.value, dtype=dtype)
+                self.copy = out.copy_(self.value)
+            return self.copy
 
     def into(self, out: Tensor) -> None:
         if out.stride(0) != 1 or self.value.stride(0) == 1:
@@ -62,37 +87,35 @@ class Given:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """base + b a, computed in float32 from the base each time, so that nothing accumulates over many updates
+    """base + scale b a, computed in float32 from the base each time, so that nothing accumulates over many updates
     (Hu et al. 2021, section 4.1). The merged weight exists only where it is used.
     """
 
     base: Tensor
     """[out, in]"""
     b: Tensor
-    """float32 [out, r], scale included"""
+    """float32 [out, r]"""
     a: Tensor
     """float32 [r, in]"""
+    scale: float
 
     @property
     def shape(self) -> torch.Size:
         return self.base.shape
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(self.shape, dtype=dtype, device=self.base.device)
+        self.into(out)
+        return out
 
     def into(self, out: Tensor) -> None:
         base, b, a = self.base, self.b, self.a
         if out.stride(0) == 1:
             out, base, b, a = out.T, base.T, a.T, b.T
         if out.dtype == torch.float32:
-            out.copy_(base).addmm_(b, a)
+            out.copy_(base).addmm_(b, a, alpha=self.scale)
         else:
-            out.copy_(torch.addmm(base.float(), b, a))
-
-
-def _tensor(source: Source, dtype: torch.dtype) -> Tensor:
-    if isinstance(source, Given):
-        return source.value.to(dtype)
-    out = torch.empty(source.shape, dtype=dtype, device=source.base.device)  # type: ignore[attr-defined]
-    source.into(out)
-    return out
+            out.copy_(torch.addmm(base.float(), b, a, alpha=self.scale))
 
 
 class Holder(Protocol):
@@ -102,8 +125,8 @@ class Holder(Protocol):
     transposed: bool
     """Its matrices lie as [in, out]."""
 
-    def prepare(self, sources: Sequence[Source], dtype: torch.dtype) -> Place:
-        """Takes the parameters in the order of `names`."""
+    def prepare(self, sources: Sequence[Source | None], dtype: torch.dtype) -> Place:
+        """Takes the parameters in the order of `names`; None: it stays as it is."""
         ...
 
 
@@ -116,8 +139,10 @@ class Parameter:
         self.names: tuple[str, ...] = (name,)
         self._place = place
 
-    def prepare(self, sources: Sequence[Source], dtype: torch.dtype) -> Place:
-        tensor = _tensor(sources[0], dtype)
+    def prepare(self, sources: Sequence[Source | None], dtype: torch.dtype) -> Place:
+        (source,) = sources
+        assert source is not None
+        tensor = source.tensor(dtype)
         return lambda: self._place(tensor)
 
 
@@ -128,7 +153,7 @@ class Linear(nn.Module):
     """
 
     weight: Tensor | None
-    """plain: [out, in]; transposed: [in, out]; None where only `packed` is used."""
+    """plain and packed: [out, in]; transposed: [in, out]."""
     bias: Tensor | None
     packed: Tensor | None
 
@@ -136,19 +161,24 @@ class Linear(nn.Module):
         super().__init__()
         self.names: tuple[str, ...] = (*weights, *biases)
         self._stacked = len(weights)
+        self._sizes: list[int] = []
+        """Rows of each weight."""
         self._layout = layout
         self.transposed = layout == "transposed"
         self.weight = self.bias = self.packed = None
         self._spare: Tensor | None = None
 
-    def prepare(self, sources: Sequence[Source], dtype: torch.dtype) -> Place:
-        weights, biases = sources[: self._stacked], sources[self._stacked :]
-        bias = torch.cat([_tensor(one, dtype) for one in biases]) if biases else None
+    def prepare(self, sources: Sequence[Source | None], dtype: torch.dtype) -> Place:
+        if not self._sizes:
+            self._sizes = [source.shape[0] for source in sources[: self._stacked] if source is not None]
+        given = [source or self._held(index) for index, source in enumerate(sources)]
+        weights, biases = given[: self._stacked], given[self._stacked :]
+        bias = torch.cat([one.tensor(dtype) for one in biases]) if biases else None
         packed = None
         if self.transposed:
             weight = self._filled(weights, dtype)
         else:
-            tensors = [_tensor(one, dtype) for one in weights]
+            tensors = [one.tensor(dtype) for one in weights]
             weight = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             packed = pack_weight(weight) if self._layout == "packed" else None
 
@@ -161,14 +191,22 @@ class Linear(nn.Module):
 
         return place
 
+    def _held(self, index: int) -> Source:
+        """The parameter that is served now."""
+        all_rows, part = self.bias, index - self._stacked
+        if index < self._stacked:
+            assert self.weight is not None
+            all_rows, part = self.weight.T if self.transposed else self.weight, index
+        assert all_rows is not None
+        return Given(all_rows.split(self._sizes)[part], own=True)
+
     def _filled(self, sources: Sequence[Source], dtype: torch.dtype) -> Tensor:
         """[in, out] of all; in the memory of the weights before last, because fresh memory costs page faults."""
-        ends = np.cumsum([source.shape[0] for source in sources]).tolist()
         weight = self._spare
         if weight is None:
-            weight = torch.empty((sources[0].shape[1], ends[-1]), dtype=dtype)
-        for source, end in zip(sources, ends, strict=True):
-            source.into(weight[:, end - source.shape[0] : end].T)
+            weight = torch.empty((sources[0].shape[1], sum(self._sizes)), dtype=dtype)
+        for source, part in zip(sources, weight.split(self._sizes, 1), strict=True):
+            source.into(part.T)
         return weight
 
     def _kernel(self, x: Tensor) -> Tensor | None:
@@ -208,7 +246,7 @@ class Linear(nn.Module):
 
 
 class WeightStore:
-    """All parameters by their transformers name: those of the start, those in use, and who computes with them."""
+    """All parameters by their transformers name: those of the start, which are not, and who computes with them."""
 
     def __init__(self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], dtype: torch.dtype) -> None:
         """
@@ -217,8 +255,12 @@ class WeightStore:
             aliases: other names of the same parameters (tied ones) -> name in `tensors`.
             dtype: what `holders` compute with; parameters of the start keep the checkpoint's.
         """
-        self._base = {name: Given(tensor) for name, tensor in tensors.items()}
-        self._current: dict[str, Source] = dict(self._base)
+        self._base = {name: Given(tensor, own=True) for name, tensor in tensors.items()}
+        self._changed: frozenset[str] = frozenset()
+        """Parameters that updates have replaced."""
+        self._copies: dict[str, Tensor] = {}
+        self._spares: dict[str, Tensor] = {}
+        """Copies that are served, and those before them, whose memory is used again; see `Linear._filled`."""
         self._aliases = dict(aliases)
         self._dtype = dtype
         self._holders: list[Holder] = []
@@ -228,13 +270,17 @@ class WeightStore:
 
     def attach(self, holder: Holder) -> None:
         """Registers a holder and gives it its parameters."""
+        self.register(holder)
+        self._prepare(holder, self._base)()
+
+    def register(self, holder: Holder) -> None:
+        """A holder that has the parameters of the start already."""
         self._holders.append(holder)
         if holder.transposed:
             for name in holder.names:
                 base = self._base[name].value
                 if base.dim() == 2:  # merging reads it as the holder's layout lies
-                    self._base[name] = self._current[name] = Given(base.T.contiguous().T)
-        self._prepare(holder, self._current)()
+                    self._base[name] = Given(base.T.contiguous().T, own=True)
 
     def linear(self, weights: Sequence[str], biases: Sequence[str], layout: Layout) -> Linear:
         """An attached `Linear`; a weight that is an embedding, too, stays as it is, so that it exists once."""
@@ -250,31 +296,34 @@ class WeightStore:
         Raises:
             InvalidArgumentError: unknown names, wrong shapes, an adapter of a kind that cannot be merged.
         """
-        if update.kind == "lora":
+        if update.kind == "lora":  # on the parameters of the start
             changed = self._merged(update)
-            target: dict[str, Source] = {**self._base, **changed}
+            sources: dict[str, Source] = {**{name: self._base[name] for name in self._changed}, **changed}
+            after = frozenset(changed)
         else:
-            changed = self._checked(update.tensors)
-            target = {**self._current, **changed}
-        # What is given counts as new even when it is the same object: its content may have changed.
-        stale = changed.keys() | {name for name, source in target.items() if source is not self._current[name]}
-        holders = [holder for holder in self._holders if not stale.isdisjoint(holder.names)]
+            sources = self._checked(update.tensors)
+            after = self._changed.union(sources)
+        holders = [holder for holder in self._holders if not sources.keys().isdisjoint(holder.names)]
         if update.kind == "lora":
-            places = [self._prepare(holder, target) for holder in holders]  # products, which use all threads
+            places = [self._prepare(holder, sources) for holder in holders]  # products, which use all threads
         else:
             with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="weights") as threads:
-                places = list(threads.map(lambda holder: self._prepare(holder, target), holders))
+                places = list(threads.map(lambda holder: self._prepare(holder, sources), holders))
 
         def place() -> object:
-            old = [self._current, *(one() for one in places)]
-            self._current = target
-            return old
+            self._changed = after
+            for name, source in sources.items():
+                if isinstance(source, Given) and source.copy is not None:
+                    if name in self._copies:
+                        self._spares[name] = self._copies[name]
+                    self._copies[name] = source.copy
+            return [one() for one in places]
 
         return place
 
     @torch.no_grad()
     def _prepare(self, holder: Holder, sources: Mapping[str, Source]) -> Place:
-        return holder.prepare([sources[name] for name in holder.names], self._dtype)
+        return holder.prepare([sources.get(name) for name in holder.names], self._dtype)
 
     def _parameter(self, name: str, shape: torch.Size, given: str) -> tuple[str, Tensor]:
         own = self.name(name)
@@ -294,7 +343,8 @@ class WeightStore:
         for given, tensor in tensors.items():
             name, base = self._parameter(given, tensor.shape, given)
             if name == given or name not in tensors:
-                checked[name] = Given(tensor.to(base.device))
+                there = tensor.to(base.device)
+                checked[name] = Given(there, own=there is not tensor, spare=self._spares.get(name))
         return checked
 
     def _merged(self, update: WeightsUpdate) -> dict[str, Source]:
@@ -312,13 +362,13 @@ class WeightStore:
                 continue
             if a is None or b is None:
                 raise InvalidArgumentError(f"the LoRA update holds only one of lora_A and lora_B of '{module}'")
-            b = b * _scale(config, module, a.shape[0])
+            scale = _scale(config, module, a.shape[0])
             if config.get("fan_in_fan_out"):
                 a, b = b.T, a.T
             name, base = self._parameter(f"{module}.weight", torch.Size((b.shape[0], a.shape[1])), module)
             if name in changed:
-                base = _tensor(changed[name], torch.float32)
-            changed[name] = Merged(base, b.to(base.device, torch.float32), a.to(base.device, torch.float32))
+                base = changed[name].tensor(torch.float32)
+            changed[name] = Merged(base, b.to(base.device, torch.float32), a.to(base.device, torch.float32), scale)
         if not changed:
             raise InvalidArgumentError("the LoRA update holds no tensors")
         return changed

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import os
+from pathlib import Path
 
+import pytest
 import torch
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load
 
-from steersman.nn.serialize import to_safetensors
+from steersman.nn import serialize
+from steersman.nn.serialize import anonymous_file, digest_of, mapped, write_safetensors
+
+
+def written(tensors: dict[str, torch.Tensor]) -> bytes:
+    with anonymous_file() as file:
+        write_safetensors(tensors, file)
+        with mapped(file) as data:
+            return bytes(data)
 
 
 def test_safetensors_reads_what_was_written() -> None:
@@ -18,9 +32,40 @@ def test_safetensors_reads_what_was_written() -> None:
         "scalar": torch.tensor(1.5),
         "empty": torch.zeros(0, 2),
     }
-    data, digest = to_safetensors(tensors)
-    assert digest == hashlib.sha256(data).hexdigest()
-    found = load(data)
+    found = load(written(tensors))
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert all(found[name].dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=st.lists(st.integers(0, 40), max_size=12), threads=st.integers(1, 4), most=st.integers(1, 50))
+def test_every_way_to_share_the_work_writes_the_same(sizes: list[int], threads: int, most: int) -> None:
+    """`pwritev` may write less than it was asked to, and each thread writes parts of tensors."""
+    tensors = {f"t{index}": torch.randn(size) for index, size in enumerate(sizes)}
+    whole = written(tensors)
+
+    def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        data = b"".join(buffers[:2])[:most]
+        return os.pwrite(descriptor, data, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serialize.os, "pwritev", short)
+        patch.setattr(serialize.torch, "get_num_threads", lambda: threads)
+        assert written(tensors) == whole
+
+
+def test_a_smaller_payload_takes_the_place_of_a_larger_one(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    with path.open("w+b") as file:
+        for size in (100, 3):
+            write_safetensors({"x": torch.ones(size)}, file)
+            with mapped(path) as data:
+                assert load(bytes(data))["x"].shape == (size,)
+                assert digest_of(data) == blake3(path.read_bytes()).hexdigest()
+
+
+def test_no_room() -> None:
+    with Path("/dev/full").open("r+b", buffering=0) as file, pytest.raises(OSError) as caught:  # noqa: PT011
+        serialize._write(file.fileno(), 0, [memoryview(b"abc")])
+    assert caught.value.errno == errno.ENOSPC

@@ -151,3 +151,17 @@ def test_a_tensor_changed_in_place_is_loaded_again(engine, build) -> None:
             changed.lm_head.weight.mul_(1.5)
         engine.load_weights(WeightsUpdate(version, "full", tensors))
         assert_serves(engine, changed)
+
+
+def test_nothing_refers_to_an_update_that_was_loaded(engine, build) -> None:
+    changed = build(seed=5)
+    tensors = {name: tensor.clone() for name, tensor in changed.state_dict().items()}
+    engine.load_weights(WeightsUpdate(1, "full", tensors))
+    for tensor in tensors.values():
+        tensor.fill_(torch.nan)
+    assert_serves(engine, changed)
+    part = "model.layers.0.self_attn.k_proj.weight"  # its neighbours in the stacked weight stay those of version 1
+    with torch.no_grad():
+        changed.get_parameter(part).mul_(2.0)
+    engine.load_weights(WeightsUpdate(2, "full", {part: changed.get_parameter(part).detach()}))
+    assert_serves(engine, changed)
