@@ -7,18 +7,22 @@ transformers model itself with its linear layers and its attention exchanged. Bo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from services.policy.engines import kernels
 from services.policy.engines.attention import SLOT_ATTENTION, DecodeStep, PrefillStep, Scores
 from services.policy.engines.hardware import Layout
 from services.policy.engines.weights import Linear, Parameter, WeightStore
 from steersman.errors import ConfigError
 
+_FEW_SCORES = 1 << 19
+"""Rows times tokens times query width up to which one thread attends sooner than several calls."""
 _LLAMA_FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
 
@@ -73,6 +77,9 @@ class LlamaDecoder:
         self._norm = _Norm(body.norm, "model.norm.weight", store)
         self._head = store.linear((store.name("lm_head.weight"),), (), layout)
         self._head_dim = self._layers[0].head_dim
+        self._fuses_few = dtype == torch.float32 and not any(layer.has_head_norms for layer in self._layers)
+        self._packed = layout == "packed"
+        self._few: dict[int, _FewRows] = {}
 
     def _set_embedding(self, weight: Tensor) -> object:
         old = getattr(self, "_embedding", None)
@@ -101,6 +108,8 @@ class LlamaDecoder:
         half = self._head_dim // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         cos, sin = cos.to(self._dtype), sin.to(self._dtype)
+        if isinstance(step, DecodeStep) and self._are_few(step):
+            return self._decode_few(x, cos[:, 0], sin[:, 0], step)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             q, k, v = layer.project(x, cos, sin, self._dtype)
@@ -110,6 +119,25 @@ class LlamaDecoder:
             attended = step.attend(index, q, k, v, layer.scores)
             x = layer.finish(x, attended.flatten(1), self._dtype)
         return x
+
+    def _are_few(self, step: DecodeStep) -> bool:
+        if not self._fuses_few or step.positions.device.type != "cpu":
+            return False
+        rows = len(step.positions)
+        if self._packed and rows > 1:  # products in oneDNN's layout come with what follows them
+            return False
+        return rows * step.longest * self._layers[0].query_width <= _FEW_SCORES
+
+    def _decode_few(self, x: Tensor, cos: Tensor, sin: Tensor, step: DecodeStep) -> Tensor:
+        rows = len(x)
+        few = self._few.get(rows)
+        if few is None:
+            few = self._few[rows] = _FewRows.of(self._layers[0], rows)
+        few.x.tensor.copy_(x)
+        places = cos.numpy(), sin.numpy(), step.positions.numpy()
+        for index, layer in enumerate(self._layers):
+            layer.decode_few(few, *places, *step.cache.layers[index].arrays)
+        return few.x.tensor
 
 
 class _Norm:
@@ -122,12 +150,45 @@ class _Norm:
 
     def _place(self, weight: Tensor) -> None:
         self._weight = weight.float()
+        self._array = self._weight.numpy() if weight.device.type == "cpu" else None
         self._offset = self._weight.new_tensor(self._eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         factor = torch.addcmul(self._offset, length, length, value=1.0 / x.shape[-1]).rsqrt_()
         return torch.mul(x, factor).mul_(self._weight)
+
+    def few(self, x: np.ndarray, out: np.ndarray) -> None:
+        """The same on a CPU, in one call."""
+        kernels.rms_norm(x, self._array, self._eps, out)
+
+
+class _Buffer(NamedTuple):
+    tensor: Tensor
+    array: np.ndarray
+    """The same memory."""
+
+    @staticmethod
+    def of(rows: int, width: int) -> _Buffer:
+        tensor = torch.empty(rows, width)
+        return _Buffer(tensor, tensor.numpy())
+
+
+class _FewRows(NamedTuple):
+    """What a layer computes for a few rows, one layer after the other in the same memory."""
+
+    x: _Buffer
+    """The residual stream."""
+    normed: _Buffer
+    mixed: _Buffer
+    """Queries, keys and values."""
+    attended: _Buffer
+    gate_up: _Buffer
+    hidden: _Buffer
+
+    @staticmethod
+    def of(layer: _Layer, rows: int) -> _FewRows:
+        return _FewRows(*(_Buffer.of(rows, width) for width in layer.widths()))
 
 
 class _Layer:
@@ -140,6 +201,9 @@ class _Layer:
         self.scores = Scores(attention.scaling, window)
         self._heads = attention.q_proj.out_features // self.head_dim
         self._kv_heads = attention.k_proj.out_features // self.head_dim
+        self.query_width = self._heads * self.head_dim
+        self._hidden = module.mlp.gate_proj.out_features
+        self._size = module.mlp.gate_proj.in_features
         self._input_norm = _Norm(module.input_layernorm, prefix + "input_layernorm.weight", store)
         self._post_norm = _Norm(module.post_attention_layernorm, prefix + "post_attention_layernorm.weight", store)
         self._head_norms: tuple[_Norm, _Norm] | None = None
@@ -164,6 +228,7 @@ class _Layer:
         else:
             self._gate_up = linear("mlp.gate_proj", "mlp.up_proj")
         self._down = linear("mlp.down_proj")
+        self.has_head_norms = self._head_norms is not None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, [T, heads, head dim]; cos, signed sin [T, 1, head dim]."""
@@ -185,6 +250,37 @@ class _Layer:
             gate, up = self._gate_up(normed).chunk(2, -1)
             hidden = F.silu(gate).mul_(up)
         return self._down.accumulate(hidden, x)
+
+    def widths(self) -> tuple[int, ...]:
+        """Of the buffers of `_FewRows`."""
+        mixed = self.query_width + 2 * self._kv_heads * self.head_dim
+        return self._size, self._size, mixed, self.query_width, 2 * self._hidden, self._hidden
+
+    def decode_few(
+        self,
+        few: _FewRows,
+        cos: np.ndarray,
+        sin: np.ndarray,
+        positions: np.ndarray,
+        keys: np.ndarray,
+        values: np.ndarray,
+    ) -> None:
+        """`project`, attention and `finish` on the residual stream `few.x`."""
+        self._input_norm.few(few.x.array, few.normed.array)
+        self._qkv.into(few.normed.tensor, few.mixed.tensor)
+        window = self.scores.window or 0
+        kernels.attend(
+            few.mixed.array, cos, sin, positions, keys, values, self.scores.scale, window, few.attended.array
+        )
+        self._out.accumulate(few.attended.tensor, few.x.tensor)
+        self._post_norm.few(few.x.array, few.normed.array)
+        if self._gate_up is None:
+            self._gate.into(few.normed.tensor, few.gate_up.tensor[:, : self._hidden])
+            self._up.into(few.normed.tensor, few.gate_up.tensor[:, self._hidden :])
+        else:
+            self._gate_up.into(few.normed.tensor, few.gate_up.tensor)
+        kernels.silu_multiply(few.gate_up.array, few.hidden.array)
+        self._down.accumulate(few.hidden.tensor, few.x.tensor)
 
 
 class GenericDecoder:

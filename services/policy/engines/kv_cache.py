@@ -28,6 +28,14 @@ class LayerCache:
     keys: Tensor
     values: Tensor
     transposed: bool
+    _arrays: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values on a CPU, the same memory."""
+        if self._arrays is None:
+            self._arrays = self.keys.numpy(), self.values.numpy()
+        return self._arrays
 
 
 class KVCache:

@@ -221,6 +221,15 @@ class Linear(nn.Module):
             return packed_linear(x, packed, self.bias)
         return F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
 
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """out = W x + b, without the packed weight; [T, in], [T, out]."""
+        assert self.weight is not None
+        weight = self.weight if self.transposed else self.weight.T
+        if self.bias is None:
+            torch.mm(x, weight, out=out)
+        else:
+            torch.addmm(self.bias, x, weight, out=out)
+
     def silu(self, x: Tensor) -> Tensor:
         """silu(W x + b)"""
         packed = self._kernel(x)
