@@ -1,8 +1,8 @@
 """Decoding a few rows on a CPU: what lies between two products of a layer, as one call each.
 
 With a few rows a product takes as long as reading its weights, and a dozen small tensor operations between two of them
-take as long again, because each finds cold caches. Numba compiles these functions when they are first called, and keeps
-the result where it may write. All arrays are float32; every row is computed on the calling thread.
+take as long again, because each finds cold caches. Numba compiles these functions when the module is imported, and
+keeps the result where it may write. Every row is computed on the calling thread.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-
-def _kernel(function: Callable[..., None]) -> Any:
-    compiled = partial(njit, nogil=True, fastmath=True, error_model="numpy")
-    try:
-        return compiled(cache=True)(function)
-    except RuntimeError:  # neither this folder nor the user's cache can be written to
-        return compiled()(function)
+_ROWS = "float32[:, ::1]"
 
 
-@_kernel
+def _kernel(*arguments: str) -> Callable[[Callable[..., None]], Any]:
+    compiled = partial(njit, f"void({', '.join(arguments)})", nogil=True, fastmath=True, error_model="numpy")
+
+    def decorate(function: Callable[..., None]) -> Any:
+        try:
+            return compiled(cache=True)(function)
+        except RuntimeError:  # neither this folder nor the user's cache can be written to
+            return compiled()(function)
+
+    return decorate
+
+
+@_kernel(_ROWS, "float32[::1]", "float64", _ROWS)
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
     """x / sqrt(mean(x^2) + eps) * weight of every row; [B, n], [n], [B, n]."""
     size = x.shape[1]
@@ -36,7 +42,17 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> 
             out[row, i] = x[row, i] * factor * weight[i]
 
 
-@_kernel
+@_kernel(
+    _ROWS,
+    _ROWS,
+    _ROWS,
+    "int64[::1]",
+    "float32[:, :, :, ::1]",
+    "float32[:, :, :, ::1]",
+    "float64",
+    "int64",
+    _ROWS,
+)
 def attend(
     mixed: np.ndarray,
     cos: np.ndarray,
@@ -99,7 +115,7 @@ def attend(
                     found[i] += share * value[i]
 
 
-@_kernel
+@_kernel(_ROWS, _ROWS)
 def silu_multiply(gate_up: np.ndarray, out: np.ndarray) -> None:
     """silu(gate) * up; [B, 2 n], gate before up, and [B, n]."""
     size = out.shape[1]

@@ -80,6 +80,7 @@ def engine_of(device: str) -> Iterator[Callable[..., TransformersEngine]]:
         engine.close()
 
 
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("build", MODELS)
 def test_logprobs_equal_the_transformers_forward(build, engine_of) -> None:
     reference, prompts = build(), random_prompts([5, 1, 40, 17, 2])
@@ -102,6 +103,7 @@ def test_bf16_logprobs_are_near_the_fp32_forward(build, engine_of) -> None:
     assert np.concatenate(errors).mean() < 0.02
 
 
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2, tiny_qwen3, tiny_mistral])
 def test_the_generic_decoder_gives_the_same_as_the_fast_one(build, engine_of, monkeypatch) -> None:
     prompts, params = random_prompts([5, 30, 8]), SamplingParams(max_new_tokens=20, seed=1)

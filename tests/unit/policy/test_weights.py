@@ -31,7 +31,9 @@ def build(request: pytest.FixtureRequest) -> Any:
     params=[("cpu", "plain"), ("cpu", "packed"), ("cpu", "transposed"), pytest.param(("cuda", "plain"), marks=CUDA)],
     ids="-".join,
 )
-def engine(build: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[TransformersEngine]:
+def engine(
+    build: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, rows: None
+) -> Iterator[TransformersEngine]:
     """With every layout of weights, whatever is fast on this machine."""
     device, layout = request.param
     monkeypatch.setattr(transformers_engine, "weight_layout", lambda device, dtype: layout)
