@@ -80,8 +80,8 @@ def measure(
         shared = None
         options: dict[str, object] = {"model": str(folder), "precision": precision}
         if through == "folder":
-            shared = stack.enter_context(memory_folder(4 * sum(p.numel() * 4 for p in model.parameters())))
-            assert shared is not None, "memory has no room for two publications"
+            shared = stack.enter_context(memory_folder(sum(p.numel() * 4 for p in model.parameters())))
+            assert shared is not None, "memory has no room for a publication"
             options["artifactUrls"] = [f"file://{shared}/"]
         services = [stack.enter_context(common.service("policy", threads, **options)) for _ in range(replicas)]
         clients = [_Replica(one.target, one.weights_target, 60.0, print) for one in services]

@@ -109,8 +109,8 @@ def _weights_in_memory(run: AlignmentRun, base: Path) -> Iterator[AlignmentRun]:
     if policy.weights_folder or policy.endpoints:
         yield run
         return
-    # Two publications, in numbers of twice the checkpoint's width.
-    size = 4 * sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    # One publication, in numbers of up to twice the checkpoint's width.
+    size = 2 * sum(path.stat().st_size for path in base.glob("*.safetensors"))
     with memory_folder(size) as memory:
         spec = run.spec.model_dump(mode="json", by_alias=True)
         spec["services"]["policy"]["weightsFolder"] = str(memory) if memory else None

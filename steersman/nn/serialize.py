@@ -28,7 +28,7 @@ def anonymous_file() -> IO[bytes]:
 def write_safetensors(tensors: Mapping[str, Tensor], file: IO[bytes]) -> None:
     """Writes what `safetensors.torch.save_file` does for float32, bfloat16 and float16 tensors.
 
-    That function goes through a copy of everything, on one thread; for full weights this takes a quarter of its time.
+    That function goes through a copy of everything, on one thread; this one copies once, on all.
 
     Raises:
         OSError: there is no room.
