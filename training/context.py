@@ -59,6 +59,11 @@ class StageContext:
     data: Mapping[str, DataFiles] = field(default_factory=dict)
     """Files by field of `DataSpec`, for example `preferences`."""
 
+    @property
+    def checkpoints(self) -> Path:
+        """Folder for the stage's checkpoints; it goes when the stage is complete."""
+        return self.stage_dir / "checkpoints"
+
     def files(self, kind: str) -> DataFiles:
         try:
             return self.data[kind]

@@ -98,7 +98,9 @@ def _fine_tune(
         max_length=max_length,
     )
     data = {**context.data, "demonstrations": DataFiles(winners)}
-    run_sft(stage, replace(context, stage_dir=winners.parent, policy_model=model, data=data))
+    round_context = replace(context, stage_dir=winners.parent, policy_model=model, data=data)
+    run_sft(stage, round_context)
+    shutil.rmtree(round_context.checkpoints, ignore_errors=True)
 
 
 def prompts_of_round(prompts: list[Prompt], count: int, number: int, seed: int) -> list[Prompt]:

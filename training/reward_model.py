@@ -54,7 +54,6 @@ from training.reward_evaluation import ScoredPair, evaluate_pairs, evaluate_rati
 from training.trl_setup import (
     Progress,
     check_length,
-    checkpoint_dir,
     gathered,
     numbered_rows,
     options,
@@ -208,7 +207,7 @@ def train_member(
     if spec.ensemble > 1:
         ctx.reporter.note(f"member {number + 1} of {spec.ensemble}")
     trained = _member(spec, ctx, base, data, settings, seed)
-    checkpoints = checkpoint_dir(ctx) / f"member-{number}"
+    checkpoints = ctx.checkpoints / f"member-{number}"
     arguments = {**options(spec, ctx, seed), "output_dir": str(checkpoints)}
     files = ctx.files("aspects" if spec.objective == "aspects" else "preferences")
     make = _pairwise_trainer if spec.objective == "pairwise" else _pointwise_trainer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,14 +47,13 @@ def run_rl(spec: RlStage, context: StageContext) -> None:
         for part in (model.policy, model.critic):
             if part is not None:
                 ranks.shard(part)
-        checkpoints = context.stage_dir / "checkpoints"
         Trainer(
             spec,
             model,
             services.rollouts(spec.generation) if services is not None else None,  # type: ignore[arg-type]
             services.policy if services is not None else None,  # type: ignore[arg-type]
             prompts,
-            Checkpoints(checkpoints),
+            Checkpoints(context.checkpoints),
             context.reporter,
             seed=context.seed,
             demonstrations=demonstrations,
@@ -69,7 +67,6 @@ def run_rl(spec: RlStage, context: StageContext) -> None:
     if ranks.is_first:
         context.reporter.activity("writing the aligned model")
         write_model(spec, context, model)
-        shutil.rmtree(checkpoints, ignore_errors=True)
     ranks.barrier()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
         getattr(importlib.import_module(module), function)(stage.spec, context)
     if is_first:
         mark_complete(run, name, run_dir)
+        shutil.rmtree(context.checkpoints, ignore_errors=True)
 
 
 def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):

@@ -32,6 +32,9 @@ from training.context import StageContext
 from training.parallel import Ranks, whole
 
 CHECKPOINT_SECONDS = 30.0
+"""Least time between two checkpoints."""
+CHECKPOINT_SHARE = 0.05
+"""Of the time that may go into writing them: with a large model they become rarer."""
 """Work that a killed stage repeats at most, give or take a step."""
 
 RowT = TypeVar("RowT", bound=Row)
@@ -106,7 +109,7 @@ def options(spec: SupervisedStage, ctx: StageContext, seed: int | None = None) -
         micro = math.gcd(share, micro)
     schedule = {"constant": "constant_with_warmup"}.get(spec.optimizer.schedule, spec.optimizer.schedule)
     return {
-        "output_dir": str(checkpoint_dir(ctx)),
+        "output_dir": str(ctx.checkpoints),
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": share // micro,
@@ -138,17 +141,15 @@ def options(spec: SupervisedStage, ctx: StageContext, seed: int | None = None) -
     }
 
 
-def checkpoint_dir(ctx: StageContext) -> Path:
-    return ctx.stage_dir / "checkpoints"
-
-
 class Progress(TrainerCallback):
-    """Tells the reporter about every step, saves every `CHECKPOINT_SECONDS`, and stops at a loss that is no number."""
+    """Tells the reporter about every step, saves from time to time, and stops at a loss that is no number."""
 
     def __init__(self, ctx: StageContext) -> None:
         self._reporter = ctx.reporter
         self._ranks = Ranks.join(ctx.device)
-        self._saved = time.monotonic()
+        self._saved = self._saving = time.monotonic()
+        self._cost = 0.0
+        """Seconds that the last checkpoint took."""
         self._counted: tuple[float, float] | None = None
         """(seconds, tokens) at the last log."""
 
@@ -164,12 +165,17 @@ class Progress(TrainerCallback):
         self._reporter.activity("measuring the validation loss")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            return  # the model itself is written next
+        pause = max(CHECKPOINT_SECONDS, self._cost / CHECKPOINT_SHARE)
         # Ranks save together, so one clock decides.
-        if self._ranks.from_first(lambda: time.monotonic() - self._saved >= CHECKPOINT_SECONDS):
+        if self._ranks.from_first(lambda: time.monotonic() - self._saved >= pause):
             control.should_save = True
+            self._saving = time.monotonic()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved = time.monotonic()
+        self._cost = self._saved - self._saving
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -191,7 +197,7 @@ class Progress(TrainerCallback):
 def train(trainer: Trainer, ctx: StageContext, *, folder: Path | None = None) -> dict[str, float]:
     """Trains to the end, from the newest complete checkpoint where there is one, and measures the validation loss."""
     trainer.remove_callback(PrinterCallback)
-    folder = folder or checkpoint_dir(ctx)
+    folder = folder or ctx.checkpoints
     newest = newest_checkpoint(folder)
     if newest is not None:
         ctx.reporter.note(f"continuing from {newest.name}")

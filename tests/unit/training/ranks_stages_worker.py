@@ -18,6 +18,7 @@ from training.stage import run_stage
 def die_behind(step: int) -> None:
     """Lets every step write a checkpoint, and has the first rank killed when it begins the step after this one."""
     training.trl_setup.CHECKPOINT_SECONDS = 0.0
+    training.trl_setup.CHECKPOINT_SHARE = float("inf")
 
     def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step and os.environ["RANK"] == "0":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from steersman.nn.tokens import prompt_ids
 from steersman.nn.trunk import skip_padding
 from steersman.testing.models import save_model_folder, tiny_llama, tiny_tokenizer
 from training.sft import labelled_dataset, run_sft
-from training.trl_setup import newest_checkpoint
+from training.trl_setup import Progress, newest_checkpoint
 
 COLOURS = {"sky": "blue", "grass": "green", "coal": "black"}
 
@@ -196,6 +197,7 @@ def test_a_killed_run_ends_with_the_same_weights(make_context, monkeypatch, lora
     unbroken = manifest_of_hashes(run_sft(spec, make_context("demonstrations", chats(32)))["model"])
 
     monkeypatch.setattr(training.trl_setup, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training.trl_setup, "CHECKPOINT_SHARE", float("inf"))
     context = make_context("demonstrations", chats(32))
 
     class Killed(BaseException):
@@ -254,3 +256,27 @@ def test_pad_may_be_the_end_token(make_context, tmp_path):
         results.append(load_file(artifacts["model"] / "model.safetensors"))
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_checkpoints_become_rarer_when_they_take_long(make_context, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(training.trl_setup, "time", SimpleNamespace(monotonic=lambda: now))
+    progress = Progress(make_context("demonstrations", chats(4)))
+    saved = []
+    for step in range(1, 1001):
+        now += 1.0
+        control = SimpleNamespace(should_save=False)
+        progress.on_step_end(None, SimpleNamespace(global_step=step, max_steps=1000), control)
+        if control.should_save:
+            now += 10.0
+            progress.on_save(None, None, control)
+            saved.append(step)
+    assert saved == [30, 230, 430, 630, 830]
+
+
+def test_the_last_step_writes_the_model_and_no_checkpoint(make_context, monkeypatch):
+    monkeypatch.setattr(training.trl_setup, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training.trl_setup, "CHECKPOINT_SHARE", float("inf"))
+    context = make_context("demonstrations", chats(16))
+    run_sft(stage(max_steps=3), context)
+    assert newest_checkpoint(context.checkpoints).name == "checkpoint-2"
