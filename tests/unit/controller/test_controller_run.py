@@ -93,6 +93,18 @@ async def test_services_come_up_for_rl_with_the_models_of_the_run_and_go_down_af
     assert set(replicas(world).values()) == {0}
 
 
+async def test_weights_go_through_a_folder_of_the_run_where_it_asks_for_that(world):
+    run = alignment_run()
+    run["spec"].setdefault("services", {})["policy"] = {"weightsFolder": "weights"}
+    world.kube.put(run)
+    await walk_to(world, "rl")
+    policy = world.kube.find("StatefulSet", "demo-policy")
+    arguments = policy["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert 'artifactUrls=["file:///artifacts/runs/ml/demo/weights/"]' in arguments
+    manifest = yaml.safe_load(world.kube.find("ConfigMap", "demo-manifest")["data"]["manifest.yaml"])
+    assert manifest["spec"]["services"]["policy"]["weightsFolder"] == "weights"
+
+
 async def test_given_endpoints_are_used_and_nothing_is_started(world):
     given = {name: {"endpoints": [f"{name}.shared:1"]} for name in ("policy", "reward", "reference")}
     world.kube.put(alignment_run(services=given))
