@@ -195,6 +195,8 @@ class VllmEngine:
             # The number of blocks decides; but without any size the CPU build takes a share of the machine.
             kv_cache_memory_bytes=1 << 20 if cpu else None,
             enable_prefix_caching=True,
+            # After each part of a prompt but the last, vLLM rewinds the generator of the seed, which a CPU's cannot.
+            enable_chunked_prefill=False if cpu else None,
             tensor_parallel_size=self._tensor_parallel,
             enforce_eager=self._eager,
             enable_lora=self._lora == "adapter",

@@ -182,6 +182,13 @@ def test_seeds_stops_and_limits(engine) -> None:
     assert (len(sample.token_ids), sample.finish_reason) == (7, "length")
 
 
+def test_prompts_that_do_not_fit_into_one_step(engine) -> None:
+    """On a CPU vLLM dies of a prompt in parts whose request has a seed."""
+    prompts, reference = random_prompts([400] * 16), model()
+    for (index, _), sample in samples(engine, prompts, SamplingParams(max_new_tokens=4, seed=1)).items():
+        assert_near(engine, sample.logprobs, reference_logprobs(reference, prompts[index], sample.token_ids))
+
+
 def test_the_samples_of_a_prompt_compute_it_once(engine) -> None:
     before = dict(engine.info().details)
     prompt = random_prompts([200], seed=7)
