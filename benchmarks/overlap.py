@@ -35,11 +35,11 @@ from steersman.config.manifest import Generation, RlStage
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.testing.fake_engine import FakeEngine
 from training import ppo
-from training.checkpoint import Checkpoints
-from training.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
-from training.policy_model import PolicyModel
-from training.ppo import Trainer
-from training.rollout import Prompt, Rollouts
+from training.online.checkpoint import Checkpoints
+from training.online.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
+from training.online.loop import Trainer
+from training.online.policy_model import PolicyModel
+from training.online.rollout import Prompt, Rollouts
 
 PROMPTS, SAMPLES, NEW = 4, 4, 32
 

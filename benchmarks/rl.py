@@ -199,11 +199,11 @@ def our_worker(pipe: Connection, work: Work) -> None:
     from steersman.nn.hardware import use_fast_exact_matmul
     from steersman.nn.load import load_tokenizer
     from steersman.nn.tokens import tokenizer_fingerprint
-    from training.checkpoint import Checkpoints
-    from training.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
-    from training.policy_model import PolicyModel
-    from training.ppo import Trainer
-    from training.rollout import Prompt, Rollouts
+    from training.online.checkpoint import Checkpoints
+    from training.online.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
+    from training.online.loop import Trainer
+    from training.online.policy_model import PolicyModel
+    from training.online.rollout import Prompt, Rollouts
 
     torch.set_num_threads(work.threads)
     use_fast_exact_matmul()
@@ -306,7 +306,7 @@ class ForcedPool:
         """Samples, the short ones first; the engine shares a prompt's prefix among its samples in any case."""
         from steersman.rpc.wire import pack_rows, unpack_rows
         from steersman.v1 import common_pb2, policy_pb2
-        from training.clients import Sample
+        from training.online.clients import Sample
 
         if len(set(self._lengths)) == 1:
             parts = [(list(range(len(prompts))), 0, n, self._lengths[0])]

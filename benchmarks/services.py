@@ -49,8 +49,8 @@ from steersman.v1 import (
     reward_pb2,
     reward_pb2_grpc,
 )
-from training.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient, Sample
-from training.policy_model import PolicyModel
+from training.online.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient, Sample
+from training.online.policy_model import PolicyModel
 
 SAMPLES, NEW = 4, 48
 Rows = list[tuple[np.ndarray, np.ndarray]]

@@ -35,8 +35,8 @@ from benchmarks.report import heading, table, write
 from steersman.config.manifest import Critic, Lora
 from steersman.nn.packed import pack
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
-from training.algorithms import losses
-from training.policy_model import PolicyModel
+from training.mathematics import losses
+from training.online.policy_model import PolicyModel
 
 SHAPES = {
     "360M": {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,

@@ -22,10 +22,10 @@ from steersman.errors import FailedPreconditionError
 from steersman.report.schema import Evaluation, Message, RewardModelEvaluation, Sample
 from steersman.report.statistics import compare
 from steersman.rewards import Reward, build_reward
-from training.connect import Services
 from training.context import StageContext
-from training.publication import WeightsPayload
-from training.rollout import Prompt, Scored, reward_of
+from training.online.connect import Services
+from training.online.publication import WeightsPayload
+from training.online.rollout import Prompt, Scored, reward_of
 
 
 def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:

@@ -41,12 +41,12 @@ class SilentReporter:
 
 
 _RUNNERS = {
-    "sft": ("training.sft", "run_sft"),
-    "reward_model": ("training.reward_model", "run_reward_model"),
-    "rl": ("training.rl_stage", "run_rl"),
-    "rejection_sampling": ("training.rejection_sampling", "run_rejection_sampling"),
-    "dpo": ("training.dpo", "run_dpo"),
-    "kto": ("training.kto", "run_kto"),
+    "sft": ("training.offline.sft", "run_sft"),
+    "reward_model": ("training.offline.reward_model", "run_reward_model"),
+    "rl": ("training.online.rl_stage", "run_rl"),
+    "rejection_sampling": ("training.online.rejection_sampling", "run_rejection_sampling"),
+    "dpo": ("training.offline.dpo", "run_dpo"),
+    "kto": ("training.offline.kto", "run_kto"),
     "evaluate": ("training.evaluate", "run_evaluate"),
     "release": ("training.release", "run_release"),
 }

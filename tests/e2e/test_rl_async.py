@@ -13,7 +13,7 @@ from test_rl import BANDIT, LIKES_LETTERS, PROMPTS, metrics
 from steersman.artifacts import manifest_of_hashes
 from steersman.errors import FailedPreconditionError, PermissionDeniedError, StorageError
 from steersman.testing.models import save_model_folder, tiny_llama
-from training.ppo import Trainer
+from training.online.loop import Trainer
 
 SERVICES = {"mergeRequests": False}
 

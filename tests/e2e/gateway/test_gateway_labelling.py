@@ -246,7 +246,7 @@ def _train_reward_model(tmp_path: Path, release: Path) -> dict[str, Any]:
 
     from steersman.config.manifest import Lora, Optimizer, RewardModelStage
     from training.context import DataFiles
-    from training.reward_model import run_reward_model
+    from training.offline.reward_model import run_reward_model
 
     base = save_model_folder(tmp_path / "base", tiny_llama())
     data = {"preferences": DataFiles(release / "train.jsonl", heldout=release / "test.jsonl")}

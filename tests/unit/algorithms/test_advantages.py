@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steersman.errors import InvalidArgumentError
-from training.algorithms import Moments, gae, grpo, reinforce, rloo, to_tokens
+from training.mathematics import Moments, gae, grpo, reinforce, rloo, to_tokens
 
 
 def test_gae_by_hand() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.algorithms import (
+from training.mathematics import (
     Moments,
     PolicyStats,
     broadcast,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.algorithms import merge, mismatch_stats, truncated_importance_weights
+from training.mathematics import merge, mismatch_stats, truncated_importance_weights
 
 # trainer / engine: 0.5/0.5 = 1, 0.6/0.2 = 3, 0.1/0.2 = 0.5
 TRAINER = torch.tensor([0.5, 0.6, 0.1]).log()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steersman.errors import InvalidArgumentError
-from training.algorithms import (
+from training.mathematics import (
     grpo_loss,
     merge,
     nll_loss,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from training.algorithms import gae, k1, ppo_policy_loss, token_rewards, value_loss, whiten
+from training.mathematics import gae, k1, ppo_policy_loss, token_rewards, value_loss, whiten
 
 
 class Batch:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steersman.errors import InvalidArgumentError
-from training.algorithms import aspect_loss, binary_loss, combine_aspects, merge, pairwise_loss
+from training.mathematics import aspect_loss, binary_loss, combine_aspects, merge, pairwise_loss
 
 
 def softplus(x: float) -> float:

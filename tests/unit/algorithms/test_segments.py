@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steersman.errors import InvalidArgumentError
-from training.algorithms import segments
+from training.mathematics import segments
 
 ragged = st.lists(st.lists(st.floats(-100, 100, width=32), max_size=9), max_size=7)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import InvalidArgumentError
-from training.algorithms import token_logprobs
+from training.mathematics import token_logprobs
 
 
 def reference(

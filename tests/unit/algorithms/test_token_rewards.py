@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steersman.errors import InvalidArgumentError
-from training.algorithms import (
+from training.mathematics import (
     Moments,
     clip_scores,
     penalize_missing_eos,

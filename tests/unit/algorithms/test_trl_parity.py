@@ -1,7 +1,7 @@
 """Parity with TRL 1.16's real RLOO and GRPO trainers on one frozen batch, from rewards to gradients.
 
 TRL's trainer generates the batch (a tiny random model, a rule as reward), computes KL, advantages and the loss with its
-own code. Steersman takes the same token ids and rewards and does all of it again with `training.algorithms`. The
+own code. Steersman takes the same token ids and rewards and does all of it again with `training.mathematics`. The
 policy differs from the reference, and is moved once more before the loss is taken, so that KL is not 0, ratios are not
 1 and clipping bites.
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from training.algorithms import (
+from training.mathematics import (
     PolicyStats,
     grpo,
     grpo_loss,

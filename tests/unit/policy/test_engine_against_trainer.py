@@ -13,7 +13,7 @@ from services.policy.engine import SamplingParams
 from services.policy.engines.transformers_engine import TransformersEngine
 from steersman.nn.packed import pack
 from steersman.testing.models import save_model_folder, tiny_llama
-from training.policy_model import PolicyModel
+from training.online.policy_model import PolicyModel
 
 
 @pytest.mark.parametrize(("precision", "mismatch"), [("fp32", 1e-4), ("bf16", 0.04)])

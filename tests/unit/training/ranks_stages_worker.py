@@ -11,20 +11,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import training.trl_setup
+import training.offline.trl_setup
 from training.stage import run_stage
 
 
 def die_behind(step: int) -> None:
     """Lets every step write a checkpoint, and has the first rank killed when it begins the step after this one."""
-    training.trl_setup.CHECKPOINT_SECONDS = 0.0
-    training.trl_setup.CHECKPOINT_SHARE = float("inf")
+    training.offline.trl_setup.CHECKPOINT_SECONDS = 0.0
+    training.offline.trl_setup.CHECKPOINT_SHARE = float("inf")
 
     def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    training.trl_setup.Progress.on_step_begin = on_step_begin  # type: ignore[method-assign]
+    training.offline.trl_setup.Progress.on_step_begin = on_step_begin  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from test_ppo_update import build, make_batch, options_of
 
 from steersman.errors import FailedPreconditionError
 from steersman.v1 import reward_pb2
-from training.ahead import Ahead
-from training.clients import Sample
-from training.rollout import Prompt, Scored, exclude_stale
+from training.online.ahead import Ahead
+from training.online.clients import Sample
+from training.online.rollout import Prompt, Scored, exclude_stale
 
 
 def test_without_staleness_nothing_overlaps() -> None:

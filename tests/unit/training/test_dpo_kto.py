@@ -15,8 +15,8 @@ from steersman.config.manifest import DpoStage, KtoStage, Lora, Optimizer
 from steersman.errors import ConfigError, DataError
 from steersman.nn.load import load_causal_lm, load_tokenizer
 from steersman.nn.tokens import answer_ids, prompt_ids
-from training.dpo import preference_dataset, run_dpo
-from training.kto import feedback_dataset, run_kto
+from training.offline.dpo import preference_dataset, run_dpo
+from training.offline.kto import feedback_dataset, run_kto
 
 WORDS = ["red", "blue", "green", "tin"]
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from steersman.rewards import build_reward
 from training.evaluate import rubric_of
-from training.rollout import Prompt
+from training.online.rollout import Prompt
 
 
 def test_every_check_is_reported() -> None:

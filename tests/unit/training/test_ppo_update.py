@@ -13,12 +13,12 @@ import torch
 
 from steersman.config.manifest import Critic, Lora, Optimizer, PpoSpec, RlStage
 from steersman.nn.packed import pack
-from training.batch import SampleBatch
-from training.checkpoint import Checkpoints
-from training.optimizer import learning_rate_factor
+from training.online.batch import SampleBatch
+from training.online.checkpoint import Checkpoints
+from training.online.loop import Trainer
+from training.online.optimizer import learning_rate_factor
+from training.online.policy_model import PolicyModel
 from training.parallel import Ranks
-from training.policy_model import PolicyModel
-from training.ppo import Trainer
 
 ALGORITHMS = ["ppo", "rloo", "grpo", "dr-grpo", "reinforce"]
 

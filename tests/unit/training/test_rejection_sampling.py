@@ -8,9 +8,9 @@ from random import Random
 import numpy as np
 
 from steersman.v1 import reward_pb2
-from training.clients import Sample
-from training.rejection_sampling import best_of, merge_winners, prompts_of_round
-from training.rollout import Prompt, Scored
+from training.online.clients import Sample
+from training.online.rejection_sampling import best_of, merge_winners, prompts_of_round
+from training.online.rollout import Prompt, Scored
 
 PROMPT = Prompt(np.zeros(3, np.int32), [{"role": "user", "content": "so?"}], key="row-1")
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-import training.trl_setup
+import training.offline.trl_setup
 from steersman.artifacts import manifest_of_hashes
 from steersman.config.manifest import Lora, Optimizer, SftStage
 from steersman.errors import DataError, FailedPreconditionError
@@ -20,8 +20,8 @@ from steersman.nn.reward import pad_rows
 from steersman.nn.tokens import prompt_ids
 from steersman.nn.trunk import skip_padding
 from steersman.testing.models import save_model_folder, tiny_llama, tiny_tokenizer
-from training.sft import labelled_dataset, run_sft
-from training.trl_setup import Progress, newest_checkpoint
+from training.offline.sft import labelled_dataset, run_sft
+from training.offline.trl_setup import Progress, newest_checkpoint
 
 COLOURS = {"sky": "blue", "grass": "green", "coal": "black"}
 
@@ -63,7 +63,7 @@ def answers(folder) -> dict[str, str]:
 
 def test_learns_to_answer_and_to_stop_and_an_adapter_learns_otherwise(make_context, monkeypatch):
     # On a slow machine the second stage would continue from the first one's checkpoint.
-    monkeypatch.setattr("training.trl_setup.CHECKPOINT_SECONDS", float("inf"))
+    monkeypatch.setattr("training.offline.trl_setup.CHECKPOINT_SECONDS", float("inf"))
     context = make_context("demonstrations", chats(64), validation=chats(8, seed=2))
     spec = stage(epochs=15, optimizer=Optimizer(learning_rate=1e-2))
     artifacts = run_sft(spec, context)
@@ -196,8 +196,8 @@ def test_a_killed_run_ends_with_the_same_weights(make_context, monkeypatch, lora
     spec = stage(max_steps=6, lora=lora)
     unbroken = manifest_of_hashes(run_sft(spec, make_context("demonstrations", chats(32)))["model"])
 
-    monkeypatch.setattr(training.trl_setup, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(training.trl_setup, "CHECKPOINT_SHARE", float("inf"))
+    monkeypatch.setattr(training.offline.trl_setup, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training.offline.trl_setup, "CHECKPOINT_SHARE", float("inf"))
     context = make_context("demonstrations", chats(32))
 
     class Killed(BaseException):
@@ -260,7 +260,7 @@ def test_pad_may_be_the_end_token(make_context, tmp_path):
 
 def test_checkpoints_become_rarer_when_they_take_long(make_context, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(training.trl_setup, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(training.offline.trl_setup, "time", SimpleNamespace(monotonic=lambda: now))
     progress = Progress(make_context("demonstrations", chats(4)))
     saved = []
     for step in range(1, 1001):
@@ -275,8 +275,8 @@ def test_checkpoints_become_rarer_when_they_take_long(make_context, monkeypatch)
 
 
 def test_the_last_step_writes_the_model_and_no_checkpoint(make_context, monkeypatch):
-    monkeypatch.setattr(training.trl_setup, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(training.trl_setup, "CHECKPOINT_SHARE", float("inf"))
+    monkeypatch.setattr(training.offline.trl_setup, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training.offline.trl_setup, "CHECKPOINT_SHARE", float("inf"))
     context = make_context("demonstrations", chats(16))
     run_sft(stage(max_steps=3), context)
     assert newest_checkpoint(context.checkpoints).name == "checkpoint-2"

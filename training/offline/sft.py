@@ -20,7 +20,15 @@ from steersman.data.records import Demonstration
 from steersman.errors import DataError
 from steersman.nn.tokens import label_conversation
 from training.context import StageContext
-from training.trl_setup import Progress, check_length, finish_causal, numbered_rows, options, start_causal, train
+from training.offline.trl_setup import (
+    Progress,
+    check_length,
+    finish_causal,
+    numbered_rows,
+    options,
+    start_causal,
+    train,
+)
 
 
 def run_sft(spec: SftStage, ctx: StageContext) -> dict[str, Path]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from steersman.config.manifest import Optimizer
+from training.online.policy_model import PolicyModel
 from training.parallel import Ranks, sharded_like, whole
-from training.policy_model import PolicyModel
 
 
 class PolicyOptimizer:

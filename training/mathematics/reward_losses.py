@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steersman.errors import InvalidArgumentError
-from training.algorithms.losses import divide
-from training.algorithms.stats import sum_of, to_floats
+from training.mathematics.losses import divide
+from training.mathematics.stats import sum_of, to_floats
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from steersman.errors import InvalidArgumentError
-from training.algorithms.kl import KLEstimator, estimate_kl
-from training.algorithms.segments import broadcast, segment_sum
-from training.algorithms.stats import max_of, sum_of, to_floats
+from training.mathematics.kl import KLEstimator, estimate_kl
+from training.mathematics.segments import broadcast, segment_sum
+from training.mathematics.stats import max_of, sum_of, to_floats
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from steersman.nn.load import load_causal_lm, load_reward_backbone
 from steersman.nn.logprobs import token_logprobs
 from steersman.nn.lora import attach_lora, quantization
 from steersman.nn.packed import PackedBatch, enable_packed, hidden_states
+from training.online.publication import WeightsPayload
 from training.parallel import sharded_like, unsharded, whole
-from training.publication import WeightsPayload
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@
           `----------------------------- weights as one transaction ----------------------------------------'
 
 PPO (Schulman et al. 2017; Ziegler et al. 2019): per-token reward -beta * (logp - ref) with the score on
-the last token, GAE, clipped losses. RLOO, GRPO, Dr. GRPO and REINFORCE (training.algorithms.advantages)
+the last token, GAE, clipped losses. RLOO, GRPO, Dr. GRPO and REINFORCE (training.mathematics.advantages)
 share everything but the advantage and need no critic.
 """
 
@@ -27,19 +27,19 @@ from torch import Tensor
 from steersman.config.manifest import PpoSpec, RlStage
 from steersman.errors import FailedPreconditionError
 from steersman.nn.packed import pack
-from training.ahead import Ahead
-from training.algorithms import advantages as estimators
-from training.algorithms import kl as kl_estimators
-from training.algorithms import losses, mismatch, rewards, segments, stats
-from training.algorithms.kl import AdaptiveKL, FixedKL
-from training.algorithms.moments import Moments, whiten
-from training.batch import MicroBatch, SampleBatch, micro_batches, token_chunks
-from training.checkpoint import Checkpoints
-from training.clients import PolicyPool
-from training.optimizer import PolicyOptimizer
+from training.mathematics import advantages as estimators
+from training.mathematics import kl as kl_estimators
+from training.mathematics import losses, mismatch, rewards, segments, stats
+from training.mathematics.kl import AdaptiveKL, FixedKL
+from training.mathematics.moments import Moments, whiten
+from training.online.ahead import Ahead
+from training.online.batch import MicroBatch, SampleBatch, micro_batches, token_chunks
+from training.online.checkpoint import Checkpoints
+from training.online.clients import PolicyPool
+from training.online.optimizer import PolicyOptimizer
+from training.online.policy_model import Forward, PolicyModel
+from training.online.rollout import Prompt, Rollouts, exclude_failed, exclude_stale, to_batch
 from training.parallel import Ranks
-from training.policy_model import Forward, PolicyModel
-from training.rollout import Prompt, Rollouts, exclude_failed, exclude_stale, to_batch
 
 Pair = tuple[np.ndarray, np.ndarray]
 """(prompt ids, answer ids)"""

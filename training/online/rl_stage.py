@@ -1,4 +1,4 @@
-"""The stage `rl`: builds the parts, runs the loop of `training.ppo`, writes the aligned model."""
+"""The stage `rl`: builds the parts, runs the loop of `training.online.loop`, writes the aligned model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from steersman.nn.hardware import use_fast_exact_matmul
 from steersman.nn.load import load_tokenizer
 from steersman.nn.lora import merge_to_folder, quantization, save_adapter, save_model
 from steersman.nn.tokens import stop_ids, tokenizer_fingerprint
-from training.checkpoint import Checkpoints
-from training.connect import Services, generation_config
 from training.context import StageContext
+from training.online.checkpoint import Checkpoints
+from training.online.connect import Services, generation_config
+from training.online.loop import Pair, Trainer
+from training.online.policy_model import PolicyModel
+from training.online.prompts import load_answers
 from training.parallel import Ranks
-from training.policy_model import PolicyModel
-from training.ppo import Pair, Trainer
-from training.prompts import load_answers
 
 
 def run_rl(spec: RlStage, context: StageContext) -> None:

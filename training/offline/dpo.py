@@ -24,7 +24,7 @@ from steersman.data.records import Message, Preference
 from steersman.errors import DataError
 from steersman.nn.tokens import answer_ids, prompt_ids
 from training.context import StageContext
-from training.trl_setup import (
+from training.offline.trl_setup import (
     Progress,
     check_length,
     finish_causal,

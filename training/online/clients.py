@@ -31,7 +31,7 @@ from steersman.v1 import (
     weights_pb2,
     weights_pb2_grpc,
 )
-from training.publication import Outbox, WeightsPayload
+from training.online.publication import Outbox, WeightsPayload
 
 CALL_SECONDS = 600.0
 GENERATE_SECONDS = 6 * 3600.0

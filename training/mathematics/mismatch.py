@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from training.algorithms.kl import k3
-from training.algorithms.stats import max_of, sum_of, to_floats
+from training.mathematics.kl import k3
+from training.mathematics.stats import max_of, sum_of, to_floats
 
 
 @dataclass(frozen=True)

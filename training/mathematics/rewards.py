@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from steersman.errors import InvalidArgumentError
-from training.algorithms.moments import Moments
-from training.algorithms.segments import check_lengths, last_indices, segment_sum
+from training.mathematics.moments import Moments
+from training.mathematics.segments import check_lengths, last_indices, segment_sum
 
 
 def present(scores: Tensor, lengths: Tensor) -> Tensor:

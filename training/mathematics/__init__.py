@@ -12,10 +12,10 @@ mismatch       engine against trainer: statistics and truncated importance weigh
 stats          statistics that add up over micro-batches
 """
 
-from training.algorithms.advantages import gae, grpo, reinforce, rloo, to_tokens
-from training.algorithms.kl import AdaptiveKL, FixedKL, KLController, KLEstimator, estimate_kl, k1, k2, k3
-from training.algorithms.logprobs import token_logprobs
-from training.algorithms.losses import (
+from training.mathematics.advantages import gae, grpo, reinforce, rloo, to_tokens
+from training.mathematics.kl import AdaptiveKL, FixedKL, KLController, KLEstimator, estimate_kl, k1, k2, k3
+from training.mathematics.logprobs import token_logprobs
+from training.mathematics.losses import (
     PolicyStats,
     ValueStats,
     grpo_loss,
@@ -25,16 +25,16 @@ from training.algorithms.losses import (
     rloo_loss,
     value_loss,
 )
-from training.algorithms.mismatch import MismatchStats, mismatch_stats, truncated_importance_weights
-from training.algorithms.moments import Moments, whiten
-from training.algorithms.reward_losses import (
+from training.mathematics.mismatch import MismatchStats, mismatch_stats, truncated_importance_weights
+from training.mathematics.moments import Moments, whiten
+from training.mathematics.reward_losses import (
     RewardStats,
     aspect_loss,
     binary_loss,
     combine_aspects,
     pairwise_loss,
 )
-from training.algorithms.rewards import (
+from training.mathematics.rewards import (
     clip_scores,
     penalize_missing_eos,
     present,
@@ -42,7 +42,7 @@ from training.algorithms.rewards import (
     sequence_rewards,
     token_rewards,
 )
-from training.algorithms.segments import (
+from training.mathematics.segments import (
     broadcast,
     last_indices,
     reverse_discounted_sum,
@@ -52,7 +52,7 @@ from training.algorithms.segments import (
     select,
     starts,
 )
-from training.algorithms.stats import merge
+from training.mathematics.stats import merge
 
 __all__ = [
     "AdaptiveKL",

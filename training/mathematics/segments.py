@@ -1,6 +1,6 @@
 """Ragged batches: the tokens of all samples in one row, and `lengths` that says where each sample ends.
 
-Everywhere in `training.algorithms`
+Everywhere in `training.mathematics`
 
     N        samples, T = sum(lengths) response tokens (prompt tokens are not among them)
     lengths  int64 [N]; 0 is an empty response

@@ -5,8 +5,8 @@
     aspects   L = sum_a (output_a - (rating_a - mean_a) / std_a)^2 over the ratings that exist
 
 TRL's RewardTrainer computes the first (margin: Llama 2, equation 2; c: Eisenstein et al. 2023); the others, which TRL
-lacks, are a small transformers Trainer over `training.algorithms.reward_losses`. A decoder's score is read at the token
-that ends the answer. In the end every member is a plain folder, its mean and spread on a reference set stand in
+lacks, are a small transformers Trainer over `training.mathematics.reward_losses`. A decoder's score is read at the
+token that ends the answer. In the end every member is a plain folder, its mean and spread on a reference set stand in
 `reward.json`, and what it is worth on held-out comparisons in `evaluation.json`.
 """
 
@@ -47,11 +47,10 @@ from steersman.nn.reward import (
 )
 from steersman.nn.tokens import IGNORE, conversation_parts, distinct_pad_token
 from steersman.nn.trunk import is_decoder
-from training.algorithms.reward_losses import aspect_loss, binary_loss
 from training.context import DataFiles, StageContext
-from training.parallel import Ranks
-from training.reward_evaluation import ScoredPair, evaluate_pairs, evaluate_ratings
-from training.trl_setup import (
+from training.mathematics.reward_losses import aspect_loss, binary_loss
+from training.offline.reward_evaluation import ScoredPair, evaluate_pairs, evaluate_ratings
+from training.offline.trl_setup import (
     Progress,
     check_length,
     gathered,
@@ -60,6 +59,7 @@ from training.trl_setup import (
     prepare,
     train,
 )
+from training.parallel import Ranks
 
 _REFERENCE_ROWS = 256
 """Conversations that mean and standard deviation are measured on."""

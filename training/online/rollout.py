@@ -25,9 +25,9 @@ from steersman.config.manifest import Generation
 from steersman.errors import FailedPreconditionError
 from steersman.rpc.wire import pack_rows
 from steersman.v1 import common_pb2, reward_pb2
-from training.algorithms.rewards import present
-from training.batch import SampleBatch
-from training.clients import PolicyPool, ReferenceClient, RewardClient, Sample, result_of, spread
+from training.mathematics.rewards import present
+from training.online.batch import SampleBatch
+from training.online.clients import PolicyPool, ReferenceClient, RewardClient, Sample, result_of, spread
 
 BLOCKS = 4
 """Scoring calls a batch, at most."""

@@ -13,10 +13,10 @@ from steersman.config.stages import weights_folder
 from steersman.errors import ConfigError, FailedPreconditionError
 from steersman.nn.load import load_tokenizer
 from steersman.nn.tokens import stop_ids, tokenizer_fingerprint
-from training.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
 from training.context import StageContext
-from training.prompts import load_prompts
-from training.rollout import Prompt, Rollouts
+from training.online.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
+from training.online.prompts import load_prompts
+from training.online.rollout import Prompt, Rollouts
 
 
 class Services:

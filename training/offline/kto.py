@@ -20,8 +20,8 @@ from steersman.config.manifest import KtoStage
 from steersman.data.records import Feedback
 from steersman.errors import ConfigError, DataError
 from training.context import StageContext
-from training.dpo import prompt_and_answer
-from training.trl_setup import (
+from training.offline.dpo import prompt_and_answer
+from training.offline.trl_setup import (
     Progress,
     check_length,
     finish_causal,

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from steersman.data import records
 from steersman.errors import DataError
 from steersman.nn.tokens import answer_ids, prompt_ids
-from training.rollout import Prompt
+from training.online.rollout import Prompt
 
 
 def plain_messages(messages: Sequence[records.Message]) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from steersman.errors import InvalidArgumentError
-from training.algorithms.moments import Moments
-from training.algorithms.segments import broadcast, check_lengths, last_indices, reverse_discounted_sum, segment_sum
+from training.mathematics.moments import Moments
+from training.mathematics.segments import broadcast, check_lengths, last_indices, reverse_discounted_sum, segment_sum
 
 
 def gae(

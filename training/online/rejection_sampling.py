@@ -17,12 +17,12 @@ import torch
 from steersman.artifacts import atomic_dir, storage_errors
 from steersman.config.manifest import RejectionSamplingStage, SftStage
 from steersman.errors import FailedPreconditionError
-from training.connect import Services
 from training.context import DataFiles, StageContext
 from training.evaluate import read_weights
-from training.publication import WeightsPayload
-from training.rollout import Prompt, Scored, count_failed, reward_of
-from training.sft import run_sft
+from training.offline.sft import run_sft
+from training.online.connect import Services
+from training.online.publication import WeightsPayload
+from training.online.rollout import Prompt, Scored, count_failed, reward_of
 
 
 def run_rejection_sampling(spec: RejectionSamplingStage, context: StageContext) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.algorithms import segments
+from training.mathematics import segments
 
 
 @dataclass(frozen=True, eq=False)
