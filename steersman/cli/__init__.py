@@ -131,8 +131,14 @@ def _show_plan(run: AlignmentRun, run_dir: Path, *, force_restart: bool) -> None
 @app.command()
 def serve(
     path: Annotated[Path, typer.Argument(help="A model folder, or a run's folder.")],
-    port: Annotated[int, typer.Option(help="REST port; the next free one where it is taken.")] = 8080,
-    grpc_port: Annotated[int, typer.Option(help="gRPC port; the next free one where it is taken.")] = 8081,
+    port: Annotated[int, typer.Option(help="REST port; the next free one where it is taken.", min=1, max=65535)] = 8080,
+    grpc_port: Annotated[
+        int, typer.Option(help="gRPC port; the next free one where it is taken.", min=1, max=65535)
+    ] = 8081,
+    store: Annotated[
+        str | None,
+        typer.Option(help="SQLite file or database URL for answers and feedback; a run keeps its own, feedback.db."),
+    ] = None,
 ) -> None:
     """Serves a model on 127.0.0.1: OpenAI-compatible API and a chat page."""
     import tempfile
@@ -140,9 +146,10 @@ def serve(
     from steersman.local.serve import serve as serve_model
 
     if (path / "manifest.yaml").is_file():
-        serve_model(path, path.absolute() / "services", port, grpc_port)  # until it is interrupted
-    with tempfile.TemporaryDirectory(prefix="steersman-serve-") as logs:
-        serve_model(path, Path(logs), port, grpc_port)
+        serve_model(path, path.absolute() / "services", port, grpc_port, store=store)
+    else:
+        with tempfile.TemporaryDirectory(prefix="steersman-serve-") as logs:
+            serve_model(path, Path(logs), port, grpc_port, store=store)
 
 
 @app.command()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from steersman.config.stages import read_complete
-from steersman.errors import NotFoundError
+from steersman.errors import ConfigError, NotFoundError
 from steersman.local import folder, process
 from steersman.local.services import DRAIN_SECONDS, GRPC_NAMES
 from steersman.local.supervisor import Service, Supervisor
 from steersman.progress import say
 
 PORT, GRPC_PORT = 8080, 8081
+LAST_PORT = 65_535
 _POLICY_STAGES = ("sft", "rl", "rejection_sampling", "dpo", "kto", "release")
 
 
@@ -41,21 +43,39 @@ def find_model(path: Path) -> tuple[Path, str, dict[str, Any]]:
     raise NotFoundError(f"{path} has no complete stage that trained a model; run it first: steersman run")
 
 
-def serve(path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT) -> None:
+def store_of(path: Path, store: str | None) -> str | None:
+    """URL of the database with answers and feedback: the given one, or a run's own; None: nothing is kept.
+
+    Args:
+        path: what is served.
+        store: a database URL or the name of an SQLite file.
+    """
+    if store is None:
+        own = path.absolute() / "feedback.db"
+        return f"sqlite:///{own}" if folder.manifest_path(path).is_file() else None
+    return store if "://" in store else f"sqlite:///{Path(store).absolute()}"
+
+
+def serve(
+    path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT, *, store: str | None = None
+) -> None:
     """Serves until it is interrupted, which is its orderly end.
 
     Args:
         path: a model folder or a run's folder.
         logs: folder for configuration and logs of the two services.
         port, grpc_port: of the gateway; the next free one where it is taken.
+        store: see `store_of`.
     """
     model, name, options = find_model(path)
+    database = store_of(path, store)
     config = {"host": "127.0.0.1", "drainSeconds": DRAIN_SECONDS, "model": str(model), "modelName": name, **options}
     policy = Service("policy", "services.policy", GRPC_NAMES["policy"], config, ("port", "weightsPort"))
     environment = process.child_environment(options.get("threads", 0), offline=True)
     with Supervisor(logs, environment, start_timeout=300.0) as supervisor:
         supervisor.ensure([policy])
-        port, grpc_port = _free_from(port, "port"), _free_from(grpc_port, "grpcPort")
+        port = _free_from(port, "port")
+        grpc_port = _free_from(grpc_port, "grpcPort", taken=(port,))
         gateway = Service(
             "gateway",
             "services.gateway",
@@ -64,6 +84,7 @@ def serve(path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT) 
                 "host": "127.0.0.1",
                 "drainSeconds": DRAIN_SECONDS,
                 "model": name,
+                "database": database,
                 "policy": {"endpoints": [f"127.0.0.1:{supervisor.port('policy')}"]},
             },
             ("port", "grpcPort"),
@@ -71,6 +92,7 @@ def serve(path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT) 
         )
         supervisor.ensure([policy, gateway])
         say("serve", f"{model} as '{name}'")
+        say("serve", f"answers and feedback go to {database or 'nowhere: --store FILE keeps them'}")
         say("serve", f"chat page http://127.0.0.1:{port}/  OpenAI API http://127.0.0.1:{port}/v1  Ctrl-C stops it")
         try:
             while True:
@@ -81,9 +103,16 @@ def serve(path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT) 
             say("serve", "stopping")
 
 
-def _free_from(port: int, field: str) -> int:
-    """The port, or the next free one with a word about it."""
-    free = next(number for number in range(port, port + 200) if process.is_free(number))
+def _free_from(port: int, field: str, taken: Container[int] = ()) -> int:
+    """The port, or the next free one with a word about it.
+
+    Raises:
+        ConfigError: none of the 200 ports from there on is free.
+    """
+    candidates = range(port, min(port + 200, LAST_PORT + 1))
+    free = next((number for number in candidates if number not in taken and process.is_free(number)), None)
+    if free is None:
+        raise ConfigError(f"{field}: no port from {port} to {candidates[-1]} is free; choose another")
     if free != port:
         say("serve", f"{field} {port} is taken, the gateway takes {free}")
     return free

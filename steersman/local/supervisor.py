@@ -109,7 +109,10 @@ class Supervisor:
                     self._spawn(running)
             elif running.process.poll() is not None:
                 self._note_crash(running)
-                told.append(f"{name} ended ({_cause(running)}); it is started again on the same port")
+                told.append(
+                    f"{name} ended ({_cause(running)}): {process.last_words(self.log(name))}; "
+                    "it is started again on the same port"
+                )
             elif not running.ready and self._is_ready(running):
                 running.ready, running.crashes = True, 0
                 told.append(f"{name} is ready")

@@ -27,7 +27,7 @@ def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> API
 
     @router.get("/")
     async def chat_page() -> Response:
-        return render("chat.html", model=assistant.config.model)
+        return render("chat.html", model=assistant.config.model, kept=assistant.config.database is not None)
 
     @router.get("/static/{name}")
     async def static(name: str) -> Response:

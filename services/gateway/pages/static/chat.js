@@ -21,7 +21,7 @@ function add(kind, text) {
   const turn = document.createElement("div");
   turn.className = `turn ${kind}`;
   turn.textContent = text;
-  conversation.querySelector(".hint")?.remove();
+  for (const hint of conversation.querySelectorAll(".hint")) hint.remove();
   conversation.append(turn);
   turn.scrollIntoView({ block: "end" });
   return turn;
@@ -142,7 +142,8 @@ async function judge(tools, about, judgement, chosen, other) {
     headers: headers(),
     body: JSON.stringify({ event_id: crypto.randomUUID(), answer_id: about.answer_id, ...judgement }),
   });
-  said.textContent = response.ok ? "Thank you." : await problem(response);
+  const thanks = "kept" in document.body.dataset ? "Thank you." : "Thank you. It is forgotten when this gateway stops.";
+  said.textContent = response.ok ? thanks : await problem(response);
   if (response.ok && chosen) {
     chosen.setAttribute("aria-pressed", "true");
     other.setAttribute("aria-pressed", "false");
