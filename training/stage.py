@@ -24,6 +24,7 @@ from steersman.config.stages import (
     stage_digest,
 )
 from steersman.errors import ConfigError, SteersmanError
+from steersman.local.takeover import made_elsewhere, take_over
 from steersman.openmp import prefer_yielding_threads
 from steersman.progress import ConsoleReporter
 
@@ -84,8 +85,12 @@ def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
             "give the run another name or remove that folder"
         )
     folder = run_dir / name
-    folder.mkdir(parents=True, exist_ok=True)
     is_first = os.environ.get("RANK", "0") == "0"  # of the ranks under torchrun
+    if made_elsewhere(run, name, run_dir):
+        if is_first:
+            print(f"{name}: {take_over(run, name, run_dir)}", flush=True)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     if is_first:
         (folder / "config.yaml").write_text(dump_yaml(stage.spec))
     module, function = _RUNNERS[stage.kind]
@@ -128,7 +133,7 @@ def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):
         seed=spec.seed,
         reporter=reporter,
         device=device,
-        precision=pick_precision(spec.model.precision, device),
+        precision=pick_precision(spec.model.precision, device, cache_dir / "hardware.json"),
         cache_dir=cache_dir,
         data=data,
     )

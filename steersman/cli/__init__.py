@@ -83,10 +83,13 @@ def run(
 ) -> None:
     """Executes a manifest on this machine; a run that was stopped continues where it was."""
     from steersman.config.manifest import load_manifest
+    from steersman.errors import ConfigError
     from steersman.local import folder
 
     manifest = load_manifest(file, set_)
     where = (run_dir or Path("runs") / manifest.metadata.name).absolute()
+    if where.exists() and not where.is_dir():
+        raise ConfigError(f"--run-dir {where}: is a file; name a folder")
     resolved = folder.resolve(manifest, where, file.absolute().parent)
     if dry_run:
         _show_plan(resolved, where, force_restart=force_restart)

@@ -7,6 +7,7 @@ a sparse overlay; `--set a.b=c` goes on top. Keys are camelCase in YAML, as ever
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,24 @@ class FrozenModel(BaseModel):
 M = TypeVar("M", bound=BaseModel)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int, float, bool)):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands here twice; keep one", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads one YAML mapping; ConfigError names the file and, for a syntax error, the line."""
     try:
@@ -43,7 +62,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); it must be UTF-8 text") from None
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -135,7 +154,14 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
         known = _field_names(cls, problem["loc"][:-1])
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.6)
         hint = f"did you mean '{close[0]}'?" if close else f"known fields: {', '.join(sorted(known))}"
+        if holder := _field_with_value(cls, problem["loc"][:-1], str(problem["loc"][-1])):
+            hint = f"it is a value of {holder}"
         return f"{location} is not a known field ({hint})"
+    if problem["type"] == "literal_error":
+        allowed = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
+        close = difflib.get_close_matches(str(problem["input"]), allowed, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(allowed)}"
+        return f"{location} is {problem['input']!r} ({hint})"
     if problem["type"] == "missing":
         return f"{location} is missing; add it"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -148,11 +174,27 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
 def _field_names(cls: type[BaseModel], path: Sequence[Any]) -> list[str]:
     """Aliases of the fields of the model at `path`, or of none where the path leaves the models."""
     schema = cls.model_json_schema(by_alias=True)
-    node: dict[str, Any] = schema
+    return list(_node_at(schema, path).get("properties", {}))
+
+
+def _field_with_value(cls: type[BaseModel], path: Sequence[Any], value: str) -> str | None:
+    """A field of a field of the model at `path` that takes `value`: where people write `ppo:` for `algorithm: ppo`."""
+    schema = cls.model_json_schema(by_alias=True)
+    for outer, holder in _node_at(schema, path).get("properties", {}).items():
+        for inner, node in _resolve(schema, holder).get("properties", {}).items():
+            node = _resolve(schema, node)
+            if value in (*node.get("enum", ()), node.get("const")):
+                return f"{outer}.{inner}, write {outer}: {{{inner}: {value}}}"
+    return None
+
+
+def _node_at(schema: dict[str, Any], path: Sequence[Any]) -> dict[str, Any]:
+    """The part of a JSON schema that describes the value at `path`; empty where the path leaves it."""
+    node = schema
     for part in path:
         node = _resolve(schema, node)
         node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
-    return list(_resolve(schema, node).get("properties", {}))
+    return _resolve(schema, node)
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:

@@ -580,6 +580,9 @@ class RunSpec(FrozenModel):
     """Where stages run."""
     artifacts: str | None = None
     """fsspec URL of the artifact store; None: the run's folder."""
+    from_run: Annotated[str | None, Field(alias="from")] = None
+    """Folder of another run, whose complete stages are taken over where this run would make the same: changing the
+    last stage does not repeat the ones before it. In a cluster the other run's name."""
     suspend: bool = False
     """Hold the run; only in a cluster."""
     active_deadline_seconds: Positive | None = None

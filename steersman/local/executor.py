@@ -32,6 +32,7 @@ from steersman.local.memory import memory_folder
 from steersman.local.prepare import data_digests
 from steersman.local.services import GRPC_NAMES, endpoint_overrides, services_of
 from steersman.local.supervisor import Supervisor
+from steersman.local.takeover import source_folder, take_over
 from steersman.local.usage import Usage
 from steersman.progress import ConsoleReporter, clock, say
 from steersman.rpc.client import open_channel, wait_ready
@@ -59,6 +60,7 @@ def run_manifest(run: AlignmentRun, run_dir: Path, *, force_restart: bool = Fals
         StageFailed: a stage ended with an error.
     """
     _require_libraries()
+    source_folder(run, run_dir)  # a wrong path is found before anything is made
     run_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(run_dir):
         removed = folder.settle(run, run_dir, force_restart=force_restart)
@@ -83,6 +85,8 @@ def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> N
         ) as supervisor,
     ):
         for name in run.stage_names():
+            if told := take_over(run, name, run_dir):
+                say(name, told)
             if _is_done(run, name, run_dir):
                 say(name, "is complete, see " + str(run_dir / name))
                 continue

@@ -31,6 +31,8 @@ def resolve(run: AlignmentRun, run_dir: Path, manifest_dir: Path) -> AlignmentRu
     base = manifest_dir / spec["model"]["base"]
     if base.is_dir():
         spec["model"]["base"] = str(base.resolve())
+    if spec["from"] is not None:
+        spec["from"] = str((manifest_dir / spec["from"]).resolve())
     for splits in spec["data"].values():
         for split in ("train", "validation", "heldout"):
             if isinstance(splits, dict) and isinstance(splits.get(split), str):

@@ -41,10 +41,12 @@ def prepare(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> None
     from steersman.rpc.server import ServerConfig
 
     model = run.spec.model
-    base = resolve_model(model.base, ServerConfig().cache_dir, model.revision, note=reporter.note)
+    cache_dir = ServerConfig().cache_dir
+    base = resolve_model(model.base, cache_dir, model.revision, note=reporter.note)
     device = pick_device(model.device)
-    precision = pick_precision(model.precision, device)
-    reporter.note(f"{model.base} in {precision} on {device}")
+    precision = pick_precision(model.precision, device, cache_dir / "hardware.json")
+    decided = ", as measured on this machine" if (model.precision, device) == ("auto", "cpu") else ""
+    reporter.note(f"{model.base} in {precision} on {device}{decided}")
     partial = run_dir / ".prepared.json"
     found = {"for": model.base, "base": str(base), "device": device, "precision": precision, "data": checked}
     partial.write_text(json.dumps(found))

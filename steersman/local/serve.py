@@ -56,9 +56,7 @@ def store_of(path: Path, store: str | None) -> str | None:
     return store if "://" in store else f"sqlite:///{Path(store).absolute()}"
 
 
-def serve(
-    path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT, *, store: str | None = None
-) -> None:
+def serve(path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT, *, store: str | None = None) -> None:
     """Serves until it is interrupted, which is its orderly end.
 
     Args:

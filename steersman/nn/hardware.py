@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import json
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,11 +36,15 @@ def pick_device(device: str = "auto") -> str:
     return device
 
 
-def pick_precision(precision: str = "auto", device: str = "cpu") -> Precision:
+def pick_precision(precision: str = "auto", device: str = "cpu", memory: Path | None = None) -> Precision:
     """Arithmetic of matrix products on a device.
 
     `auto`: bf16 on a GPU that has it; on a CPU a benchmark of less than 100 ms decides, because some CPUs multiply
     bf16 three times faster than fp32 (Zen 5, AMX) and others at half the speed.
+
+    Args:
+        memory: JSON file that remembers what was measured by processor, so that a busy moment does not decide
+            otherwise for the next run; None: measured by every process.
     """
     if precision in ("fp32", "bf16"):
         return precision  # type: ignore[return-value]
@@ -43,7 +52,36 @@ def pick_precision(precision: str = "auto", device: str = "cpu") -> Precision:
         raise ConfigError(f"model.precision is {precision!r}; use auto, fp32 or bf16")
     if device != "cpu":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if cpu_bf16_gain() >= _GAIN else "fp32"
+    gain = cpu_bf16_gain() if memory is None else _remembered_gain(memory)
+    return "bf16" if gain >= _GAIN else "fp32"
+
+
+def _remembered_gain(memory: Path) -> float:
+    """`cpu_bf16_gain`, measured once for this processor and torch."""
+    key = f"{_processor()}, torch {torch.__version__}"
+    known: dict[str, float] = {}
+    with contextlib.suppress(OSError, ValueError):  # absent, or not ours: measured anew
+        known = dict(json.loads(memory.read_text()))
+    if key not in known:
+        known[key] = round(cpu_bf16_gain(), 3)
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs the measurement
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            partial = memory.with_name(f".{memory.name}.{os.getpid()}")
+            partial.write_text(json.dumps(known))
+            partial.replace(memory)
+    return float(known[key])
+
+
+def _processor() -> str:
+    """Name of the processor with a digest of what it can do: names of virtual ones say little."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+    said = {name.strip(): value.strip() for name, value in facts.items()}
+    able = "|".join(said.get(name, "") for name in ("vendor_id", "cpu family", "model", "flags", "Features"))
+    return f"{said.get('model name', platform.machine())} {hashlib.sha256(able.encode()).hexdigest()[:12]}"
 
 
 @functools.cache

@@ -51,9 +51,20 @@ def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
 
 
 def load_adapter(model: nn.Module, adapter: Path, *, trainable: bool = False) -> PeftModel:
-    """Puts a saved adapter on its base model; `trainable` to go on training it."""
+    """Puts a saved adapter on its base model; `trainable` to go on training it.
+
+    Raises:
+        ConfigError: no adapter folder, or an adapter of a model of another shape.
+    """
     check_adapter_folder(adapter)
-    return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)  # type: ignore[arg-type]
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:  # sizes that differ; modules that the model does not have
+        made_for = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{adapter}: the adapter does not fit this base model ({reason}); it was made for {made_for or 'another'}"
+        ) from None
 
 
 def save_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -27,6 +27,8 @@ def steersman(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def manifest(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
+    (tmp_path / "stage.yaml").write_text(RUN.replace("{rl: }", "{ppo: {}}"))
+    (tmp_path / "twice.yaml").write_text(f"{RUN}kind: Another\n")
     return path
 
 
@@ -57,6 +59,10 @@ def test_dry_run_shows_stages_services_and_every_default(manifest: Path, tmp_pat
         (["run", "-f", "nope.yaml"], 2, "steersman: nope.yaml: there is no such file; check the path"),
         (["run", "-f", "run.yaml", "--set", "spec.seed=-1"], 2, "run.yaml: spec.seed is -1"),
         (["run", "-f", "run.yaml", "--set", "spec.stages.rl.step=3"], 2, "did you mean 'steps'?"),
+        (["run", "-f", "run.yaml", "--set", "spec.stages.rl.algorithm=poo"], 2, "did you mean 'ppo'?"),
+        (["run", "-f", "stage.yaml"], 2, "ppo is not a known field (it is a value of rl.algorithm"),
+        (["run", "-f", "twice.yaml"], 2, "twice.yaml:8: not valid YAML (the key 'kind' stands here twice; keep one)"),
+        (["run", "-f", "run.yaml", "--run-dir", "run.yaml"], 2, "run.yaml: is a file; name a folder"),
         (["serve", "."], 4, "is neither a model folder (config.json) nor a run's folder (manifest.yaml)"),
         (["report", "."], 4, "has no evaluation.json"),
         (["merge", "nobody/nothing/x", "a", "b"], 4, "is neither a folder, nor a hub id"),

@@ -9,8 +9,9 @@ from local_helpers import manifest
 
 from steersman.config.manifest import AlignmentRun
 from steersman.config.stages import mark_complete
-from steersman.errors import ConflictError
+from steersman.errors import ChecksumError, ConflictError, NotFoundError
 from steersman.local import folder
+from steersman.local.takeover import take_over
 
 
 def done(run: AlignmentRun, run_dir: Path, *names: str) -> None:
@@ -105,3 +106,29 @@ def test_differences_name_the_field() -> None:
         "spec.stages.2.rl.steps was 3, now 4",
         "spec.stages.2.rl.ppo was not set, now {gamma}",
     ]
+
+
+def test_stages_of_the_same_content_are_taken_over_from_another_run(run: AlignmentRun, tmp_path: Path) -> None:
+    done(run, tmp_path / "ppo", "sft", "reward-model", "rl")
+    stages = [{"sft": {}}, {"rewardModel": {"batchSize": 4}}, {"dpo": {}}]
+    other = manifest(stages=stages, **{"from": "ppo"})
+    here = tmp_path / "dpo"
+    folder.write_manifest(other, here)
+    assert folder.resolve(other, here, tmp_path).spec.from_run == str(tmp_path / "ppo")
+    assert take_over(other, "sft", here) == f"taken over from {tmp_path / 'ppo' / 'sft'}"
+    assert folder.is_done(other, "sft", here)
+    assert (here / "sft" / "model" / "weights").read_text() == "sft"
+    assert take_over(other, "sft", here) is None  # it is here already
+    assert "spec.stages.1.rewardModel.batchSize was 16, now 4" in str(take_over(other, "reward-model", here))
+    assert "has no complete stage dpo" in str(take_over(other, "dpo", here))
+    assert not (here / "reward-model").exists()
+
+
+def test_what_is_taken_over_must_be_what_the_other_run_left(run: AlignmentRun, tmp_path: Path) -> None:
+    done(run, tmp_path / "ppo", "sft")
+    (tmp_path / "ppo" / "sft" / "model" / "weights").write_text("another")
+    other = manifest(**{"from": "ppo"})
+    with pytest.raises(ChecksumError, match="content has changed"):
+        take_over(other, "sft", tmp_path / "dpo")
+    with pytest.raises(NotFoundError, match="is not a run's folder"):
+        take_over(manifest(**{"from": "nowhere"}), "sft", tmp_path / "dpo")

@@ -155,3 +155,18 @@ def test_a_prepared_default_model_is_reused(folder, tmp_path):
     shutil.copytree(folder, cache / "smollm2-135m-instruct")
     assert resolve_model("smollm2-135m-instruct", cache) == cache / "smollm2-135m-instruct"
     assert json.loads((cache / "smollm2-135m-instruct" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_precision_is_measured_once_for_a_machine(tmp_path, monkeypatch):
+    memory = tmp_path / "cache" / "hardware.json"
+    monkeypatch.setattr(hardware, "cpu_bf16_gain", lambda: 3.0)
+    assert pick_precision("auto", "cpu", memory) == "bf16"
+    monkeypatch.setattr(hardware, "cpu_bf16_gain", lambda: 0.5)
+    assert pick_precision("auto", "cpu", memory) == "bf16"
+    assert pick_precision("auto", "cpu") == "fp32"
+    memory.write_text("{broken")
+    assert pick_precision("auto", "cpu", memory) == "fp32"
+    monkeypatch.setattr(hardware, "_processor", lambda: "another")
+    monkeypatch.setattr(hardware, "cpu_bf16_gain", lambda: 3.0)
+    assert pick_precision("auto", "cpu", memory) == "bf16"
+    assert len(json.loads(memory.read_text())) == 2

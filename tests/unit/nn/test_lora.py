@@ -159,3 +159,13 @@ def test_dropout_and_variants_stay_with_peft():
     merged = model.eval()(IDS).logits
     model.unmerge_adapter()
     torch.testing.assert_close(model(IDS).logits, merged, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_of_another_model_is_refused_in_words(tmp_path):
+    save_adapter(attach_lora(tiny_llama(), Lora(target_modules="all-linear")), tmp_path / "adapter")
+    narrow = copy.deepcopy(tiny_llama().config)
+    narrow.intermediate_size //= 2
+    base = save_model_folder(tmp_path / "base", AutoModelForCausalLM.from_config(narrow))
+    with pytest.raises(ConfigError, match="the adapter does not fit this base model"):
+        merge_to_folder(base, tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
