@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from array import array
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+from google.protobuf.json_format import MessageToDict
 
 from services.gateway.auth.callers import Caller
 from services.gateway.store import storable
@@ -18,7 +22,10 @@ from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatR
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked, and who asks."""
+    """What was said, and who said it.
+
+    Nothing changes it: whoever needs another request for the model takes a `draft`.
+    """
 
     caller: Caller
     request_id: str
@@ -37,6 +44,12 @@ class Question:
     must_call: bool = False
     """The answer is constrained to a tool call, see `services.gateway.openai.translate.call_schema`."""
 
+    def draft(self) -> PolicyServiceChatRequest:
+        """A copy of the request, to be changed."""
+        copy = PolicyServiceChatRequest()
+        copy.CopyFrom(self.request)
+        return copy
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -49,6 +62,54 @@ class Source:
         return {"system": self.system, "record": self.record}
 
 
+LookupOutcome = Literal["found", "not_found", "failed", "refused", "proposed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """One read from a business system, or one call of a tool of ours: what an answer rests on."""
+
+    tool: str
+    """Kind of record (order, invoice ...), or the tool's name."""
+    arguments: Mapping[str, Any]
+    """What was asked for: the number, or what the model wrote; never the customer."""
+    outcome: LookupOutcome
+    records: tuple[Source, ...] = ()
+    """Where it came from; enough to read it again."""
+    text: str = field(default="", repr=False)
+    """What the model was shown. It holds data of customers: it is no part of the prompt, nor of `as_json`."""
+
+    def as_json(self) -> dict[str, Any]:
+        """By reference, without what was read."""
+        return {
+            "tool": self.tool,
+            "arguments": dict(self.arguments),
+            "outcome": self.outcome,
+            "records": [source.as_json() for source in self.records],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a later judgement of an answer needs and nobody can reconstruct."""
+
+    sampling: dict[str, Any]
+    """As used, by the contract's field names."""
+    variant: str
+    """champion, candidate ...: the deployment that answered."""
+    adapter: str
+    """Model or adapter that the replica says it serves; empty: unknown."""
+    weights_version: int
+    token_ids: tuple[bytes, ...]
+    """Of each choice, little-endian int32 [R]; empty where the engine does not tell them."""
+    logprobs: tuple[bytes, ...]
+    """Of each choice, little-endian float32 [R], natural logarithm, see the engine's note."""
+    tool_calls: tuple[tuple[common_pb2.ToolCall, ...], ...]
+    """Calls for the caller to carry out, of each choice; the gateway's own are among the lookups."""
+    lookups: tuple[Lookup, ...]
+    """In the order in which they were made."""
+
+
 @dataclass(slots=True, eq=False)
 class Choice:
     """One choice of an answer, as far as it has been streamed."""
@@ -57,6 +118,8 @@ class Choice:
     tool_calls: list[common_pb2.ToolCall] = field(default_factory=list)
     finish_reason: int = 0
     tokens: int = 0
+    token_ids: array[int] = field(default_factory=lambda: array("I"))
+    logprobs: array[float] = field(default_factory=lambda: array("f"))
 
     @property
     def text(self) -> str:
@@ -80,7 +143,8 @@ class Answer:
         self.model = question.model
         self.created = int(time.time())
         self.choices: list[Choice] = []
-        self.sources: list[Source] = []
+        self.adapter = ""
+        self.lookups: list[Lookup] = []
         self.proposals: list[Proposal] = []
         self.prompt_tokens = 0
         self.weights_version = 0
@@ -97,6 +161,11 @@ class Answer:
     @property
     def completion_tokens(self) -> int:
         return sum(choice.tokens for choice in self.choices)
+
+    @property
+    def sources(self) -> list[Source]:
+        """The business records that were read, each once."""
+        return list(dict.fromkeys(source for lookup in self.lookups for source in lookup.records))
 
     @property
     def seconds(self) -> float:
@@ -141,6 +210,8 @@ class Answer:
             choice.parts.append(response.delta)
         if response.tool_calls:
             choice.tool_calls.extend(response.tool_calls)
+        choice.token_ids.extend(token.token_id for token in response.tokens)
+        choice.logprobs.extend(token.logprob for token in response.tokens)
         choice.tokens = response.completion_tokens or choice.tokens
         self.prompt_tokens = response.prompt_tokens or self.prompt_tokens
         self.weights_version = response.weights_version or self.weights_version
@@ -159,6 +230,22 @@ class Answer:
     def complete(self) -> bool:
         return self._finished == self._wanted
 
+    def evidence(self, variant: str) -> Evidence:
+        """For the record; `variant` is the deployment that answered."""
+        return Evidence(
+            sampling=MessageToDict(self.question.request.sampling, preserving_proto_field_name=True),
+            variant=variant,
+            adapter=self.adapter,
+            weights_version=self.weights_version,
+            # Engines behind other protocols tell no ids: then all of them are 0.
+            token_ids=tuple(
+                np.asarray(c.token_ids, "<i4").tobytes() if any(c.token_ids) else b"" for c in self.choices
+            ),
+            logprobs=tuple(np.asarray(c.logprobs, "<f4").tobytes() for c in self.choices),
+            tool_calls=tuple(tuple(c.tool_calls) for c in self.choices),
+            lookups=tuple(self.lookups),
+        )
+
     def as_json(self) -> dict[str, Any]:
         """What `replay` needs."""
         return {
@@ -166,7 +253,7 @@ class Answer:
             "created": self.created,
             "prompt_tokens": self.prompt_tokens,
             "weights_version": self.weights_version,
-            "sources": [source.as_json() for source in self.sources],
+            "lookups": [lookup.as_json() for lookup in self.lookups],
             "choices": [
                 {
                     "text": storable(choice.text),
@@ -199,5 +286,8 @@ def replay(question: Question, stored: dict[str, Any]) -> Answer:
 
     answer = Answer(stored["id"], question, stream)
     answer.created = stored["created"]
-    answer.sources = [Source(**source) for source in stored["sources"]]
+    answer.lookups = [
+        Lookup(**{**lookup, "records": tuple(Source(**source) for source in lookup["records"])})
+        for lookup in stored["lookups"]
+    ]
     return answer

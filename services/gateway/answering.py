@@ -12,7 +12,8 @@ import contextlib
 import datetime as dt
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from services.gateway.admission import Admission
@@ -87,7 +88,7 @@ class Assistant:
             UnavailableError: no replica can answer.
         """
         question.caller.require("chat")
-        self.check(question)
+        question = self.checked(question)
         if self.recorder.failing:
             raise UnavailableError("The gateway's database cannot be reached; try again later")
         await self.quotas.admit(question.caller)
@@ -112,12 +113,10 @@ class Assistant:
             raise
 
     async def _begin(self, question: Question, claim: Claim | None) -> Answer:
-        if question.conversation_id:
-            turns = await self.memory.recall(question.caller, question.conversation_id)
-            _set_messages(question.request, [*turns, *question.request.messages])
-        self._add_system_prompt(question.request)
+        question = await self._in_context(question)
         answer = Answer(f"{question.id_prefix}-{secrets.token_hex(12)}", question, self._stream)
         answer.model = question.model or self.config.model
+        answer.adapter = self.pool.served
         answer.trace = self.tracer.start(answer, answer.model)
         answer.feedback_token = self._tokens.issue(answer.id, question.caller.tenant)
 
@@ -129,9 +128,9 @@ class Assistant:
         await answer.open()
         return answer
 
-    def check(self, question: Question) -> None:
-        """Refuses what breaks a limit and fills in the defaults."""
-        config, limits, request = self.config, self.config.limits, question.request
+    def checked(self, question: Question) -> Question:
+        """The question with the defaults filled in; refuses what breaks a limit."""
+        config, limits, request = self.config, self.config.limits, question.draft()
         if question.model and question.model not in config.model_names:
             raise NotFoundError(
                 f"The model '{question.model}' does not exist here; use '{config.model}'",
@@ -145,7 +144,7 @@ class Assistant:
                 "leave out the oldest",
                 param="messages",
             )
-        chars = len(request.prompt) + sum(len(message.content) for message in request.messages)
+        chars = len(request.prompt) + _chars(request.messages)
         if chars > limits.message_chars:
             raise BadRequestError(
                 f"The text has {chars} characters, the limit is {limits.message_chars}; shorten it",
@@ -164,33 +163,48 @@ class Assistant:
             sampling.temperature = config.defaults.temperature
         if not sampling.HasField("top_p"):
             sampling.top_p = config.defaults.top_p
+        return replace(question, request=request)
 
-    def _add_system_prompt(self, request: PolicyServiceChatRequest) -> None:
-        prompt = self.config.defaults.system_prompt
-        if prompt and request.messages and request.messages[0].role != "system":
-            _set_messages(request, [common_pb2.Message(role="system", content=prompt), *request.messages])
+    async def _in_context(self, question: Question) -> Question:
+        """The question after the system prompt and the turns that are remembered; the oldest turns that do not fit the
+        limits fall out."""
+        request, limits, prompt = question.draft(), self.config.limits, self.config.defaults.system_prompt
+        messages = list(question.request.messages)
+        if question.conversation_id:
+            places, chars = limits.messages - len(messages), limits.message_chars - _chars(messages)
+            remembered = await self.memory.recall(question.caller, question.conversation_id)
+            messages = [*_newest(remembered, places, chars), *messages]
+        if prompt and messages and messages[0].role != "system":
+            messages.insert(0, common_pb2.Message(role="system", content=prompt))
+        request.ClearField("messages")
+        request.messages.extend(messages)
+        return replace(question, request=request)
 
     async def _stream(self, answer: Answer) -> AsyncGenerator[PolicyServiceChatResponse, None]:
+        def generate(request: PolicyServiceChatRequest) -> AsyncGenerator[PolicyServiceChatResponse, None]:
+            return self._generate(request, self.config.limits.answer_seconds - answer.seconds)
+
         grounding = self.grounding
-        source = (
-            grounding.answer(answer, self._generate)
-            if grounding.has_systems
-            else self._generate(answer.question.request)
-        )
+        source = grounding.answer(answer, generate) if grounding.has_systems else generate(answer.question.request)
         if answer.question.must_call:
             source = as_calls(source)
         async with self.admission.place(), contextlib.aclosing(source) as stream:
             async for response in stream:
                 yield response
 
-    async def _generate(self, request: PolicyServiceChatRequest) -> AsyncGenerator[PolicyServiceChatResponse, None]:
-        seconds = self.config.limits.answer_seconds
+    async def _generate(
+        self, request: PolicyServiceChatRequest, seconds: float
+    ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
+        """One turn of the model; `seconds` are what is left of the answer's time."""
         try:
+            if seconds <= 0:
+                raise DeadlineError("No time is left")
             async with contextlib.aclosing(self.pool.stream(request, seconds)) as stream:
                 async for response in stream:
                     yield response
         except DeadlineError:
-            raise DeadlineError(f"The answer took longer than {seconds:g} s; ask for fewer tokens") from None
+            limit = self.config.limits.answer_seconds
+            raise DeadlineError(f"The answer took longer than {limit:g} s; ask for fewer tokens") from None
 
     async def _finish(self, answer: Answer, claim: Claim | None, error: BaseException | None) -> None:
         """Counts and records; a complete answer is on disk before its last token is handed out."""
@@ -228,10 +242,18 @@ class Assistant:
             await self._idempotency.complete(claim, answer.as_json())
 
 
-def _set_messages(request: PolicyServiceChatRequest, messages: list[common_pb2.Message]) -> None:
-    copies = [common_pb2.Message.FromString(message.SerializeToString()) for message in messages]
-    del request.messages[:]
-    request.messages.extend(copies)
+def _chars(messages: Iterable[common_pb2.Message]) -> int:
+    return sum(len(message.content) for message in messages)
+
+
+def _newest(turns: Sequence[common_pb2.Message], places: int, chars: int) -> Sequence[common_pb2.Message]:
+    """The last turns that have a place and fit the characters."""
+    first = len(turns)
+    while first > 0 and places > 0 and len(turns[first - 1].content) <= chars:
+        first -= 1
+        places -= 1
+        chars -= len(turns[first].content)
+    return turns[first:]
 
 
 def _outcome(answer: Answer, error: BaseException | None) -> str:

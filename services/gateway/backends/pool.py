@@ -52,6 +52,11 @@ class ReplicaPool:
         """The newest that a ready replica serves; 0 when none is ready."""
         return max((member.info.weights_version for member in self._members if member.info), default=0)
 
+    @property
+    def served(self) -> str:
+        """The model or adapter that the replicas say they serve; empty while none is ready."""
+        return next((member.info.model for member in self._members if member.info), "")
+
     async def start(self) -> None:
         await self._probe_all()
         self._task = asyncio.create_task(self._probe_forever())

@@ -54,19 +54,19 @@ class Grounding:
 
     async def answer(self, answer: Answer, generate: Generate) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         """Streams the answer to `answer.question`, with the facts that it needs."""
-        request = answer.question.request
+        request = answer.question.draft()
         own_tools = bool(answer.question.own_tools or request.prompt or request.json_schema)
         if self._config.mode == "lookup" and not own_tools:
             if await self._propose_hand_over(answer):
                 text = answer.proposals[0].text
                 yield PolicyServiceChatResponse(delta=text, finish_reason=common_pb2.FINISH_REASON_STOP)
                 return
-            await self._add_facts(answer)
+            await self._add_facts(answer, request)
         offered = self.toolbox.definitions(answer.question.caller) if self._config.mode == "tools" else []
         if own_tools or not offered or request.n > 1:
             stream = generate(request)
         else:
-            stream = self._with_tools(answer, offered, generate)
+            stream = self._with_tools(answer, request, offered, generate)
         async with contextlib.aclosing(stream) as responses:
             async for response in responses:
                 yield response
@@ -81,22 +81,26 @@ class Grounding:
         )
         return True
 
-    async def _add_facts(self, answer: Answer) -> None:
+    async def _add_facts(self, answer: Answer, request: PolicyServiceChatRequest) -> None:
         """Facts for the last message, or for the one before that it may refer to."""
-        request, most = answer.question.request, self._config.records
+        most = self._config.records
         for text in _user_texts(request)[:_TURNS_LOOKED_AT]:
             if wishes(text, most):
                 with answer.trace.tool("lookup"):
                     facts = await look_up(self.records, answer.question.caller, text, most)
                 if facts is not None:
-                    answer.sources.extend(facts.sources)
+                    answer.lookups.extend(facts.lookups)
                     _add_context(request, facts.context)
                 return
 
     async def _with_tools(
-        self, answer: Answer, offered: list[dict[str, Any]], generate: Generate
+        self,
+        answer: Answer,
+        request: PolicyServiceChatRequest,
+        offered: list[dict[str, Any]],
+        generate: Generate,
     ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
-        request, caller, used = answer.question.request, answer.question.caller, 0
+        caller, used = answer.question.caller, 0
         names = {tool["function"]["name"] for tool in offered}
         for round_number in range(self._config.rounds + 1):
             request.tools_json = json.dumps(offered) if round_number < self._config.rounds else ""
@@ -124,8 +128,8 @@ class Grounding:
                 # A name that the model made up is a text; traces hold none.
                 with answer.trace.tool(call.name if call.name in names else "unknown", call.id):
                     outcome = await self.toolbox.call(caller, call, transcript(request))
-                answer.sources.extend(source for source in outcome.sources if source not in answer.sources)
-                request.messages.add(role="tool", content=outcome.text, tool_call_id=call.id, name=call.name)
+                answer.lookups.append(outcome.lookup)
+                request.messages.add(role="tool", content=outcome.lookup.text, tool_call_id=call.id, name=call.name)
                 if outcome.proposal is not None:
                     answer.proposals.append(outcome.proposal)
             if answer.proposals:

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.gateway.answer import Source
+from services.gateway.answer import Lookup, Source
 from services.gateway.auth.callers import Caller
 from services.gateway.tools.config import Kind
 from services.gateway.tools.records import Record, Records
@@ -57,7 +57,7 @@ class Facts:
     """What goes into the prompt, and what it came from."""
 
     context: str
-    sources: tuple[Source, ...]
+    lookups: tuple[Lookup, ...]
 
 
 def fold(text: str) -> str:
@@ -100,26 +100,34 @@ async def look_up(records: Records, caller: Caller, text: str, most: int) -> Fac
     asked = [wish for wish in wishes(text, most) if wish.kind in available]
     if not asked:
         return None
-    lines, sources = [_HEADER], []
+    lines, lookups = [_HEADER], []
     if caller.customer is None and any(wish.kind != "stock" for wish in asked):
         lines.append(_NOBODY)
+    seen: set[Source] = set()
     for wish in asked:
         if caller.customer is None and wish.kind != "stock":
             continue
-        try:
-            found = await records.find(caller, wish.kind, wish.number)
-        except SteersmanError:
-            lines.append(f"[{wish.kind}] cannot be looked up at the moment")
-            continue
-        if not found:
-            name = f"{wish.kind} {wish.number}" if wish.number else wish.kind
-            lines.append(f"[{name}] not found")
-        for record in found:
-            source = Source(record.system, record.source)
-            if source not in sources:
-                sources.append(source)
-                lines.append(describe(record))
-    return Facts("\n".join(lines), tuple(sources))
+        lookup = await _find(records, caller, wish, seen)
+        if lookup.text:
+            lines.append(lookup.text)
+        lookups.append(lookup)
+    return Facts("\n".join(lines), tuple(lookups))
+
+
+async def _find(records: Records, caller: Caller, wish: Wish, seen: set[Source]) -> Lookup:
+    """One read; records in `seen` are not shown again."""
+    arguments = {"number": wish.number} if wish.number else {}
+    try:
+        found = await records.find(caller, wish.kind, wish.number)
+    except SteersmanError:
+        return Lookup(wish.kind, arguments, "failed", text=f"[{wish.kind}] cannot be looked up at the moment")
+    if not found:
+        name = f"{wish.kind} {wish.number}" if wish.number else wish.kind
+        return Lookup(wish.kind, arguments, "not_found", text=f"[{name}] not found")
+    lines = [describe(record) for record in found if Source(record.system, record.source) not in seen]
+    sources = tuple(Source(record.system, record.source) for record in found)
+    seen.update(sources)
+    return Lookup(wish.kind, arguments, "found", sources, "\n".join(lines))
 
 
 def describe(record: Record) -> str:

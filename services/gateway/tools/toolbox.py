@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
 
-from services.gateway.answer import Source
+from services.gateway.answer import Lookup, LookupOutcome, Source
 from services.gateway.auth.callers import Caller
 from services.gateway.tools.config import Kind
-from services.gateway.tools.desk import Desk, Proposal
+from services.gateway.tools.desk import ActionName, Desk, Proposal
 from services.gateway.tools.lookup import describe
 from services.gateway.tools.mcp_client import McpConnection
 from services.gateway.tools.records import Records, clean
@@ -40,8 +40,7 @@ _RETURN = "Propose the return of an order of this customer. The customer has to 
 class Outcome:
     """What a tool call gave."""
 
-    text: str
-    sources: list[Source] = field(default_factory=list)
+    lookup: Lookup
     proposal: Proposal | None = None
 
 
@@ -73,13 +72,13 @@ class Toolbox:
         """Carries out a call; whatever is wrong is told to the model in the outcome."""
         definition = next((d["function"] for d in self.definitions(caller) if d["function"]["name"] == call.name), None)
         if definition is None:
-            return Outcome(f"error: there is no tool {clean(call.name)}")
+            return _told("unknown", {}, "refused", f"error: there is no tool {clean(call.name)}")
         try:
             arguments = json.loads(call.arguments[:_LONGEST_ARGUMENTS] or "{}")
             jsonschema.validate(arguments, definition["parameters"])
         except (ValueError, RecursionError, jsonschema.ValidationError, jsonschema.SchemaError) as error:
             reason = error.message if isinstance(error, jsonschema.ValidationError) else "not valid JSON"
-            return Outcome(f"error: wrong arguments: {clean(reason)}")
+            return _told(call.name, {}, "refused", f"error: wrong arguments: {clean(reason)}")
         try:
             if call.name in _FINDERS:
                 return await self._find(caller, call.name, arguments)
@@ -88,42 +87,47 @@ class Toolbox:
             return await self._mcp(caller, call.name, arguments)
         except SteersmanError as error:
             log.warning("a tool failed: %s", error, extra={"tool": call.name})
-            return Outcome("error: this cannot be looked up at the moment")
+            return _told(call.name, arguments, "failed", "error: this cannot be looked up at the moment")
 
     async def _find(self, caller: Caller, name: str, arguments: dict[str, Any]) -> Outcome:
         kind, argument, _ = _FINDERS[name]
         found = await self._records.find(caller, kind, arguments.get(argument) if argument else None)
         if not found:
-            return Outcome("not found")
-        return Outcome("\n".join(map(describe, found)), [Source(r.system, r.source) for r in found])
+            return _told(name, arguments, "not_found", "not found")
+        text = "\n".join(map(describe, found))
+        return _told(name, arguments, "found", text, *(Source(r.system, r.source) for r in found))
 
     async def _propose(
         self, caller: Caller, name: str, arguments: dict[str, Any], transcript: list[dict[str, str]]
     ) -> Outcome:
         assert self._desk is not None
         arguments = {key: str(clean(value)) for key, value in arguments.items()}
-        if name == "request_return":
-            if not await self._records.find(caller, "order", arguments["order"]):
-                return Outcome("not found")
-            proposal = await self._desk.propose(caller, "request_return", arguments, transcript)
-        else:
-            proposal = await self._desk.propose(caller, "hand_over", arguments, transcript)
-        return Outcome(proposal.text, proposal=proposal)
+        action: ActionName = "request_return" if name == "request_return" else "hand_over"
+        if action == "request_return" and not await self._records.find(caller, "order", arguments["order"]):
+            return _told(name, arguments, "not_found", "not found")
+        proposal = await self._desk.propose(caller, action, arguments, transcript)
+        return Outcome(Lookup(name, arguments, "proposed", text=proposal.text), proposal)
 
     async def _mcp(self, caller: Caller, name: str, arguments: dict[str, Any]) -> Outcome:
         for connection in self._open(caller):
             for tool, _ in list(connection.tools.values()):
                 if _mcp_name(connection, tool.name) == name:
+                    hidden = {}
                     if tool.customer_argument is not None:
                         assert caller.customer is not None  # definitions() offers it to no one else
-                        arguments[tool.customer_argument] = caller.customer.id
-                    text = await connection.call(tool.name, arguments)
+                        hidden[tool.customer_argument] = caller.customer.id
+                    text = await connection.call(tool.name, arguments | hidden)
                     lines = [str(clean(line)) for line in text[:_LONGEST_RESULT].splitlines()]
-                    return Outcome("\n".join(lines), [Source(connection.config.name, tool.name)])
-        return Outcome(f"error: there is no tool {name}")
+                    source = Source(connection.config.name, tool.name)
+                    return _told(name, arguments, "found", "\n".join(lines), source)
+        return _told(name, arguments, "refused", f"error: there is no tool {name}")
 
     def _open(self, caller: Caller) -> list[McpConnection]:
         return [c for c in self._connections if not c.config.tenants or caller.tenant in c.config.tenants]
+
+
+def _told(name: str, arguments: dict[str, Any], outcome: LookupOutcome, text: str, *records: Source) -> Outcome:
+    return Outcome(Lookup(name, arguments, outcome, records, text))
 
 
 def _mcp_name(connection: McpConnection, tool: str) -> str:
