@@ -65,7 +65,7 @@ async def test_records_never_enter_the_stored_prompt(mode: str) -> None:
     assert evidence.sampling == {"max_new_tokens": 4000, "temperature": 0.5, "top_p": 1.0, "seed": "7"}
     assert (evidence.variant, evidence.adapter, evidence.weights_version) == ("champion", "fake", 1)
     ids = np.frombuffer(evidence.token_ids[0], "<u4")
-    assert len(ids) == len(np.frombuffer(evidence.logprobs[0], "<f4")) == len("Order 2 is processing.".split())
+    assert len(ids) == len(np.frombuffer(evidence.logprobs[0], "<f4")) == len(["Order", "2", "is", "processing."])
 
 
 async def test_what_is_remembered_fits_the_limits() -> None:
