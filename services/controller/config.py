@@ -57,7 +57,7 @@ class ControllerConfig(FrozenModel):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Prometheus metrics; None: none."""
     health_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """HTTP liveness at `/healthz`; None: none."""
+    """HTTP: `/healthz` (lives), `/readyz` (watches and may act), `/dry-look` (tries a run); None: none."""
 
 
 TEMPLATES = ("trainer", "policy", "reward", "reference")

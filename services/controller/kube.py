@@ -41,6 +41,19 @@ RESOURCES: Mapping[str, Resource] = {
     "InferenceService": Resource("serving.kserve.io", "v1beta1", "inferenceservices"),
 }
 
+RIGHTS: Mapping[str, tuple[str, ...]] = {
+    "AlignmentRun": ("get", "list", "watch", "patch", "delete"),
+    "AlignmentRun/status": ("patch",),
+    "ConfigMap": ("get", "create"),
+    "Service": ("get", "create"),
+    "Pod": ("get", "list", "watch"),
+    "Pod/log": ("get",),
+    "Event": ("list", "create"),
+    "Job": ("get", "list", "watch", "create", "delete"),
+    "StatefulSet": ("get", "list", "watch", "create", "patch"),
+}
+"""What the controller must be allowed in every namespace of runs; a test compares the chart's Role."""
+
 
 def explain(error: ApiException) -> str:
     """What the API server says, for example which quota is exceeded; the HTTP reason where it says nothing."""
@@ -70,10 +83,15 @@ class Kube:
         answer = await self._json("get", RESOURCES[kind].path(namespace), label_selector=selector)
         return list(answer["items"])
 
-    async def create(self, kind: str, namespace: str, body: Json) -> bool:
-        """False when an object of that name exists already."""
+    async def create(self, kind: str, namespace: str, body: Json, *, dry_run: bool = False) -> bool:
+        """False when an object of that name exists already.
+
+        Args:
+            dry_run: everything is checked, nothing is kept.
+        """
+        path = RESOURCES[kind].path(namespace) + ("?dryRun=All" if dry_run else "")
         try:
-            await self._json("post", RESOURCES[kind].path(namespace), body=body)
+            await self._json("post", path, body=body)
         except ApiException as error:
             if error.status == HTTPStatus.CONFLICT:
                 return False
@@ -105,6 +123,19 @@ class Kube:
             if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.BAD_REQUEST) or error.status >= 500:
                 return ""
             raise
+
+    async def may(self, namespace: str, kind: str, verb: str) -> bool:
+        """Whether we have a right; `kind` may name a subresource: `Pod/log`."""
+        name, _, subresource = kind.partition("/")
+        resource = RESOURCES[name]
+        asked = {"namespace": namespace, "verb": verb, "group": resource.group, "resource": resource.plural}
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": asked | ({"subresource": subresource} if subresource else {})},
+        }
+        answer = await self._json("post", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body=body)
+        return bool((answer.get("status") or {}).get("allowed"))
 
     async def _json(self, method: str, path: str, **options: Any) -> Json:
         return json.loads(await self._raw(method, path, **options))

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import kopf
@@ -21,6 +22,7 @@ from kubernetes.aio.client.exceptions import ApiException
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
 from services.controller.config import ControllerConfig, load_templates
+from services.controller.health import Health, Probes, dry_look
 from services.controller.kube import Kube, explain
 from services.controller.leader import lead
 from services.controller.model import RUN_LABEL, Settings
@@ -96,8 +98,13 @@ class Dispatcher:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def resync(kube: Kube, dispatcher: Dispatcher, namespaces: list[str], seconds: float) -> None:
-    """Looks at every run that is not over, again and again: time passes without events."""
+async def resync(
+    kube: Kube, dispatcher: Dispatcher, namespaces: list[str], seconds: float, listed: Callable[[str], None]
+) -> None:
+    """Looks at every run that is not over, again and again: time passes without events.
+
+    `listed` is told every namespace whose runs could be listed.
+    """
     while True:
         counts: dict[str, int] = {}
         for namespace in namespaces:
@@ -107,6 +114,7 @@ async def resync(kube: Kube, dispatcher: Dispatcher, namespaces: list[str], seco
                 reason = explain(error) if isinstance(error, ApiException) else error
                 log.warning("runs in %s cannot be listed (%s)", namespace, reason)
                 continue
+            listed(namespace)
             for run in runs:
                 phase = (run.get("status") or {}).get("phase", "Pending")
                 counts[phase] = counts.get(phase, 0) + 1
@@ -118,7 +126,9 @@ async def resync(kube: Kube, dispatcher: Dispatcher, namespaces: list[str], seco
         await asyncio.sleep(seconds)
 
 
-def build_registry(kube: Kube, reconciler: Reconciler, config: ControllerConfig) -> kopf.OperatorRegistry:
+def build_registry(
+    kube: Kube, reconciler: Reconciler, config: ControllerConfig, health: Health
+) -> kopf.OperatorRegistry:
     """Handlers for the run itself and for everything that it owns."""
     registry = kopf.OperatorRegistry()
     dispatcher = Dispatcher(reconciler.reconcile)
@@ -130,7 +140,8 @@ def build_registry(kube: Kube, reconciler: Reconciler, config: ControllerConfig)
         settings.scanning.disabled = True  # no cluster-wide rights: the kinds are known
         settings.watching.server_timeout = 300
         settings.watching.reconnect_backoff = 1.0
-        background.append(asyncio.create_task(resync(kube, dispatcher, config.namespaces, config.resync_seconds)))
+        looks = resync(kube, dispatcher, config.namespaces, config.resync_seconds, health.saw_runs)
+        background.append(asyncio.create_task(looks))
 
     @kopf.on.cleanup(registry=registry)
     async def stop(**_: Any) -> None:
@@ -164,40 +175,35 @@ async def serve(config: ControllerConfig) -> None:
     model_registry = Registry(config.mlflow_url, config.registered_model) if config.mlflow_url else None
     if config.metrics_port is not None:
         start_http_server(config.metrics_port)
-    async with ApiClient() as client, _alive(config.health_port):
+    async with ApiClient() as client:
         kube = Kube(client)
         settings = Settings(templates, config.storage, can_watch=signals is not None)
         reconciler = Reconciler(kube, settings, signals=signals, registry=model_registry)
+        health = Health(kube, config)
+        probes = Probes(health, lambda: dry_look(kube, settings, config.namespaces))
         try:
-            await lead(
-                client, config.leader_election, lambda: _operate(build_registry(kube, reconciler, config), config)
-            )
+            async with probes.on(config.health_port):
+                await lead(
+                    client,
+                    config.leader_election,
+                    lambda: _operate(build_registry(kube, reconciler, config, health), config, health),
+                )
         finally:
             for source in (signals, model_registry):
                 if source is not None:
                     await source.close()
 
 
-@contextlib.asynccontextmanager
-async def _alive(port: int | None) -> AsyncIterator[None]:
-    """Answers every HTTP request while the event loop turns, also in a replica that waits for the Lease."""
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\nalive\n")
-            await writer.drain()
-        writer.close()
-
-    if port is None:
-        yield
-        return
-    async with await asyncio.start_server(answer, "0.0.0.0", port):
-        yield
-
-
-async def _operate(registry: kopf.OperatorRegistry, config: ControllerConfig) -> None:
+async def _operate(registry: kopf.OperatorRegistry, config: ControllerConfig, health: Health) -> None:
     kopf.on.login(registry=registry)(kopf.login_via_client)  # a plain registry has no login of its own
+    health.leading = True
     # After a signal kopf ends by cancelling itself.
     with contextlib.suppress(asyncio.CancelledError):
-        await kopf.operator(registry=registry, namespaces=config.namespaces, standalone=True)
+        await kopf.operator(
+            registry=registry,
+            namespaces=config.namespaces,
+            standalone=True,
+            ready_flag=health.watching,
+            # kopf's own wants a name for the uid, which a pod's may not have.
+            identity=socket.gethostname(),  # type: ignore[arg-type]
+        )

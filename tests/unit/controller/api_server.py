@@ -16,6 +16,7 @@ from services.controller.kube import RESOURCES
 
 KIND_OF = {kmock.resource(item.group, item.version, item.plural): kind for kind, item in RESOURCES.items()}
 KIND_OF[kmock.resource("coordination.k8s.io", "v1", "leases")] = "Lease"
+REVIEWS = kmock.resource("authorization.k8s.io", "v1", "selfsubjectaccessreviews")
 SUBRESOURCES = {"Pod": ("status", "log"), "Event": (), "Service": (), "ConfigMap": ()}
 
 Intercept = Callable[[kmock.Request], BaseException | Awaitable[BaseException | None] | None]
@@ -33,6 +34,10 @@ class ApiServer(kmock.KubernetesScaffold):
         self.kube.listeners.append(self._changed)
         self.intercept: Intercept | None = None
         """Sees every request before it is served; what it returns is raised."""
+        self.denied: set[tuple[str, str]] = set()
+        """Rights that the caller does not have: verb and plural."""
+        self.dry_runs: list[str] = []
+        """Kinds of objects that were created for trial."""
         self.deliveries = 1
         """How often a watch delivers every event."""
         self.watches_opened = 0
@@ -50,6 +55,9 @@ class ApiServer(kmock.KubernetesScaffold):
         # Every API server has them, and kopf opens no watch before it knows the kind `namespaces`.
         everywhere = {"kind": "Namespace", "namespaced": False, "verbs": verbs, "subresources": set()}
         self.resources[kmock.resource("", "v1", "namespaces")] = everywhere
+        reviews = {"kind": "SelfSubjectAccessReview", "namespaced": False, "verbs": verbs, "subresources": set()}
+        self.resources[REVIEWS] = reviews
+        self.fallback[kmock.action.CREATE, REVIEWS] << self._review
         for action, serve in (
             (kmock.action.LIST, self._list),
             (kmock.action.WATCH, self._watch),
@@ -117,8 +125,15 @@ class ApiServer(kmock.KubernetesScaffold):
             raise ApiException(status=404, reason="Not Found")
         return found
 
+    def _review(self, request: kmock.Request) -> Json:
+        asked = request.data["spec"]["resourceAttributes"]
+        return {**request.data, "status": {"allowed": (asked["verb"], asked["resource"]) not in self.denied}}
+
     async def _create(self, request: kmock.Request, kind: str) -> Json:
         name = request.data["metadata"]["name"]
+        if request.params.get("dryRun") == "All":
+            self.dry_runs.append(kind)
+            return request.data
         if not await self.kube.create(kind, request.namespace or "", {"kind": kind, **request.data}):
             raise ApiException(status=409, reason="AlreadyExists")
         return self.kube.objects[kind, request.namespace, name]

@@ -14,6 +14,7 @@ from fake_kube import TEMPLATES
 from kubernetes.aio.client import ApiClient, Configuration
 
 from services.controller.config import ControllerConfig, LeaderElection
+from services.controller.health import Health
 from services.controller.kube import Kube
 from services.controller.leader import lead
 from services.controller.model import Settings
@@ -70,7 +71,8 @@ class Operator:
         settings = Settings(TEMPLATES, can_watch=self._signals is not None)
         async with ApiClient(Configuration(host=self._url)) as client:
             kube = Kube(client)
-            registry = build_registry(kube, Reconciler(kube, settings, signals=self._signals), config)
+            reconciler = Reconciler(kube, settings, signals=self._signals)
+            registry = build_registry(kube, reconciler, config, Health(kube, config))
 
             @kopf.on.login(registry=registry)
             def login(**_: Any) -> kopf.ConnectionInfo:
