@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from steersman.cli import cluster, data
+from steersman.cli import cluster, data, doctor, init, runs
 
 if TYPE_CHECKING:
     from steersman.config.manifest import AlignmentRun
 
 app = typer.Typer(
-    help="From human feedback to a chatbot that answers the way people prefer.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -25,6 +23,8 @@ model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 app.add_typer(data.app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(cluster.app)
+for command in (init.init, doctor.doctor, runs.runs):
+    app.command()(command)
 
 STOPPED = 130
 """Exit code of a process that was interrupted, as shells have it."""
@@ -35,6 +35,23 @@ _EXTRA_OF_LIBRARY = {
     "gateway": ("fastapi", "uvicorn", "kserve", "httpx", "mcp", "jwt", "prometheus_client"),
     "controller": ("kopf", "kubernetes"),
 }
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"steersman {version('steersman')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """From human feedback to a chatbot that answers the way people prefer."""
 
 
 def main() -> NoReturn:

@@ -79,6 +79,24 @@ class Cluster:
         place = (GROUP, VERSION, self.namespace, PLURAL, name)
         return self.call(f"run {name}", self._runs.get_namespaced_custom_object, *place)
 
+    def groups(self) -> set[str]:
+        """API groups that the server has: what is installed."""
+        from kubernetes.client import ApisApi
+
+        return {group.name for group in self.call("API groups", ApisApi(self._core.api_client).get_api_versions).groups}
+
+    def storage_classes(self) -> list[str]:
+        from kubernetes.client import StorageV1Api
+
+        found = self.call("storage classes", StorageV1Api(self._core.api_client).list_storage_class).items
+        return [item.metadata.name for item in found]
+
+    def gpus(self) -> list[str]:
+        """`node: count` of the nodes that have GPUs to give."""
+        nodes = self.call("nodes", self._core.list_node).items
+        counts = {node.metadata.name: (node.status.allocatable or {}).get("nvidia.com/gpu", "0") for node in nodes}
+        return [f"{name}: {count}" for name, count in counts.items() if count != "0"]
+
     def list(self) -> list[dict[str, Any]]:
         place = (GROUP, VERSION, self.namespace, PLURAL)
         return self.call("runs", self._runs.list_namespaced_custom_object, *place)["items"]

@@ -77,6 +77,41 @@ def dump_yaml(model: BaseModel) -> str:
     return yaml.safe_dump(model.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
+def commented_yaml(cls: type[BaseModel], data: dict[str, Any], head: str) -> str:
+    """Plain data as YAML with each field's docstring above it; loads to the same data.
+
+    Args:
+        cls: the model that the data are of.
+        data: keys in camelCase; only these are written.
+        head: comment on top.
+    """
+    schema = cls.model_json_schema(by_alias=True)
+    return "".join(f"# {line}\n" for line in head.splitlines()) + "\n".join(_commented(schema, schema, data)) + "\n"
+
+
+def _commented(schema: dict[str, Any], node: dict[str, Any], value: Any) -> list[str]:
+    """Lines of a mapping or of a list of mappings; plain values are YAML in one line."""
+    node = _resolve(schema, node)
+    lines: list[str] = []
+    if isinstance(value, list):
+        for item in value:
+            inner = _commented(schema, node.get("items", {}), item)
+            first = next(number for number, line in enumerate(inner) if not line.startswith("#"))
+            lines += [*inner[:first], f"- {inner[first]}", *(f"  {line}" for line in inner[first + 1 :])]
+        return lines
+    for key, child in value.items():
+        field = node.get("properties", {}).get(key, {})
+        if described := field.get("description"):
+            lines += [f"# {line}" for line in described.splitlines()]
+        nested = isinstance(child, (dict, list)) and child
+        if nested and (isinstance(child, dict) or isinstance(child[0], dict)):
+            lines += [f"{key}:", *(f"  {line}" for line in _commented(schema, field, child))]
+        else:
+            written = yaml.safe_dump(child, default_flow_style=True, width=10_000).removesuffix("...\n")
+            lines.append(f"{key}: {written.strip()}")
+    return lines
+
+
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Applies `a.b=c` overrides to plain data; values are read as YAML.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from api_server import ApiServer
 from fake_kube import alignment_run
 from typer.testing import CliRunner
 
+from steersman.cli import app as whole
 from steersman.cli.cluster import app
 
 
@@ -107,3 +109,26 @@ async def test_a_run_that_is_not_there_is_a_sentence(steersman):
     done = await steersman("cancel", "nobody")
     assert type(done.exception).__name__ == "NotFoundError"
     assert "run nobody: " in str(done.exception)
+
+
+async def test_the_doctor_says_what_a_cluster_has_and_lacks(api, steersman):
+    version = {"groupVersion": "v1", "version": "v1"}
+    groups = [{"name": name, "versions": [version]} for name in ("steersman.dev", "serving.kserve.io")]
+    api["/apis/"] << {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
+    done = await asyncio.to_thread(CliRunner().invoke, whole, ["doctor", "--cluster", "--json"])
+    assert done.exit_code == 0, done.output
+    found = {item["name"]: item for item in json.loads(done.output)["findings"]}
+    assert found["API server"]["found"] == "answers; namespace ml"
+    assert found["AlignmentRun"]["state"] == "ok"
+    assert found["runs"]["found"] == "you may read runs"
+    assert found["KServe"]["state"] == "ok"
+    assert found["Kueue"] == {"name": "Kueue", "state": "note", "found": "not installed: no queues", "mend": ""}
+
+
+async def test_the_doctor_says_why_it_reaches_no_cluster(api, steersman, tmp_path):
+    (tmp_path / "config").write_text(
+        yaml.safe_dump({**yaml.safe_load((tmp_path / "config").read_text()), "clusters": []})
+    )
+    done = await asyncio.to_thread(CliRunner().invoke, whole, ["doctor", "--cluster"])
+    assert done.exit_code == 1
+    assert "✗ API server" in done.output

@@ -1,0 +1,113 @@
+"""`steersman runs`: what lies in a folder of runs, and where each of them is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """One run of this machine."""
+
+    name: str
+    folder: str
+    phase: str
+    """Complete, Running, Stopped or Begun, or why it cannot be read."""
+    stage: str
+    """The stage that is at work or comes next; empty when all are complete."""
+    done: int
+    stages: int
+    reward: float | None
+    """Mean reward of the aligned model on held-out prompts, once it is evaluated."""
+    rubric: float | None
+    """Mean of the rubric's total, likewise."""
+    age_seconds: float
+    """Since the last change."""
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
+) -> None:
+    """List the runs of this machine, the newest first: phase, stage, reward, rubric, age."""
+    from steersman.errors import NotFoundError
+
+    if not folder.is_dir():
+        raise NotFoundError(f"{folder} is not a folder; name the one that --run-dir folders lie in")
+    found = sorted((_look(path.parent) for path in folder.glob("*/manifest.yaml")), key=lambda line: line.age_seconds)
+    if as_json:
+        typer.echo(json.dumps([asdict(line) for line in found]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("run", "phase", "stages", "stage", "reward", "rubric", "age"):
+        table.add_column(title, justify="right" if title in ("reward", "rubric", "age") else "left")
+    for line in found:
+        numbers = ["" if value is None else f"{value:.2f}" for value in (line.reward, line.rubric)]
+        table.add_row(line.name, line.phase, f"{line.done}/{line.stages}", line.stage, *numbers, _age(line.age_seconds))
+    Console().print(table if found else f"no runs in {folder}; steersman run makes one")
+
+
+def _look(folder: Path) -> RunLine:
+    from steersman.config.manifest import load_manifest
+    from steersman.config.stages import read_complete
+    from steersman.errors import SteersmanError
+
+    changed = max(path.stat().st_mtime for path in (folder, *folder.glob("*/metrics.jsonl"), *folder.glob("*.json")))
+    age = max(0.0, time.time() - changed)
+    try:
+        names = load_manifest(folder / "manifest.yaml").stage_names()
+        complete = [name for name in names if read_complete(folder, name)]
+    except (SteersmanError, ValueError) as error:
+        return RunLine(folder.name, str(folder), f"unreadable: {error}", "", 0, 0, None, None, age)
+    left = [name for name in names if name not in complete]
+    reward, rubric = _numbers(folder / "summary.json")
+    if not left:
+        phase = "Complete"
+    elif _is_held(folder / ".lock"):
+        phase = "Running"
+    else:
+        phase = "Stopped" if complete or (folder / left[0]).exists() else "Begun"
+    next_stage = left[0] if left else ""
+    return RunLine(folder.name, str(folder), phase, next_stage, len(complete), len(names), reward, rubric, age)
+
+
+def _numbers(summary: Path) -> tuple[float | None, float | None]:
+    """Reward and rubric of the last model of a summary: the aligned one."""
+    try:
+        found: dict[str, Any] = json.loads(summary.read_text())
+    except (OSError, ValueError):
+        return None, None
+    return _last(found.get("reward")), _last(found.get("rubric"))
+
+
+def _last(models: Any) -> float | None:
+    return list(models.values())[-1][0] if models else None
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a `steersman run` works on the folder."""
+    try:
+        with lock.open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
