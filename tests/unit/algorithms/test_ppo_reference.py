@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numeric import assert_same
 from torch import Tensor
 
 from training.mathematics import gae, k1, ppo_policy_loss, token_rewards, value_loss, whiten
@@ -37,7 +38,7 @@ class Batch:
 def close(ours: Tensor, theirs: list[np.ndarray]) -> None:
     expected = torch.tensor(np.concatenate(theirs))
     assert ours.dtype == torch.float32
-    assert (ours.double() - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item())
+    assert_same(ours, expected, size=max(1.0, expected.abs().max().item()))
 
 
 @pytest.mark.parametrize("whiten_rewards", [True, False])

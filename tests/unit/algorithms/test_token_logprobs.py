@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from numeric import assert_same
 from torch import Tensor
 
 from steersman.errors import InvalidArgumentError
@@ -51,14 +52,14 @@ def test_values_and_gradients_equal_log_softmax(chunk: int, softcap: float | Non
     )
     assert got[1] is not None
     assert got[0].dtype == torch.float32
-    torch.testing.assert_close(torch.stack((got[0], got[1])), torch.stack(expected), rtol=1e-6, atol=1e-6)
+    assert_same(torch.stack((got[0], got[1])), torch.stack(expected))
     parameters = (hidden, weight, bias)
     for ours, theirs in zip(
         torch.autograd.grad((upstream * torch.stack((got[0], got[1]))).sum(), parameters),
         torch.autograd.grad((upstream * torch.stack(expected)).sum(), parameters),
         strict=True,
     ):
-        assert (ours - theirs).abs().max() <= 1e-6 * max(1.0, theirs.abs().max().item())
+        assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -133,7 +134,7 @@ def test_bf16_autocast(device: str) -> None:
     assert logits.dtype == torch.bfloat16
     assert logprobs.dtype == torch.float32
     expected = torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None]).squeeze(-1)
-    torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-6)
+    assert_same(logprobs, expected)
     logprobs.sum().backward()
     exact = torch.autograd.grad(reference(hidden, weight, targets, bias, 1.0, None)[0].sum(), (hidden, weight, bias))
     for parameter, gradient in zip((hidden, weight, bias), exact, strict=True):
@@ -167,7 +168,7 @@ def test_a_frozen_head_gives_the_same_gradient_without_a_second_product(chunk: i
     upstream = torch.randn(23, generator=torch.Generator().manual_seed(2))
     expected, _ = reference(hidden, weight, TARGETS, bias, temperature, None)
     got, _ = token_logprobs(hidden, weight, TARGETS, bias=bias, temperature=temperature, chunk_tokens=chunk)
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert_same(got, expected)
     (ours,) = torch.autograd.grad(got @ upstream, hidden)
     (theirs,) = torch.autograd.grad(expected @ upstream, hidden)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert_same(ours, theirs)

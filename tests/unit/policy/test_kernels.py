@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numeric import assert_same
 
 from services.policy.engines import kernels
 
@@ -20,13 +21,13 @@ def test_rms_norm() -> None:
     kernels.rms_norm(x, weight, 1e-5, out)
     wide = x.astype(np.float64)
     expected = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * weight
-    np.testing.assert_allclose(out, expected, rtol=1e-5)
+    assert_same(out, expected)
 
 
 def test_silu_multiply_by_hand() -> None:
     out = np.empty((1, 3), np.float32)
     kernels.silu_multiply(np.array([[0.0, 1.0, -200.0, 5.0, 2.0, 3.0]], np.float32), out)
-    np.testing.assert_allclose(out, [[0.0, 2 / (1 + np.exp(-1)), 0.0]], atol=1e-6)
+    assert_same(out, [[0.0, 2 / (1 + np.exp(-1)), 0.0]])
 
 
 @pytest.mark.parametrize("window", [0, 4])
@@ -55,9 +56,9 @@ def test_attend(window: int) -> None:
             scores = 0.3 * rotated(q)[row, head] @ own_keys[row, kv][:, seen]
             weights = np.exp(scores - scores.max())
             expected = weights / weights.sum() @ own_values[row, kv, seen]
-            np.testing.assert_allclose(out[row, head * dim : (head + 1) * dim], expected, atol=1e-5)
-    np.testing.assert_allclose(keys, own_keys, atol=1e-6)
-    np.testing.assert_allclose(values, own_values, atol=1e-6)
+            assert_same(out[row, head * dim : (head + 1) * dim], expected)
+    assert_same(keys, own_keys)
+    assert_same(values, own_values)
 
 
 def test_where_nothing_can_be_written_they_are_compiled_each_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from engine_client import TIMEOUT, collect, gather, random_prompts, reference_logprobs, samples
+from numeric import assert_same
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -87,7 +88,7 @@ def test_logprobs_equal_the_transformers_forward(build, engine_of) -> None:
     found = samples(engine_of(build()), prompts, SamplingParams(max_new_tokens=24, seed=3), n=2)
     for (prompt_index, _), sample in found.items():
         expected = reference_logprobs(reference, prompts[prompt_index], sample.token_ids)
-        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+        assert_same(sample.logprobs, expected)
         assert sample.token_ids.dtype == np.int32
         assert sample.logprobs.dtype == np.float32
 
@@ -116,7 +117,7 @@ def test_the_generic_decoder_gives_the_same_as_the_fast_one(build, engine_of, mo
     generic = samples(generic_engine, prompts, params)
     for place, sample in fast.items():
         np.testing.assert_array_equal(sample.token_ids, generic[place].token_ids)
-        np.testing.assert_allclose(sample.logprobs, generic[place].logprobs, atol=1e-5)
+        assert_same(sample.logprobs, generic[place].logprobs)
 
 
 @pytest.mark.parametrize("build", MODELS)
@@ -138,7 +139,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(engine_of) -> None:
     assert len({len(sample.token_ids) for sample in wide.values()}) > 5
     for place, sample in wide.items():
         np.testing.assert_array_equal(sample.token_ids, narrow[place].token_ids)
-        np.testing.assert_allclose(sample.logprobs, narrow[place].logprobs, atol=1e-5)
+        assert_same(sample.logprobs, narrow[place].logprobs)
         assert sample.finish_reason == narrow[place].finish_reason
 
 
@@ -157,7 +158,7 @@ def test_common_prefixes_are_computed_once(engine_of, monkeypatch) -> None:
     assert sum(computed) == (50 - 1) + (12 - 1) + 0 + (40 - 1)
     for (prompt_index, _), sample in found.items():
         expected = reference_logprobs(tiny_llama(), prompts[prompt_index], sample.token_ids)
-        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+        assert_same(sample.logprobs, expected)
     assert len({tuple(found[0, index].token_ids) for index in range(4)}) == 4
 
 
@@ -175,7 +176,7 @@ def test_the_cache_budget_is_kept_and_a_long_request_gets_its_turn(engine_of) ->
     assert most[0] <= 512
     for (prompt_index, _), sample in found.items():
         expected = reference_logprobs(tiny_llama(), prompts[prompt_index], sample.token_ids)
-        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+        assert_same(sample.logprobs, expected)
 
 
 def test_the_same_seed_gives_the_same_samples(engine_of) -> None:
@@ -194,7 +195,7 @@ def test_temperature_is_applied_to_the_logprobs(engine_of) -> None:
     found = samples(engine_of(tiny_llama()), prompts, SamplingParams(max_new_tokens=20, temperature=0.5, top_k=5))
     for (prompt_index, _), sample in found.items():
         expected = reference_logprobs(tiny_llama(), prompts[prompt_index], sample.token_ids, temperature=0.5)
-        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+        assert_same(sample.logprobs, expected)
 
 
 def test_stop_tokens_end_a_sample_but_not_before_the_minimum(engine_of) -> None:
@@ -211,7 +212,7 @@ def test_stop_tokens_end_a_sample_but_not_before_the_minimum(engine_of) -> None:
         assert not set(sample.token_ids[:10]) & {*stops, 2}
         # Suppressed tokens keep their probability in the reported distribution.
         expected = reference_logprobs(tiny_llama(), prompts[prompt_index], sample.token_ids)
-        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+        assert_same(sample.logprobs, expected)
 
 
 def test_the_context_ends_a_sample_and_a_longer_prompt_is_refused(engine_of) -> None:
@@ -237,9 +238,7 @@ def test_streamed_tokens_carry_their_alternatives(engine_of) -> None:
     expected = tiny_llama()(ids[None]).logits[0, len(prompt) - 1 :].log_softmax(-1).topk(3)
     for place, event in enumerate(tokens):
         assert [token for token, _ in event.top_logprobs] == expected.indices[place].tolist()
-        np.testing.assert_allclose(
-            [value for _, value in event.top_logprobs], expected.values[place].detach(), atol=1e-4
-        )
+        assert_same([value for _, value in event.top_logprobs], expected.values[place].detach())
 
 
 def test_a_constraint_restricts_the_tokens_and_its_error_stays_with_its_request(engine_of) -> None:
@@ -253,7 +252,7 @@ def test_a_constraint_restricts_the_tokens_and_its_error_stays_with_its_request(
     for (prompt_index, _), sample in found.items():
         assert (sample.token_ids % 2).tolist() == [0, 1] * 5
         expected = reference_logprobs(tiny_llama(), prompts[prompt_index], sample.token_ids)
-        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+        assert_same(sample.logprobs, expected)
 
     arrived: queue.Queue[Event] = queue.Queue()
     engine.submit(GenerationRequest("none", prompts, params, constraint=lambda *_: np.zeros(260, bool)), arrived.put)
@@ -297,13 +296,11 @@ def test_weights_swapped_in_the_middle_are_used_and_recorded(engine_of) -> None:
     swapped = versions.index(7)
     assert versions == [0] * swapped + [7] * (300 - swapped)
     expected = reference_logprobs(tiny_llama(), prompt, found[0, 0].token_ids[:swapped])
-    np.testing.assert_allclose(found[0, 0].logprobs[:swapped], expected, atol=1e-4)
+    assert_same(found[0, 0].logprobs[:swapped], expected)
     # A new sample uses nothing of the old weights, not even a prefix that a running one still holds.
     after = samples(engine, [prompt], SamplingParams(max_new_tokens=20))[0, 0]
     assert after.weights_versions == (7,)
-    np.testing.assert_allclose(
-        after.logprobs, reference_logprobs(tiny_llama(seed=1), prompt, after.token_ids), atol=1e-4
-    )
+    assert_same(after.logprobs, reference_logprobs(tiny_llama(seed=1), prompt, after.token_ids))
 
 
 def test_a_prefix_of_old_weights_is_not_shared(engine_of) -> None:
@@ -315,9 +312,7 @@ def test_a_prefix_of_old_weights_is_not_shared(engine_of) -> None:
     engine.load_weights(WeightsUpdate(1, "full", dict(tiny_llama(seed=1).state_dict())))
     sample = samples(engine, [prompt], SamplingParams(max_new_tokens=5))[0, 0]
     throttle.released.set()
-    np.testing.assert_allclose(
-        sample.logprobs, reference_logprobs(tiny_llama(seed=1), prompt, sample.token_ids), atol=1e-4
-    )
+    assert_same(sample.logprobs, reference_logprobs(tiny_llama(seed=1), prompt, sample.token_ids))
 
 
 def test_cancel_frees_the_rows(engine_of) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from engine_client import CUDA, random_prompts, reference_logprobs, samples
+from numeric import assert_same
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
@@ -47,7 +47,7 @@ def assert_serves(engine: TransformersEngine, reference: PreTrainedModel) -> Non
     prompts = random_prompts([4, 30])
     for (index, _), sample in samples(engine, prompts, SamplingParams(max_new_tokens=15, seed=1)).items():
         expected = reference_logprobs(reference, prompts[index], sample.token_ids)
-        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+        assert_same(sample.logprobs, expected)
 
 
 def adapter(model: PreTrainedModel, seed: int = 0, **settings: Any) -> tuple[dict[str, torch.Tensor], dict, Any]:
