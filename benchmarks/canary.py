@@ -6,9 +6,9 @@ Every canary gets judgements at random, a share of them for the candidate, and i
 judgements, `steersman/canary.py` weighing judgements, errors and latency. Requests are many more than judgements; both
 variants fail and hesitate equally. Prints a table and writes build/bench/canary.json:
 
-    false_rollback          of candidates as good as the champion: share taken back, watched to the end without promotion
-    promoted_harm5          of candidates with 5 points more thumbs down: share promoted before it was taken back
-    median_judgements_*     judgements of both variants until the harm is found (canaries where it is not count as infinite)
+    false_rollback       of candidates as good as the champion: share taken back, watched to the end without promotion
+    promoted_harm5       of candidates with 5 points more thumbs down: share promoted before it was taken back
+    median_judgements_*  judgements of both variants until the harm is found; never found counts as infinite
 
 Targets: at most 5%, at most 5%, below 2,000 at 5 points and below 500 at 10 points, at an even split.
 """

@@ -1,4 +1,4 @@
-"""The canary's tests: by hand, against an independent search and by going through every outcome; then the simulation."""
+"""The canary's tests: by hand, against a search, through every outcome of a block; and the simulation."""
 
 from __future__ import annotations
 
