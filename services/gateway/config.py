@@ -171,6 +171,11 @@ class GatewayConfig(FrozenModel):
     """Certificate for REST and gRPC; with `clientCa` clients must show one, too (mTLS)."""
     database: str | None = None
     """URL of the database; None: a temporary SQLite file, forgotten when the gateway stops."""
+    secret_file: Path | None = None
+    """File with the secret that feedback tokens, sessions and pseudonyms are keyed with, made with mode 0600 when it is
+    not there. None: beside a SQLite file, or in PostgreSQL, where whoever may read the table can forge sessions."""
+    secret_env: str | None = None
+    """Environment variable with that secret, at least 32 characters; goes before the file."""
     require_api_key: bool | None = None
     """None: yes, unless only this machine can reach the gateway."""
     identity: IdentityConfig = IdentityConfig()

@@ -30,10 +30,11 @@ from services.gateway.metrics import Metrics
 from services.gateway.middleware import FrontMiddleware
 from services.gateway.oip import OipServer
 from services.gateway.protocol import guarded_protocol
-from services.gateway.store import open_store, shared_secret
+from services.gateway.store import open_store
 from steersman.errors import ConfigError
 from steersman.rpc.metrics import serve_metrics
 from steersman.rpc.server import Server, ServerConfig
+from steersman.store.secret import read_secret
 from steersman.v1.chat_pb2_grpc import add_ChatServiceServicer_to_server
 
 _TICK_SECONDS = 0.25
@@ -63,7 +64,7 @@ class Gateway:
             self._scratch = tempfile.TemporaryDirectory(prefix="steersman-gateway-")
             database = f"sqlite:///{self._scratch.name}/gateway.db"
         self.store = open_store(database)
-        secret = shared_secret(self.store, "signing")
+        secret = read_secret(self.store, config.secret_file, config.secret_env)
         self.metrics = Metrics(config.model)
         self.pool = build_pool(config)
         tokens = FeedbackTokens(secret)

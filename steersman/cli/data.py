@@ -443,22 +443,36 @@ def trained_elsewhere(
 
 @app.command()
 def delete_customer(
-    customer: str,
+    customer: Annotated[str, typer.Argument(help="The tenant.")],
+    end_customer: Annotated[
+        str | None, typer.Option(help="Only this end customer of the tenant: the key in its business systems.")
+    ] = None,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="The gateway's secretFile; beside SQLite it is found.")
+    ] = None,
+    secret_env: Annotated[str | None, typer.Option(help="The gateway's secretEnv.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Deletes a tenant's data, makes new versions without it, lists the models trained on the old ones."""
+    """Deletes a tenant's or an end customer's data, makes new versions without it, lists the models trained on it."""
     from steersman.store import Store
     from steersman.store import releases as register
+    from steersman.store.secret import pseudonym, read_secret
 
+    whose = repr(customer) if end_customer is None else f"end customer {end_customer!r} of {customer!r}"
     if not yes:
-        typer.confirm(f"Delete all data of {customer!r}? This cannot be undone.", abort=True)
-    report = register.delete_customer(Store.open(store), customer)
-    typer.echo(f"{report.items:,} items and {report.answers:,} answers deleted")
+        typer.confirm(f"Delete all data of {whose}? This cannot be undone.", abort=True)
+    opened = Store.open(store)
+    subject = register.Subject(customer)
+    if end_customer is not None:
+        name = pseudonym(read_secret(opened, secret_file, secret_env), customer, end_customer)
+        subject = register.Subject(customer, name, end_customer)
+    report = register.delete_customer(opened, subject)
+    typer.echo(f"{report.items:,} items, {report.answers:,} answers and {report.remembered:,} kept turns deleted")
     for name, version in report.new_versions.items():
         typer.echo(f"{name}: {'no row is left' if version is None else f'use v{version}'}")
     typer.echo(f"withdrawn, files erased: {', '.join(report.withdrawn) or 'none'}")
     for entry in report.models:
         typer.echo(f"trained on deleted data: {entry['model']} of {entry['run']} (on {entry['release']})")
     if report.files:
-        typer.echo(f"remove the tenant's rows from these files too: {', '.join(report.files)}")
+        typer.echo(f"remove the rows from these files too: {', '.join(report.files)}")

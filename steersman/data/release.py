@@ -38,6 +38,8 @@ class Draft(BaseModel):
     digest: str
     customers: dict[str, int]
     """Tenant -> rows."""
+    end_customers: dict[str, int] = {}
+    """Pseudonym of an end customer -> rows."""
 
 
 def check_agreement(session: Session, options: ReleaseOptions) -> dict[str, dict[str, Any]]:
@@ -72,7 +74,9 @@ def write_release(session: Session, options: ReleaseOptions, folder: Path) -> Dr
     agreement = check_agreement(session, options)
     scrubber = Scrubber(options.pii)
     splits = Splits(options.splits, seed=options.seed, by=options.split_by)
-    deleted = set(session.scalars(sa.select(Deletion.customer)))
+    deleted = {
+        (customer, name) for customer, name in session.execute(sa.select(Deletion.customer, Deletion.end_customer))
+    }
     seen = SeenSet()
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     validate = ROW_TYPES[options.kind].model_validate
@@ -103,12 +107,15 @@ def write_release(session: Session, options: ReleaseOptions, folder: Path) -> Dr
                     ("sources", source),
                     ("licences", row.get("licence") or "not stated"),
                     ("customers", row.get("customer") or ""),
+                    ("end customers", row.get("end_customer") or ""),
                 ):
                     counts[what][value] += 1
     if not counts["splits"]:
         left_out = ", ".join(f"{n} x {reason}" for reason, n in counts["left out"].items()) or "the sources are empty"
         raise FailedPreconditionError(f"release {options.name}: no row is left ({left_out})")
-    customers = {name: n for name, n in counts.pop("customers").items() if name}
+    customers, end_customers = (
+        {name: n for name, n in counts.pop(what).items() if name} for what in ("customers", "end customers")
+    )
     card = {
         "name": options.name,
         "kind": options.kind,
@@ -119,16 +126,16 @@ def write_release(session: Session, options: ReleaseOptions, folder: Path) -> Dr
         "agreement": agreement,
         "options": options.model_dump(mode="json", exclude={"customers", "exclude_customers"}),
     }
-    return seal(folder, card, customers)
+    return seal(folder, card, customers, end_customers)
 
 
-def seal(folder: Path, card: dict[str, Any], customers: dict[str, int]) -> Draft:
+def seal(folder: Path, card: dict[str, Any], customers: dict[str, int], end_customers: dict[str, int]) -> Draft:
     """Adds file hashes, card.json and README.md to a folder of JSONL files."""
     card = card | {"files": {path.name: file_digest(path) for path in sorted(folder.glob("*.jsonl"))}}
     digest = hashlib.sha256(orjson.dumps(card["files"], option=orjson.OPT_SORT_KEYS)).hexdigest()
     (folder / "card.json").write_bytes(orjson.dumps(card, option=orjson.OPT_INDENT_2) + b"\n")
     (folder / "README.md").write_text(render_card(card, digest))
-    return Draft(card=card, digest=digest, customers=customers)
+    return Draft(card=card, digest=digest, customers=customers, end_customers=end_customers)
 
 
 def render_card(card: dict[str, Any], digest: str) -> str:
@@ -156,15 +163,17 @@ def render_card(card: dict[str, Any], digest: str) -> str:
                 lines.append(f"| {project} | {q['question']} | {q['units']} | {figures} |")
         lines.append("")
     if card.get("replaces"):
-        lines += [f"Made from version {card['replaces']} by deleting one tenant's rows.", ""]
+        lines += [f"Made from version {card['replaces']} by deleting somebody's rows.", ""]
     return "\n".join(lines)
 
 
-def _refusal(options: ReleaseOptions, deleted: set[str], row: dict[str, Any]) -> str | None:
+def _refusal(options: ReleaseOptions, deleted: set[tuple[Any, ...]], row: dict[str, Any]) -> str | None:
     """Why a row must not be released."""
     customer = row.get("customer")
-    if customer in deleted:
+    if (customer, "") in deleted:
         return "tenant deleted"
+    if row.get("end_customer") and (customer, row["end_customer"]) in deleted:
+        return "end customer deleted"
     if customer in options.exclude_customers or (
         customer and options.customers is not None and customer not in options.customers
     ):
@@ -186,6 +195,7 @@ def write_without(old: Path, folder: Path, card: dict[str, Any], wanted: RowFilt
     splits: Counter[str] = Counter()
     sources: Counter[str] = Counter()
     customers: Counter[str] = Counter()
+    end_customers: Counter[str] = Counter()
     licences: Counter[str] = Counter()
     for name in sorted(card["files"]):
         with open(folder / name, "wb") as sink, open(old / name, "rb") as lines:
@@ -197,11 +207,13 @@ def write_without(old: Path, folder: Path, card: dict[str, Any], wanted: RowFilt
                     sources[row.get("source") or "not stated"] += 1
                     licences[row.get("licence") or "not stated"] += 1
                     customers[row.get("customer") or ""] += 1
+                    end_customers[row.get("end_customer") or ""] += 1
     customers.pop("", None)
+    end_customers.pop("", None)
     changed = {
         "rows": sum(splits.values()),
         "splits": dict(sorted(splits.items())),
         "licences": dict(sorted(licences.items())),
         "tenants": len(customers),
     }
-    return seal(folder, card | changed, dict(customers))
+    return seal(folder, card | changed, dict(customers), dict(end_customers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from steersman.errors import ConfigError, UnavailableError
+from steersman.errors import ConfigError, StorageError, UnavailableError
 from steersman.store.models import Base
 
 _BUSY_SECONDS = 30
@@ -37,8 +38,8 @@ class Store:
             ) from None
         if parsed.drivername in ("postgres", "postgresql"):
             parsed = parsed.set(drivername="postgresql+psycopg")
-        if parsed.drivername.startswith("sqlite") and parsed.database:
-            Path(parsed.database).resolve().parent.mkdir(parents=True, exist_ok=True)
+        if parsed.drivername.startswith("sqlite") and parsed.database and parsed.database != ":memory:":
+            _make_private(Path(parsed.database).resolve())
         engine = sa.create_engine(parsed, pool_pre_ping=True)
         if engine.dialect.name == "sqlite":
             _use_wal(engine)
@@ -86,6 +87,18 @@ class Store:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _make_private(file: Path) -> None:
+    """A SQLite file that only its owner can read; SQLite gives its -wal and -shm the same mode."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        for path in (file, *(file.with_name(f"{file.name}{end}") for end in ("-wal", "-shm", "-journal"))):
+            if path.exists() and path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
+                path.chmod(0o600)
+    except OSError as error:
+        raise StorageError(f"store {file}: cannot be opened ({error.strerror})") from None
 
 
 def _use_wal(engine: sa.Engine) -> None:

@@ -1,11 +1,14 @@
 """The bot's answers and what is said about them later: thumbs, edits, outcomes of business systems.
 
 An event is acknowledged when `submit`'s transaction is left: then it is on disk. Sending it again changes nothing.
+Every event stays; what counts is the latest of each judge on each answer. What decides anything counts people, not
+events: see `steersman.store.units`.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +18,16 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError
-from steersman.store.engine import add_counts
-from steersman.store.models import Answer, FeedbackEvent, FeedbackHour, now
+from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError, RateLimitedError
+from steersman.store.models import Answer, FeedbackEvent, now
+from steersman.store.units import Caps, Tally, Voice
 
 Kind = Literal["thumbs", "edit", "outcome"]
 _MAX_TEXT = 100_000
+#: Events on one answer, by whomever.
+MOST_EVENTS = 1000
+
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 #: Outcomes that speak against the answer; any other outcome is only counted.
 BAD_OUTCOMES = frozenset({"ticket_reopened", "order_cancelled", "refund", "escalated"})
@@ -51,8 +58,26 @@ class Event:
             raise InvalidArgumentError(f"{self.kind}: the value is empty")
         if self.kind == "outcome" and len(self.value) > 200:
             raise InvalidArgumentError("outcome: name it in at most 200 characters, as ticket_reopened")
+        for name in ("event_id", "answer_id", "value", "reason"):
+            if _UNSTORABLE.search(getattr(self, name)):
+                raise InvalidArgumentError(f"{name}: holds NUL or half a character (a lone surrogate); leave it out")
         if len(self.value) > _MAX_TEXT or len(self.reason) > _MAX_TEXT:
             raise InvalidArgumentError(f"{self.kind}: longer than {_MAX_TEXT:,} characters")
+
+
+Channel = Literal["browser", "application", "staff"]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who says it."""
+
+    channel: Channel = "application"
+    """browser: whoever holds the answer's token; application: with an API key; staff: a person who logged in."""
+    id: str = ""
+    """The same for everything that one person says; empty: one unknown person."""
+    origin: str = ""
+    """Pseudonym of the network address."""
 
 
 def save_answer(session: Session, answer: Answer) -> None:
@@ -63,60 +88,91 @@ def save_answer(session: Session, answer: Answer) -> None:
     session.flush()
 
 
-def submit(session: Session, customer: str, event: Event) -> bool:
+def submit(session: Session, customer: str, event: Event, judge: Judge = Judge()) -> bool:
     """Stores an event of a tenant; False when it was stored before.
+
+    It takes the place of what this judge said about this answer before.
 
     Raises:
         NotFoundError: no such answer, or it belongs to another tenant.
         ConflictError: the event id was used for another judgement.
+        RateLimitedError: too much was said about this answer already.
         InvalidArgumentError: a field is wrong.
     """
     event.check()
-    answer = session.get(Answer, event.answer_id)
+    # Two verdicts on one answer come one after the other.
+    answer = session.get(Answer, event.answer_id, with_for_update=True)
     if answer is None or answer.customer != customer:
         raise NotFoundError(f"answer {event.answer_id!r} does not exist")
-    row = {
-        "customer": customer,
-        "event_id": event.event_id,
-        "answer_id": event.answer_id,
-        "kind": event.kind,
-        "value": event.value,
-        "reason": event.reason,
-        "received_at": now(),
-    }
-    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
-    statement = insert(FeedbackEvent).values(row).on_conflict_do_nothing(index_elements=["customer", "event_id"])
-    if session.scalar(statement.returning(FeedbackEvent.id)) is None:
+    stored = session.scalars(
+        sa.select(FeedbackEvent).where(FeedbackEvent.customer == customer, FeedbackEvent.event_id == event.event_id)
+    ).one_or_none()
+    if stored is None:
+        same = [FeedbackEvent.answer_id == event.answer_id, FeedbackEvent.kind == event.kind]
+        if event.kind == "outcome":
+            same.append(FeedbackEvent.value == event.value)
+        about = sa.select(sa.func.count()).select_from(FeedbackEvent).where(FeedbackEvent.answer_id == event.answer_id)
+        if session.scalars(about).one() >= MOST_EVENTS:
+            raise RateLimitedError(
+                f"answer {event.answer_id!r} was judged {MOST_EVENTS} times; nothing more is taken", retry_after=3600
+            )
+        row = {
+            "customer": customer,
+            "event_id": event.event_id,
+            "answer_id": event.answer_id,
+            "kind": event.kind,
+            "value": event.value,
+            "reason": event.reason,
+            "channel": judge.channel,
+            "judge": judge.id,
+            "origin": judge.origin,
+            "current": True,
+            "received_at": now(),
+        }
+        insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+        statement = insert(FeedbackEvent).values(row).on_conflict_do_nothing(index_elements=["customer", "event_id"])
+        new = session.scalar(statement.returning(FeedbackEvent.id))
+        if new is not None:
+            mine = [FeedbackEvent.channel == judge.channel, FeedbackEvent.judge == judge.id, FeedbackEvent.id != new]
+            session.execute(sa.update(FeedbackEvent).where(*same, *mine).values(current=False))
+            return True
+        # The same event id came with another answer at this moment.
         stored = session.scalars(
             sa.select(FeedbackEvent).where(FeedbackEvent.customer == customer, FeedbackEvent.event_id == event.event_id)
         ).one()
-        if (stored.answer_id, stored.kind, stored.value) != (event.answer_id, event.kind, event.value):
-            raise ConflictError(f"event {event.event_id!r} was stored with another judgement; use a new event id")
-        return False
-    hour = row["received_at"].replace(minute=0, second=0, microsecond=0)  # type: ignore[attr-defined]
-    counted = "edit" if event.kind == "edit" else event.value
-    add_counts(session, FeedbackHour, {(answer.deployment, hour, event.kind, counted): (1,)})
-    return True
+    if (stored.answer_id, stored.kind, stored.value) != (event.answer_id, event.kind, event.value):
+        raise ConflictError(f"event {event.event_id!r} was stored with another judgement; use a new event id")
+    return False
 
 
 def feedback_counts(session: Session, deployment: str, since: dt.datetime) -> Counter[tuple[str, str]]:
-    """(kind, value) -> events of a deployment since (the full hour of) a time: what a rollback decides on."""
+    """(kind, value) -> current events on a deployment's answers since a time; edits count under the value "edit".
+
+    To look at, not to decide on: one person may stand behind many. Decisions are made on
+    `steersman.store.units.judged_units`.
+    """
+    value = sa.case((FeedbackEvent.kind == "edit", "edit"), else_=FeedbackEvent.value)
     rows = session.execute(
-        sa.select(FeedbackHour.kind, FeedbackHour.value, sa.func.sum(FeedbackHour.n))
-        .where(
-            FeedbackHour.deployment == deployment,
-            FeedbackHour.hour >= since.replace(minute=0, second=0, microsecond=0),
-        )
-        .group_by(FeedbackHour.kind, FeedbackHour.value)
+        sa.select(FeedbackEvent.kind, value, sa.func.count())
+        .join(Answer, Answer.id == FeedbackEvent.answer_id)
+        .where(FeedbackEvent.current, Answer.deployment == deployment, FeedbackEvent.received_at >= since)
+        .group_by(FeedbackEvent.kind, value)
     )
-    return Counter({(kind, value): int(n) for kind, value, n in rows})
+    return Counter({(kind, said): int(n) for kind, said, n in rows})
 
 
-def preference_rows(session: Session) -> Iterator[dict[str, Any]]:
-    """Answers that a person edited, as preferences: the last edit over the answer."""
+def preference_rows(session: Session, *, browser_edits: bool = False) -> Iterator[dict[str, Any]]:
+    """Answers that a person edited, as preferences: the last edit over the answer.
+
+    Args:
+        browser_edits: Also edits by whoever held an answer's token; they may come from anybody.
+    """
     for answer, events in _answers_with(session, ("edit",)):
+        edits = [event for event in events if browser_edits or event.channel != "browser"]
+        if not edits:
+            continue
         yield _origin(answer) | {
-            "chosen": [{"role": "assistant", "content": events[-1].value}],
+            "chosen": [{"role": "assistant", "content": edits[-1].value}],
             "rejected": [{"role": "assistant", "content": answer.answer}],
         }
 
@@ -124,16 +180,22 @@ def preference_rows(session: Session) -> Iterator[dict[str, Any]]:
 def feedback_rows(session: Session) -> Iterator[dict[str, Any]]:
     """Answers with a thumb or a telling outcome, as labelled rows.
 
-    The last thumb decides; without one, outcomes do, and a bad one outweighs a good one.
+    The last thumb decides, of staff and applications before browsers; without one, outcomes do, and a bad one outweighs
+    a good one. Of one end customer, address or tenant as many rows are given as `Caps` allows.
     """
+    tally = Tally(Caps())
     for answer, events in _answers_with(session, ("thumbs", "outcome")):
-        thumbs = [event.value for event in events if event.kind == "thumbs"]
+        thumbs = [event for event in events if event.kind == "thumbs"]
+        known = [event for event in thumbs if event.channel != "browser"]
         outcomes = {event.value for event in events if event.kind == "outcome"}
         if thumbs:
-            label = thumbs[-1] == "up"
+            label = (known or thumbs)[-1].value == "up"
         elif outcomes & (BAD_OUTCOMES | GOOD_OUTCOMES):
             label = not outcomes & BAD_OUTCOMES
         else:
+            continue
+        deciding = (known or thumbs or events)[-1]
+        if tally.refusal(Voice.of(answer, deciding)) is not None:
             continue
         yield _origin(answer) | {
             "completion": [{"role": "assistant", "content": answer.answer}],
@@ -142,11 +204,11 @@ def feedback_rows(session: Session) -> Iterator[dict[str, Any]]:
 
 
 def _answers_with(session: Session, kinds: tuple[str, ...]) -> Iterator[tuple[Answer, list[FeedbackEvent]]]:
-    """Answers with events of these kinds, and those events, oldest first."""
+    """Answers with current events of these kinds, and those events, oldest first."""
     rows = session.execute(
         sa.select(Answer, FeedbackEvent)
         .join(FeedbackEvent, FeedbackEvent.answer_id == Answer.id)
-        .where(FeedbackEvent.kind.in_(kinds))
+        .where(FeedbackEvent.kind.in_(kinds), FeedbackEvent.current)
         .order_by(Answer.created_at, Answer.id, FeedbackEvent.id)
         .execution_options(yield_per=500)
     )
@@ -167,7 +229,9 @@ def _origin(answer: Answer) -> dict[str, Any]:
         "id": f"answer:{answer.id}",
         "source": "feedback",
         "customer": answer.customer or None,
-        "consent": answer.consent,
+        "end_customer": answer.end_customer or None,
+        # Of living people's words: who was not asked has not agreed.
+        "consent": answer.consent is True,
         "model": answer.model or None,
         "prompt": answer.prompt,
     }

@@ -491,10 +491,13 @@ def _chunks(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def withdraw_items(session: Session, customer: str) -> int:
-    """Deletes a tenant's items with everything said about them, and takes their verdicts out of the counts."""
+def withdraw_items(session: Session, customer: str, end_customer: str = "") -> int:
+    """Deletes the items of a tenant, or of one of its end customers (pseudonym), with everything said about them, and
+    takes their verdicts out of the counts."""
     count = 0
     items = sa.select(Item).where(Item.customer == customer).order_by(Item.id).with_for_update()
+    if end_customer:
+        items = items.where(Item.meta["end_customer"].as_string() == end_customer)
     for item in session.scalars(items).all():
         _forget(session, item)
         session.execute(sa.delete(Item).where(Item.id == item.id))

@@ -1,8 +1,8 @@
 """Tables of the store.
 
 What people decide is kept as they said it (`Judgement.verdict`, `FeedbackEvent`); statistics come from small tables of
-counts that are changed in the same transaction (`UnitPattern`, `VotePair`, `LabelerDay`, `AgreementDay`,
-`FeedbackHour`), so that they answer at once however many judgements there are.
+counts that are changed in the same transaction (`UnitPattern`, `VotePair`, `LabelerDay`, `AgreementDay`), so that they
+answer at once however many judgements there are. The gateway's own tables are in `steersman.store.serving`.
 """
 
 from __future__ import annotations
@@ -223,31 +223,54 @@ class LabelerDay(Base):
 
 
 class Answer(Base):
-    """An answer that the bot gave to a business application."""
+    """An answer that the bot gave to a business application.
+
+    What was said (`prompt`, `answer`) is kept apart from what was looked up for it (`lookups`).
+    """
 
     __tablename__ = "answers"
     __table_args__ = (
-        sa.Index(None, "customer"),
+        sa.Index(None, "customer", "end_customer"),
         sa.Index(None, "conversation_id"),
         sa.Index(None, "deployment", "created_at"),
+        sa.Index(None, "created_at"),
     )
 
     id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     conversation_id: Mapped[str | None] = mapped_column(sa.String(64))
     customer: Mapped[str] = mapped_column(sa.String(200), default="")
     """The tenant who asked; feedback is taken from the same tenant only."""
+    end_customer: Mapped[str] = mapped_column(sa.String(64), default="")
+    """Pseudonym of the person on whose behalf the tenant asked (`steersman.store.secret.pseudonym`); empty: unknown."""
     deployment: Mapped[str] = mapped_column(sa.String(200), default="")
-    """champion, candidate ...: what a gate compares."""
+    """champion, candidate ...: the variant that answered, what a gate compares."""
     model: Mapped[str] = mapped_column(sa.String(200), default="")
+    adapter: Mapped[str] = mapped_column(sa.String(200), default="")
+    """Model or adapter that the replica says it serves."""
     weights_version: Mapped[str] = mapped_column(sa.String(64), default="")
     prompt: Mapped[list[Any]]
     answer: Mapped[str] = mapped_column(sa.Text)
+    lookups: Mapped[list[Any]] = mapped_column(default=list)
+    """Reads of business systems and tool calls, by reference: [{"tool", "arguments", "outcome", "records"}]; with
+    "text", what was read, only where the gateway was told to keep it."""
+    tool_calls: Mapped[list[Any]] = mapped_column(default=list)
+    """Calls that were left to the caller: [{"id", "name", "arguments"}]."""
+    sampling: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """Sampling parameters as used, by the contract's field names."""
+    token_ids: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
+    """Little-endian int32 [R]; None: the engine does not tell, or the time to keep them is over."""
+    logprobs: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
+    """Little-endian float32 [R], natural logarithm, aligned with `token_ids`."""
     consent: Mapped[bool | None]
+    """Whether the person agreed to training on it; None, nobody said so, counts as no."""
     created_at: Mapped[dt.datetime] = mapped_column(default=now)
 
 
 class FeedbackEvent(Base):
-    """What a person or a business system said about an answer."""
+    """What a person or a business system said about an answer.
+
+    All of it stays for the record; `current` marks what counts: the latest of each judge and answer.
+    """
 
     __tablename__ = "feedback_events"
     __table_args__ = (sa.UniqueConstraint("customer", "event_id"), sa.Index(None, "answer_id"))
@@ -261,19 +284,15 @@ class FeedbackEvent(Base):
     value: Mapped[str] = mapped_column(sa.Text)
     """up or down; the edited answer; the outcome's name."""
     reason: Mapped[str] = mapped_column(sa.Text, default="")
+    channel: Mapped[str] = mapped_column(sa.String(16), default="application")
+    """browser: whoever held the answer's token; application: with an API key; staff: a person who logged in."""
+    judge: Mapped[str] = mapped_column(sa.String(200), default="")
+    """Who judged, as far as that is known; one judge has one current verdict on an answer."""
+    origin: Mapped[str] = mapped_column(sa.String(64), default="")
+    """Pseudonym of the network address it came from."""
+    current: Mapped[bool] = mapped_column(default=True)
+    """False: the same judge has said something else since."""
     received_at: Mapped[dt.datetime] = mapped_column(default=now)
-
-
-class FeedbackHour(Base):
-    """Feedback of an hour by deployment; edits count under the value "edit"."""
-
-    __tablename__ = "feedback_hours"
-
-    deployment: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
-    hour: Mapped[dt.datetime] = mapped_column(primary_key=True)
-    kind: Mapped[str] = mapped_column(sa.String(16), primary_key=True)
-    value: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
-    n: Mapped[int] = mapped_column(sa.BigInteger)
 
 
 # --- releases ---------------------------------------------------------------------------------------------------
@@ -309,6 +328,18 @@ class ReleaseCustomer(Base):
     rows: Mapped[int]
 
 
+class ReleaseEndCustomer(Base):
+    """How many rows of an end customer a release holds."""
+
+    __tablename__ = "release_end_customers"
+    __table_args__ = (sa.Index(None, "end_customer"),)
+
+    release_id: Mapped[int] = mapped_column(sa.ForeignKey("releases.id"), primary_key=True)
+    end_customer: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    """Pseudonym, as on an answer."""
+    rows: Mapped[int]
+
+
 class Training(Base):
     """A model that was trained on a release."""
 
@@ -321,11 +352,13 @@ class Training(Base):
 
 
 class Deletion(Base):
-    """That a tenant's data was deleted, when, and what followed."""
+    """That the data of a tenant, or of one of its end customers, was deleted, when, and what followed."""
 
     __tablename__ = "deletions"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     customer: Mapped[str] = mapped_column(sa.String(200))
+    end_customer: Mapped[str] = mapped_column(sa.String(64), default="")
+    """Pseudonym; empty: the whole tenant."""
     report: Mapped[dict[str, Any]]
     created_at: Mapped[dt.datetime] = mapped_column(default=now)

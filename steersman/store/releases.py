@@ -1,8 +1,8 @@
-"""The register of releases: publishing, verifying, what was trained on them, deleting a tenant's data.
+"""The register of releases: publishing, verifying, what was trained on them, deleting somebody's data.
 
-A version's files and card never change. Deleting a tenant's data makes a new version without it of every data set
-that holds some, erases the files of the versions that do (their card stays, marked withdrawn), and names the models
-that were trained on them.
+A version's files and card never change. Deleting the data of a tenant, or of one of its end customers, makes a new
+version without it of every data set that holds some, erases the files of the versions that do (their card stays, marked
+withdrawn), and names the models that were trained on them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,38 @@ from steersman.data.rules import ReleaseOptions
 from steersman.errors import ChecksumError, ConflictError, NotFoundError
 from steersman.store.engine import Store
 from steersman.store.judging import withdraw_items
-from steersman.store.models import Answer, Deletion, Release, ReleaseCustomer, Training, now
+from steersman.store.models import Answer, Deletion, Release, ReleaseCustomer, ReleaseEndCustomer, Training, now
+from steersman.store.serving import forget
+
+_TENANT_DELETED = "a tenant's data was deleted"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose data is deleted: a tenant's, or that of one of its end customers."""
+
+    tenant: str
+    pseudonym: str = ""
+    """Of the end customer, as on his answers; empty: the whole tenant."""
+    key: str | None = None
+    """Of the end customer in the tenant's business systems: what the gateway remembers him by."""
+
+    def holds(self, row: dict[str, Any]) -> bool:
+        """Whether a row of a data set is his."""
+        if row.get("customer") != self.tenant:
+            return False
+        return not self.pseudonym or row.get("end_customer") == self.pseudonym
 
 
 @dataclass(frozen=True)
 class DeletionReport:
-    """What deleting a tenant's data did."""
+    """What deleting somebody's data did."""
 
     customer: str
+    end_customer: str
+    """Pseudonym; empty: the whole tenant."""
+    remembered: int
+    """Conversations, proposed actions and kept results of the gateway."""
     items: int
     answers: int
     new_versions: dict[str, int | None]
@@ -128,15 +152,18 @@ def record_run(session: Session, run_dir: Path) -> list[tuple[str, Release]]:
     return found
 
 
-def delete_customer(store: Store, customer: str) -> DeletionReport:
-    """Deletes a tenant's data everywhere. Safe to repeat after a crash: it goes on where it stopped."""
+def delete_customer(store: Store, subject: Subject | str) -> DeletionReport:
+    """Deletes a tenant's or an end customer's data everywhere. Safe to repeat after a crash: it goes on where it
+    stopped."""
+    if isinstance(subject, str):
+        subject = Subject(subject)
     with store.reading() as session:
-        staged = {name: _stage_without(session, name, customer) for name in _names(_holding(session, customer))}
+        staged = {name: _stage_without(session, name, subject) for name in _names(_holding(session, subject))}
     with store.transaction() as session:
-        held = _holding(session, customer)
+        held = _holding(session, subject)
         if set(_names(held)) - set(staged):
-            raise ConflictError(f"a release with rows of {customer!r} was made meanwhile; delete again")
-        new_versions = {name: _replace(session, customer, *staged[name]) for name in _names(held)}
+            raise ConflictError(f"a release with rows of {subject.tenant!r} was made meanwhile; delete again")
+        new_versions = {name: _replace(session, subject, *staged[name]) for name in _names(held)}
         models = [
             {"release": f"{release.name} v{release.version}", "run": row.run, "model": row.model}
             for release in held
@@ -146,12 +173,20 @@ def delete_customer(store: Store, customer: str) -> DeletionReport:
         ]
         for release in held:
             release.withdrawn_at = now()
-            release.withdrawn_reason = "a tenant's data was deleted"
-        items = withdraw_items(session, customer)
-        answers = session.execute(sa.delete(Answer).where(Answer.customer == customer)).rowcount  # type: ignore[attr-defined]
+            release.withdrawn_reason = "somebody's data was deleted" if subject.pseudonym else _TENANT_DELETED
+        items = withdraw_items(session, subject.tenant, subject.pseudonym)
+        mine = [Answer.customer == subject.tenant]
+        if subject.pseudonym:
+            mine.append(Answer.end_customer == subject.pseudonym)
+        answers = session.execute(sa.delete(Answer).where(*mine)).rowcount  # type: ignore[attr-defined]
+        remembered = 0
+        if not subject.pseudonym or subject.key is not None:
+            remembered = forget(session, subject.tenant, subject.key)
         sources = {source for release in held for source in release.card.get("sources", {})}
         report = DeletionReport(
-            customer=customer,
+            customer=subject.tenant,
+            end_customer=subject.pseudonym,
+            remembered=remembered,
             items=items,
             answers=answers,
             new_versions=new_versions,
@@ -159,61 +194,71 @@ def delete_customer(store: Store, customer: str) -> DeletionReport:
             models=models,
             files=sorted(source for source in sources if source != "feedback" and not source.startswith("project:")),
         )
-        session.add(Deletion(customer=customer, report=asdict(report)))
+        session.add(Deletion(customer=subject.tenant, end_customer=subject.pseudonym, report=asdict(report)))
     # After the commit: a version is never without files while the register still offers it.
-    for folder in _withdrawn_folders(store, customer):
+    for folder in _withdrawn_folders(store, subject):
         shutil.rmtree(folder, ignore_errors=True)
     return report
 
 
-def _holding(session: Session, customer: str) -> list[Release]:
-    """The versions that hold rows of a tenant."""
-    return list(
-        session.scalars(
-            sa.select(Release)
-            .join(ReleaseCustomer, ReleaseCustomer.release_id == Release.id)
-            .where(ReleaseCustomer.customer == customer, Release.withdrawn_at.is_(None))
-            .order_by(Release.name, Release.version)
-        )
-    )
+def _rows_of(session: Session, release_id: int, subject: Subject) -> int:
+    """Rows that a release holds of somebody."""
+    held: ReleaseCustomer | ReleaseEndCustomer | None
+    if subject.pseudonym:
+        held = session.get(ReleaseEndCustomer, (release_id, subject.pseudonym))
+    else:
+        held = session.get(ReleaseCustomer, (release_id, subject.tenant))
+    return held.rows if held is not None else 0
+
+
+def _of(subject: Subject) -> sa.ColumnElement[bool]:
+    """Releases that hold, or held, rows of somebody."""
+    if subject.pseudonym:
+        held = sa.select(ReleaseEndCustomer.release_id).where(ReleaseEndCustomer.end_customer == subject.pseudonym)
+    else:
+        held = sa.select(ReleaseCustomer.release_id).where(ReleaseCustomer.customer == subject.tenant)
+    return Release.id.in_(held)
+
+
+def _holding(session: Session, subject: Subject) -> list[Release]:
+    """The versions that hold rows of somebody."""
+    found = sa.select(Release).where(_of(subject), Release.withdrawn_at.is_(None))
+    return list(session.scalars(found.order_by(Release.name, Release.version)))
 
 
 def _names(releases: list[Release]) -> list[str]:
     return sorted({release.name for release in releases})
 
 
-def _withdrawn_folders(store: Store, customer: str) -> list[Path]:
+def _withdrawn_folders(store: Store, subject: Subject) -> list[Path]:
     with store.reading() as session:
-        urls = session.scalars(
-            sa.select(Release.url)
-            .join(ReleaseCustomer, ReleaseCustomer.release_id == Release.id)
-            .where(ReleaseCustomer.customer == customer, Release.withdrawn_at.is_not(None))
-        )
-        return [Path(url) for url in urls]
+        return [
+            Path(url)
+            for url in session.scalars(sa.select(Release.url).where(_of(subject), Release.withdrawn_at.is_not(None)))
+        ]
 
 
-def _stage_without(session: Session, name: str, customer: str) -> tuple[Release, Path | None, Draft | None]:
-    """The newest version of a data set, and its files without a tenant's rows; None where nothing need be made."""
+def _stage_without(session: Session, name: str, subject: Subject) -> tuple[Release, Path | None, Draft | None]:
+    """The newest version of a data set, and its files without somebody's rows; None where nothing need be made."""
     last = latest(session, name)
-    assert last is not None  # the caller found a version that holds the tenant
-    held = session.get(ReleaseCustomer, (last.id, customer))
-    if held is None or held.rows == last.card["rows"]:
+    assert last is not None  # the caller found a version that holds some
+    if _rows_of(session, last.id, subject) in (0, last.card["rows"]):
         return last, None, None
     staged = _staging_folder(Path(last.url).parent)
     with atomic_dir(staged) as partial:
         card: dict[str, Any] = last.card | {"replaces": last.version}
-        draft = write_without(Path(last.url), partial, card, lambda row: row.get("customer") != customer)
+        draft = write_without(Path(last.url), partial, card, lambda row: not subject.holds(row))
     return last, staged, draft
 
 
-def _replace(session: Session, customer: str, last: Release, staged: Path | None, draft: Draft | None) -> int | None:
+def _replace(session: Session, subject: Subject, last: Release, staged: Path | None, draft: Draft | None) -> int | None:
     """Registers a staged version; returns the version to use from now on, None where no row was left."""
     newest = latest(session, last.name)
     if newest is None or newest.id != last.id:
         raise ConflictError(f"data set {last.name}: another version was made meanwhile; delete again")
     if staged is not None and draft is not None:
         return _admit(session, last.name, staged, draft).version
-    return last.version if session.get(ReleaseCustomer, (last.id, customer)) is None else None
+    return None if _rows_of(session, last.id, subject) else last.version
 
 
 def _staging_folder(parent: Path) -> Path:
@@ -237,6 +282,10 @@ def _admit(session: Session, name: str, staged: Path, draft: Draft) -> Release:
     session.add_all(
         ReleaseCustomer(release_id=release.id, customer=customer, rows=rows)
         for customer, rows in draft.customers.items()
+    )
+    session.add_all(
+        ReleaseEndCustomer(release_id=release.id, end_customer=name, rows=rows)
+        for name, rows in draft.end_customers.items()
     )
     session.flush()
     return release

@@ -2,6 +2,7 @@
 
 from alembic import context
 
+import steersman.store.serving  # noqa: F401  its tables, too
 from steersman.store.models import Base
 
 context.configure(

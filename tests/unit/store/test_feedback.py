@@ -124,11 +124,11 @@ def test_feedback_becomes_rows(answered: Store) -> None:
 WRITER = """
 import sys
 from steersman.store import Store
-from steersman.store.feedback import Event, submit
+from steersman.store.feedback import Event, Judge, submit
 store = Store.open(sys.argv[1])
 for number in range(100_000):
     with store.transaction() as session:
-        submit(session, "acme", Event(f"e{number}", "a1", "thumbs", "up"))
+        submit(session, "acme", Event(f"e{number}", "a1", "thumbs", "up"), Judge(id=f"j{number}"))
     print(number, flush=True)  # the acknowledgement
 """
 

@@ -288,7 +288,8 @@ def test_deleting_a_tenant_makes_a_new_version_and_names_the_models(store: Store
     compared(store, {"one": [A, A], "two": [B, A, B], "three": [A]}, one={"customer": "acme"}, two={"customer": "bolt"})
     with store.transaction() as session:
         save_answer(
-            session, Answer(id="a1", customer="acme", prompt=[{"role": "user", "content": "Hi"}], answer="Hello")
+            session,
+            Answer(id="a1", customer="acme", consent=True, prompt=[{"role": "user", "content": "Hi"}], answer="Hello"),
         )
         submit(session, "acme", Event("e1", "a1", "edit", "Good day"))
     old, _ = publish(store, options("project:shop", "feedback"), tmp_path)
