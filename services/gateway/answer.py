@@ -39,8 +39,6 @@ class Question:
     idempotency_key: str = ""
     traceparent: str = ""
     """W3C trace context of the caller."""
-    own_tools: bool = False
-    """The caller brings its own tools; then the gateway offers none."""
     must_call: bool = False
     """The answer is constrained to a tool call, see `services.gateway.openai.translate.call_schema`."""
 
@@ -101,7 +99,8 @@ class Evidence:
     """Model or adapter that the replica says it serves; empty: unknown."""
     weights_version: int
     token_ids: tuple[bytes, ...]
-    """Of each choice, little-endian int32 [R]; empty where the engine does not tell them."""
+    """Of each choice, little-endian int32 [R]; empty where the engine does not tell them, or what was given is not what
+    was generated."""
     logprobs: tuple[bytes, ...]
     """Of each choice, little-endian float32 [R], natural logarithm, see the engine's note."""
     tool_calls: tuple[tuple[common_pb2.ToolCall, ...], ...]
@@ -146,6 +145,9 @@ class Answer:
         self.adapter = ""
         self.lookups: list[Lookup] = []
         self.proposals: list[Proposal] = []
+        self.unsourced = 0
+        """Sentences about records that no record supports; held back or marked."""
+        self.limit_seconds = float("inf")
         self.prompt_tokens = 0
         self.weights_version = 0
         self.feedback_token = ""
@@ -170,6 +172,10 @@ class Answer:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
+
+    @property
+    def seconds_left(self) -> float:
+        return self.limit_seconds - self.seconds
 
     async def open(self) -> None:
         """Waits for the first response, so that errors before it can still change the status."""
@@ -232,16 +238,14 @@ class Answer:
 
     def evidence(self, variant: str) -> Evidence:
         """For the record; `variant` is the deployment that answered."""
+        changed = bool(self.unsourced or self.proposals)
         return Evidence(
             sampling=MessageToDict(self.question.request.sampling, preserving_proto_field_name=True),
             variant=variant,
             adapter=self.adapter,
             weights_version=self.weights_version,
-            # Engines behind other protocols tell no ids: then all of them are 0.
-            token_ids=tuple(
-                np.asarray(c.token_ids, "<i4").tobytes() if any(c.token_ids) else b"" for c in self.choices
-            ),
-            logprobs=tuple(np.asarray(c.logprobs, "<f4").tobytes() for c in self.choices),
+            token_ids=tuple(b"" if changed else _packed(choice.token_ids, "<i4") for choice in self.choices),
+            logprobs=tuple(b"" if changed else _packed(choice.logprobs, "<f4") for choice in self.choices),
             tool_calls=tuple(tuple(c.tool_calls) for c in self.choices),
             lookups=tuple(self.lookups),
         )
@@ -264,6 +268,11 @@ class Answer:
                 for choice in self.choices
             ],
         }
+
+
+def _packed(values: array[Any], dtype: str) -> bytes:
+    """Engines behind other protocols tell no token ids: then all of them are 0, which is as good as none."""
+    return np.asarray(values, dtype).tobytes() if any(values) else b""
 
 
 def replay(question: Question, stored: dict[str, Any]) -> Answer:

@@ -117,6 +117,7 @@ class Assistant:
         answer = Answer(f"{question.id_prefix}-{secrets.token_hex(12)}", question, self._stream)
         answer.model = question.model or self.config.model
         answer.adapter = self.pool.served
+        answer.limit_seconds = self.config.limits.answer_seconds
         answer.trace = self.tracer.start(answer, answer.model)
         answer.feedback_token = self._tokens.issue(answer.id, question.caller.tenant)
 
@@ -182,7 +183,7 @@ class Assistant:
 
     async def _stream(self, answer: Answer) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         def generate(request: PolicyServiceChatRequest) -> AsyncGenerator[PolicyServiceChatResponse, None]:
-            return self._generate(request, self.config.limits.answer_seconds - answer.seconds)
+            return self._generate(request, answer.seconds_left)
 
         grounding = self.grounding
         source = grounding.answer(answer, generate) if grounding.has_systems else generate(answer.question.request)

@@ -31,6 +31,12 @@ class Metrics:
         self.lookups = Counter(
             f"{name}_lookups", "Reads of business records.", ["system", "outcome"], registry=self.registry
         )
+        self.claims = Counter(
+            f"{name}_claims",
+            "Answers by what they state about business records: none, sourced, held, marked, refused.",
+            ["outcome"],
+            registry=self.registry,
+        )
         info = Gauge(f"{name}_info", "The model served.", ["model"], registry=self.registry)
         info.labels(model).set(1)
 

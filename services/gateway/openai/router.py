@@ -49,7 +49,6 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
             conversation_id=body.conversation_id or "",
             idempotency_key=headers.get("idempotency-key", ""),
             traceparent=headers.get("traceparent", ""),
-            own_tools=bool(body.tools),
             must_call=body.must_call,
         )
         if body.stream:
@@ -116,6 +115,7 @@ def _about(answer: Answer) -> dict[str, Any]:
         "feedback_token": answer.feedback_token,
         "weights_version": answer.weights_version,
         "sources": [source.as_json() for source in answer.sources],
+        "unsourced": answer.unsourced,
         "proposed_actions": [proposal.as_json() for proposal in answer.proposals],
     }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, TypeAdapter, field_validator, model_validator
+from pydantic_core import SchemaError
 
 from steersman.config.base import FrozenModel
 
@@ -29,6 +30,21 @@ class RecordKind(FrozenModel):
     """Fixed further condition: a Tryton domain or an OData filter."""
     newest_first: FieldPath | None = None
     """Field by which the latest records are found when no number was said."""
+    words: list[Annotated[str, Field(min_length=2, max_length=64)]] = []
+    """What people call such a record here, beside the built-in words of many languages."""
+    numbers: list[Annotated[str, Field(min_length=1, max_length=200)]] = []
+    """Patterns of whole numbers, for example `SO-?[0-9]{4,8}` (Rust's regex syntax, without regard to case): only such
+    numbers are looked up, and before all others. Empty: whatever looks like a number."""
+
+    @field_validator("numbers")
+    @classmethod
+    def _numbers_are_patterns(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                TypeAdapter(Annotated[str, StringConstraints(pattern=pattern)])
+            except SchemaError as error:
+                raise ValueError(f"'{pattern}' is not a pattern ({error})") from None
+        return patterns
 
 
 def _tryton_kinds() -> dict[Kind, RecordKind]:
@@ -218,5 +234,17 @@ class ToolsConfig(FrozenModel):
     """None: no writes at all."""
     rounds: Annotated[int, Field(gt=0, le=10)] = 4
     """Most turns of tool calls in one answer."""
-    records: Annotated[int, Field(gt=0, le=20)] = 5
-    """Most records looked up for one message."""
+    calls: Annotated[int, Field(gt=0, le=64)] = 8
+    """Most tool calls carried out in one turn; further ones are left out."""
+    records: Annotated[int, Field(gt=0, le=20)] = 10
+    """Most lookups that one message causes, the likeliest first."""
+    unsourced: Literal["hold", "mark", "allow"] = "hold"
+    """What becomes of a sentence about orders, deliveries, invoices or stock that no record supports: `hold` leaves it
+    out and says so, `mark` gives it with a mark behind it, `allow` checks nothing. Answers are streamed by sentence
+    while this is on and systems or MCP servers are configured."""
+    held_text: Annotated[str, Field(min_length=1, max_length=500)] = (
+        "I have no record of that, so I cannot say anything about it."
+    )
+    """Stands where a sentence was held back, once in an answer."""
+    mark_text: Annotated[str, Field(min_length=1, max_length=100)] = "[no record]"
+    """Stands behind a marked sentence."""

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from typing import Any, Literal
 
-from services.gateway.answer import Answer
+from services.gateway.answer import Answer, Question
+from services.gateway.errors import BadRequestError
 from services.gateway.metrics import Metrics
 from services.gateway.store import storable
+from services.gateway.tools.claims import Claims, Ground, told_by_application
 from services.gateway.tools.config import ODataSystem, ToolsConfig, TrytonSystem
 from services.gateway.tools.desk import Desk
-from services.gateway.tools.lookup import look_up, wants_human, wishes
+from services.gateway.tools.hand_over import wants_person
+from services.gateway.tools.lookup import look_up
 from services.gateway.tools.mcp_client import McpConnection
 from services.gateway.tools.odata import OData
+from services.gateway.tools.reading import Wish
 from services.gateway.tools.records import Records, System
 from services.gateway.tools.toolbox import Toolbox
 from services.gateway.tools.tryton import Tryton
+from steersman.errors import DeadlineError, NotFoundError, UnavailableError
 from steersman.store.engine import Store
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
 
 Generate = Callable[[PolicyServiceChatRequest], AsyncGenerator[PolicyServiceChatResponse, None]]
 _TURNS_LOOKED_AT = 3
+_LONGEST_WAIT = 3600.0
 
 
 class Grounding:
@@ -39,6 +46,7 @@ class Grounding:
         self.connections = [McpConnection(server) for server in config.mcp_servers]
         self.desk = Desk(config.hand_over, store) if config.hand_over is not None else None
         self.toolbox = Toolbox(self.records, self.connections, self.desk)
+        self._claims = Claims(config, metrics)
         self.has_systems = bool(systems or self.connections or self.desk)
 
     async def start(self) -> None:
@@ -53,61 +61,125 @@ class Grounding:
             await self.desk.close()
 
     async def answer(self, answer: Answer, generate: Generate) -> AsyncGenerator[PolicyServiceChatResponse, None]:
-        """Streams the answer to `answer.question`, with the facts that it needs."""
-        request = answer.question.draft()
-        own_tools = bool(answer.question.own_tools or request.prompt or request.json_schema)
-        if self._config.mode == "lookup" and not own_tools:
-            if await self._propose_hand_over(answer):
-                text = answer.proposals[0].text
-                yield PolicyServiceChatResponse(delta=text, finish_reason=common_pb2.FINISH_REASON_STOP)
-                return
-            await self._add_facts(answer, request)
-        offered = self.toolbox.definitions(answer.question.caller) if self._config.mode == "tools" else []
-        if own_tools or not offered or request.n > 1:
-            stream = generate(request)
-        else:
-            stream = self._with_tools(answer, request, offered, generate)
+        """Streams the answer to `answer.question`, with the facts that it needs and no others."""
+        question, request = answer.question, answer.question.draft()
+        asked = await asyncio.to_thread(self._asked, question)
+        stream = self._grounded(answer, request, asked, generate)
+        if self._config.unsourced != "allow" and (self.records or self.connections) and not _constrained(request):
+            reader = self.records.reader(question.caller.tenant)
+            kinds = frozenset(wish.kind for wish in asked if wish.kind != "customer")
+            ground = Ground(reader, kinds, answer.lookups, told_by_application(question.request))
+            stream = self._claims.watched(answer, ground, stream)
         async with contextlib.aclosing(stream) as responses:
             async for response in responses:
                 yield response
 
-    async def _propose_hand_over(self, answer: Answer) -> bool:
+    def _asked(self, question: Question) -> list[Wish]:
+        """What the last message asks for, or the one before that it may refer to."""
+        reader = self.records.reader(question.caller.tenant)
+        texts = _user_texts(question.request)[:_TURNS_LOOKED_AT] or [question.request.prompt]
+        return next((found for text in texts if (found := reader.wishes(text, self._config.records))), [])
+
+    async def _grounded(
+        self, answer: Answer, request: PolicyServiceChatRequest, asked: Sequence[Wish], generate: Generate
+    ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
+        wanted: Literal["no", "also", "only"] = "no"
+        if self._config.mode == "lookup" and request.messages:
+            wanted = await self._propose_hand_over(answer, constrained=_constrained(request))
+            if wanted == "only":
+                text = answer.proposals[0].text
+                yield PolicyServiceChatResponse(delta=text, finish_reason=common_pb2.FINISH_REASON_STOP)
+                return
+            with answer.trace.tool("lookup") if asked else contextlib.nullcontext():
+                facts = await look_up(self.records, answer.question.caller, asked)
+            if facts is not None:
+                answer.lookups.extend(facts.lookups)
+                _add_context(request, facts.context)
+        ours = self.toolbox.definitions(answer.question.caller) if self._config.mode == "tools" else []
+        if ours and request.messages:
+            stream = self._with_tools(answer, request, ours, asked, generate)
+        else:
+            self._must_be_sourced(answer, request, asked)
+            stream = generate(request)
+        async with contextlib.aclosing(stream) as responses:
+            async for response in responses:
+                if wanted == "also" and response.finish_reason and not _constrained(request):
+                    response.delta += f"\n\n{answer.proposals[0].text}"
+                yield response
+
+    async def _propose_hand_over(self, answer: Answer, *, constrained: bool) -> Literal["no", "also", "only"]:
+        """Proposes it where the last message asks for a person, alone or beside something else."""
         caller, said = answer.question.caller, _user_texts(answer.question.request)
-        if self.desk is None or "act" not in caller.scopes or not said or not wants_human(said[0]):
-            return False
+        if self.desk is None or "act" not in caller.scopes or not said:
+            return "no"
+        wanted = await asyncio.to_thread(wants_person, said[0])
+        if wanted == "no":
+            return "no"
         arguments = {"reason": storable(said[0][:500])}
         answer.proposals.append(
             await self.desk.propose(caller, "hand_over", arguments, transcript(answer.question.request))
         )
-        return True
+        return "also" if constrained else wanted
 
-    async def _add_facts(self, answer: Answer, request: PolicyServiceChatRequest) -> None:
-        """Facts for the last message, or for the one before that it may refer to."""
-        most = self._config.records
-        for text in _user_texts(request)[:_TURNS_LOOKED_AT]:
-            if wishes(text, most):
-                with answer.trace.tool("lookup"):
-                    facts = await look_up(self.records, answer.question.caller, text, most)
-                if facts is not None:
-                    answer.lookups.extend(facts.lookups)
-                    _add_context(request, facts.context)
-                return
+    def _must_be_sourced(self, answer: Answer, request: PolicyServiceChatRequest, asked: Sequence[Wish]) -> None:
+        """Refuses an answer in a form that leaves no room to say that there is no record.
+
+        Raises:
+            NotFoundError: nothing was found for what is asked.
+            UnavailableError: it could not be looked up.
+        """
+        systems = bool(self.records or self.connections)
+        if not systems or not request.json_schema or answer.question.must_call or self._config.unsourced != "hold":
+            return
+        outcomes = {lookup.outcome for lookup in answer.lookups}
+        if not asked or "found" in outcomes or told_by_application(answer.question.request):
+            return
+        self._claims.refused()
+        details = {"param": "response_format", "code": "no_record"}
+        if "failed" in outcomes:
+            raise UnavailableError(
+                "The business systems cannot be asked at the moment; try again later", details=details
+            )
+        names = ", ".join(f"{wish.kind} {wish.number or ''}".strip() for wish in asked[:3])
+        raise NotFoundError(
+            f"There is no record for what is asked ({names}), and response_format leaves no room to say so; "
+            "ask without it",
+            details=details,
+        )
 
     async def _with_tools(
         self,
         answer: Answer,
         request: PolicyServiceChatRequest,
-        offered: list[dict[str, Any]],
+        ours: list[dict[str, Any]],
+        asked: Sequence[Wish],
         generate: Generate,
     ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
-        caller, used = answer.question.caller, 0
-        names = {tool["function"]["name"] for tool in offered}
+        """Rounds of the gateway's own tools, beside those that the caller brings, until the model answers.
+
+        What has a form of its own (a schema, several choices) is generated once more at the end, without our tools:
+        nothing of the rounds is given out then.
+        """
+        theirs = json.loads(request.tools_json) if request.tools_json else []
+        names, foreign = ({tool["function"]["name"] for tool in tools} for tools in (ours, theirs))
+        if both := names & foreign:
+            raise BadRequestError(f"tools: '{min(both)}' is a tool of this gateway; choose another name", param="tools")
+        shaped = bool(request.json_schema) or request.n > 1
+        turn = PolicyServiceChatRequest()
+        turn.CopyFrom(request)
+        if shaped:
+            turn.n, turn.json_schema, turn.top_logprobs = 1, "", 0
+        used = 0
         for round_number in range(self._config.rounds + 1):
-            request.tools_json = json.dumps(offered) if round_number < self._config.rounds else ""
+            last = round_number == self._config.rounds
+            if last and shaped:
+                break
+            turn.tools_json = json.dumps([*([] if last else ours), *([] if shaped else theirs)] or None)
+            turn.tools_json = "" if turn.tools_json == "null" else turn.tools_json
             calls: list[common_pb2.ToolCall] = []
             said: list[str] = []
             tokens = 0
-            async with contextlib.aclosing(generate(request)) as responses:
+            async with contextlib.aclosing(generate(turn)) as responses:
                 async for response in responses:
                     calls.extend(_copy(call) for call in response.tool_calls)
                     said.append(response.delta)
@@ -118,20 +190,22 @@ class Grounding:
                         # Ours to carry out, not the caller's.
                         response.ClearField("tool_calls")
                         response.ClearField("finish_reason")
-                    if response.delta or response.tokens or not calls:
+                    if not shaped and (response.delta or response.tokens or not calls):
                         yield response
             used += tokens
-            if not calls:
-                return
-            request.messages.add(role="assistant", content="".join(said), tool_calls=calls)
-            for call in calls:
-                # A name that the model made up is a text; traces hold none.
-                with answer.trace.tool(call.name if call.name in names else "unknown", call.id):
-                    outcome = await self.toolbox.call(caller, call, transcript(request))
-                answer.lookups.append(outcome.lookup)
-                request.messages.add(role="tool", content=outcome.lookup.text, tool_call_id=call.id, name=call.name)
-                if outcome.proposal is not None:
-                    answer.proposals.append(outcome.proposal)
+            mine = [call for call in calls if call.name not in foreign][: self._config.calls]
+            if not mine:
+                if calls:
+                    yield PolicyServiceChatResponse(
+                        tool_calls=calls, finish_reason=common_pb2.FINISH_REASON_TOOL_CALLS, completion_tokens=used
+                    )
+                if calls or not shaped:
+                    return
+                break
+            # Calls of the caller's tools beside ours are left out: the model makes them again, knowing what ours gave.
+            turn.messages.add(role="assistant", content="".join(said), tool_calls=mine)
+            for call in mine:
+                await self._carry_out(answer, turn, call, names)
             if answer.proposals:
                 # What is proposed is said in our words, so that it says what a confirmation will do.
                 yield PolicyServiceChatResponse(
@@ -140,6 +214,34 @@ class Grounding:
                     completion_tokens=used,
                 )
                 return
+        self._must_be_sourced(answer, request, asked)
+        del request.messages[:]
+        request.messages.extend(turn.messages)
+        async with contextlib.aclosing(generate(request)) as responses:
+            async for response in responses:
+                if response.completion_tokens and response.choice_index == 0:
+                    response.completion_tokens += used
+                yield response
+
+    async def _carry_out(
+        self, answer: Answer, turn: PolicyServiceChatRequest, call: common_pb2.ToolCall, names: Collection[str]
+    ) -> None:
+        """One tool call within the answer's time; its result becomes a turn of the conversation."""
+        # A name that the model made up is a text; traces hold none.
+        with answer.trace.tool(call.name if call.name in names else "unknown", call.id):
+            try:
+                async with asyncio.timeout(min(max(answer.seconds_left, 0), _LONGEST_WAIT)):
+                    outcome = await self.toolbox.call(answer.question.caller, call, transcript(turn))
+            except TimeoutError:
+                raise DeadlineError("The answer's tools took too long; ask for less") from None
+        answer.lookups.append(outcome.lookup)
+        turn.messages.add(role="tool", content=outcome.lookup.text, tool_call_id=call.id, name=call.name)
+        if outcome.proposal is not None:
+            answer.proposals.append(outcome.proposal)
+
+
+def _constrained(request: PolicyServiceChatRequest) -> bool:
+    return bool(request.json_schema)
 
 
 def _copy(call: common_pb2.ToolCall) -> common_pb2.ToolCall:

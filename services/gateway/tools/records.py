@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from services.gateway.auth.callers import Caller
 from services.gateway.metrics import Metrics
 from services.gateway.tools.config import Kind, RecordKind
+from services.gateway.tools.reading import Reader
 from steersman.errors import SteersmanError
 
 log = logging.getLogger("steersman.gateway")
@@ -83,6 +85,25 @@ class Records:
     def __init__(self, systems: Sequence[System], metrics: Metrics) -> None:
         self._systems = list(systems)
         self._metrics = metrics
+        self._readers: dict[tuple[str, ...], Reader] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._systems)
+
+    def reader(self, tenant: str) -> Reader:
+        """Reads this tenant's messages: with the words and numbers of the systems that he may ask."""
+        systems = self._allowed(tenant)
+        key = tuple(system.name for system in systems)
+        if key not in self._readers:
+            words: defaultdict[Kind, list[str]] = defaultdict(list)
+            numbers: defaultdict[Kind, list[str]] = defaultdict(list)
+            for kind, record_kind in (entry for system in systems for entry in system.kinds.items()):
+                words[kind] += record_kind.words
+                # Where one system takes any number for a kind, the patterns of another must not narrow that.
+                numbers[kind] += record_kind.numbers or [".*"]
+            patterns = {kind: found for kind, found in numbers.items() if ".*" not in found}
+            self._readers[key] = Reader(words, patterns)
+        return self._readers[key]
 
     def kinds(self, tenant: str) -> set[Kind]:
         return {kind for system in self._allowed(tenant) for kind in system.kinds}
