@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 DEFAULT_STORE = "sqlite:///steersman.db"
 StoreOption = Annotated[str, typer.Option(envvar="STEERSMAN_STORE", help="Database URL.")]
+
+T = TypeVar("T")
 
 app = typer.Typer(help="Feedback data: import, export, agreement, release.", no_args_is_help=True)
 
@@ -39,10 +42,23 @@ def parse_shares(text: str) -> dict[str, float]:
         raise ConfigError(f"--splits {text!r}: expected NAME=SHARE,..., as train=0.9,test=0.1") from None
 
 
+def read_option(read: Callable[[str], T], value: str | None, option: str) -> T | None:
+    """An option's value as `read` understands it."""
+    from steersman.errors import ConfigError
+
+    try:
+        return None if value is None else read(value)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
+
+
 @app.command("import")
 def import_(
     format: Annotated[str, typer.Argument(help="Format; `steersman data formats` lists them.")],
-    files: Annotated[list[str], typer.Argument(help="Files, URLs, or Hugging Face names with `--hugging-face`.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders, patterns, URLs, - for stdin; Hugging Face names with `--hugging-face`."),
+    ],
     out: Annotated[Path, typer.Option(help="New folder for the rows, the summary and the skipped rows.")],
     splits: Annotated[str, typer.Option(help="Shares; a prompt lies on one side only.")] = "train=0.95,test=0.05",
     split_by: Annotated[str | None, typer.Option(help="Metadata key that stays on one side, as `intent`.")] = None,
@@ -50,12 +66,18 @@ def import_(
     column: Annotated[list[str], typer.Option(help="`table` only: PART=COLUMN or PART=TEMPLATE.")] = [],  # noqa: B006
     winner: Annotated[list[str], typer.Option(help="`table` only: a=VALUE, b=VALUE, tie=VALUE.")] = [],  # noqa: B006
     header: Annotated[bool, typer.Option(help="CSV files begin with column names.")] = True,
+    separator: Annotated[str | None, typer.Option(help="CSV: between columns; told from the file by default.")] = None,
     rows: Annotated[str, typer.Option(help="`steersman` only: the row type of canonical files.")] = "preference",
     language: Annotated[list[str], typer.Option(help="Languages to keep, where the format names them.")] = [],  # noqa: B006
     min_score_ratio: Annotated[float, typer.Option(help="SHP: leave out pairs below this score ratio.")] = 1.0,
     licence: Annotated[str | None, typer.Option(help="Licence of the rows, where it is not the format's own.")] = None,
     source: Annotated[str | None, typer.Option(help="Name of the source; the format's name by default.")] = None,
     customer: Annotated[str | None, typer.Option(help="Tenant whose data this is.")] = None,
+    consent: Annotated[str | None, typer.Option(help="yes or no, for rows that say nothing themselves.")] = None,
+    namespace: Annotated[str, typer.Option(help="Put before every id, so that sources stay apart.")] = "",
+    near_duplicates: Annotated[
+        float | None, typer.Option(help="Leave out rows as similar as this to an earlier one, as 0.8.")
+    ] = None,
     hugging_face: Annotated[bool, typer.Option(help="FILES are ids or folders for the datasets library.")] = False,
     hugging_face_split: Annotated[str | None, typer.Option(help="Read this split only.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar, no summary.")] = False,
@@ -63,8 +85,10 @@ def import_(
     """Imports foreign data as canonical rows: streaming, without duplicates, split by prompt."""
     from steersman.data.formats import FORMATS, ImportOptions
     from steersman.data.importing import ImportJob, import_to_folder
+    from steersman.data.records import IncompleteFileError
     from steersman.data.splits import Splits
     from steersman.data.table import ColumnMap, canonical_format, table_format
+    from steersman.data.truth import read_consent
     from steersman.errors import ConfigError
 
     if format == "table":
@@ -80,16 +104,28 @@ def import_(
         chosen,
         tuple(files),
         ImportOptions(frozenset(language), min_score_ratio),
-        {"source": source or chosen.name, "licence": licence or chosen.licence, "customer": customer},
+        {
+            "source": source or chosen.name,
+            "licence": licence or chosen.licence,
+            "customer": customer,
+            "consent": read_option(read_consent, consent, "--consent"),
+        },
         header,
         hugging_face,
         hugging_face_split,
+        separator,
+        namespace,
+        near_duplicates,
     )
     shares = Splits(parse_shares(splits), seed=seed, by=split_by)
-    if quiet:
-        import_to_folder(job, out, shares)
-    else:
-        print_summary(import_with_progress(job, out, shares), out)
+    summary = import_to_folder(job, out, shares) if quiet else import_with_progress(job, out, shares)
+    if not quiet:
+        print_summary(summary, out)
+    if summary.incomplete:
+        raise IncompleteFileError(
+            f"{', '.join(summary.incomplete)}: the file ends there before its end; the rows before it are in {out}, "
+            "fetch the file again for the rest"
+        )
 
 
 def import_with_progress(job: ImportJob, out: Path, splits: object) -> Summary:
@@ -100,11 +136,13 @@ def import_with_progress(job: ImportJob, out: Path, splits: object) -> Summary:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from steersman.data.importing import import_to_folder
+    from steersman.data.opening import display_name, expand
 
+    files = job.files if job.hugging_face else expand(job.files)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        sizes = {file: os.path.getsize(file) if os.path.exists(file) else None for file in job.files}
-        tasks = {file: bar.add_task(os.path.basename(file), total=size, start=False) for file, size in sizes.items()}
+        sizes = {file: os.path.getsize(file) if os.path.exists(file) else None for file in files}
+        tasks = {file: bar.add_task(display_name(file), total=size, start=False) for file, size in sizes.items()}
 
         def progress(file: str, position: int) -> None:
             bar.start_task(tasks[file])
@@ -124,6 +162,12 @@ def print_summary(summary: Summary, out: Path) -> None:
         f"{summary.format}: {summary.read:,} records read, {summary.written:,} rows written to {out} ({splits}), "
         f"{summary.duplicates:,} duplicates removed, {summary.skips:,} left out"
     )
+    if summary.near_duplicates:
+        console.print(f"{summary.near_duplicates:,} near-duplicates removed")
+    if summary.ids_made_unique:
+        console.print(f"{summary.ids_made_unique:,} ids stood twice and got a number behind them")
+    for name, count in sorted(summary.not_kept.items()):
+        console.print(f"not kept: field {name!r} of {count:,} records; rows of this format have no place for it")
     if summary.skipped:
         table = Table("left out", "why", "first at")
         for reason, entry in sorted(summary.skipped.items(), key=lambda item: -item[1].count):

@@ -9,52 +9,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from steersman.data.records import Aspects, Demonstration, Feedback, Preference, Row
+import orjson
 
+from steersman.data import chat_formats
+from steersman.data.format import Converted, Format, ImportOptions, Skip, message, tool_call
+from steersman.data.label_studio import label_studio
+from steersman.data.records import Aspects, Demonstration, Feedback, Preference
+from steersman.data.transcripts import hh_common_prefix, hh_last_turn, hh_turns
 
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """A part of a record that was left out on purpose."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ImportOptions:
-    """What the user asks of an import, beside files and format."""
-
-    languages: frozenset[str] = frozenset()
-    """Languages to keep where a format names them; empty keeps all."""
-    min_score_ratio: float = 1.0
-    """SHP: leave out pairs whose score ratio is lower (the authors train on 2 and above)."""
-
-
-Converted = Iterator[dict[str, Any] | Skip]
-Converter = Callable[[dict[str, Any], ImportOptions], Converted]
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A data set format that `steersman data import` knows."""
-
-    name: str
-    row_type: type[Row] | None
-    """None: each row by its own keys."""
-    convert: Converter
-    licence: str | None
-    """Licence of the public data set; None where a format is used by many."""
-    about: str
-    plain: bool = False
-    """Turns are made by the converter itself, of a user or the assistant with a text: nobody need look at each."""
-
-
-def message(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
+__all__ = ["FORMATS", "Format", "ImportOptions", "Skip", "hh_common_prefix", "hh_last_turn", "hh_turns"]
 
 # --- instruction data -------------------------------------------------------------------------------------------
 
@@ -80,7 +45,11 @@ def alpaca(record: dict[str, Any], options: ImportOptions) -> Converted:
     if _NO_INPUT.fullmatch(extra):
         extra = ""
     question = record["instruction"].strip()
-    yield _demonstration(f"{question}\n\n{extra.strip()}" if extra.strip() else question, record["output"])
+    row = _demonstration(f"{question}\n\n{extra.strip()}" if extra.strip() else question, record["output"])
+    earlier = [message("system", record["system"])] if record.get("system") else []
+    for asked, answered in record.get("history") or []:  # LLaMA-Factory: rounds before this one
+        earlier += [message("user", asked.strip()), message("assistant", answered.strip())]
+    yield row | {"messages": [*earlier, *row["messages"]]}
 
 
 def alpaca_prompt(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -128,7 +97,9 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant",
     "system": "system",
     "observation": "tool",
+    "function_response": "tool",
     "tool": "tool",
+    "function_call": "assistant",
 }
 
 
@@ -139,7 +110,7 @@ def sharegpt(record: dict[str, Any], options: ImportOptions) -> Converted:
         return
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()  # shared conversations often end with a question that nobody answered
-    yield {"messages": turns}
+    yield {"messages": turns} | _tools(record)
 
 
 def sharegpt_dpo(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -149,7 +120,8 @@ def sharegpt_dpo(record: dict[str, Any], options: ImportOptions) -> Converted:
         return
     answers = [record[side] for side in ("chosen", "rejected")]
     chosen, rejected = (answer if isinstance(answer, str) else answer["value"] for answer in answers)
-    yield {"prompt": turns, "chosen": [message("assistant", chosen)], "rejected": [message("assistant", rejected)]}
+    pair = {"prompt": turns, "chosen": [message("assistant", chosen)], "rejected": [message("assistant", rejected)]}
+    yield pair | _tools(record)
 
 
 def kto(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -158,26 +130,44 @@ def kto(record: dict[str, Any], options: ImportOptions) -> Converted:
     if isinstance(turns, Skip):
         yield turns
         return
-    yield {"prompt": turns[:-1], "completion": turns[-1:], "label": record["label"]}
+    yield {"prompt": turns[:-1], "completion": turns[-1:], "label": record["label"]} | _tools(record)
+
+
+def _tools(record: dict[str, Any]) -> dict[str, Any]:
+    """The tools that were on offer; LLaMA-Factory has them as JSON text."""
+    tools = record.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        tools = orjson.loads(tools)
+    return {"tools": tools} if tools else {}
 
 
 def _sharegpt_turns(record: dict[str, Any]) -> list[dict[str, Any]] | Skip:
     raw = record["conversations"] if "conversations" in record else record["messages"]
     turns = [message("system", record["system"])] if record.get("system") else []
+    call = 0
     for turn in raw:
         name = turn["from"] if "from" in turn else turn["role"]
         role = _SHAREGPT_ROLES.get(name)
         if role is None:
             return Skip(f"turn of unknown role {name!r}")
-        turns.append(message(role, turn["value"] if "value" in turn else turn["content"]))
+        if "from" not in turn and "value" not in turn:
+            turns.append(dict(turn))  # OpenAI's own shape, with all that a turn may have
+            continue
+        text = turn["value"] if "value" in turn else turn["content"]
+        if name == "function_call":
+            calls = orjson.loads(text) if isinstance(text, str) else text
+            calls = calls if isinstance(calls, list) else [calls]
+            turns.append({"role": role, "content": "", "tool_calls": [tool_call(f"call-{call + at}", c["name"],
+                          c.get("arguments", {})) for at, c in enumerate(calls)]})  # fmt: skip
+            call += len(calls)
+        else:
+            turns.append(message(role, text))
+            if role == "tool" and call:
+                turns[-1]["tool_call_id"] = f"call-{call - 1}"
     return turns
 
 
 # --- preferences ------------------------------------------------------------------------------------------------
-
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_HH_HUMAN, _HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def hh(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -191,55 +181,6 @@ def hh(record: dict[str, Any], options: ImportOptions) -> Converted:
         return
     parted = hh_last_turn(record["chosen"], record["rejected"])
     yield parted or hh_common_prefix(record["chosen"], record["rejected"])
-
-
-def hh_last_turn(chosen: str, rejected: str) -> dict[str, Any] | None:
-    """The short way for nearly every pair, in which only the last assistant turn differs; None for the others."""
-    cut = chosen.rfind(_HH_ASSISTANT)
-    if cut < 0 or cut != rejected.rfind(_HH_ASSISTANT):
-        return None
-    shared = chosen[:cut]
-    if not rejected.startswith(shared) or chosen.find(_HH_HUMAN, cut) >= 0 or rejected.find(_HH_HUMAN, cut) >= 0:
-        return None
-    prompt = hh_turns(shared)
-    if not prompt or prompt[-1]["role"] != "user":
-        return None
-    behind = cut + len(_HH_ASSISTANT)
-    return {
-        "prompt": prompt,
-        "chosen": [{"role": "assistant", "content": chosen[behind:].strip()}],
-        "rejected": [{"role": "assistant", "content": rejected[behind:].strip()}],
-    }
-
-
-def hh_common_prefix(chosen: str, rejected: str) -> dict[str, Any] | Skip:
-    """The general way: common turns up to a human turn, whatever follows on either side."""
-    ours, theirs = hh_turns(chosen), hh_turns(rejected)
-    shared = 0
-    for our, their in zip(ours, theirs, strict=False):
-        if our != their:
-            break
-        shared += 1
-    while shared and ours[shared - 1]["role"] != "user":
-        shared -= 1
-    if not shared:
-        return Skip("chosen and rejected share no human turn")
-    if shared in (len(ours), len(theirs)):
-        return Skip("a transcript does not end with an assistant turn")
-    return {"prompt": ours[:shared], "chosen": ours[shared:], "rejected": theirs[shared:]}
-
-
-def hh_turns(transcript: str) -> list[dict[str, Any]]:
-    """Turns of an HH transcript; consecutive turns of one role are joined, "Human:" inside a line stays text."""
-    parts = _HH_TURN.split(transcript)
-    turns: list[dict[str, Any]] = []
-    for index in range(1, len(parts), 2):
-        role, text = _HH_ROLES[parts[index]], parts[index + 1].strip()
-        if turns and turns[-1]["role"] == role:
-            turns[-1] = message(role, f"{turns[-1]['content']}\n\n{text}".strip())
-        else:
-            turns.append({"role": role, "content": text})
-    return turns
 
 
 def shp(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -276,12 +217,23 @@ _USR_SCALES = {
 
 
 def helpsteer(record: dict[str, Any], options: ImportOptions) -> Converted:
+    ratings = {name: rating for name in _HELPSTEER if (rating := _rating(record[name])) is not None}
+    if not ratings:
+        yield Skip("answer without a rating")
+        return
     yield {
         "prompt": [message("user", record["prompt"])],
         "completion": [message("assistant", record["response"])],
-        "aspects": {name: float(record[name]) for name in _HELPSTEER},
-        "scales": dict.fromkeys(_HELPSTEER, (0, 4)),
+        "aspects": ratings,
+        "scales": dict.fromkeys(ratings, (0, 4)),
     }
+
+
+def _rating(value: Any) -> float | None:
+    """A number, also as text; None where the judge gave none. Raises ValueError for anything else."""
+    if value is None or (isinstance(value, str) and value.strip().upper() in ("", "N/A", "NA", "NONE", "NULL")):
+        return None
+    return float(value)
 
 
 def ultrafeedback(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -290,10 +242,9 @@ def ultrafeedback(record: dict[str, Any], options: ImportOptions) -> Converted:
     for completion in record["completions"]:
         ratings = {}
         for aspect, annotation in completion["annotations"].items():
-            try:
-                ratings[aspect] = float(annotation["Rating"])
-            except ValueError:
-                continue
+            rating = _rating(annotation["Rating"])
+            if rating is not None:
+                ratings[aspect] = rating
         if not ratings:
             yield Skip("completion without a rating")
             continue
@@ -416,33 +367,6 @@ def _oasst_label(node: dict[str, Any], name: str) -> float:
     return (labels.get(name) or {}).get("value", 0.0)
 
 
-def label_studio(record: dict[str, Any], options: ImportOptions) -> Converted:
-    """Tasks exported by `steersman data export --to label-studio`, or by Label Studio with the same configuration.
-
-    Each annotation that says something gives one row; cancelled ones are left out.
-    """
-    done = [a for a in record.get("annotations") or [] if not a.get("was_cancelled")]
-    if not done:
-        if "messages" in record["data"]:
-            yield dict(record["data"])
-        else:
-            yield Skip("task without an annotation")
-    for annotation in done:
-        row = dict(record["data"])
-        for result in annotation["result"]:
-            value = result["value"]
-            if result["type"] == "pairwise":
-                sides = ("answer_1", "answer_2") if value["selected"] == "left" else ("answer_2", "answer_1")
-                row["chosen"], row["rejected"] = (row[side] for side in sides)
-            elif result["type"] == "choices":
-                row["label"] = value["choices"][0] == "good"
-            elif result["type"] == "rating":
-                row.setdefault("aspects", {})[result["from_name"]] = value["rating"]
-        for side in ("answer_1", "answer_2"):
-            row.pop(side, None)
-        yield row
-
-
 FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
@@ -453,6 +377,19 @@ FORMATS: dict[str, Format] = {
         Format("bitext", Demonstration, bitext, "CDLA-Sharing-1.0", "Bitext customer support"),
         Format("sharegpt", Demonstration, sharegpt, None, "ShareGPT conversations"),
         Format("sharegpt-dpo", Preference, sharegpt_dpo, None, "ShareGPT / LLaMA-Factory DPO files"),
+        Format(
+            "trl", None, chat_formats.trl, None, "TRL's data set formats: texts or messages, prompt implicit or not"
+        ),
+        Format("ultrafeedback-binarized", Preference, chat_formats.trl, "MIT", "UltraFeedback as pairs (Zephyr)"),
+        Format("tau-bench", Feedback, chat_formats.tau_bench, "MIT", "tau-bench trajectories, reward as label"),
+        Format(
+            "tau-bench-demonstrations",
+            Demonstration,
+            chat_formats.tau_bench_solved,
+            "MIT",
+            "tau-bench trajectories that solved their task",
+        ),
+        Format("abcd", Demonstration, chat_formats.abcd, "MIT", "ABCD dialogues, actions as tool calls"),
         Format("kto", Feedback, kto, None, "LLaMA-Factory KTO files"),
         Format("hh", Preference, hh, "MIT", "Anthropic HH-RLHF", plain=True),
         Format("shp", Preference, shp, "Reddit terms (SHP)", "Stanford Human Preferences"),

@@ -1,7 +1,8 @@
 """The import pipeline: records -> converter -> checks -> duplicates out -> split -> files, in one pass.
 
-Memory does not grow with the files but for 8 bytes a distinct row (the fingerprints against duplicates) and the line
-numbers of skipped rows, which go to `skipped.jsonl` as they come. The output appears whole or not at all.
+Memory does not grow with the files but for 8 bytes a distinct row (the fingerprints against duplicates); skipped rows
+go to `skipped.jsonl` as they come. The output appears whole or not at all. A row without an id of its own gets one
+from its content, so that it is the same row wherever it is read; `origin` says where that was.
 """
 
 from __future__ import annotations
@@ -18,10 +19,19 @@ import orjson
 from pydantic import ValidationError
 
 from steersman.artifacts import atomic_dir
-from steersman.data.formats import Format, ImportOptions, Skip
-from steersman.data.records import Position, describe_validation_error, file_digest, row_type_of
+from steersman.data.format import Format, ImportOptions, Skip
+from steersman.data.near import NearDuplicates
+from steersman.data.opening import Position, display_name, expand
+from steersman.data.records import (
+    IncompleteFileError,
+    Row,
+    describe_validation_error,
+    file_digest,
+    row_type_of,
+)
 from steersman.data.sources import Record, read_hugging_face, read_records
-from steersman.data.splits import SeenSet, Splits, encode, encode_parts
+from steersman.data.splits import CONTENT, SeenSet, Splits, content_id, fingerprint, join_parts
+from steersman.data.truth import read_label
 from steersman.errors import DataError, StorageError
 
 #: Longest row that is taken over, as JSON; longer ones are named and left out.
@@ -48,6 +58,15 @@ class Summary:
     """Records read, broken ones included."""
     written: int = 0
     duplicates: int = 0
+    """Equal rows left out; of judgements all are kept, because equal ones are several people's."""
+    near_duplicates: int = 0
+    """Rows left out because they are nearly equal to one before."""
+    ids_made_unique: int = 0
+    """Ids of the file's own that stood twice."""
+    not_kept: Counter[str] = field(default_factory=Counter)
+    """Field of the records that the rows do not hold -> records that had something in it."""
+    incomplete: list[str] = field(default_factory=list)
+    """Files that ended before their end, and where."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
     """Reason -> how often and where."""
     splits: Counter[str] = field(default_factory=Counter)
@@ -74,6 +93,10 @@ class Summary:
             "read": self.read,
             "written": self.written,
             "duplicates": self.duplicates,
+            "near_duplicates": self.near_duplicates,
+            "ids_made_unique": self.ids_made_unique,
+            "not_kept": dict(sorted(self.not_kept.items())),
+            "incomplete": self.incomplete,
             "skipped": skipped,
             "splits": dict(self.splits),
             "files": self.files,
@@ -86,13 +109,19 @@ class ImportJob:
 
     format: Format
     files: tuple[str, ...]
-    """Paths, fsspec URLs, or Hugging Face names when `hugging_face` is set."""
+    """Paths, folders, patterns, fsspec URLs, `-`, or Hugging Face names when `hugging_face` is set."""
     options: ImportOptions = field(default_factory=ImportOptions)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Put on every row that has no such key: source, licence, customer, consent ..."""
     header: bool = True
     hugging_face: bool = False
     hugging_face_split: str | None = None
+    separator: str | None = None
+    """CSV: what is between columns; None tells it from the first lines."""
+    namespace: str = ""
+    """Put before every id, as `shop/`: keeps the ids of several sources apart."""
+    near_duplicates: float | None = None
+    """Least similarity (Jaccard, by MinHash) at which a row is left out as a near copy; None looks for equal rows."""
 
 
 def convert_rows(
@@ -106,11 +135,11 @@ def convert_rows(
         on_skip: Called with (`file:line`, reason) for each part that is left out.
         progress: Called now and then with (file, bytes consumed).
     """
-    seen = SeenSet()
     known = {"source": job.format.name, "licence": job.format.licence, **job.metadata}
     known = {name: value for name, value in known.items() if value is not None}
-    row_type = job.format.row_type
     may_be_plain = job.format.plain and _is_plain_metadata(known)
+    identities = _Identities(job, summary)
+    unread = _Unread(summary.not_kept)
 
     def skip(where: str, reason: str) -> None:
         summary.skip(reason, where)
@@ -120,34 +149,135 @@ def convert_rows(
         summary.read += 1
         where = f"{name}:{record.line}"
         if isinstance(record.data, DataError):
+            if isinstance(record.data, IncompleteFileError):
+                summary.incomplete.append(where)
             skip(where, record.data.message.partition(": ")[2])
             continue
-        for part, row in enumerate(_converted(job, record.data)):
+        for row in _converted(job, record.data, unread):
             if isinstance(row, Skip):
                 skip(where, row.reason)
                 continue
-            metadata = {"id": f"{where}.{part}" if part else where, **known}
-            plain = may_be_plain and _is_plain_pair(row)
             try:
-                if plain:
-                    line, fingerprint = encode_parts(row, metadata)
-                row = metadata | row
-                if not plain:
-                    (row_type or row_type_of(row)).model_validate(row)
-                    line, fingerprint = encode(row)
+                if may_be_plain and _is_plain_pair(row):
+                    content, metadata = row, known
+                else:
+                    content, metadata = _checked(job.format, known | row)
+                first = orjson.dumps(content)
+                found = identities.of(first, content, metadata)
+                if found is None:
+                    continue
+                metadata = {"id": found, "origin": where} | metadata | {"id": found}
+                line = join_parts(first, metadata)
             except ValidationError as error:
                 skip(where, describe_validation_error(error))
             except DataError as error:
                 skip(where, error.message)
-            except TypeError as error:  # bytes or decimals in a Parquet column, for example
+            except ValueError as error:
+                skip(where, str(error))
+            except TypeError as error:  # bytes in a Parquet column, for example
                 skip(where, f"cannot be written as JSON ({error})")
             else:
                 if len(line) > MAX_ROW_BYTES:
                     skip(where, f"longer than {MAX_ROW_BYTES:,} bytes")
-                elif seen.add(fingerprint):
-                    yield row, line
                 else:
-                    summary.duplicates += 1
+                    yield metadata | content, line
+
+
+def _checked(format: Format, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Content and metadata of a row, as its type reads them: consent and labels as truth values, names as text.
+
+    Raises ValueError for a row that its type refuses.
+    """
+    if "label" in row:
+        row["label"] = read_label(row["label"])
+    checked: Row = (format.row_type or row_type_of(row)).model_validate(row)
+    read = checked.to_dict()
+    content = {name: read.pop(name) for name in CONTENT if name in read}
+    return content, read
+
+
+class _Identities:
+    """Which rows were there before, and their ids."""
+
+    def __init__(self, job: ImportJob, summary: Summary) -> None:
+        self._votes = job.format.votes
+        self._namespace = f"{job.namespace.rstrip('/')}/" if job.namespace else ""
+        self._summary = summary
+        self._seen = SeenSet()
+        self._ids = SeenSet()
+        self._again: Counter[str] = Counter()
+        self._near = NearDuplicates(job.near_duplicates) if job.near_duplicates is not None else None
+
+    def of(self, content: bytes, row: dict[str, Any], metadata: dict[str, Any]) -> str | None:
+        """The row's id; None for a copy of an earlier row.
+
+        Who refused training is kept beside an equal row of somebody who did not.
+        """
+        refused = metadata.get("consent") is False
+        bits = fingerprint(content + b"refused" if refused else content)
+        fresh = self._seen.add(bits)
+        if not fresh and not self._votes:
+            self._summary.duplicates += 1
+            return None
+        if self._near is not None and fresh and not self._near.add(_text_of(row)):
+            self._summary.near_duplicates += 1
+            return None
+        own = metadata.get("id")
+        name = f"{self._namespace}{own or content_id(bits)}"
+        if (own is not None and not self._ids.add(fingerprint(name.encode()))) or (own is None and not fresh):
+            self._again[name] += 1
+            self._summary.ids_made_unique += own is not None
+            name = f"{name}.{self._again[name]}"
+        return name
+
+
+def _text_of(row: dict[str, Any]) -> str:
+    turns = [turn for part in row.values() if isinstance(part, list) for turn in part]
+    return "\n".join(turn["content"] for turn in turns if isinstance(turn, dict))
+
+
+class _Watched(dict[str, Any]):
+    """A record that remembers which of its fields were asked for."""
+
+    def __init__(self, record: dict[str, Any], asked: set[str]) -> None:
+        super().__init__(record)
+        self._asked = asked
+
+    def __getitem__(self, name: str) -> Any:
+        self._asked.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._asked.add(name)
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name)
+
+    def keys(self) -> Any:
+        self._asked.update(self)
+        return super().keys()
+
+
+#: Said of every row whatever its format: kept where a converter does not look at them.
+_CARRIED = ("consent", "customer", "licence", "id")
+_CARRIED_KEYS = frozenset(_CARRIED)
+
+
+class _Unread:
+    """Which fields of the records a converter never looks at: they are lost, so they are counted and said."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        self._asked: set[str] = set(_CARRIED)
+        self._found = found
+
+    def watch(self, record: dict[str, Any]) -> dict[str, Any]:
+        return record if record.keys() <= self._asked else _Watched(record, self._asked)
+
+    def count(self, record: dict[str, Any]) -> None:
+        for name in record.keys() - self._asked:
+            if record[name] not in (None, "", [], {}):
+                self._found[name] += 1
 
 
 _PLAIN_METADATA = frozenset({"source", "licence", "customer"})
@@ -229,35 +359,50 @@ def _all_records(job: ImportJob, progress: Callable[[str, int], None]) -> Iterat
             for record in read_hugging_face(name, split=job.hugging_face_split):
                 yield name, record
         return
-    for file, name in zip(job.files, _short_names(job.files), strict=True):
+    files = expand(job.files)
+    for file, name in zip(files, _short_names(files), strict=True):
         position = Position()
-        for count, record in enumerate(read_records(file, header=job.header, position=position)):
+        records = read_records(file, header=job.header, separator=job.separator, position=position)
+        for count, record in enumerate(records):
             yield name, record
             if count % 2000 == 0:
                 progress(file, position.tell())
         progress(file, -1)
 
 
-def _converted(job: ImportJob, data: dict[str, Any]) -> Iterable[dict[str, Any] | Skip]:
+def _converted(job: ImportJob, data: dict[str, Any], unread: _Unread) -> Iterable[dict[str, Any] | Skip]:
     """The parts of one record; a record of the wrong shape becomes a Skip."""
     try:
-        return list(job.format.convert(data, job.options))
+        rows = list(job.format.convert(unread.watch(data), job.options))
     except KeyError as error:
         return [Skip(f"missing column {error}; check the format and the file")]
     except DataError as error:
         return [Skip(error.message)]
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         return [Skip(f"record has another shape than {job.format.name} ({error})")]
+    unread.count(data)
+    carried = (
+        {name: data[name] for name in _CARRIED if data.get(name) is not None} if _CARRIED_KEYS & data.keys() else {}
+    )
+    if carried:
+        if len(rows) > 1:
+            carried.pop("id", None)  # one id for several rows says nothing
+        rows = [row if isinstance(row, Skip) else carried | row for row in rows]
+    return rows
 
 
 def _short_names(files: tuple[str, ...]) -> list[str]:
-    """File names for messages and row ids, with as many parent folders as it takes to tell them apart."""
+    """File names for messages and origins, with as many parent folders as it takes to tell them apart."""
     depth: dict[str, int] = defaultdict(lambda: 1)
     while True:
-        names = ["/".join(os.fspath(file).split("/")[-depth[file] :]) for file in files]
+        names = [_last_parts(file, depth[file]) for file in files]
         twice = {name for name, count in Counter(names).items() if count > 1}
         clashing = {file for file, name in zip(files, names, strict=True) if name in twice}
         if len(clashing) < 2 or all(depth[file] > file.count("/") for file in clashing):
             return names
         for file in clashing:
             depth[file] += 1
+
+
+def _last_parts(file: str, count: int) -> str:
+    return display_name(file) if count == 1 else "/".join(os.fspath(file).split("/")[-count:])

@@ -18,21 +18,18 @@ import gzip
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Annotated, Any, Literal, TypeVar
 
 import orjson
-from isal import igzip, isal_zlib
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from steersman.data.opening import UNREADABLE, display_name, open_bytes
+from steersman.data.truth import read_consent
 from steersman.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
-
-#: What reading a damaged gzip stream raises.
-DAMAGED: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, isal_zlib.error)  # type: ignore[assignment]
 
 #: A line longer than this is never one training row; the reader names it and goes on behind it.
 MAX_LINE_BYTES = 64 * 1024 * 1024
@@ -45,11 +42,25 @@ class Message(BaseModel):
 
     role: Role
     content: str
+    """Empty on a turn that only calls tools."""
     tool_calls: list[dict[str, Any]] | None = None
     """OpenAI tool calls of an assistant turn."""
     tool_call_id: str | None = None
     """On a tool turn: the call that it answers."""
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_others_write_it(cls, data: Any) -> Any:
+        """OpenAI's other spellings of a turn; what a row cannot keep stays in place, and is refused by its name."""
+        if not isinstance(data, dict):
+            return data
+        plain = (
+            list(data) == _PLAIN_TURN
+            and type(data["content"]) is str
+            and data["role"] in ("system", "user", "assistant", "tool")
+        )
+        return data if plain else _plain_turn(data)
 
     @property
     def blank(self) -> bool:
@@ -57,12 +68,39 @@ class Message(BaseModel):
         return not self.tool_calls and (not self.content or self.content.isspace())
 
 
+_PLAIN_TURN = ["role", "content"]
+_OTHER_ROLES = {"developer": "system", "function": "tool"}
+
+
+def _plain_turn(data: dict[str, Any]) -> dict[str, Any]:
+    kept = ("role", "content", "tool_calls", "tool_call_id", "name")
+    turn = {name: value for name, value in data.items() if name in kept or value not in (None, [], {})}
+    for name, role in _OTHER_ROLES.items():
+        if turn.get("role") == name:
+            turn["role"] = role
+    if turn.get("weight") == 1:  # OpenAI's fine-tuning files: the turn is trained on, as every turn is here
+        del turn["weight"]
+    call = turn.pop("function_call", None)
+    if isinstance(call, dict):
+        turn["tool_calls"] = [{"type": "function", "function": call}]
+    parts = turn.get("content")
+    if isinstance(parts, list):
+        for part in parts:
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise _wrong("content", f"a part of type {kind!r}; rows hold text only, so remove the part or the row")
+        turn["content"] = "".join(part["text"] for part in parts)
+    elif parts is None and ("content" in turn or turn.get("tool_calls")):
+        turn["content"] = ""
+    return turn
+
+
 class Row(BaseModel):
     """What every row may carry beside its conversation; other keys are kept as they are."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    id: str | None = None
+    id: Annotated[str | None, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = None
     """Unique within the file."""
     source: str | None = None
     """Where the row came from: data set, project or application."""
@@ -70,8 +108,9 @@ class Row(BaseModel):
     """SPDX identifier or name of the licence that the text is under."""
     customer: str | None = None
     """The tenant whose data this is; the key for deletion."""
-    consent: bool | None = None
-    """False: the person or tenant refused training; a release leaves the row out."""
+    consent: Annotated[bool | None, BeforeValidator(read_consent)] = None
+    """False: the person or tenant refused training; a release leaves the row out. Words and digits are read as
+    `steersman.data.truth` says; what cannot be read is refused."""
     facts: dict[str, Any] | None = None
     """What a verifiable reward checks the answer against."""
 
@@ -225,78 +264,49 @@ def parse_row(line: bytes, row_type: type[RowT], where: str) -> RowT:
         raise DataError(f"{where}: {describe_validation_error(error)}", details={"where": where}) from None
 
 
-class Position:
-    """How far into a file a reader is, for a progress bar."""
-
-    def __init__(self) -> None:
-        self.stream: IO[bytes] | None = None
-
-    def tell(self) -> int:
-        """Bytes consumed, before unpacking."""
-        return 0 if self.stream is None or self.stream.closed else self.stream.tell()
+def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes | DataError]]:
+    """The lines of a file; see `lines_of`."""
+    with open_bytes(path) as stream:
+        yield from lines_of(stream, display_name(path))
 
 
-def read_lines(
-    path: str | os.PathLike[str], position: Position | None = None
-) -> Iterator[tuple[int, bytes | DataError]]:
+def lines_of(stream: IO[bytes], name: str) -> Iterator[tuple[int, bytes | DataError]]:
     """Yields (line number, line) with blank lines left out.
 
-    What cannot be read is yielded as a DataError in place of the line (an over-long line, then reading goes on; a
-    truncated or damaged gzip stream or a disk error, then it ends), so that an importer can count it.
+    What cannot be read is yielded as a DataError in place of the line (an over-long line, then reading goes on; as an
+    IncompleteFileError where the file is damaged or cut off, then it ends), so that an importer can count it.
     """
-    name = display_name(path)
     number = 0
-    with open_bytes(path, position) as stream:
-        while True:
-            try:
-                line = stream.readline(MAX_LINE_BYTES)
-                number += 1
-                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                        pass
-                    limit = MAX_LINE_BYTES // 2**20
-                    yield number, DataError(f"{name}:{number}: longer than {limit} MiB; split the row or remove it")
-                    continue
-            except DAMAGED as error:
-                yield number + 1, DataError(f"{name}:{number + 1}: damaged gzip stream ({error}); fetch the file again")
-                return
-            except OSError as error:
-                yield number + 1, DataError(f"{name}:{number + 1}: cannot be read ({error.strerror or error})")
-                return
-            if not line:
-                return
-            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]
-            if not line.isspace():
-                yield number, line
-
-
-@contextmanager
-def open_bytes(path: str | os.PathLike[str], position: Position | None = None) -> Iterator[IO[bytes]]:
-    """Opens a local path or an fsspec URL for reading; gzip is recognised by its first two bytes."""
-    target = os.fspath(path)
-    raw: IO[bytes]
-    if "://" in target:
-        import fsspec
-
-        raw = fsspec.open(target, "rb").open()
-    else:
+    while True:
         try:
-            raw = open(target, "rb")  # noqa: SIM115 - closed below
-        except FileNotFoundError:
-            raise DataError(f"{target}: no such file; check the path") from None
-        except IsADirectoryError:
-            raise DataError(f"{target}: is a folder; name a file in it") from None
-    if position is not None:
-        position.stream = raw
-    with raw:
-        magic = raw.read(2)
-        raw.seek(0)
-        if magic == b"\x1f\x8b":
-            with igzip.GzipFile(fileobj=raw) as unpacked:
-                yield unpacked  # type: ignore[misc]
-        else:
-            yield raw
+            line = stream.readline(MAX_LINE_BYTES)
+            number += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+                limit = MAX_LINE_BYTES // 2**20
+                yield number, DataError(f"{name}:{number}: longer than {limit} MiB; split the row or remove it")
+                continue
+        except UNREADABLE as error:
+            yield number + 1, damaged(name, number + 1, error)
+            return
+        if not line:
+            return
+        if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+            line = line[3:]
+        if not line.isspace():
+            yield number, line
+
+
+class IncompleteFileError(DataError):
+    """A file ends before its end: damaged, cut off, or not readable any further."""
+
+
+def damaged(name: str, line: int, error: Exception) -> DataError:
+    """What a reader yields where a file ends too early."""
+    if isinstance(error, DataError):
+        return error
+    return IncompleteFileError(f"{name}:{line}: damaged file ({error}); fetch it again")
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> tuple[int, str]:
@@ -330,11 +340,6 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def display_name(path: str | os.PathLike[str]) -> str:
-    """How messages call a file: its own name, short enough to read."""
-    return os.fspath(path).rsplit("/", 1)[-1]
-
-
 def describe_json_error(error: orjson.JSONDecodeError, line: bytes) -> str:
     """Reason and mend of a line that is not JSON."""
     try:
@@ -350,7 +355,9 @@ def describe_validation_error(error: ValidationError) -> str:
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "steersman_row":
-        return first["msg"]
+        return f"{field}.{first['msg']}" if field else first["msg"]
+    if first["type"] == "value_error":
+        return f"{first['ctx']['error']}{more}"
     if first["type"] == "missing":
         return f"{field}: missing; add it{more}"
     if first["type"] == "too_short":

@@ -1,38 +1,34 @@
 """Reading foreign data files as a stream of records with their line numbers.
 
 A record that cannot be read comes as a `DataError` in place of the record, and reading goes on behind it wherever
-the format allows that; only a damaged gzip or Parquet stream ends a file.
+the format allows that; only damage ends a file, with an `IncompleteFileError`.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
-import json
 import os
+import re
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import orjson
 
-from steersman.data.records import (
-    DAMAGED,
-    MAX_LINE_BYTES,
-    Position,
-    describe_json_error,
-    display_name,
-    open_bytes,
-    read_lines,
-)
+from steersman.data.json_array import Broken, exact_decimal, loads_exactly, objects
+from steersman.data.opening import STDIN, UNREADABLE, Position, display_name, ending, open_bytes
+from steersman.data.records import MAX_LINE_BYTES, IncompleteFileError, damaged, describe_json_error, lines_of
 from steersman.errors import DataError
 
 _CHUNK = 1 << 20
-_UNREADABLE: tuple[type[Exception], ...] = (OSError, *DAMAGED)
-_NO_TEXT: tuple[type[Exception], ...] = (DataError, *_UNREADABLE)
-_NO_CSV: tuple[type[Exception], ...] = (csv.Error, *_NO_TEXT)
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_CSV_HEAD = 1 << 16
+_LONG_NUMBER = re.compile(rb"[0-9][0-9.]{15}")
+_NO_CSV: tuple[type[Exception], ...] = (csv.Error, *UNREADABLE)
+_SEPARATORS = (",", ";", "\t", "|")
 
 
 class Record(NamedTuple):
@@ -44,28 +40,49 @@ class Record(NamedTuple):
 
 
 def read_records(
-    path: str | os.PathLike[str], *, header: bool = True, position: Position | None = None
+    path: str | os.PathLike[str],
+    *,
+    header: bool = True,
+    separator: str | None = None,
+    position: Position | None = None,
 ) -> Iterator[Record]:
-    """Streams the records of a .jsonl, .json (array), .csv, .tsv or .parquet file, each also as .gz but the last.
+    """Streams the records of a .jsonl, .json (array), .csv, .tsv or .parquet file, packed or not.
 
     Args:
-        path: Local path or fsspec URL.
+        path: Local path, fsspec URL, or `-` for standard input, whose format is told by its first bytes.
         header: CSV only; False names the columns "0", "1", ...
+        separator: CSV only; None tells it from the first lines: comma, semicolon, tab or bar.
         position: Follows the reading, for a progress bar.
     """
-    name = display_name(path).lower().removesuffix(".gz")
-    if name.endswith(".parquet"):
-        return _read_parquet(path, position)
-    if name.endswith((".csv", ".tsv")):
-        return _read_csv(path, "\t" if name.endswith(".tsv") else ",", header, position)
-    if name.endswith(".json"):
-        return _read_json(path, position)
-    return _read_jsonl(path, position)
-
-
-def _read_jsonl(path: str | os.PathLike[str], position: Position | None) -> Iterator[Record]:
     name = display_name(path)
-    for number, line in read_lines(path, position):
+    with open_bytes(path, position) as stream:
+        kind = ending(path)
+        if os.fspath(path) == STDIN or kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"):
+            kind = _kind_by_content(stream, kind)
+        if kind == ".parquet":
+            yield from _read_parquet(stream, name)
+        elif kind in (".csv", ".tsv"):
+            yield from _read_csv(stream, name, "\t" if kind == ".tsv" else separator, header)
+        elif kind == ".json":
+            yield from _read_json(stream, name)
+        else:
+            yield from _read_jsonl(stream, name)
+
+
+def _kind_by_content(stream: io.BufferedReader, kind: str) -> str:
+    try:
+        head = stream.peek(_CSV_HEAD).lstrip(b"\xef\xbb\xbf \t\r\n")
+    except UNREADABLE:
+        return ".jsonl"
+    if head.startswith(b"PAR1"):
+        return ".parquet"
+    if head.startswith(b"["):
+        return ".json"
+    return ".csv" if not kind and head and not head.startswith(b"{") else ".jsonl"
+
+
+def _read_jsonl(stream: IO[bytes], name: str) -> Iterator[Record]:
+    for number, line in lines_of(stream, name):
         yield Record(number, line if isinstance(line, DataError) else _parse_object(line, f"{name}:{number}"))
 
 
@@ -74,7 +91,20 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any] | DataError:
         data = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         return DataError(f"{where}: {describe_json_error(error, line)}")
+    if _has_float(data) and _LONG_NUMBER.search(line):
+        try:  # orjson rounds what a double cannot hold
+            data = loads_exactly(line)
+        except ValueError as error:
+            return DataError(f"{where}: not valid JSON ({error}); mend or remove the line")
     return _require_object(data, where)
+
+
+def _has_float(data: Any) -> bool:
+    if type(data) is dict:
+        return any(_has_float(value) for value in data.values())
+    if type(data) is list:
+        return any(_has_float(value) for value in data)
+    return type(data) is float
 
 
 def _require_text(data: dict[str, Any] | DataError, where: str) -> dict[str, Any] | DataError:
@@ -93,113 +123,82 @@ def _require_object(data: Any, where: str) -> dict[str, Any] | DataError:
     return DataError(f"{where}: a JSON {type(data).__name__}, expected an object; mend or remove the row")
 
 
-def _read_json(path: str | os.PathLike[str], position: Position | None) -> Iterator[Record]:
+def _read_json(stream: io.BufferedReader, name: str) -> Iterator[Record]:
     """The objects of one top-level JSON array, held in memory one at a time.
 
     A file whose first character is no bracket is read as JSON lines, which many data sets call .json.
     """
-    name = display_name(path)
-    with open_bytes(path, position) as stream:
-        buffer = ""
-        try:
-            text = _decoded(stream, name)
-            while not buffer.strip() and (chunk := text.read(_CHUNK)):
-                buffer += chunk
-        except _NO_TEXT as error:
-            yield Record(1, _damaged(name, 1, error))
+    try:
+        head = stream.peek(_CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if not head.startswith(b"["):
+            yield from _read_jsonl(stream, name)
             return
-        if buffer.lstrip()[:1] == "[":
-            yield from _json_array(text, buffer, name)
-            return
-    yield from _read_jsonl(path, position)
+        text = _decoded(stream)
+        buffer = text.read(_CHUNK)
+    except UNREADABLE as error:
+        yield Record(1, damaged(name, 1, error))
+        return
+    for line, data in objects(text, buffer, MAX_LINE_BYTES):
+        where = f"{name}:{line}"
+        if isinstance(data, Broken):
+            kind = IncompleteFileError if data.last else DataError
+            yield Record(line, kind(f"{name}:{data.line}: {data.reason}"))
+        else:
+            yield Record(line, _require_text(_require_object(data, where), where))
 
 
-def _json_array(text: IO[str], buffer: str, name: str) -> Iterator[Record]:
-    decoder = json.JSONDecoder()
-    at = counted = buffer.index("[") + 1
-    line = 1 + buffer.count("\n", 0, at)
-    more = True
-    while True:
-        while at < len(buffer) and buffer[at] in " \t\r\n,":
-            at += 1
-        line, counted = line + buffer.count("\n", counted, at), at
-        if buffer.startswith("]", at):
-            return
-        try:
-            data, end = decoder.raw_decode(buffer, at)
-        except (ValueError, RecursionError) as error:
-            # Cut by the end of the chunk, or broken? Only what fails near the end can be mended by reading on.
-            reason, failed = (error.msg, error.pos) if isinstance(error, json.JSONDecodeError) else (str(error), at)
-            cut = reason.startswith("Unterminated string") or failed >= len(buffer) - 16
-            if more and cut and len(buffer) - at < MAX_LINE_BYTES:
-                try:
-                    chunk = text.read(max(_CHUNK, len(buffer) - at))
-                except _UNREADABLE as damage:
-                    yield Record(line, _damaged(name, line, damage))
-                    return
-                more = bool(chunk)
-                buffer, at, counted = buffer[at:] + chunk, 0, 0
-                continue
-            bad = line + buffer.count("\n", at, failed)
-            reason = f"not valid JSON ({reason}); mend or remove the row"
-            if not buffer[at:].strip():
-                reason = "the array has no closing bracket; the file was cut off, fetch it again"
-            yield Record(line, DataError(f"{name}:{bad}: {reason}"))
-            at = _next_object(buffer, failed)
-            if at < 0:
-                return
-            continue
-        yield Record(line, _require_text(_require_object(data, f"{name}:{line}"), f"{name}:{line}"))
-        at = end
-
-
-def _next_object(buffer: str, at: int) -> int:
-    """Where the next object of the array seems to begin behind a broken one, or -1."""
-    while (comma := buffer.find(",", at)) >= 0:
-        at = comma + 1
-        behind = buffer[at : at + 64].lstrip()
-        before = buffer[max(0, comma - 64) : comma].rstrip()
-        if behind[:1] == "{" and before[-1:] in ("}", "]", '"') and "\n" in buffer[at : at + 64]:
-            return at
-    return -1
-
-
-def _decoded(stream: IO[bytes], name: str) -> IO[str]:
+def _decoded(stream: IO[bytes]) -> IO[str]:
     """UTF-8 text with bytes that are not UTF-8 kept as surrogates, so that a reader can name their row."""
-    start = stream.read(2)
-    stream.seek(0)
-    if start in _UTF16:
-        raise DataError(f"{name}:1: encoded as UTF-16; save the file as UTF-8")
     return io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _read_csv(
-    path: str | os.PathLike[str], delimiter: str, header: bool, position: Position | None
-) -> Iterator[Record]:
-    name = display_name(path)
+def _read_csv(stream: io.BufferedReader, name: str, separator: str | None, header: bool) -> Iterator[Record]:
     csv.field_size_limit(MAX_LINE_BYTES)
-    with open_bytes(path, position) as stream:
+    try:
+        head = stream.peek(_CSV_HEAD)
+        text = _decoded(stream)
+        if head.removeprefix(b"\xef\xbb\xbf").startswith(b"sep="):  # Excel's own way of naming it
+            separator = separator or text.readline().strip()[4:5]
+        reader = csv.reader(text, delimiter=separator or _separator(head))
+        columns = next(reader, None) if header else None
+    except _NO_CSV as error:
+        yield Record(1, damaged(name, 1, error))
+        return
+    twice = [column for column, count in Counter(columns or ()).items() if count > 1]
+    if twice:
+        yield Record(1, DataError(f"{name}:1: column {twice[0]!r} stands twice; give each column a name of its own"))
+        return
+    while True:
+        line = reader.line_num + 1
         try:
-            reader = csv.reader(_decoded(stream, name), delimiter=delimiter)
-            columns = next(reader, None) if header else None
-        except _NO_CSV as error:
-            yield Record(1, _damaged(name, 1, error))
+            values = next(reader, None)
+        except csv.Error as error:
+            yield Record(line, DataError(f"{name}:{line}: not valid CSV ({error}); mend or remove the row"))
+            continue
+        except UNREADABLE as error:
+            yield Record(line, damaged(name, line, error))
             return
-        while True:
-            line = reader.line_num + 1
-            try:
-                values = next(reader, None)
-            except csv.Error as error:
-                yield Record(line, DataError(f"{name}:{line}: not valid CSV ({error}); mend or remove the row"))
-                continue
-            except _UNREADABLE as error:
-                yield Record(line, _damaged(name, line, error))
-                return
-            if values is None:
-                return
-            if values:
-                columns = columns or [str(index) for index in range(len(values))]
-                yield Record(line, _csv_record(columns, values, f"{name}:{line}"))
+        if values is None:
+            return
+        if values:
+            columns = columns or [str(index) for index in range(len(values))]
+            yield Record(line, _csv_record(columns, values, f"{name}:{line}"))
+
+
+def _separator(head: bytes) -> str:
+    """The first separator that cuts the first lines into the same number of columns, more than one; else a comma."""
+    text = head.decode(errors="replace")
+    lines = text.splitlines(keepends=True)
+    whole = lines if len(head) < _CSV_HEAD or len(lines) < 2 else lines[:-1]
+    for separator in _SEPARATORS:
+        try:
+            widths = {len(row) for row in csv.reader(whole[:50], delimiter=separator) if row}
+        except csv.Error:
+            continue
+        if len(widths) == 1 and widths.pop() > 1:
+            return separator
+    first = next((line for line in lines if line.strip()), "")
+    return max(_SEPARATORS, key=lambda separator: (first.count(separator), separator == ","))
 
 
 def _csv_record(columns: list[str], values: list[str], where: str) -> dict[str, Any] | DataError:
@@ -208,38 +207,46 @@ def _csv_record(columns: list[str], values: list[str], where: str) -> dict[str, 
     return _require_text(dict(zip(columns, values, strict=True)), where)
 
 
-def _damaged(name: str, line: int, error: Exception) -> DataError:
-    if isinstance(error, DataError):
-        return error
-    return DataError(f"{name}:{line}: damaged file ({error}); fetch it again")
-
-
-def _read_parquet(path: str | os.PathLike[str], position: Position | None) -> Iterator[Record]:
+def _read_parquet(stream: io.BufferedReader, name: str) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name = display_name(path)
     number = 0
-    with open_bytes(path, position) as stream:
-        try:
-            file = pq.ParquetFile(stream)
-            as_json = [f.name for f in file.schema_arrow if (f.metadata or {}).get(b"steersman.encoding") == b"json"]
-            for batch in file.iter_batches(batch_size=256):
+    try:
+        with tempfile.TemporaryFile() as whole:
+            file: IO[bytes] = stream
+            if not stream.seekable():  # the table of contents stands at a Parquet file's end
+                while piece := stream.read(_CHUNK):
+                    whole.write(piece)
+                file = whole
+            table = pq.ParquetFile(file)
+            as_json = [f.name for f in table.schema_arrow if (f.metadata or {}).get(b"steersman.encoding") == b"json"]
+            for batch in table.iter_batches(batch_size=256):
                 for data in batch.to_pylist():
                     number += 1
                     yield Record(number, _from_parquet(data, as_json))
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            yield Record(number + 1, DataError(f"{name}:{number + 1}: damaged Parquet ({reason}); fetch it again"))
+    except (pa.ArrowException, *UNREADABLE) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        message = f"{name}:{number + 1}: damaged Parquet ({reason}); fetch it again"
+        yield Record(number + 1, IncompleteFileError(message))
 
 
 def _from_parquet(data: dict[str, Any], as_json: list[str]) -> dict[str, Any]:
     """A row as JSON lines would hold it: empty cells are absent, JSON text is what it stands for."""
-    row = {name: value for name, value in data.items() if value is not None}
+    row = {name: _exact(value) for name, value in data.items() if value is not None}
     for name in as_json:
         if name in row:
             row[name] = orjson.loads(row[name])
     return {name: _turns(value) if isinstance(value, list) else value for name, value in row.items()}
+
+
+def _exact(value: Any) -> Any:
+    """Decimals as numbers where a double holds them, else as text."""
+    if isinstance(value, Decimal):
+        return exact_decimal(str(value)) if value.is_finite() else str(value)
+    if isinstance(value, dict):
+        return {name: _exact(part) for name, part in value.items()}
+    return [_exact(part) for part in value] if isinstance(value, list) else value
 
 
 def _turns(values: list[Any]) -> list[Any]:
@@ -268,7 +275,7 @@ def read_hugging_face(name: str, *, split: str | None = None, config: str | None
         try:
             for data in loaded[part]:
                 number += 1
-                yield Record(number, data)
+                yield Record(number, _exact(data))
         except Exception as error:
             reason = str(error).splitlines()[0]
-            yield Record(number + 1, DataError(f"{name}:{number + 1}: cannot be read ({reason})"))
+            yield Record(number + 1, IncompleteFileError(f"{name}:{number + 1}: cannot be read ({reason})"))

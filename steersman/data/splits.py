@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from bisect import bisect
 from collections.abc import Mapping
 from typing import Any
@@ -42,19 +44,49 @@ def encode(row: Mapping[str, Any]) -> tuple[bytes, int]:
 def encode_parts(content: dict[str, Any], metadata: dict[str, Any]) -> tuple[bytes, int]:
     """The same of a row in two parts; the keys of `content` are those of `CONTENT`, in its order."""
     first = orjson.dumps(content)
-    line = first[:-1] + b"," + orjson.dumps(metadata)[1:] if metadata else first
-    return line, int.from_bytes(hashlib.blake2b(first, digest_size=8).digest(), "little")
+    return join_parts(first, metadata), fingerprint(first)
+
+
+def join_parts(content: bytes, metadata: dict[str, Any]) -> bytes:
+    """One JSON line of a row's content, as JSON, and its metadata."""
+    return content[:-1] + b"," + orjson.dumps(metadata)[1:] if metadata else content
+
+
+def fingerprint(content: bytes) -> int:
+    """64 bits of a row's content, as JSON."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def content_id(content_bits: int) -> str:
+    """The id of a row that has none of its own: the same wherever and whenever the row is read."""
+    return f"{content_bits:016x}"
+
+
+#: A split's name becomes a file's name; `skipped.jsonl` has another meaning.
+_NAME = re.compile(r"(?!skipped$)[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class Splits:
     """Assigns rows to named shares by a hash of their group: the same row lands on the same side in every run."""
 
-    def __init__(self, shares: Mapping[str, float], *, seed: int = 0, by: str | None = None) -> None:
-        if not shares or any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+    def __init__(self, shares: Mapping[str, float], *, seed: int = 0, by: str | None = None, salt: str = "") -> None:
+        """
+        Args:
+            shares: Name -> share of the groups.
+            seed: Another seed is another draw.
+            by: Metadata key whose values stay on one side; the first question by default.
+            salt: Draws of different salts are independent: the one side of a split can be split again.
+        """
+        for name in shares:
+            if not _NAME.fullmatch(name):
+                raise ConfigError(f"splits: {name!r} is no name of a split; use letters, digits, - and _, as train")
+        good = all(math.isfinite(share) and share >= 0 for share in shares.values())
+        if not shares or not good or abs(sum(shares.values()) - 1) > 1e-6:
             raise ConfigError(f"splits: shares {dict(shares)} must be positive and sum to 1, as train=0.9,test=0.1")
         self.names = list(shares)
         self._bounds = np.cumsum(list(shares.values())).tolist()[:-1]
-        self._hash = hashlib.blake2b(digest_size=8, key=str(seed).encode())
+        key = hashlib.blake2b(f"{salt}:{seed}".encode()).digest()
+        self._hash = hashlib.blake2b(digest_size=8, key=key)
         self._by = by
 
     def of(self, row: Mapping[str, Any]) -> str:
@@ -75,14 +107,18 @@ class SeenSet:
         self._limit = recent
         self._sorted = np.empty(0, np.uint64)
 
+    def __contains__(self, value: int) -> bool:
+        if value in self._recent:
+            return True
+        if not len(self._sorted):
+            return False
+        at = int(self._sorted.searchsorted(np.uint64(value)))
+        return at < len(self._sorted) and int(self._sorted[at]) == value
+
     def add(self, value: int) -> bool:
         """Adds a fingerprint; False when it was there already."""
-        if value in self._recent:
+        if value in self:
             return False
-        if len(self._sorted):
-            at = int(self._sorted.searchsorted(np.uint64(value)))
-            if at < len(self._sorted) and int(self._sorted[at]) == value:
-                return False
         self._recent.add(value)
         if len(self._recent) >= self._limit:
             fresh = np.fromiter(self._recent, np.uint64, len(self._recent))

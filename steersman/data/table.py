@@ -12,7 +12,8 @@ A map names, for each part of a row, the column that it comes from, or a templat
     prompt=article  answer=summary  aspects.true=scores.consistency   (a field of an object)
     prompt="{0}\\nA. {1}\\nB. {2}"  answer=5  facts.answer=5      -> demonstration from a headerless CSV
 
-`system=`, `id=`, `customer=`, `source=`, `facts.NAME=` and `meta.NAME=` may stand beside each of them. A column that
+`system=`, `id=`, `customer=`, `source=`, `licence=`, `consent=`, `facts.NAME=` and `meta.NAME=` may stand beside each
+of them; consent and labels are read as `steersman.data.truth` says. A column that
 holds a list of messages is taken as it is. Without a map the file's rows must already have the canonical shape.
 """
 
@@ -23,17 +24,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from steersman.data.formats import Converted, Converter, Format, ImportOptions, Skip, message
+from steersman.data.chat_formats import trl
+from steersman.data.format import Converted, Converter, Format, ImportOptions, Skip, message
 from steersman.data.records import ROW_TYPES, Aspects, Demonstration, Feedback, Preference, Prompt, Row, row_type_of
 from steersman.errors import ConfigError, DataError
 
 _TARGETS = {
     "prompt", "system", "answer", "chosen", "rejected", "answer_a", "answer_b", "winner", "label", "margin", "id",
-    "customer", "source", "messages",
+    "customer", "source", "licence", "consent", "messages",
 }  # fmt: skip
 _GROUPS = ("aspects.", "facts.", "meta.")
-_TRUE = {"1", "true", "yes", "up", "good", "like"}
-_FALSE = {"0", "false", "no", "down", "bad", "dislike"}
+_NAMES = ("id", "customer", "source", "licence")
+_JUDGED = (Preference, Feedback, Aspects)
 
 
 @dataclass(frozen=True)
@@ -72,22 +74,23 @@ class ColumnMap:
 
 def table_format(columns: ColumnMap) -> Format:
     """The import format of a column map."""
-    return Format("table", columns.row_type, _converter(columns), None, "any file with a column map")
+    votes = columns.row_type in _JUDGED
+    return Format("table", columns.row_type, _converter(columns), None, "any file with a column map", votes=votes)
 
 
 def canonical_format(kind: str) -> Format:
-    """Rows that already have the canonical shape of `kind`."""
+    """Rows that already have the canonical shape of `kind`, or that of TRL's formats."""
     if kind not in ROW_TYPES:
         raise ConfigError(f"--rows: {kind!r} is no row type; known are {', '.join(ROW_TYPES)}")
     row_type = ROW_TYPES[kind]
 
     def convert(record: dict[str, Any], options: ImportOptions) -> Converted:
-        found = row_type_of(record)
-        if found is not row_type:
-            raise DataError(f"a row of type {found.__name__.lower()}, expected {kind}; import it on its own")
-        yield record
+        for row in trl(record, options):
+            if isinstance(row, dict) and (found := row_type_of(row)) is not row_type:
+                raise DataError(f"a row of type {found.__name__.lower()}, expected {kind}; import it on its own")
+            yield row
 
-    return Format("steersman", row_type, convert, None, "canonical rows")
+    return Format("steersman", row_type, convert, None, "canonical rows", votes=row_type in _JUDGED)
 
 
 def _converter(columns: ColumnMap) -> Converter:
@@ -103,14 +106,16 @@ def _converter(columns: ColumnMap) -> Converter:
                 if value is not None and value != "":
                     row_group = row.setdefault(group, {}) if group != "meta" else row
                     row_group[name] = float(value) if group == "aspects" else value
-            elif target in ("id", "customer", "source") and _value(record, parts[target]) is not None:
+            elif target in _NAMES and _value(record, parts[target]) not in (None, ""):
                 row[target] = str(_value(record, parts[target]))
+            elif target == "consent":
+                row[target] = _value(record, parts[target])
         if "messages" in parts:
             messages = _messages(_value(record, parts["messages"]), "user")
             if row_type is Demonstration:
                 yield row | {"messages": messages}
             else:
-                label = _truth(_value(record, parts["label"]))
+                label = _value(record, parts["label"])
                 yield row | {"prompt": messages[:-1], "completion": messages[-1:], "label": label}
             return
         prompt = _messages(_value(record, parts["prompt"]), "user")
@@ -129,7 +134,7 @@ def _converter(columns: ColumnMap) -> Converter:
             yield row | {"prompt": prompt}
         else:
             row |= {"prompt": prompt, "completion": answers["answer"]}
-            yield row | {"label": _truth(_value(record, parts["label"]))} if row_type is Feedback else row
+            yield row | {"label": _value(record, parts["label"])} if row_type is Feedback else row
 
     return convert
 
@@ -169,12 +174,3 @@ def _messages(value: Any, role: str) -> list[dict[str, Any]]:
     if isinstance(value, list):
         return value
     return [message(role, "" if value is None else str(value).strip())]
-
-
-def _truth(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    if text in _TRUE or text in _FALSE:
-        return text in _TRUE
-    raise DataError(f"label is {value!r}; expected true or false")

@@ -77,7 +77,7 @@ def test_import_prints_counts_reasons_and_where(tmp_path: Path) -> None:
     assert "1 duplicates removed, 1 left out" in " ".join(output.split())
     assert "a.jsonl:2" in output
     (row,) = [json.loads(line) for path in (tmp_path / "out").glob("t*.jsonl") for line in path.open()]
-    assert (row["customer"], row["licence"], row["source"], row["id"]) == ("acme", "MIT", "hh", "a.jsonl:1")
+    assert (row["customer"], row["licence"], row["source"], row["origin"]) == ("acme", "MIT", "hh", "a.jsonl:1")
 
 
 def test_options_that_are_wrong_are_named(tmp_path: Path, store_url: str) -> None:
