@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := engine,training,gateway,data,controller,dev
+EXTRAS := engine,training,gateway,data,controller,docs,dev
 
 # Of the vLLM engine.
 VLLM_VENV ?= .venv-vllm
@@ -106,6 +106,11 @@ proto: $(READY) ## Generate the stubs in steersman/v1 from proto/.
 .PHONY: bench-vllm-engine
 bench-vllm-engine: $(VLLM_READY) ## Run benchmarks/vllm_engine.py in .venv-vllm (ARGS="...").
 	$(VLLM_VENV)/bin/python -m benchmarks.vllm_engine $(ARGS)
+
+.PHONY: docs
+docs: $(READY) ## Build the documentation site in build/docs; any warning fails it.
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	@echo "docs  build/docs/index.html"
 
 bench-%: $(READY) ## Run benchmarks/<name>.py (ARGS="...").
 	$(BIN)/python -m benchmarks.$(subst -,_,$*) $(ARGS)
