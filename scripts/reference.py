@@ -33,14 +33,22 @@ def write_reference(folder: Path) -> None:
 
     services = {"policy": PolicyConfig, "reward": RewardConfig, "reference": ReferenceConfig}
     pages = {
-        "manifest": _models("The manifest", "Every field of `AlignmentRun`, as `steersman run -f` and "
-                            "`kubectl apply -f` read it.", {"AlignmentRun": AlignmentRun}),
-        "services": _models("Configuration of the services", "`python -m services.NAME --config FILE --set a.b=c`; "
-                            "`--print-config` shows what results.", services),
-        "gateway": _models("Configuration of the gateway", "`python -m services.gateway --config FILE`.",
-                           {"gateway": GatewayConfig}),
-        "controller": _models("Configuration of the controller", "In the chart's block `controller`.",
-                              {"controller": ControllerConfig}),
+        "manifest": _models(
+            "The manifest",
+            "Every field of `AlignmentRun`, as `steersman run -f` and `kubectl apply -f` read it.",
+            {"AlignmentRun": AlignmentRun},
+        ),
+        "services": _models(
+            "Configuration of the services",
+            "`python -m services.NAME --config FILE --set a.b=c`; `--print-config` shows what results.",
+            services,
+        ),
+        "gateway": _models(
+            "Configuration of the gateway", "`python -m services.gateway --config FILE`.", {"gateway": GatewayConfig}
+        ),
+        "controller": _models(
+            "Configuration of the controller", "In the chart's block `controller`.", {"controller": ControllerConfig}
+        ),
         "cli": _commands(),
         "errors": _errors(),
         "contracts": _contracts(),
@@ -124,17 +132,23 @@ def _cell(text: str | None) -> str:
 def _commands() -> str:
     done = subprocess.run(
         [sys.executable, "-m", "typer", "steersman.cli", "utils", "docs", "--name", "steersman"],
-        capture_output=True, text=True, check=True, cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     return "# Commands\n\n" + done.stdout.partition("\n")[2].lstrip("\n")
 
 
 def _errors() -> str:
     lines = [
-        "# Errors and exit codes", "",
+        "# Errors and exit codes",
+        "",
         "An error on purpose is one sentence: the field, file or row; the reason; the mend. Each class has one gRPC code, "
         "one HTTP status and one exit code everywhere. [Troubleshooting](../troubleshooting.md) explains the sentences.",
-        "", "| class | gRPC | HTTP | exit code | `type` in OpenAI's shape | meaning |", "|---|---|---|---|---|---|",
+        "",
+        "| class | gRPC | HTTP | exit code | `type` in OpenAI's shape | meaning |",
+        "|---|---|---|---|---|---|",
     ]
     for kind in _tree(errors.SteersmanError):
         lines.append(

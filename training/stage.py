@@ -133,7 +133,7 @@ def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):
         seed=spec.seed,
         reporter=reporter,
         device=device,
-        precision=pick_precision(spec.model.precision, device, cache_dir / "hardware.json"),
+        precision=pick_precision(spec.model.precision, device),
         cache_dir=cache_dir,
         data=data,
     )

@@ -45,7 +45,7 @@ class ReferenceEngine:
         config = self._config
         set_threads(config.threads)
         self._device = pick_device(config.device)
-        precision = pick_precision(config.precision, self._device, config.cache_dir / "hardware.json")
+        precision = pick_precision(config.precision, self._device)
         folder = resolve_model(config.model, config.cache_dir, note=log.info)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._model = load_causal_lm(folder, dtype=dtype, device=self._device).requires_grad_(False).eval()

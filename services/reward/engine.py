@@ -135,7 +135,7 @@ class RewardEngine:
         config = self._config
         set_threads(config.threads)
         device = pick_device(config.device)
-        precision = pick_precision(config.precision, device, config.cache_dir / "hardware.json")
+        precision = pick_precision(config.precision, device)
         if config.merge_requests:
             use_fast_exact_matmul()
         self.scorers = [

@@ -44,7 +44,7 @@ def prepare(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> None
     cache_dir = ServerConfig().cache_dir
     base = resolve_model(model.base, cache_dir, model.revision, note=reporter.note)
     device = pick_device(model.device)
-    precision = pick_precision(model.precision, device, cache_dir / "hardware.json")
+    precision = pick_precision(model.precision, device)
     decided = ", as measured on this machine" if (model.precision, device) == ("auto", "cpu") else ""
     reporter.note(f"{model.base} in {precision} on {device}{decided}")
     partial = run_dir / ".prepared.json"

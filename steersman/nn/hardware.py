@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import platform
 import time
@@ -36,15 +35,11 @@ def pick_device(device: str = "auto") -> str:
     return device
 
 
-def pick_precision(precision: str = "auto", device: str = "cpu", memory: Path | None = None) -> Precision:
+def pick_precision(precision: str = "auto", device: str = "cpu") -> Precision:
     """Arithmetic of matrix products on a device.
 
     `auto`: bf16 on a GPU that has it; on a CPU a benchmark of less than 100 ms decides, because some CPUs multiply
     bf16 three times faster than fp32 (Zen 5, AMX) and others at half the speed.
-
-    Args:
-        memory: JSON file that remembers what was measured by processor, so that a busy moment does not decide
-            otherwise for the next run; None: measured by every process.
     """
     if precision in ("fp32", "bf16"):
         return precision  # type: ignore[return-value]
@@ -52,26 +47,36 @@ def pick_precision(precision: str = "auto", device: str = "cpu", memory: Path | 
         raise ConfigError(f"model.precision is {precision!r}; use auto, fp32 or bf16")
     if device != "cpu":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    gain = cpu_bf16_gain() if memory is None else _remembered_gain(memory)
-    return "bf16" if gain >= _GAIN else "fp32"
+    return "bf16" if remembered_gain("bf16", cpu_bf16_gain) >= _GAIN else "fp32"
 
 
-def _remembered_gain(memory: Path) -> float:
-    """`cpu_bf16_gain`, measured once for this processor and torch."""
-    key = f"{_processor()}, torch {torch.__version__}"
-    known: dict[str, float] = {}
-    with contextlib.suppress(OSError, ValueError):  # absent, or not ours: measured anew
-        known = dict(json.loads(memory.read_text()))
-    if key not in known:
-        known[key] = round(cpu_bf16_gain(), 3)
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs the measurement
+def remembered_gain(name: str, measure: Callable[[], float]) -> float:
+    """How many times as fast one arithmetic is as another, measured once for this processor and torch.
+
+    What is measured decides which kernels run, and so the last bits of every number. A busy moment must not decide
+    otherwise for the next process: a run that was killed would not continue to the same weights. The first process of
+    a machine that measures decides for all; where nothing can be written, each decides for itself.
+
+    Args:
+        name: of what is compared; part of a file name.
+        measure: gives the factor.
+    """
+    key = hashlib.sha256(f"{_processor()} torch {torch.__version__}".encode()).hexdigest()[:16]
+    try:
+        memory = Path.home() / ".cache" / "steersman" / "hardware" / f"{key}-{name}"
+        if not memory.is_file():
             memory.parent.mkdir(parents=True, exist_ok=True)
             partial = memory.with_name(f".{memory.name}.{os.getpid()}")
-            partial.write_text(json.dumps(known))
-            partial.replace(memory)
-    return float(known[key])
+            partial.write_text(f"{measure():.3f}\n")
+            with contextlib.suppress(FileExistsError):
+                os.link(partial, memory)  # never replaces what another process has decided meanwhile
+            partial.unlink()
+        return float(memory.read_text())
+    except (OSError, RuntimeError, ValueError):  # no home, nothing writable, or not our file
+        return measure()
 
 
+@functools.cache
 def _processor() -> str:
     """Name of the processor with a digest of what it can do: names of virtual ones say little."""
     try:
@@ -84,7 +89,6 @@ def _processor() -> str:
     return f"{said.get('model name', platform.machine())} {hashlib.sha256(able.encode()).hexdigest()[:12]}"
 
 
-@functools.cache
 def cpu_bf16_gain(size: int = 512) -> float:
     """Speed of a bf16 matrix product relative to fp32 on this CPU."""
     fp32, bf16 = best_seconds([_product(torch.float32, size), _product(torch.bfloat16, size)])
@@ -144,9 +148,13 @@ def use_fast_exact_matmul(size: int = 512) -> bool:
         product()
         torch.set_float32_matmul_precision(before)
 
-    slow, fast = best_seconds([product, with_onednn])
+    def onednn_gain() -> float:
+        slow, fast = best_seconds([product, with_onednn])
+        return slow / fast
+
+    gain = remembered_gain("onednn", onednn_gain)
     torch.set_float32_matmul_precision("medium")
-    if slow / fast >= _GAIN and _relative_error(size) < 1e-6:
+    if gain >= _GAIN and _relative_error(size) < 1e-6:
         return True
     torch.set_float32_matmul_precision(before)
     return False

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from steersman.errors import ConfigError
-from steersman.nn.hardware import best_seconds, pick_precision
+from steersman.nn.hardware import best_seconds, pick_precision, remembered_gain
 
 PACKING_ROWS = 64
 """Batch size that the blocked weight layout is made for; measured good for every other size above 1, too."""
@@ -75,10 +74,13 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, activat
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "")
 
 
-@functools.cache
 def _packing_pays() -> bool:
+    return remembered_gain("packed", _packing_gain) > _PACKING_GAIN
+
+
+def _packing_gain() -> float:
     x, transposed = torch.full((64, 576), 0.01), torch.full((576, 1536), 0.01)
     packed = pack_weight(torch.full((1536, 576), 0.01))
     with torch.no_grad():
         slow, fast = best_seconds([lambda: torch.mm(x, transposed), lambda: packed_linear(x, packed)])
-    return slow > _PACKING_GAIN * fast
+    return slow / fast

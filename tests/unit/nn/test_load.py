@@ -12,7 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from steersman.errors import ConfigError, NotFoundError, UnavailableError
 from steersman.nn import hardware
-from steersman.nn.hardware import cpu_bf16_gain, pick_device, pick_precision, use_fast_exact_matmul
+from steersman.nn.hardware import (
+    cpu_bf16_gain,
+    pick_device,
+    pick_precision,
+    remembered_gain,
+    use_fast_exact_matmul,
+)
 from steersman.nn.load import load_causal_lm, load_tokenizer
 from steersman.nn.prepare import check_tokenizer_matches, heartbeat, resolve_model
 from steersman.testing.models import save_model_folder, tiny_llama, tiny_llama_reward, tiny_tokenizer
@@ -115,7 +121,8 @@ def test_long_work_is_not_silent():
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.5, "fp32"), (1.0, "fp32"), (3.0, "bf16")])
-def test_precision_follows_the_measurement(gain, expected, monkeypatch):
+def test_precision_follows_the_measurement(gain, expected, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(hardware, "cpu_bf16_gain", lambda: gain)
     assert pick_precision("auto", "cpu") == expected
     assert pick_precision("fp32", "cpu") == "fp32"
@@ -158,16 +165,32 @@ def test_a_prepared_default_model_is_reused(folder, tmp_path):
     assert json.loads((cache / "smollm2-135m-instruct" / "config.json").read_text())["model_type"] == "llama"
 
 
-def test_precision_is_measured_once_for_a_machine(tmp_path, monkeypatch):
-    memory = tmp_path / "cache" / "hardware.json"
+def test_what_is_measured_decides_once_for_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert remembered_gain("this", lambda: 3.0) == 3.0
+    assert remembered_gain("this", lambda: 0.5) == 3.0
+    assert remembered_gain("that", lambda: 0.5) == 0.5
     monkeypatch.setattr(hardware, "cpu_bf16_gain", lambda: 3.0)
-    assert pick_precision("auto", "cpu", memory) == "bf16"
+    assert pick_precision("auto", "cpu") == "bf16"
     monkeypatch.setattr(hardware, "cpu_bf16_gain", lambda: 0.5)
-    assert pick_precision("auto", "cpu", memory) == "bf16"
-    assert pick_precision("auto", "cpu") == "fp32"
-    memory.write_text("{broken")
-    assert pick_precision("auto", "cpu", memory) == "fp32"
+    assert pick_precision("auto", "cpu") == "bf16"
     monkeypatch.setattr(hardware, "_processor", lambda: "another")
-    monkeypatch.setattr(hardware, "cpu_bf16_gain", lambda: 3.0)
-    assert pick_precision("auto", "cpu", memory) == "bf16"
-    assert len(json.loads(memory.read_text())) == 2
+    assert pick_precision("auto", "cpu") == "fp32"
+
+
+def test_two_processes_that_measure_at_once_agree(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def slowly() -> float:
+        assert remembered_gain("this", lambda: 2.0) == 2.0  # another one is faster
+        return 1.0
+
+    assert remembered_gain("this", slowly) == 2.0
+    assert len(list((tmp_path / ".cache" / "steersman" / "hardware").iterdir())) == 1
+
+
+def test_where_nothing_can_be_written_each_process_decides(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert remembered_gain("this", lambda: 3.0) == 3.0
+    assert remembered_gain("this", lambda: 0.5) == 0.5
