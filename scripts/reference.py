@@ -6,6 +6,7 @@ of errors, contracts from the proto files, chart values from the chart's own REA
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import types
@@ -99,7 +100,7 @@ def _rows(model: type[BaseModel]) -> Iterator[str]:
 def _default(value: Any) -> str:
     if isinstance(value, BaseModel):
         return "its fields' defaults"
-    text = repr(value) if not isinstance(value, (dict, list, tuple)) or value else str(value)
+    text = json.dumps(value, default=str)
     return f"`{text}`" if len(text) <= 40 else "see there"
 
 
@@ -144,8 +145,8 @@ def _errors() -> str:
     lines = [
         "# Errors and exit codes",
         "",
-        "An error on purpose is one sentence: the field, file or row; the reason; the mend. Each class has one gRPC code, "
-        "one HTTP status and one exit code everywhere. [Troubleshooting](../troubleshooting.md) explains the sentences.",
+        "An error on purpose is one sentence: the field, file or row; the reason; the mend. Each class has one gRPC "
+        "code, one HTTP status and one exit code everywhere. [Troubleshooting](../troubleshooting.md) explains them.",
         "",
         "| class | gRPC | HTTP | exit code | `type` in OpenAI's shape | meaning |",
         "|---|---|---|---|---|---|",
