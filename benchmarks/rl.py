@@ -195,7 +195,8 @@ def our_worker(pipe: Connection, work: Work) -> None:
     import torch
 
     from benchmarks.train import useful_gflop
-    from steersman.config.manifest import Generation, Lora, Optimizer, PpoSpec, RlStage
+    from steersman.config.algorithms import PpoSpec
+    from steersman.config.manifest import Generation, Lora, Optimizer, RlStage
     from steersman.nn.hardware import use_fast_exact_matmul
     from steersman.nn.load import load_tokenizer
     from steersman.nn.tokens import tokenizer_fingerprint
@@ -270,7 +271,7 @@ def our_worker(pipe: Connection, work: Work) -> None:
         for step in range(work.steps):
             pipe.recv()
             begun = time.perf_counter()
-            experience = trainer.collect(step)
+            experience = trainer.collector.collect(step)
             collected = time.perf_counter()
             trainer.update(experience.batch, step)
             updated = time.perf_counter()

@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import common
 from benchmarks.report import heading, table, write
-from steersman.config.manifest import Critic, Lora
+from steersman.config.algorithms import Critic
+from steersman.config.manifest import Lora
 from steersman.nn.packed import pack
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from training.mathematics import losses

@@ -91,6 +91,10 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def all(self, good: bool) -> bool:
+        """Whether it is true on every rank."""
+        return self.add(torch.tensor(0.0 if good else 1.0)).item() == 0.0
+
     def merge(self, stats: T) -> T:
         """Statistics of all ranks: fields named `*_max` by maximum, the others by sum."""
         if self.world == 1:

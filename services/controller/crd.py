@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic.alias_generators import to_camel
 
 from services.controller.status import RunStatus
-from steersman.config.manifest import AlignmentRun
+from steersman.config.algorithms import block_of, blocks
+from steersman.config.manifest import AlignmentRun, RlStage
 
 GROUP = "steersman.dev"
 PLURAL = "alignmentruns"
@@ -120,6 +122,15 @@ def _unchanged(field: str) -> Json:
     )
 
 
+def _belongs_to(method: str) -> Json:
+    """A method's own options belong to no other method."""
+    block = to_camel(block_of(method))
+    chosen = f"has(self.algorithm) && self.algorithm == '{method}'"
+    if method == RlStage.model_fields["algorithm"].default:
+        chosen = f"!has(self.algorithm) || self.algorithm == '{method}'"
+    return _rule(f"!has(self.{block}) || {chosen}", f"{block}.* has no meaning for this algorithm; remove it")
+
+
 def _add_rules(spec: Json) -> None:
     """One key a stage; CEL: what must not change, and what a canary needs."""
     stages = spec["properties"]["stages"]
@@ -133,12 +144,7 @@ def _add_rules(spec: Json) -> None:
             "canary needs inferenceService: the KServe InferenceService whose traffic is split",
         )
     ]
-    stage["properties"]["rl"]["x-kubernetes-validations"] = [
-        _rule(
-            "!has(self.ppo) || !has(self.algorithm) || self.algorithm == 'ppo'",
-            "ppo.* has no meaning for this algorithm; remove it",
-        )
-    ]
+    stage["properties"]["rl"]["x-kubernetes-validations"] = [_belongs_to(name) for name in blocks()]
     spec["x-kubernetes-validations"] = [_unchanged(field) for field in IMMUTABLE]
 
 

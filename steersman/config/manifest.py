@@ -12,18 +12,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic.alias_generators import to_camel
 
-from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
+from steersman.config.algorithms import ChosenMethod, MethodOptions, PpoSpec, check_method, options_of
+from steersman.config.base import (
+    FrozenModel,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Probability,
+    apply_overrides,
+    load_model,
+    read_yaml,
+)
 from steersman.errors import ConfigError
 from steersman.rewards import check_reward
 
 API_VERSION = "steersman.dev/v1alpha1"
 KIND = "AlignmentRun"
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Probability = Annotated[float, Field(gt=0, le=1)]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -229,41 +235,20 @@ class KlController(FrozenModel):
     """Samples over which the coefficient adapts."""
 
 
-class Critic(FrozenModel):
-    kind: Literal["rewardModel", "valueHead"] = "rewardModel"
-    """A separate model initialised from the reward model, or a head on the policy's trunk."""
-    learning_rate: PositiveFloat = 1e-4
-    """Of the separate critic, or of the value head."""
-    coefficient: PositiveFloat = 0.1
-    """Weight of the value loss where policy and critic share the trunk."""
-    clip: NonNegativeFloat = 0.2
-    """Value clipping range; 0: off."""
-    warmup_steps: NonNegative = 0
-    """Steps in which only the critic learns."""
+class KlLoss(FrozenModel):
+    """KL to the reference as a term of the loss (DeepSeekMath, equation 3), beside or instead of that in the reward."""
+
+    coefficient: PositiveFloat = 0.04
+    """Weight of the term; set klCoefficient to 0 where it takes the place of the KL in the reward."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimate of a token's KL (Schulman 2020). The gradient of k1 is 0 in expectation without `correction`."""
+    correction: bool = True
+    """Multiply by the probability ratio, without which the gradient is not that of the KL."""
 
 
-class PpoSpec(FrozenModel):
-    """What belongs to PPO alone (Schulman et al. 2017; Ziegler et al. 2019)."""
-
-    critic: Critic = Critic()
-    """Where values come from."""
-    gamma: Probability = 1.0
-    """Discount."""
-    lam: Probability = 0.95
-    """Lambda of the generalized advantage estimation (GAE)."""
-    ptx_coefficient: NonNegativeFloat = 0.0
-    """PPO-ptx (InstructGPT): weight of the language-model loss on demonstrations; 0: off."""
-    whiten_rewards: bool = False
-    """Whiten the per-token rewards before GAE."""
-
-
-class RlStage(FrozenModel):
+class RlStage(ChosenMethod):
     """Online reinforcement learning against the policy, reward and reference services."""
 
-    algorithm: Literal["ppo", "rloo", "grpo", "dr-grpo", "reinforce"] = "ppo"
-    """How advantages are estimated."""
-    ppo: PpoSpec | None = None
-    """Options of PPO; refused with every other algorithm."""
     lora: Lora | None = Lora()
     """None (`null`): full fine-tuning."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-4, schedule="constant", warmup_ratio=0.0)
@@ -288,6 +273,8 @@ class RlStage(FrozenModel):
     """Weight of the k1 KL to the reference in the per-token reward."""
     adaptive_kl: KlController | None = None
     """Adapts the coefficient; None: fixed."""
+    kl_loss: KlLoss | None = None
+    """KL to the reference as a term of the loss; None: off."""
     clip: PositiveFloat = 0.2
     """Clipping range of the probability ratio."""
     dual_clip: PositiveFloat | None = None
@@ -317,12 +304,7 @@ class RlStage(FrozenModel):
 
     @model_validator(mode="after")
     def _check(self) -> RlStage:
-        if self.algorithm != "ppo" and self.ppo is not None:
-            raise ValueError(f"ppo.* (critic, GAE, ptx) has no meaning for {self.algorithm}; remove it")
-        if self.algorithm in ("rloo", "grpo", "dr-grpo") and self.samples_per_prompt < 2:
-            raise ValueError(
-                f"samplesPerPrompt must be at least 2 for {self.algorithm}: it compares a prompt's samples"
-            )
+        check_method(self)
         if self.generation.top_p < 1 or self.generation.top_k:
             raise ValueError("generation.topP must be 1 and generation.topK 0: the losses need the whole distribution")
         if self.dual_clip is not None and self.dual_clip <= 1:
@@ -331,18 +313,18 @@ class RlStage(FrozenModel):
             raise ValueError("lora.dropout must be 0: the trainer's policy would differ from the sampled one")
         if self.minibatches > self.prompts_per_step:
             raise ValueError("minibatches must not exceed promptsPerStep: the samples of a prompt stay together")
-        if self.dual_clip is not None and self.algorithm == "rloo":
-            raise ValueError("dualClip has no meaning for rloo, whose ratio is that of the whole answer; remove it")
         if self.adaptive_kl is not None and not self.kl_coefficient:
             raise ValueError("adaptiveKl multiplies klCoefficient, which is 0; set it above 0")
         if self.stop_kl is not None and self.epochs * self.minibatches == 1:
             raise ValueError("stopKl needs epochs or minibatches above 1: a single update starts at a KL of 0")
         if self.deterministic and self.max_staleness:
             raise ValueError("deterministic needs maxStaleness 0: generation ahead of training is a matter of timing")
-        critic = self.ppo.critic if self.ppo is not None else Critic()
-        if critic.kind == "rewardModel" and critic.coefficient != Critic().coefficient:
-            raise ValueError("ppo.critic.coefficient belongs to kind valueHead; a separate critic has its learningRate")
         return self
+
+    @property
+    def options(self) -> MethodOptions:
+        """Options of the chosen method."""
+        return options_of(self)
 
 
 class RejectionSamplingStage(FrozenModel):
@@ -566,8 +548,8 @@ class Trainer(FrozenModel):
 
 
 class RunSpec(FrozenModel):
-    seed: NonNegative = 17
-    """Everything random derives from it."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
+    """Everything random derives from it; below 2^32, which is as far as numpy's seeds go."""
     model: ModelSpec = ModelSpec()
     """The base model."""
     data: DataSpec
@@ -610,13 +592,13 @@ class RunSpec(FrozenModel):
                         f"{where} ({to_camel(stage.kind)}) has nothing to reward: put a rewardModel stage before it, "
                         "or list reward.verifiable, or give services.reward.endpoints"
                     )
-            if stage.rl is not None and stage.rl.ppo is not None and stage.rl.ppo.ptx_coefficient:
-                if self.data.demo is None and self.data.demonstrations is None:
-                    raise ValueError(f"{where}.rl.ppo.ptxCoefficient needs data.demonstrations")
-            if stage.rl is not None and stage.rl.algorithm == "ppo" and "reward_model" not in kinds[:index]:
-                if (stage.rl.ppo or PpoSpec()).critic.kind == "rewardModel":
+            if stage.rl is not None and isinstance(options := stage.rl.options, PpoSpec):
+                block = f"{where}.rl.{options.name}"
+                if options.ptx_coefficient and self.data.demo is None and self.data.demonstrations is None:
+                    raise ValueError(f"{block}.ptxCoefficient needs data.demonstrations")
+                if options.critic.kind == "rewardModel" and "reward_model" not in kinds[:index]:
                     raise ValueError(
-                        f"{where}.rl.ppo.critic.kind is rewardModel, but no rewardModel stage comes before; "
+                        f"{block}.critic.kind is rewardModel, but no rewardModel stage comes before; "
                         "use kind: valueHead"
                     )
         names = [stage.reward_model.name for stage in self.stages if stage.reward_model is not None]

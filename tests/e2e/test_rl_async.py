@@ -51,7 +51,7 @@ def test_strictly_on_policy_equals_the_synchronous_loop_bit_for_bit(
     def one_after_the_other(self: Trainer) -> None:
         self.publish(0)
         for step in range(self.spec.steps):
-            experience = self.collect(step)
+            experience = self.collector.collect(step)
             self.update(experience.batch, step)
             self.publish(step + 1)
 

@@ -17,10 +17,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from steersman.errors import InvalidArgumentError
 from training.mathematics.kl import KLEstimator, estimate_kl
-from training.mathematics.segments import broadcast, segment_sum
+from training.mathematics.segments import broadcast, segment_mean, segment_sum
 from training.mathematics.stats import max_of, sum_of, to_floats
 
 
@@ -82,6 +83,27 @@ class ValueStats:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class KlTerm:
+    """beta * KL(pi || reference) as a term of the loss (DeepSeekMath, equation 3).
+
+    With `correction` the estimate is multiplied by the ratio, through which the gradient flows too: the gradient of k3
+    alone is not that of KL(pi || pi_ref), that of ratio * k3 is (DeepSeek-V3.2; TRL's `use_bias_correction_kl`). The
+    term carries no `weights`.
+    """
+
+    ref_logprobs: Tensor
+    """fp32 [T]"""
+    coefficient: float
+    estimator: KLEstimator = "k3"
+    correction: bool = True
+
+    def of(self, logprobs: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """(terms of the loss, KL), both fp32 [T]; `ratio` is pi / pi_old of each token, fp32 [T]."""
+        kl = estimate_kl(logprobs, self.ref_logprobs, self.estimator)
+        return self.coefficient * (kl * ratio if self.correction else kl), kl
+
+
 def ppo_policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -92,6 +114,7 @@ def ppo_policy_loss(
     clip_high: float | None = None,
     dual_clip: float | None = None,
     weights: Tensor | None = None,
+    kl: KlTerm | None = None,
     entropy: Tensor | None = None,
     entropy_coefficient: float = 0.0,
 ) -> tuple[Tensor, PolicyStats]:
@@ -105,7 +128,13 @@ def ppo_policy_loss(
     if weights is not None:
         terms = terms * weights.detach()
     terms = terms - entropy_coefficient * entropy if entropy is not None and entropy_coefficient else terms
-    stats = _policy_stats(terms, ratio, clipped, logprobs - old_logprobs, tokens=logprobs.numel(), entropy=entropy)
+    divergence = None
+    if kl is not None:
+        penalty, divergence = kl.of(logprobs, ratio)
+        terms = terms + penalty
+    stats = _policy_stats(
+        terms, ratio, clipped, logprobs - old_logprobs, tokens=logprobs.numel(), entropy=entropy, kl=divergence
+    )
     return divide(terms, denominator), stats
 
 
@@ -136,10 +165,7 @@ def grpo_loss(
     *,
     denominator: float,
     average: Literal["tokens", "samples"] = "tokens",
-    ref_logprobs: Tensor | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    kl_correction: bool = True,
+    kl: KlTerm | None = None,
     clip_low: float = 0.2,
     clip_high: float | None = None,
     dual_clip: float | None = None,
@@ -154,9 +180,7 @@ def grpo_loss(
         samples, global samples             GRPO as published: mean over tokens in a response, then over responses
         tokens,  global samples * constant  Dr. GRPO: no length normalisation, constant = the longest response allowed
 
-    With `kl_correction` the KL term is multiplied by the ratio, through which the gradient flows too: the gradient of
-    k3 alone is not that of KL(pi || pi_ref), that of ratio * k3 is (DeepSeek-V3.2; TRL's `use_bias_correction_kl`). The
-    KL term carries no `weights`. Reference implementation: TRL 1.16 `GRPOTrainer._compute_loss`.
+    `clip_high` above `clip_low` is DAPO's clip-higher. Reference implementation: TRL 1.16 `GRPOTrainer._compute_loss`.
     """
     log_ratio = logprobs - old_logprobs
     terms, ratio, clipped = _clipped_surrogate(
@@ -164,13 +188,13 @@ def grpo_loss(
     )
     if weights is not None:
         terms = terms * weights.detach()
-    kl = None
-    if ref_logprobs is not None:
-        kl = estimate_kl(logprobs, ref_logprobs, kl_estimator)
-        terms = terms + kl_coefficient * (kl * ratio if kl_correction else kl)
+    divergence = None
+    if kl is not None:
+        penalty, divergence = kl.of(logprobs, ratio)
+        terms = terms + penalty
     if average == "samples":
         terms = terms / broadcast(lengths.clamp(min=1), lengths)
-    stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), entropy=entropy, kl=kl)
+    stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), entropy=entropy, kl=divergence)
     return divide(terms, denominator), stats
 
 
@@ -183,18 +207,104 @@ def rloo_loss(
     denominator: float,
     clip_low: float = 0.2,
     clip_high: float | None = None,
+    kl: KlTerm | None = None,
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """RLOO: the whole response is one action; clipped surrogate on the sequence ratio, summed / global SAMPLES.
 
     r_i = exp(sum_t logprobs - sum_t old_logprobs); advantages fp32 [N]. At r = 1 its gradient is REINFORCE's,
     A_i * sum_t grad logprob_t (Ahmadian et al. 2024, arXiv 2402.14740). Reference implementation: TRL 1.16
-    `RLOOTrainer._compute_loss`. An empty response has ratio 1 whatever the policy is: give it no advantage.
+    `RLOOTrainer._compute_loss`. An empty response has ratio 1 whatever the policy is: give it no advantage. The KL term
+    is summed over a response's tokens, each with its own ratio.
     """
-    log_ratio = segment_sum(logprobs - old_logprobs, lengths)
+    token_log_ratio = logprobs - old_logprobs
+    log_ratio = segment_sum(token_log_ratio, lengths)
     terms, ratio, clipped = _clipped_surrogate(log_ratio, advantages, clip_low, clip_high, None)
-    stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), entropy=entropy)
+    divergence = None
+    if kl is not None:
+        penalty, divergence = kl.of(logprobs, token_log_ratio.exp())
+        terms = terms + segment_sum(penalty, lengths)
+    stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), entropy=entropy, kl=divergence)
     return divide(terms, denominator), stats
+
+
+def gspo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    denominator: float,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+    weights: Tensor | None = None,
+    kl: KlTerm | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """GSPO (Zheng et al. 2025, arXiv 2507.18071, equations 5 and 7), summed over responses / global SAMPLES.
+
+        s_i = exp(mean_t (logprobs - old_logprobs)),   max(-A_i s_i, -A_i clip(s_i, 1 - low, 1 + high))
+
+    advantages and weights fp32 [N]. The KL term is the mean over a response's tokens, its ratio s_i. Reference
+    implementation: TRL 1.16 `GRPOTrainer` with `importance_sampling_level="sequence"` and `loss_type="grpo"`.
+    """
+    log_ratio = segment_mean(logprobs - old_logprobs, lengths)
+    terms, ratio, clipped = _clipped_surrogate(log_ratio, advantages, clip_low, clip_high, None)
+    if weights is not None:
+        terms = terms * weights.detach()
+    divergence = None
+    if kl is not None:
+        penalty, divergence = kl.of(logprobs, broadcast(ratio, lengths))
+        terms = terms + segment_mean(penalty, lengths)
+    stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), kl=divergence)
+    return divide(terms, denominator), stats
+
+
+def cispo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    denominator: float,
+    weight_cap: float = 5.0,
+    weights: Tensor | None = None,
+    kl: KlTerm | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """CISPO (MiniMax-M1, arXiv 2506.13585, equation 4): -sum_t sg(min(r_t, cap)) A_t logprob_t / denominator.
+
+    r_t = exp(logprobs - old_logprobs); the weight carries no gradient, so a token whose ratio is beyond the cap still
+    teaches. advantages fp32 [T]. Reference implementation: TRL 1.16 `GRPOTrainer` with `loss_type="cispo"`.
+    """
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    terms = -ratio.detach().clamp(max=weight_cap) * advantages.detach() * logprobs
+    if weights is not None:
+        terms = terms * weights.detach()
+    divergence = None
+    if kl is not None:
+        penalty, divergence = kl.of(logprobs, ratio)
+        terms = terms + penalty
+    stats = _policy_stats(terms, ratio, ratio > weight_cap, log_ratio, tokens=logprobs.numel(), kl=divergence)
+    return divide(terms, denominator), stats
+
+
+def preference_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    denominator: float,
+    beta: float,
+    kind: Literal["sigmoid", "ipo"] = "sigmoid",
+) -> Tensor:
+    """DPO's (Rafailov et al. 2023, equation 7) or IPO's (Azar et al. 2023) loss, summed over pairs / global pairs.
+
+        h = chosen - rejected,   sigmoid: -log sigmoid(beta h),   ipo: (h - 1 / (2 beta))^2
+
+    chosen and rejected fp32 [P] are log pi - log pi_ref summed over the tokens of the answer. Reference implementation:
+    TRL 1.16 `OnlineDPOTrainer`.
+    """
+    margin = chosen - rejected
+    terms = -F.logsigmoid(beta * margin) if kind == "sigmoid" else (margin - 1.0 / (2.0 * beta)).square()
+    return divide(terms, denominator)
 
 
 def reinforce_loss(

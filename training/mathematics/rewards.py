@@ -6,6 +6,7 @@ refuses it, so the caller must have excluded the sample (`present`, then `segmen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -33,9 +34,28 @@ def penalize_missing_eos(
     return torch.where(has_eos | scores.isnan(), scores, worse)
 
 
+def overlong_punishment(lengths: Tensor, limit: int, buffer: int, penalty: float = 1.0) -> Tensor:
+    """fp32 [N]: 0 up to `limit - buffer` tokens, growing linearly to `penalty` at `limit` (DAPO, equation 13).
+
+    lengths int64 [N]; limit and buffer in tokens, buffer above 0.
+    """
+    return ((lengths - (limit - buffer)).clamp(min=0, max=buffer).float() / buffer) * penalty
+
+
 def clip_scores(scores: Tensor, low: float, high: float) -> Tensor:
     """fp32 [N]: scores limited to [low, high]."""
     return scores.clamp(low, high)
+
+
+def clip_parts(scores: Tensor, parts: Mapping[str, Tensor], weights: Mapping[str, float], limit: float) -> Tensor:
+    """fp32 [N]: scores in which each of `parts` (fp32 [N], weighted by `weights`) counts at most `limit` either way.
+
+    For the standardised outputs of reward models, whose far values say little. A computed reward has a scale of its
+    own (60 of 100 points) and must not be among the parts.
+    """
+    for name, values in parts.items():
+        scores = scores - weights[name] * (values - values.clamp(-limit, limit))
+    return scores
 
 
 def scale_scores(scores: Tensor, moments: Moments, *, center: bool = True, eps: float = 1e-8) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.nn.packed import PackedBatch, pack
 from training.mathematics import segments
 
 
@@ -16,19 +18,23 @@ from training.mathematics import segments
 class SampleBatch:
     """N samples of G prompts; the samples of a prompt follow one another.
 
-    Per-token tensors are fp32 [T] with T = lengths.sum(): entry t belongs to the t-th response token
-    over all samples, and is about that token (its log-probability, its reward), never about the
-    next. There are no masks: an empty response has length 0 and no entries.
+    A response is everything after the prompt: the policy's own tokens, and between them those that others wrote
+    (results of tools, turns of the customer), for which `loss_mask` is False. Only the policy's own are learned from.
+    Per-token tensors are fp32 [T] with T = lengths.sum(): entry t belongs to the t-th own token over all samples, and
+    is about that token (its log-probability, its reward), never about the next. So a token without loss has no KL, no
+    advantage and no value target, and the mathematics needs no masks; an empty response has length 0 and no entries.
     """
 
     prompts: tuple[np.ndarray, ...]
     """G arrays of int32 token ids."""
     responses: tuple[np.ndarray, ...]
     """N arrays of int32 token ids, the end-of-sequence token included."""
+    loss_mask: tuple[np.ndarray, ...]
+    """N arrays of bool, one a token of the response: the policy's own."""
     group: Tensor
     """int64 [N], index of the prompt."""
     lengths: Tensor
-    """int64 [N]"""
+    """int64 [N], own tokens."""
     engine_logprobs: Tensor
     """fp32 [T], of the engine that sampled."""
     ref_logprobs: Tensor
@@ -41,12 +47,16 @@ class SampleBatch:
     """bool [N], ended by itself."""
     versions: Tensor
     """int64 [N], the oldest weights version that made a token."""
+    standardised: Mapping[str, float] = field(default_factory=dict)
+    """Weights of the `parts` that have mean 0 and standard deviation 1 on a reference set: those of reward models."""
 
     def select(self, keep: Tensor) -> SampleBatch:
         """The samples where `keep` (bool [N]) holds. Prompts stay, also those without samples."""
+        kept = keep.nonzero()[:, 0].tolist()
         return replace(
             self,
-            responses=tuple(response for response, kept in zip(self.responses, keep.tolist(), strict=True) if kept),
+            responses=tuple(self.responses[index] for index in kept),
+            loss_mask=tuple(self.loss_mask[index] for index in kept),
             group=self.group[keep],
             lengths=self.lengths[keep],
             engine_logprobs=segments.select(self.engine_logprobs, self.lengths, keep),
@@ -57,8 +67,45 @@ class SampleBatch:
             versions=self.versions[keep],
         )
 
+    def finite(self) -> Tensor:
+        """bool [N]: samples all of whose log-probabilities are finite."""
+        bad = ~(self.engine_logprobs.isfinite() & self.ref_logprobs.isfinite())
+        return segments.segment_sum(bad.double(), self.lengths) == 0
+
+    @staticmethod
+    def joined(batches: Sequence[SampleBatch]) -> SampleBatch:
+        """The samples of several batches of one step, which have the same scorers."""
+        if len(batches) == 1:
+            return batches[0]
+        offsets = np.cumsum([0, *(len(batch.prompts) for batch in batches)])
+        names = batches[0].parts.keys()
+        return SampleBatch(
+            prompts=tuple(prompt for batch in batches for prompt in batch.prompts),
+            responses=tuple(response for batch in batches for response in batch.responses),
+            loss_mask=tuple(mask for batch in batches for mask in batch.loss_mask),
+            group=torch.cat([batch.group + int(offset) for batch, offset in zip(batches, offsets, strict=False)]),
+            parts={name: torch.cat([batch.parts[name] for batch in batches]) for name in names},
+            standardised=batches[0].standardised,
+            **{name: torch.cat([getattr(batch, name) for batch in batches]) for name in _TENSORS},
+        )
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: nothing but tensors, numbers and names."""
+        tensors = {name: getattr(self, name) for name in (*_TENSORS, "group")}
+        arrays = {name: [torch.tensor(array) for array in getattr(self, name)] for name in _ARRAYS}
+        return tensors | arrays | {"parts": self.parts, "standardised": dict(self.standardised)}
+
+    @staticmethod
+    def of(state: dict[str, Any]) -> SampleBatch:
+        """What `state` gave."""
+        return SampleBatch(**{**state, **{name: tuple(array.numpy() for array in state[name]) for name in _ARRAYS}})
+
     def __len__(self) -> int:
         return len(self.responses)
+
+
+_ARRAYS = ("prompts", "responses", "loss_mask")
+_TENSORS = ("lengths", "engine_logprobs", "ref_logprobs", "scores", "ended", "versions")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,19 +116,27 @@ class MicroBatch:
     samples: Tensor
     """int64 [n], indices of the samples in the batch."""
     tokens: Tensor
-    """int64 [t], indices of their tokens in the batch's per-token tensors."""
+    """int64 [t], indices of their own tokens in the batch's per-token tensors."""
+    own: Tensor
+    """bool [R], which of all response tokens are the policy's own."""
 
-    @property
-    def size(self) -> int:
-        """Tokens of the forward pass."""
-        return sum(len(prompt) + sum(map(len, responses)) for prompt, responses in self.groups)
+    def packed(self, device: torch.device | str) -> PackedBatch:
+        """What the model takes; it predicts the policy's own tokens only."""
+        packed = pack(self.groups, device)
+        own = self.own.to(device)
+        return replace(packed, predictor=packed.predictor[own], targets=packed.targets[own])
 
 
-def micro_batches(batch: SampleBatch, group_ids: list[int], budget: int) -> list[MicroBatch]:
+def micro_batches(
+    batch: SampleBatch, group_ids: list[int], budget: int, *, whole_groups: bool = False
+) -> list[MicroBatch]:
     """Splits the samples of some prompts by token budget, long prompts' samples first.
 
     A prompt whose samples do not fit the budget together is repeated; a single sample above the
     budget runs alone. The split changes memory and speed, never the result.
+
+    Args:
+        whole_groups: samples of a prompt stay together also above the budget, because the loss compares them.
     """
     offsets = segments.starts(batch.lengths)
     members: dict[int, list[int]] = {index: [] for index in group_ids}
@@ -95,7 +150,7 @@ def micro_batches(batch: SampleBatch, group_ids: list[int], budget: int) -> list
         chunk: list[int] = []
         for sample in samples:
             length = len(batch.responses[sample])
-            if chunk and size + length > budget:
+            if chunk and size + length > budget and not whole_groups:
                 chunks.append((size, group, chunk))
                 size, chunk = prompt, []
             size += length
@@ -119,11 +174,13 @@ def micro_batches(batch: SampleBatch, group_ids: list[int], budget: int) -> list
 
 def _micro(batch: SampleBatch, chunks: list[tuple[int, list[int]]], offsets: Tensor) -> MicroBatch:
     samples = [sample for _, members in chunks for sample in members]
-    tokens = [torch.arange(len(batch.responses[sample])) + offsets[sample] for sample in samples]
+    tokens = [torch.arange(int(batch.lengths[sample])) + offsets[sample] for sample in samples]
+    own = [batch.loss_mask[sample] for sample in samples]
     return MicroBatch(
         groups=[(batch.prompts[group], [batch.responses[sample] for sample in members]) for group, members in chunks],
         samples=torch.tensor(samples, dtype=torch.int64),
         tokens=torch.cat(tokens) if tokens else torch.zeros(0, dtype=torch.int64),
+        own=torch.from_numpy(np.concatenate([np.zeros(0, bool), *own])),
     )
 
 

@@ -57,6 +57,12 @@ class Sample:
     ended: bool
     """It ended by itself, not by the token limit."""
     versions: tuple[int, ...]
+    mask: np.ndarray | None = None
+    """bool [R], the tokens that the policy itself made; None: all. `logprobs` are then those of the own tokens only."""
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        return np.ones(len(self.token_ids), dtype=bool) if self.mask is None else self.mask
 
 
 class _Remote:
@@ -357,6 +363,11 @@ class RewardClient(_Remote):
         """One result an item, in order; items that failed have no reward but an error."""
         request = reward_pb2.ScoreRequest(items=items, tokenizer_fingerprint=self._fingerprint)
         return list(self.retrying(lambda: self._stub.Score(request, timeout=CALL_SECONDS)).scores)
+
+    def standardised(self) -> dict[str, float]:
+        """Weights of the scorers whose values have mean 0 and standard deviation 1 on a reference set."""
+        info = self.retrying(lambda: self._stub.GetRewardInfo(reward_pb2.GetRewardInfoRequest(), timeout=30))
+        return {scorer.name: scorer.weight for scorer in info.scorers if scorer.kind == "model"}
 
 
 class ReferenceClient(_Remote):

@@ -86,7 +86,13 @@ class Services:
 
     def rollouts(self, generation: Generation) -> Rollouts:
         return Rollouts(
-            self.policy, self.reward, self.reference, self.decode, generation, self.context.reporter.activity
+            self.policy,
+            self.reward,
+            self.reference,
+            self.decode,
+            generation,
+            self.context.reporter.activity,
+            self.reward[0].standardised() if self.reward else {},
         )
 
 

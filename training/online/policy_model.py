@@ -12,9 +12,11 @@ import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from steersman.config.manifest import Critic, Lora
+from steersman.config.algorithms import Critic
+from steersman.config.manifest import Lora
 from steersman.errors import ConfigError, FailedPreconditionError
 from steersman.nn.load import load_causal_lm, load_reward_backbone
 from steersman.nn.logprobs import token_logprobs
@@ -108,18 +110,22 @@ class PolicyModel(nn.Module):
                 values = self.value_head(states)[:, 0].float()
             return Forward(self._token_logprobs(hidden, batch), values)
 
-    def logprobs(self, batch: PackedBatch) -> Tensor:
-        """fp32 [t] only."""
-        with self._autocast():
-            return self._token_logprobs(hidden_states(self.policy, batch)[batch.predictor], batch)
+    def logprobs(self, batch: PackedBatch, temperature: float | None = None) -> Tensor:
+        """fp32 [t] only.
 
-    def _token_logprobs(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        Args:
+            temperature: None: that of the sampling.
+        """
+        with self._autocast():
+            return self._token_logprobs(hidden_states(self.policy, batch)[batch.predictor], batch, temperature)
+
+    def _token_logprobs(self, hidden: Tensor, batch: PackedBatch, temperature: float | None = None) -> Tensor:
         return token_logprobs(
             hidden,
             self.head_weight,
             batch.targets,
             bias=self._head_bias,
-            temperature=self._temperature,
+            temperature=temperature or self._temperature,
             softcap=self._softcap,
         )[0]
 
@@ -155,6 +161,12 @@ class PolicyModel(nn.Module):
             )
         for name, value in state.items():
             own[name].data.copy_(sharded_like(value, own[name].data))
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether everything that training changes is; of a sharded parameter this rank's part."""
+        local = [value.to_local() if isinstance(value, DTensor) else value for value in self._trained().values()]
+        return all(bool(value.isfinite().all()) for value in local)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
-from steersman.config.manifest import PpoSpec, RlStage
+from steersman.config.manifest import RlStage
 from steersman.config.stages import reward_model_folders
 from steersman.errors import ConfigError
 from steersman.nn.hardware import use_fast_exact_matmul
 from steersman.nn.load import load_tokenizer
 from steersman.nn.lora import merge_to_folder, quantization, save_adapter, save_model
 from steersman.nn.tokens import stop_ids, tokenizer_fingerprint
+from training.algorithms import build
 from training.context import StageContext
 from training.online.checkpoint import Checkpoints
 from training.online.connect import Services, generation_config
-from training.online.loop import Pair, Trainer
+from training.online.loop import Trainer
+from training.online.passes import Pair
 from training.online.policy_model import PolicyModel
 from training.online.prompts import load_answers
 from training.parallel import Ranks
@@ -72,11 +74,10 @@ def run_rl(spec: RlStage, context: StageContext) -> None:
 
 def build_model(spec: RlStage, context: StageContext, critic_folder: Path | None) -> PolicyModel:
     """Policy and critic as the stage starts with them."""
-    ppo = (spec.ppo or PpoSpec()) if spec.algorithm == "ppo" else None
     return PolicyModel(
         context.policy_model,
         spec.lora,
-        ppo.critic if ppo is not None else None,
+        build(spec).critic,
         critic_folder,
         device=context.device,
         precision=context.precision,
@@ -102,22 +103,23 @@ def _critic_folder(spec: RlStage, context: StageContext) -> Path | None:
     Raises:
         ConfigError: it has another vocabulary than the policy, whose tokens a critic values.
     """
-    if spec.algorithm != "ppo" or (spec.ppo or PpoSpec()).critic.kind != "rewardModel":
+    critic = build(spec).critic
+    if critic is None or critic.kind != "rewardModel":
         return None
     name, folder = next(iter(reward_model_folders(context.run, context.name, context.run_dir).items()))
     members = [path for path in (folder, *sorted(folder.glob("*"))) if (path / "tokenizer_config.json").is_file()]
     fingerprints = [tokenizer_fingerprint(load_tokenizer(path)) for path in (context.policy_model, *members[:1])]
     if len(set(fingerprints)) > 1:
         raise ConfigError(
-            f"ppo.critic.kind is rewardModel, but reward model {name} has another tokenizer than the policy; "
-            "use kind: valueHead"
+            f"{spec.algorithm}.critic.kind is rewardModel, but reward model {name} has another tokenizer than the "
+            "policy; use kind: valueHead"
         )
     return folder
 
 
 def _demonstrations(spec: RlStage, context: StageContext) -> Sequence[Pair]:
     """What PPO-ptx learns beside; read before any model is loaded."""
-    if spec.ppo is None or not spec.ppo.ptx_coefficient:
+    if not build(spec).ptx_coefficient:
         return ()
     tokenizer = load_tokenizer(context.policy_model)
     stops = stop_ids(tokenizer, generation_config(context.policy_model))

@@ -12,17 +12,17 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from steersman.config.manifest import Generation
-from steersman.errors import FailedPreconditionError
+from steersman.errors import FailedPreconditionError, InvalidArgumentError
 from steersman.rpc.wire import pack_rows
 from steersman.v1 import common_pb2, reward_pb2
 from training.mathematics.rewards import present
@@ -43,12 +43,6 @@ class Prompt:
     facts_json: str = ""
     key: str = ""
     """Identifies the row."""
-
-
-class Scorer(Protocol):
-    """What scores finished samples of one block; see `ServiceScorer`."""
-
-    def __call__(self, prompts: Sequence[Prompt], samples: Sequence[list[Sample]]) -> list[reward_pb2.ItemScore]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +66,7 @@ class Rollouts:
         decode: Callable[[np.ndarray], str],
         generation: Generation,
         activity: Callable[[str], None],
+        standardised: Mapping[str, float] = {},
     ) -> None:
         """Args:
         policy: all replicas.
@@ -80,7 +75,9 @@ class Rollouts:
         decode: response ids to text, special tokens left out.
         generation: sampling options.
         activity: told what is going on, often.
+        standardised: scorers whose values are standardised, with their weights.
         """
+        self.standardised = standardised
         self._policy = policy
         self._reward = reward
         self._reference = reference
@@ -92,11 +89,13 @@ class Rollouts:
         self._references = ThreadPoolExecutor(BLOCKS, thread_name_prefix="reference")
 
     def collect(
-        self, prompts: Sequence[Prompt], n: int, seed: int, *, in_flight: bool = False
+        self, prompts: Sequence[Prompt], n: int, seed: int, *, first: int = 0, in_flight: bool = False
     ) -> tuple[list[list[Scored]], dict[str, float]]:
         """`n` scored samples of every prompt, and where the time went.
 
         Args:
+            seed: of the step; a sample's random numbers follow from it, the prompt's place and the sample's number.
+            first: place of the first prompt among all of the step.
             in_flight: weights may be published meanwhile, see `PolicyPool.generate`.
 
         Returns:
@@ -183,8 +182,14 @@ def parts_of(score: reward_pb2.ItemScore) -> dict[str, float]:
     return values
 
 
-def to_batch(prompts: Sequence[Prompt], scored: Sequence[Sequence[Scored]]) -> SampleBatch:
-    """The batch of all samples; missing scores are NaN."""
+def to_batch(
+    prompts: Sequence[Prompt], scored: Sequence[Sequence[Scored]], standardised: Mapping[str, float] = {}
+) -> SampleBatch:
+    """The batch of all samples; missing scores are NaN.
+
+    Args:
+        standardised: scorers whose values are standardised, with their weights.
+    """
     flat = [(group, item) for group, items in enumerate(scored) for item in items]
     parts = [parts_of(item.score) for _, item in flat]
     names = sorted({name for values in parts for name in values})
@@ -198,15 +203,24 @@ def to_batch(prompts: Sequence[Prompt], scored: Sequence[Sequence[Scored]]) -> S
     return SampleBatch(
         prompts=tuple(prompt.ids for prompt in prompts),
         responses=tuple(item.sample.token_ids for _, item in flat),
+        loss_mask=tuple(item.sample.loss_mask for _, item in flat),
         group=torch.tensor([group for group, _ in flat]),
-        lengths=torch.tensor([len(item.sample.token_ids) for _, item in flat]),
+        lengths=torch.tensor([int(item.sample.loss_mask.sum()) for _, item in flat]),
         engine_logprobs=joined([item.sample.logprobs for _, item in flat]),
-        ref_logprobs=joined([item.ref_logprobs for _, item in flat if item.ref_logprobs is not None]),
+        ref_logprobs=joined([_own(item.ref_logprobs, item.sample) for _, item in flat]),
         scores=floats([reward_of(item.score) for _, item in flat]),
         parts={name: floats([values.get(name, math.nan) for values in parts]) for name in names},
         ended=torch.tensor([item.sample.ended for _, item in flat]),
         versions=torch.tensor([item.sample.versions[0] if item.sample.versions else 0 for _, item in flat]),
+        standardised={name: weight for name, weight in standardised.items() if name in names},
     )
+
+
+def _own(values: np.ndarray | None, sample: Sample) -> np.ndarray:
+    """Of values for all tokens of a response those of the policy's own tokens."""
+    if values is None:
+        raise InvalidArgumentError("a sample has no reference log-probabilities; connect to the reference service")
+    return values[sample.loss_mask]
 
 
 def reward_of(score: reward_pb2.ItemScore) -> float:
@@ -214,26 +228,54 @@ def reward_of(score: reward_pb2.ItemScore) -> float:
     return score.reward if score.HasField("reward") and math.isfinite(score.reward) else math.nan
 
 
-def exclude_failed(batch: SampleBatch, scored: Sequence[Sequence[Scored]], max_share: float) -> tuple[SampleBatch, int]:
-    """Leaves out samples without a score or without tokens; too many of them pause the run (`count_failed`)."""
-    return batch.select(present(batch.scores, batch.lengths)), count_failed(scored, max_share)
+def exclude_failed(
+    batch: SampleBatch, scored: Sequence[Sequence[Scored]], max_share: float
+) -> tuple[SampleBatch, dict[str, float]]:
+    """Leaves out samples that cannot be learned from, and counts them.
+
+    `failed`: no reward, or a log-probability that is not finite; `empty`: no tokens.
+
+    Raises:
+        FailedPreconditionError: too many failed (`check_share`), or none is left.
+    """
+    finite = batch.finite()
+    keep = present(batch.scores, batch.lengths) & finite
+    counts = {
+        "failed": float(int((batch.scores.isnan() | ~finite).sum())),
+        "empty": float(int((batch.lengths == 0).sum())),
+    }
+    reasons = [score.error or "the reward is not finite" for score in missing_scores(scored)]
+    if not bool(finite.all()):
+        reasons.append("log-probabilities of the policy or the reference service are not finite")
+    check_share(int(counts["failed"]), len(batch), reasons, max_share)
+    if not bool(keep.any()):
+        raise FailedPreconditionError(
+            "no sample of the batch can be learned from: every answer is empty or has no reward; look at the policy "
+            "service's stop tokens and at the reward service"
+        )
+    return batch.select(keep), counts
+
+
+def missing_scores(scored: Sequence[Sequence[Scored]]) -> list[reward_pb2.ItemScore]:
+    """Of the samples without a finite reward."""
+    return [item.score for items in scored for item in items if math.isnan(reward_of(item.score))]
+
+
+def check_share(failed: int, total: int, reasons: Iterable[str], max_share: float) -> None:
+    """Raises FailedPreconditionError when more than `max_share` of all samples failed."""
+    if failed > max_share * total:
+        raise FailedPreconditionError(
+            f"{failed} of {total} samples have no reward ({'; '.join(sorted(set(reasons)))[:300]}); the run pauses "
+            "here: mend what is named and start the run again, it continues at this step"
+        )
 
 
 def count_failed(scored: Sequence[Sequence[Scored]], max_share: float) -> int:
-    """Samples without a score.
-
-    Raises:
-        FailedPreconditionError: they are more than `max_share` of all.
-    """
-    scores = [item.score for items in scored for item in items]
-    count = sum(math.isnan(reward_of(score)) for score in scores)
-    if count > max_share * len(scores):
-        reasons = sorted({score.error for score in scores if score.error})
-        raise FailedPreconditionError(
-            f"{count} of {len(scores)} samples have no reward ({'; '.join(reasons)[:300]}); the run pauses here: "
-            "mend the reward service and start the run again, it continues at this step"
-        )
-    return count
+    """Samples without a score; too many pause the run (`check_share`)."""
+    missing = missing_scores(scored)
+    total = sum(map(len, scored))
+    check_share(len(missing), total, [score.error or "the reward is not finite" for score in missing], max_share)
+    return len(missing)
 
 
 def exclude_stale(batch: SampleBatch, ages: Tensor, limit: int) -> tuple[SampleBatch, int]:

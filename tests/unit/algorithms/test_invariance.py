@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from training.mathematics import (
+    KlTerm,
     Moments,
     PolicyStats,
     broadcast,
@@ -138,8 +139,7 @@ def grpo_by(average: str, denominator: int) -> Loss:
             batch.lengths,
             denominator=denominator,
             average=average,  # type: ignore[arg-type]
-            ref_logprobs=batch["ref"],
-            kl_coefficient=0.1,
+            kl=KlTerm(batch["ref"], 0.1),
             entropy=entropy,
         )
         return value, [stats]

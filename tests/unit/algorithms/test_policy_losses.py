@@ -9,6 +9,7 @@ import torch
 
 from steersman.errors import InvalidArgumentError
 from training.mathematics import (
+    KlTerm,
     grpo_loss,
     merge,
     nll_loss,
@@ -124,9 +125,8 @@ def test_grpo_kl_term_by_hand() -> None:
     # ref = new + ln 2 at the first token only: k3 = 2 - 1 - ln 2 = 0.3068528 there, 0 elsewhere; beta 0.1; ratio 1.5
     new = logprobs()
     ref = new.detach() + torch.tensor([math.log(2.0), 0.0, 0.0, 0.0])
-    options = {"denominator": 4, "ref_logprobs": ref, "kl_coefficient": 0.1}
-    plain, stats = grpo_loss(new, OLD, ADVANTAGES, LENGTHS, kl_correction=False, **options)
-    corrected, _ = grpo_loss(new, OLD, ADVANTAGES, LENGTHS, **options)
+    plain, stats = grpo_loss(new, OLD, ADVANTAGES, LENGTHS, denominator=4, kl=KlTerm(ref, 0.1, correction=False))
+    corrected, _ = grpo_loss(new, OLD, ADVANTAGES, LENGTHS, denominator=4, kl=KlTerm(ref, 0.1))
     assert plain.item() == pytest.approx(1.1 + 0.1 * 0.3068528 / 4, abs=1e-6)
     assert corrected.item() == pytest.approx(1.1 + 0.1 * 1.5 * 0.3068528 / 4, abs=1e-6)
     assert stats.kl == pytest.approx(0.3068528, abs=1e-6)
@@ -152,9 +152,7 @@ def test_corrected_kl_has_the_gradient_of_the_kl() -> None:
                 torch.zeros(1),
                 torch.tensor([1]),
                 denominator=1,
-                ref_logprobs=ref[i : i + 1],
-                kl_coefficient=1.0,
-                kl_correction=correction,
+                kl=KlTerm(ref[i : i + 1], 1.0, correction=correction),
             )[0]
             for i in range(3)
         ]

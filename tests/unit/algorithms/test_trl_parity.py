@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from training.mathematics import (
+    KlTerm,
     PolicyStats,
     grpo,
     grpo_loss,
@@ -214,9 +215,7 @@ def test_grpo(tmp_path: Path, loss_type: str, correction: bool) -> None:
         frozen.lengths,
         denominator=denominator,
         average=average,  # type: ignore[arg-type]
-        ref_logprobs=frozen.ref,
-        kl_coefficient=BETA,
-        kl_correction=correction,
+        kl=KlTerm(frozen.ref, BETA, correction=correction),
     )
     assert 0 < stats.clipped < stats.count
     frozen.agrees(loss)
@@ -245,8 +244,7 @@ def test_grpo_differs_in_micro_batches(tmp_path: Path) -> None:
             lengths,
             denominator=total,
             average="samples",
-            ref_logprobs=ref,
-            kl_coefficient=BETA,
+            kl=KlTerm(ref, BETA),
         )[0]
 
     def theirs(rows: slice) -> float:

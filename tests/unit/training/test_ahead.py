@@ -17,6 +17,7 @@ from steersman.errors import FailedPreconditionError
 from steersman.v1 import reward_pb2
 from training.online.ahead import Ahead
 from training.online.clients import Sample
+from training.online.experience import Collector
 from training.online.rollout import Prompt, Scored, exclude_stale
 
 
@@ -84,11 +85,11 @@ def test_stale_samples_leave_the_batch_and_are_counted(tiny_model: Path, tmp_pat
 def test_the_trainer_dates_samples_by_their_version(tiny_model: Path, tmp_path: Path) -> None:
     """Two samples of a prompt carry older versions: one within the limit, which stays, and one beyond it."""
     trainer = build(tiny_model, tmp_path, max_staleness=1, prompts_per_step=2, **options_of("grpo"))
-    trainer.prompts = [Prompt(np.arange(4, 8, dtype=np.int32), [{"role": "user", "content": "a"}])] * 2
+    prompts = [Prompt(np.arange(4, 8, dtype=np.int32), [{"role": "user", "content": "a"}])] * 2
     trainer.steps_of_version = {7: 0, 8: 1, 9: 2}
     versions = [[9, 9, 8, 7], [9, 9, 9, 9]]
 
-    def collect(prompts: Any, n: int, seed: int, *, in_flight: bool) -> Any:
+    def collect(prompts: Any, n: int, seed: int, *, first: int, in_flight: bool) -> Any:
         assert in_flight
         tokens, logprobs = np.array([40, 2], np.int32), np.array([-5.0, -5.0], np.float32)
         scored = [
@@ -105,8 +106,9 @@ def test_the_trainer_dates_samples_by_their_version(tiny_model: Path, tmp_path: 
         ]
         return scored, {"generated_tokens": 16.0}
 
-    trainer.rollouts = SimpleNamespace(collect=collect)  # type: ignore[assignment]
-    experience = trainer.collect(2)
+    rollouts: Any = SimpleNamespace(collect=collect, standardised={})
+    collector = Collector(trainer.spec, trainer.method, rollouts, prompts, 1, trainer.steps_of_version.__getitem__)
+    experience = collector.collect(2)
     assert experience.metrics["stale"] == 1
     assert experience.metrics["staleness"] == pytest.approx((1 + 2) / 8)
     assert experience.batch.versions.tolist() == [9, 9, 8, 9, 9, 9, 9]
@@ -120,7 +122,7 @@ def test_a_stale_sample_is_corrected(tiny_model: Path, tmp_path: Path) -> None:
         trainer = build(tiny_model, tmp_path, **options_of("grpo"))
         batch = make_batch(trainer.model)
         with torch.no_grad():
-            own = trainer.in_batch_order(batch, trainer.plan(batch, 0)[0])[0]
+            own = trainer.passes.old(batch, trainer.passes.plan(batch, 0), None)[0]
         found, _ = gradients(trainer, replace(batch, engine_logprobs=own - shift))
         return torch.cat([value.flatten() for value in found.values()])
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from numeric import assert_same, gradients_of
 
-from steersman.config.manifest import Critic, Lora, Optimizer, PpoSpec, RlStage
+from steersman.config.algorithms import ONLINE_METHODS, Critic, PpoSpec
+from steersman.config.manifest import Lora, Optimizer, RlStage
 from steersman.nn.packed import pack
+from training import algorithms as methods
 from training.online.batch import SampleBatch
 from training.online.checkpoint import Checkpoints
 from training.online.loop import Trainer
@@ -21,7 +23,7 @@ from training.online.optimizer import learning_rate_factor
 from training.online.policy_model import PolicyModel
 from training.parallel import Ranks
 
-ALGORITHMS = ["ppo", "rloo", "grpo", "dr-grpo", "reinforce"]
+ALGORITHMS = list(ONLINE_METHODS)
 
 
 class Silent:
@@ -33,11 +35,10 @@ class Silent:
 def build(folder: Path, tmp_path: Path, *, lora: Lora | None = None, ranks: Ranks = Ranks(), **options: Any) -> Trainer:
     """A trainer of a tiny Llama without services: `update` needs none."""
     spec = RlStage(lora=lora, **options)
-    ppo = (spec.ppo or PpoSpec()) if spec.algorithm == "ppo" else None
     model = PolicyModel(
         folder,
         spec.lora,
-        ppo.critic if ppo else None,
+        methods.build(spec).critic,
         None,
         device="cpu",
         precision="fp32",
@@ -70,6 +71,7 @@ def make_batch(model: PolicyModel, *, groups: int = 3, n: int = 4, seed: int = 0
     return SampleBatch(
         prompts=prompts,
         responses=responses,
+        loss_mask=tuple(np.ones(len(response), dtype=bool) for response in responses),
         group=group,
         lengths=torch.from_numpy(lengths).long(),
         engine_logprobs=logprobs + noise,
@@ -89,6 +91,7 @@ def reordered(batch: SampleBatch, order: list[int]) -> SampleBatch:
     return replace(
         batch,
         responses=tuple(batch.responses[i] for i in order),
+        loss_mask=tuple(batch.loss_mask[i] for i in order),
         group=batch.group[index],
         lengths=batch.lengths[index],
         engine_logprobs=batch.engine_logprobs[tokens],
@@ -103,12 +106,12 @@ def gradients(trainer: Trainer, batch: SampleBatch) -> tuple[dict[str, torch.Ten
     """Gradients and metrics of one update, before the optimizer takes them."""
     seen: dict[str, torch.Tensor] = {}
 
-    def capture(progress: float, *, only_critic: bool = False) -> float:
+    def capture(progress: float, *, only_critic: bool = False) -> dict[str, float]:
         for name, parameter in trainer.model.named_parameters():
             if parameter.grad is not None:
                 seen[name] = parameter.grad.clone()
         trainer.optimizer.clear()
-        return 0.0
+        return {"grad_norm": 0.0}
 
     trainer.optimizer.step = capture  # type: ignore[method-assign]
     return seen, trainer.update(batch, 0)
@@ -214,7 +217,7 @@ def test_ptx_adds_the_gradient_of_the_language_model_loss(tiny_model: Path, tmp_
         results[name] = gradients(trainer, batch)[0]
     assert_same(results["ptx"], results["pieces"])
     model = build(tiny_model, tmp_path, **options_of("ppo")).model
-    (-0.7 * model.logprobs(pack([(pair[0], [pair[1]])])).mean()).backward()
+    (-0.7 * model.logprobs(pack([(pair[0], [pair[1]])]), temperature=1.0).mean()).backward()
     expected = gradients_of(model)
     differences = {name: results["ptx"][name] - results["plain"][name] for name in expected}
     largest = max(float(one.abs().max()) for one in (*results["ptx"].values(), *expected.values()))
@@ -265,9 +268,9 @@ def test_resuming_equals_not_stopping(tiny_model: Path, tmp_path: Path) -> None:
     for step, batch in enumerate(batches):
         unbroken.update(batch, step)
         if step == 1:
-            unbroken.save(2)
+            unbroken.save(2, {})
     resumed = build(tiny_model, tmp_path / "a", lora=Lora(rank=4), **options)
-    assert resumed.restore() == 2
+    assert resumed.restore() == (2, [])
     for step, batch in enumerate(batches[2:], start=2):
         resumed.update(batch, step)
     assert resumed.kl_controller == unbroken.kl_controller
