@@ -38,6 +38,7 @@ from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatR
 
 log = logging.getLogger("steersman.gateway")
 
+_MOST_STOPS, _LONGEST_STOP = 16, 256
 _OUTCOMES: dict[int, str] = {
     common_pb2.FINISH_REASON_STOP: "stop",
     common_pb2.FINISH_REASON_LENGTH: "length",
@@ -152,6 +153,10 @@ class Assistant:
                 param="messages",
                 code="context_length_exceeded",
             )
+        if len(request.stop) > _MOST_STOPS or any(not 1 <= len(stop) <= _LONGEST_STOP for stop in request.stop):
+            raise BadRequestError(
+                f"stop: send at most {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters", param="stop"
+            )
         sampling = request.sampling
         if sampling.max_new_tokens > limits.max_tokens:
             raise BadRequestError(
@@ -244,7 +249,10 @@ class Assistant:
 
 
 def _chars(messages: Iterable[common_pb2.Message]) -> int:
-    return sum(len(message.content) for message in messages)
+    return sum(
+        len(message.content) + sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
+        for message in messages
+    )
 
 
 def _newest(turns: Sequence[common_pb2.Message], places: int, chars: int) -> Sequence[common_pb2.Message]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import orjson
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
 from steersman.errors import InvalidArgumentError, RateLimitedError, SteersmanError, UnauthenticatedError
@@ -23,6 +25,10 @@ class TooLargeError(InvalidArgumentError):
     http_status = 413
 
 
+class LongPathError(InvalidArgumentError):
+    http_status = 414
+
+
 class LargeHeadersError(InvalidArgumentError):
     http_status = 431
 
@@ -35,18 +41,69 @@ class UnsupportedMediaTypeError(InvalidArgumentError):
     http_status = 415
 
 
+_SAYS = {
+    "missing": "this field is missing; add it",
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "none_required": "must be null; leave it out",
+    "literal_error": "must be {expected}",
+    "union_tag_invalid": "must have as {discriminator} one of {expected_tags}",
+    "union_tag_not_found": "must say its {discriminator}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "too_long": "has more than {max_length} entries; send fewer",
+    "too_short": "needs at least {min_length} entries",
+    "string_too_long": "has more than {max_length} characters; shorten it",
+    "string_too_short": "needs at least {min_length} characters",
+    "string_pattern_mismatch": "must match {pattern}",
+}
+# What pydantic puts into a place beside names of fields: members of a union.
+_UNION_MEMBER = re.compile(r"[A-Z]|.*\[|(?:str|int|float|bool|dict|constrained-str|function-\w+|literal)$")
+
+
 def from_validation(error: ValidationError) -> BadRequestError:
     """The first problem of a request body as one sentence that names the field."""
-    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    location = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
+    problems = error.errors(include_url=False, include_input=False)
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        message = first["msg"].removeprefix("Invalid JSON: ")
+        return BadRequestError(f"The body is not valid JSON: {message}")
+    place = _place(first)
+    # A value that is none of a union's members has a problem with each.
+    said = list(dict.fromkeys(_sentence(each) for each in problems if _place(each) == place))
+    message = " or ".join([said[0], *(other.removeprefix("must be ") for other in said[1:])])
+    return BadRequestError(f"{place or 'body'}: {message}", param=place or None)
+
+
+def _sentence(problem: ErrorDetails) -> str:
+    template = _SAYS.get(problem["type"])
+    if template is not None:
+        return template.format(**problem.get("ctx", {}))
+    return problem["msg"].removeprefix("Value error, ")
+
+
+def _place(problem: ErrorDetails) -> str:
+    parts: list[str] = []
+    for part in problem["loc"]:
+        if isinstance(part, int) or not _UNION_MEMBER.match(part):
+            # The tag of a discriminated union may be called as the field after it.
+            parts += [] if parts[-1:] == [str(part)] and not isinstance(part, int) else [str(part)]
     if problem["type"] == "extra_forbidden":
-        message = "this field is not known here; leave it out"
-    elif problem["type"] == "missing":
-        message = "this field is missing; add it"
-    elif problem["type"] == "json_invalid":
-        return BadRequestError(f"The body is not valid JSON: {message.removeprefix('Invalid JSON: ')}")
-    return BadRequestError(f"{location or 'body'}: {message}", param=location or None)
+        parts.append(problem.get("ctx", {}).get("name", ""))
+    return ".".join(filter(None, parts))
 
 
 class ErrorBody(BaseModel):

@@ -20,13 +20,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.config import Limits
-from services.gateway.errors import LargeHeadersError, SlowRequestError, TooLargeError, error_response
+from services.gateway.errors import LargeHeadersError, LongPathError, SlowRequestError, TooLargeError, error_response
 from services.gateway.metrics import Metrics
 from steersman.errors import CancelledError, InternalError, SteersmanError, UnavailableError
 
 log = logging.getLogger("steersman.gateway")
 
 _HEADER_BYTES = 32_768
+_PATH_BYTES = 8192
+_LOGGED_PATH = 200
 _REQUEST_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
 
 _SECURITY_HEADERS = (
@@ -73,6 +75,8 @@ class FrontMiddleware:
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > _HEADER_BYTES:
                 raise LargeHeadersError(f"The headers are larger than {_HEADER_BYTES} bytes; send less")
+            if len(scope["raw_path"]) + len(scope["query_string"]) > _PATH_BYTES:
+                raise LongPathError(f"The path is longer than {_PATH_BYTES} bytes; shorten it")
             limited = _LimitedBody(scope, receive, self._limits)
             endpoint = self._posts.get(scope["path"]) if scope["method"] == "POST" else None
             if endpoint is None:
@@ -96,7 +100,7 @@ class FrontMiddleware:
             record: dict[str, Any] = {
                 "request_id": request_id,
                 "method": scope["method"],
-                "path": scope["path"],
+                "path": scope["path"][:_LOGGED_PATH],
                 "status": status,
                 "milliseconds": round((time.perf_counter() - start) * 1000, 1),
             }

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 _PATTERNS = [
     (re.compile(r"sk-[0-9a-f]{12}-[A-Za-z0-9_-]+"), "[key]"),
-    (re.compile(r"eyJ[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"), "[token]"),
+    (re.compile(r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"), "[token]"),
     (re.compile(r"[\w.+-]{1,64}(?:@|%40)[\w-]+(?:\.[\w-]+)+"), "[e-mail]"),
     (re.compile(r"\b[A-Z]{2}\d{2}(?:[ ]?[A-Z0-9]{4}){2,7}[ ]?[A-Z0-9]{0,4}\b"), "[iban]"),
     (re.compile(r"(?<![\w.-])(?:\d[ -]?){13,19}(?![\w.-])"), "[card]"),
@@ -16,10 +16,14 @@ _PATTERNS = [
 
 
 _LONGEST_KEPT = 200
+_HEAD, _TAIL = 2000, 6000
 
 
 def redact(text: str) -> str:
-    """The text without e-mail addresses, phone and card numbers, IBANs, keys and tokens."""
+    """The text without e-mail addresses, phone and card numbers, IBANs, keys and tokens; the middle of a long one is
+    left out."""
+    if len(text) > _HEAD + _TAIL:
+        text = f"{text[:_HEAD]} [{len(text) - _HEAD - _TAIL} characters left out] {text[-_TAIL:]}"
     return _redacted_short(text) if len(text) <= _LONGEST_KEPT else _redacted(text)
 
 

@@ -1,7 +1,8 @@
 """Requests of OpenAI's API, as far as the gateway serves them.
 
 Fields that change nothing here are accepted and named as such; fields that would change the answer and are not
-supported are refused, so that nobody believes in an option that has no effect.
+supported are refused, so that nobody believes in an option that has no effect. Every field has a bound, and lists end
+at their first wrong entry (`fail_fast`): a million of them would make a million errors.
 """
 
 from __future__ import annotations
@@ -9,24 +10,52 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+_LONGEST_TEXT = 10_000_000
+_LARGEST_SCHEMA = 100_000
+_MOST_ENTRIES = 1024
 Name = Annotated[str, Field(max_length=128)]
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
+Ignored = Annotated[str, Field(max_length=512)]
 
 
 class Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    """A body, or a part of one. Fields that it does not know are refused, the first by name."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={"additionalProperties": False},
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> Wire:
+        # Not `extra="forbid"`: it makes an error of every unknown field, and a body may hold very many.
+        if self.__pydantic_extra__:
+            name = next(iter(self.__pydantic_extra__))[:64]
+            raise PydanticCustomError("extra_forbidden", "this field is not known here; leave it out", {"name": name})
+        return self
+
+
+class CacheControl(Wire):
+    type: Ignored
+    ttl: Ignored | None = None
 
 
 class TextPart(Wire):
     type: Literal["text"]
-    text: str
+    text: Text
+    cache_control: CacheControl | None = None
+    """Accepted, without effect."""
 
 
 class FunctionCall(Wire):
     name: FunctionName
-    arguments: str
+    arguments: Annotated[str, Field(max_length=100_000)]
     """A JSON object as text."""
 
 
@@ -38,13 +67,15 @@ class ToolCallParam(Wire):
 
 class ChatMessage(Wire):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=1024)] | None = None
     name: Name | None = None
-    tool_calls: Annotated[list[ToolCallParam], Field(max_length=64)] | None = None
+    tool_calls: Annotated[list[ToolCallParam], Field(fail_fast=True, max_length=64)] | None = None
     tool_call_id: Name | None = None
-    refusal: str | None = None
+    refusal: Text | None = None
     """Accepted, without effect."""
-    annotations: list[Any] | None = None
+    annotations: Annotated[list[Any], Field(max_length=64)] | None = None
+    """Accepted, without effect."""
+    cache_control: CacheControl | None = None
     """Accepted, without effect."""
     audio: None = None
     function_call: None = None
@@ -68,15 +99,22 @@ class ChatMessage(Wire):
 
 class FunctionDefinition(Wire):
     name: FunctionName
-    description: str | None = None
+    description: Annotated[str, Field(max_length=10_000)] | None = None
     parameters: dict[str, Any] | None = None
     """JSON schema of the arguments."""
     strict: bool | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _bounded(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return _bounded_schema(value)
 
 
 class Tool(Wire):
     type: Literal["function"]
     function: FunctionDefinition
+    cache_control: CacheControl | None = None
+    """Accepted, without effect."""
 
 
 class NamedFunction(Wire):
@@ -94,9 +132,20 @@ class TextFormat(Wire):
 
 class JsonSchema(Wire):
     name: FunctionName
-    description: str | None = None
+    description: Annotated[str, Field(max_length=10_000)] | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
     strict: bool | None = None
+
+    @field_validator("schema_")
+    @classmethod
+    def _bounded(cls, value: dict[str, Any]) -> dict[str, Any] | None:
+        return _bounded_schema(value)
+
+
+def _bounded_schema(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    if value is not None and len(json.dumps(value)) > _LARGEST_SCHEMA:
+        raise ValueError(f"the schema has more than {_LARGEST_SCHEMA} characters; simplify it")
+    return value
 
 
 class JsonSchemaFormat(Wire):
@@ -110,12 +159,22 @@ class StreamOptions(Wire):
     """Accepted, without effect."""
 
 
+def _few(value: Any) -> Any:
+    """Refuses a large object as a whole, before each of its entries makes an error."""
+    if isinstance(value, dict) and len(value) > _MOST_ENTRIES:
+        raise ValueError(f"it has {len(value)} entries, the limit is {_MOST_ENTRIES}")
+    return value
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class _Sampling(Wire):
     model: Name
     """A name that `/v1/models` lists."""
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     """Number of choices."""
-    stop: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=16)] | None = None
     """Texts that end the answer; they are not part of it."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """The same seed with the same weights version gives the same answer."""
@@ -138,15 +197,8 @@ class _Sampling(Wire):
     """Only 0."""
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     """Only 0."""
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few), Field(max_length=0)] | None = None
     """Only empty."""
-
-    @field_validator("stop")
-    @classmethod
-    def _stop_is_not_empty(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if value == "":
-            raise ValueError("a stop text must not be empty")
-        return value
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> _Sampling:
@@ -160,14 +212,14 @@ class _Sampling(Wire):
 
 
 class ChatCompletionRequest(_Sampling):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     """Longest answer in tokens."""
     logprobs: bool | None = None
     """Report the log-probability of every token."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Alternatives reported for every token; needs `logprobs`."""
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] | None = None
     """Functions that the caller runs. The gateway's own tools are configured on the server."""
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     """`required` or a named function: the answer is constrained to one call of an offered tool."""
@@ -177,15 +229,17 @@ class ChatCompletionRequest(_Sampling):
     """Constrains the answer to JSON."""
     conversation_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     """Continue a stored conversation: its turns go before `messages`. Not in OpenAI's API."""
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[Ignored, Ignored], BeforeValidator(_few), Field(max_length=16)] | None = None
     """Accepted, without effect."""
     store: bool | None = None
     """Accepted, without effect."""
-    service_tier: str | None = None
+    service_tier: Ignored | None = None
     """Accepted, without effect."""
-    safety_identifier: str | None = None
+    safety_identifier: Ignored | None = None
     """Accepted, without effect."""
-    prompt_cache_key: str | None = None
+    prompt_cache_key: Ignored | None = None
+    """Accepted, without effect."""
+    prompt_cache_retention: Ignored | None = None
     """Accepted, without effect."""
 
     @model_validator(mode="after")
@@ -228,7 +282,7 @@ class ChatCompletionRequest(_Sampling):
 
 
 class CompletionRequest(_Sampling):
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)]
+    prompt: Text | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)]
     """Text to continue. Token ids are not accepted: the gateway has no tokenizer."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     """Report log-probabilities, with this many alternatives for every token."""

@@ -8,9 +8,10 @@ names a record, or speaks of the records that were asked for, and sounds like a 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,11 +19,14 @@ from services.gateway.answer import Answer, Lookup
 from services.gateway.metrics import Metrics
 from services.gateway.tools.config import Kind, ToolsConfig
 from services.gateway.tools.languages import FACTS, MARKERS, STATES, UNKNOWN
-from services.gateway.tools.reading import Reader, any_of, fold, plain
+from services.gateway.tools.reading import Reader, Wish, any_of, fold, plain
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse, TokenLogprob
 
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]|\n")
 _LONGEST_SENTENCE = 600
+_AT_ONCE = 8
+"""Sentences that are read before others get their turn."""
+_PIECE = 4000
 _FACT, _STATE, _UNKNOWN = any_of(FACTS), any_of(STATES), any_of(UNKNOWN)
 _AMOUNT = re.compile(r"[€$£¥]\s?\d|\d\s?(?:[€$£¥]|eur\b|usd\b|gbp\b|chf\b)|\d[.,]\d\d\b|\d{4}-\d\d-\d\d|\d\d?\.\d\d?\.")
 _WORD = re.compile(r"[\w./-]*\w")
@@ -39,8 +43,10 @@ class Ground:
     """Kinds of records that the question is about: sentences that name none speak of these."""
     lookups: Sequence[Lookup]
     """Grows while tools are called."""
-    told: str = ""
-    """What the calling application says itself, in system and tool turns."""
+    told: frozenset[str] = frozenset()
+    """Words of what the calling application says itself, in system and tool turns."""
+    told_kinds: frozenset[Kind] = frozenset()
+    """Kinds of records that it speaks of."""
 
     def judge(self, sentence: str) -> Verdict:
         """Whether a sentence states something about records, and whether one is there for it."""
@@ -56,10 +62,10 @@ class Ground:
             return "none"
         found = [lookup for lookup in self.lookups if lookup.outcome == "found"]
         if numbers:
-            known = {word.casefold() for text in (self.told, *(look.text for look in found)) for word in _words(text)}
+            known = {word for look in found for word in _words(look.text)} | self.told
             known |= {source.record.rpartition("/")[2].casefold() for look in found for source in look.records}
             return "sourced" if all(number.casefold() in known for number in numbers) else "unsourced"
-        if self.told and any(kind in kinds for _, _, kind in self.reader.mentions(fold(self.told))):
+        if self.told_kinds & kinds:
             return "sourced"
         return "sourced" if any(_supports(lookup, kinds) for lookup in found) else "unsourced"
 
@@ -74,13 +80,30 @@ def _supports(lookup: Lookup, kinds: Collection[Kind]) -> bool:
     return not ours or bool({"order", "delivery", "invoice"} & set(kinds))
 
 
-def _words(text: str) -> list[str]:
-    return _WORD.findall(plain(text))
+def _words(text: str) -> set[str]:
+    return {word.casefold() for word in _WORD.findall(plain(text))}
 
 
-def told_by_application(request: PolicyServiceChatRequest) -> str:
+def ground_of(reader: Reader, asked: Iterable[Wish], lookups: Sequence[Lookup], texts: Iterable[str]) -> Ground:
+    """Args:
+    asked: what the question asks for.
+    lookups: what was read; the list may grow.
+    texts: what the calling application says itself.
+    """
+    told: set[str] = set()
+    kinds: set[Kind] = set()
+    for text in texts:
+        for begin in range(0, len(text), _PIECE):  # in pieces: no step holds other threads up for long
+            piece = text[begin : begin + _PIECE + 100]
+            told |= _words(piece)
+            kinds |= {kind for _, _, kind in reader.mentions(fold(piece))}
+    topics = frozenset(wish.kind for wish in asked if wish.kind != "customer")
+    return Ground(reader, topics, lookups, frozenset(told), frozenset(kinds))
+
+
+def told_by_application(request: PolicyServiceChatRequest) -> list[str]:
     """The texts of system and tool turns."""
-    return "\n".join(message.content for message in request.messages if message.role in ("system", "tool"))
+    return [message.content for message in request.messages if message.role in ("system", "tool") and message.content]
 
 
 @dataclass(slots=True)
@@ -113,10 +136,12 @@ class Claims:
             async for response in responses:
                 choice = choices.setdefault(response.choice_index, _Choice())
                 self._take(choice, response)
-                response.delta = "".join(
-                    self._given(answer, ground, choice, sentence)
-                    for sentence in _sentences(choice, final=bool(response.finish_reason))
-                )
+                given: list[str] = []
+                for sentence in _sentences(choice, final=bool(response.finish_reason)):
+                    given.append(self._given(answer, ground, choice, sentence))
+                    if len(given) % _AT_ONCE == 0:
+                        await asyncio.sleep(0)
+                response.delta = "".join(given)
                 del response.tokens[:]
                 response.tokens.extend(_ripe(choice))
                 if response.finish_reason:

@@ -12,7 +12,7 @@ from services.gateway.answer import Answer, Question
 from services.gateway.errors import BadRequestError
 from services.gateway.metrics import Metrics
 from services.gateway.store import storable
-from services.gateway.tools.claims import Claims, Ground, told_by_application
+from services.gateway.tools.claims import Claims, ground_of, told_by_application
 from services.gateway.tools.config import ODataSystem, ToolsConfig, TrytonSystem
 from services.gateway.tools.desk import Desk
 from services.gateway.tools.hand_over import wants_person
@@ -66,9 +66,8 @@ class Grounding:
         asked = await asyncio.to_thread(self._asked, question)
         stream = self._grounded(answer, request, asked, generate)
         if self._config.unsourced != "allow" and (self.records or self.connections) and not _constrained(request):
-            reader = self.records.reader(question.caller.tenant)
-            kinds = frozenset(wish.kind for wish in asked if wish.kind != "customer")
-            ground = Ground(reader, kinds, answer.lookups, told_by_application(question.request))
+            reader, told = self.records.reader(question.caller.tenant), told_by_application(question.request)
+            ground = await asyncio.to_thread(ground_of, reader, asked, answer.lookups, told)
             stream = self._claims.watched(answer, ground, stream)
         async with contextlib.aclosing(stream) as responses:
             async for response in responses:

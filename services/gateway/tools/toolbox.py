@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Sequence
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
+import jsonschema.validators
+import referencing
+import referencing.exceptions
 
 from services.gateway.answer import Lookup, LookupOutcome, Source
 from services.gateway.auth.callers import Caller
@@ -17,7 +21,7 @@ from services.gateway.tools.desk import ActionName, Desk, Proposal
 from services.gateway.tools.lookup import describe
 from services.gateway.tools.mcp_client import McpConnection
 from services.gateway.tools.records import Records, clean
-from steersman.errors import SteersmanError
+from steersman.errors import InvalidArgumentError, SteersmanError
 from steersman.v1.common_pb2 import ToolCall
 
 log = logging.getLogger("steersman.gateway")
@@ -74,11 +78,9 @@ class Toolbox:
         if definition is None:
             return _told("unknown", {}, "refused", f"error: there is no tool {clean(call.name)}")
         try:
-            arguments = json.loads(call.arguments[:_LONGEST_ARGUMENTS] or "{}")
-            jsonschema.validate(arguments, definition["parameters"])
-        except (ValueError, RecursionError, jsonschema.ValidationError, jsonschema.SchemaError) as error:
-            reason = error.message if isinstance(error, jsonschema.ValidationError) else "not valid JSON"
-            return _told(call.name, {}, "refused", f"error: wrong arguments: {clean(reason)}")
+            arguments = await asyncio.to_thread(checked_arguments, call.arguments, definition["parameters"])
+        except InvalidArgumentError as error:
+            return _told(call.name, {}, "refused", f"error: wrong arguments: {clean(error.message)}")
         try:
             if call.name in _FINDERS:
                 return await self._find(caller, call.name, arguments)
@@ -124,6 +126,37 @@ class Toolbox:
 
     def _open(self, caller: Caller) -> list[McpConnection]:
         return [c for c in self._connections if not c.config.tenants or caller.tenant in c.config.tenants]
+
+
+# As JSON schema says, but nothing is fetched, and what is dearer than linear is left to the tool: patterns of other
+# people's schemas, and comparing all items of a list with each other.
+_Validator = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    {"uniqueItems": None, "patternProperties": None, "pattern": None},  # type: ignore[dict-item]
+)
+_NOTHING_REMOTE: referencing.Registry[Any] = referencing.Registry()
+
+
+def checked_arguments(text: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call.
+
+    Raises:
+        InvalidArgumentError: they are no JSON object, too long, or do not fit the schema.
+    """
+    if len(text) > _LONGEST_ARGUMENTS:
+        raise InvalidArgumentError(f"longer than {_LONGEST_ARGUMENTS} characters")
+    try:
+        arguments = json.loads(text or "{}")
+        problem = next(_Validator(schema, registry=_NOTHING_REMOTE).iter_errors(arguments), None)
+    except (ValueError, RecursionError):
+        raise InvalidArgumentError("not valid JSON") from None
+    except (referencing.exceptions.Unresolvable, jsonschema.exceptions.UnknownType):
+        raise InvalidArgumentError("the tool's schema cannot be used; its $ref leads nowhere") from None
+    if problem is not None:
+        raise InvalidArgumentError(problem.message)
+    if not isinstance(arguments, dict):
+        raise InvalidArgumentError("they must be an object")
+    return arguments
 
 
 def _told(name: str, arguments: dict[str, Any], outcome: LookupOutcome, text: str, *records: Source) -> Outcome:

@@ -9,8 +9,8 @@ import pytest
 from gateway_records import Shop, repeat_prompt, running_shop
 
 from services.gateway.answer import Lookup, Source
-from services.gateway.tools.claims import Ground
-from services.gateway.tools.reading import Reader
+from services.gateway.tools.claims import ground_of
+from services.gateway.tools.reading import Reader, Wish
 from steersman.testing.fake_policy import FakePolicy
 from steersman.v1 import common_pb2, policy_pb2
 
@@ -111,7 +111,8 @@ async def test_what_the_application_says_itself_is_a_source() -> None:
     told = [{"role": "system", "content": "Order 9 is paid."}, {"role": "user", "content": "and order 9?"}]
     async with running_shop(saying("Your order 9 is paid.")) as shop:
         assert await shop.say("", messages=told) == "Your order 9 is paid."
-    ground = Ground(Reader(), frozenset({"order"}), [Lookup("track", {}, "found", (Source("mcp", "track"),), "box 9")])
+    read = [Lookup("track", {}, "found", (Source("mcp", "track"),), "box 9")]
+    ground = ground_of(Reader(), [Wish("order", None)], read, [])
     assert ground.judge("It was delivered.") == "sourced"
     assert ground.judge("Order 9 was delivered.") == "sourced"
     assert ground.judge("Order 8 was delivered.") == "unsourced"
