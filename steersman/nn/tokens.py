@@ -1,8 +1,8 @@
-"""From messages to token ids, the same way for training and for every service.
+"""What of a conversation is trained, and where an answer ends: the same for training and for every service.
 
 Three rules keep what is trained equal to what is served:
 - A prompt is what the chat template renders with its generation prompt; an answer is the rest of the rendered turn up
-  to and including the token that ends it. Prompt and answer are tokenized apart, as they are when a policy generates.
+  to and including the token that ends it, as ids behind the prompt's ids (see `steersman.nn.render`).
 - What a template writes behind the end of the turn (a line end, mostly) belongs to the next prompt, never to an answer.
 - Nothing is inferred from the pad token, which may be the same as the end token.
 """
@@ -17,9 +17,32 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from steersman.errors import ConfigError, DataError
+from steersman.errors import ConfigError
+from steersman.nn.render import (
+    Messages,
+    Tools,
+    closing_ids,
+    conversation_ids,
+    plain_message,
+    prompt_ids,
+    text_ids,
+    turn_ids,
+)
 
-Messages = Sequence[Mapping[str, Any]]
+__all__ = [
+    "IGNORE",
+    "LabelledTokens",
+    "Messages",
+    "answer_ids",
+    "conversation_parts",
+    "distinct_pad_token",
+    "label_conversation",
+    "prompt_and_answer_ids",
+    "prompt_ids",
+    "stop_ids",
+    "tokenizer_fingerprint",
+]
+
 IGNORE = -100
 """Label of a position that carries no loss, as in torch and transformers."""
 
@@ -32,13 +55,12 @@ class LabelledTokens:
     labels: list[int]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Token ids of a conversation that waits for an answer, generation prompt included."""
-    return _ids(tokenizer, _render(tokenizer, messages, generation_prompt=True))
-
-
 def answer_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: Mapping[str, Any], stop_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Messages,
+    answer: Mapping[str, Any],
+    stop_ids: Sequence[int],
+    tools: Tools = None,
 ) -> list[int]:
     """Token ids of an answer to `prompt`, ending with one of `stop_ids`.
 
@@ -46,17 +68,24 @@ def answer_ids(
         DataError: the template does not render prompt plus answer as a continuation of the prompt.
         ConfigError: the template does not end a turn with a stop token.
     """
-    start = _render(tokenizer, prompt, generation_prompt=True)
-    whole = _render(tokenizer, [*prompt, answer], generation_prompt=False)
-    if not whole.startswith(start):
-        raise DataError(
-            "the chat template renders the prompt otherwise once the answer follows, so what is trained would differ "
-            "from what is generated; use a template whose generation prompt begins the assistant's turn"
-        )
-    ids = _ids(tokenizer, whole[len(start) :])
-    for position in range(len(ids) - 1, -1, -1):
-        if ids[position] in stop_ids:
-            return ids[: position + 1]
+    return prompt_and_answer_ids(tokenizer, prompt, answer, stop_ids, tools)[1]
+
+
+def prompt_and_answer_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Messages,
+    answer: Mapping[str, Any],
+    stop_ids: Sequence[int],
+    tools: Tools = None,
+) -> tuple[list[int], list[int]]:
+    """As `answer_ids`, with the prompt's ids before it."""
+    before, ids = turn_ids(tokenizer, prompt, answer, tools)
+    end = next((position for position, token in enumerate(ids) if token in stop_ids), None)
+    if end is not None:
+        return before, ids[: end + 1]
+    closing = [token for token in closing_ids(tokenizer)[:1] if token in stop_ids]
+    if closing:  # it begins the next turn and is therefore not in this one
+        return before, ids + closing
     stops = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(list(stop_ids))))
     raise ConfigError(
         f"the chat template does not end the assistant's turn with a stop token ({stops}), so a model trained with it "
@@ -65,7 +94,7 @@ def answer_ids(
 
 
 def label_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, stop_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, stop_ids: Sequence[int], tools: Tools = None
 ) -> list[LabelledTokens]:
     """Tokens of a conversation with every assistant turn labelled, its end token included, and nothing else.
 
@@ -77,8 +106,7 @@ def label_conversation(
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = prompt_ids(tokenizer, messages[:number])
-        answer = answer_ids(tokenizer, messages[:number], message, stop_ids)
+        prompt, answer = prompt_and_answer_ids(tokenizer, messages[:number], message, stop_ids, tools)
         labels = [IGNORE] * len(prompt)
         if examples and prompt[: len(examples[-1].token_ids)] == examples[-1].token_ids:
             before = examples.pop().labels
@@ -87,7 +115,9 @@ def label_conversation(
     return examples
 
 
-def conversation_parts(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[int]]:
+def conversation_parts(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+) -> tuple[list[int], list[int]]:
     """(prompt, answer) as token ids of a finished conversation, as a reward model reads it: one after the other.
 
     With a chat template the answer ends with the token that ends the turn; it is empty where the last turn is not the
@@ -95,13 +125,19 @@ def conversation_parts(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
     tokens that the tokenizer adds, and the answer is empty.
     """
     if not tokenizer.chat_template:
-        ids = tokenizer("\n".join(f"{message['role']}: {message['content']}" for message in messages))["input_ids"]
+        ids = text_ids(tokenizer, "\n".join(map(_line, messages)))
         ends = (tokenizer.sep_token_id, tokenizer.eos_token_id)
         return (ids if ids and ids[-1] in ends else [*ids, tokenizer.eos_token_id]), []
     if messages[-1]["role"] != "assistant":
-        return _ids(tokenizer, _render(tokenizer, messages, generation_prompt=False)), []
-    prompt, answer = messages[:-1], messages[-1]
-    return prompt_ids(tokenizer, prompt), answer_ids(tokenizer, prompt, answer, stop_ids(tokenizer))
+        return conversation_ids(tokenizer, messages, tools), []
+    return prompt_and_answer_ids(tokenizer, messages[:-1], messages[-1], stop_ids(tokenizer), tools)
+
+
+def _line(message: Mapping[str, Any]) -> str:
+    """A turn for a model without a chat template; what it calls stands behind what it says."""
+    plain = plain_message(message)
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in plain.get("tool_calls", ())]
+    return f"{plain['role']}: {' '.join(filter(None, [plain['content'], *calls]))}"
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> list[int]:
@@ -117,11 +153,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationCo
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
-        probe = "steersman probe"
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
-        tail = _ids(tokenizer, _render(tokenizer, turns, generation_prompt=False).rpartition(probe)[2])
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        found.update([token for token in tail if token in special][:1])
+        found.update(closing_ids(tokenizer))
     return sorted(found)
 
 
@@ -134,9 +166,9 @@ def distinct_pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     used: set[int] = set()
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        used = set(_ids(tokenizer, _render(tokenizer, turns, generation_prompt=False)))
+        used = set(conversation_ids(tokenizer, turns))
     else:
-        used = set(tokenizer("?")["input_ids"]) | {tokenizer.eos_token_id}
+        used = {*text_ids(tokenizer, "?"), tokenizer.eos_token_id}
     for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder)):
         if token_id is not None and token_id not in used and token_id != tokenizer.eos_token_id:
             return str(tokenizer.convert_ids_to_tokens(token_id))
@@ -157,21 +189,3 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         state = json.loads(backend.to_str())
         parts["pipeline"] = [state.get("normalizer"), state.get("pre_tokenizer"), state["model"].get("merges")]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generation_prompt: bool) -> str:
-    if not tokenizer.chat_template:
-        raise ConfigError("the tokenizer has no chat template; add chat_template.jinja to the model's folder")
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except Exception as error:  # jinja raises whatever a template asks for
-        raise DataError(
-            f"the chat template refuses the conversation ({error}); mend its roles or their order"
-        ) from None
-    return str(text)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
