@@ -140,7 +140,7 @@ def train(
     with policy as (data, control), null_services() as null, tempfile.TemporaryDirectory() as out:
         pool = PolicyPool([PolicyReplica(data, control, 60.0, print)], "")
         scorers = [RewardClient(null, "", 60.0, print)], [ReferenceClient(null, "", 60.0, print)]
-        rollouts = Rollouts(pool, *scorers, str, spec.generation, record.activity)
+        rollouts = Rollouts(pool, *scorers, str, spec.generation, (), record.activity)
         trainer: Any = Trainer(spec, model, rollouts, pool, prompts, Checkpoints(Path(out)), record, seed=0)
         trainer.run()
         pool.close()

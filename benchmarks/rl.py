@@ -257,7 +257,7 @@ def our_worker(pipe: Connection, work: Work) -> None:
             temperature=1.0,
             seed=0,
         )
-        rollouts = Rollouts(forced, *clients, decode, spec.generation, lambda _: None)
+        rollouts = Rollouts(forced, *clients, decode, spec.generation, (), lambda _: None)
         trainer = Trainer(
             spec, model, rollouts, pool, prompts, Checkpoints(Path(folder)), _Silent(), seed=0
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 
 import grpc
 
-from steersman.data.records import Message, Row
+from steersman.data.records import Row
 from steersman.errors import RateLimitedError, SteersmanError, UnavailableError, from_grpc
 from steersman.rpc.client import open_aio_channel
+from steersman.rpc.conversation import to_message
 from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 
 _TRIES = 4
@@ -90,12 +92,13 @@ async def _candidates(
     stubs: list[tuple[str, Any]], names: list[str], row: Row, index: int, sampling: Sampling, gate: asyncio.Semaphore
 ) -> Generated:
     async with gate:
-        messages = [_to_proto(message) for message in getattr(row, "prompt", [])]
+        messages = [to_message(message.model_dump(exclude_none=True)) for message in getattr(row, "prompt", [])]
         found: list[dict[str, Any]] = []
         asked = 0
         for (target, stub), name in zip(stubs, names, strict=True):
             request = policy_pb2.PolicyServiceChatRequest(
                 messages=messages,
+                tools_json=json.dumps(row.tools) if row.tools else "",
                 n=sampling.n,
                 sampling=common_pb2.SamplingParams(
                     max_new_tokens=sampling.max_new_tokens,
@@ -129,19 +132,3 @@ async def _answers(target: str, stub: Any, request: Any, sampling: Sampling) -> 
                 raise cause from error
             await asyncio.sleep(0.2 * 2**attempt)
     raise AssertionError("unreachable")
-
-
-def _to_proto(message: Message) -> common_pb2.Message:
-    calls = [
-        common_pb2.ToolCall(
-            id=call.get("id", ""), name=call["function"]["name"], arguments=call["function"]["arguments"]
-        )
-        for call in message.tool_calls or ()
-    ]
-    return common_pb2.Message(
-        role=message.role,
-        content=message.content,
-        name=message.name or "",
-        tool_calls=calls,
-        tool_call_id=message.tool_call_id or "",
-    )

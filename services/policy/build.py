@@ -26,10 +26,12 @@ def model_folder(config: PolicyConfig) -> Path:
 def load_chat_format(config: PolicyConfig) -> ChatFormat:
     """The tokenizer of the served model."""
     from steersman.nn.load import load_tokenizer
-    from steersman.nn.tokens import tokenizer_fingerprint
+    from steersman.nn.tokens import generation_config_of, stop_ids, tokenizer_fingerprint
 
-    tokenizer = load_tokenizer(model_folder(config))
-    return ChatFormat(tokenizer, tokenizer_fingerprint(tokenizer))
+    folder = model_folder(config)
+    tokenizer = load_tokenizer(folder, config.template_options)
+    stops = stop_ids(tokenizer, generation_config_of(folder)) if tokenizer.chat_template else ()
+    return ChatFormat(tokenizer, tokenizer_fingerprint(tokenizer), stops)
 
 
 def build_engine(config: PolicyConfig) -> Engine:

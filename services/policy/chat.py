@@ -6,14 +6,14 @@ import json
 import re
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from services.policy.engine import Engine, GenerationRequest, SampleFinished, TokenEvent
-from steersman.errors import FailedPreconditionError, InvalidArgumentError
+from steersman.errors import DataError, FailedPreconditionError, InvalidArgumentError
+from steersman.rpc.conversation import from_message, from_tools_json
 from steersman.rpc.wire import append_response
 from steersman.v1 import common_pb2
 from steersman.v1 import policy_pb2 as pb
@@ -24,13 +24,15 @@ _TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 class ChatFormat:
     """The tokenizer as the service needs it."""
 
-    def __init__(self, tokenizer: Any, fingerprint: str) -> None:
+    def __init__(self, tokenizer: Any, fingerprint: str, stop_ids: Sequence[int] = ()) -> None:
         """Args:
         tokenizer: a transformers tokenizer.
-        fingerprint: of its vocabulary, as `steersman.nn.prepare.tokenizer_fingerprint` gives it.
+        fingerprint: of its vocabulary, as `steersman.nn.tokens.tokenizer_fingerprint` gives it.
+        stop_ids: end an answer, as `steersman.nn.tokens.stop_ids` gives them.
         """
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
+        self.stop_ids = tuple(stop_ids)
 
     def check_fingerprint(self, theirs: str) -> None:
         """Refuses a caller with another vocabulary; an empty fingerprint is not checked."""
@@ -41,54 +43,27 @@ class ChatFormat:
             )
 
     def encode(self, request: pb.PolicyServiceChatRequest) -> np.ndarray:
-        """Token ids int32 [P] of the rendered conversation, ready for the assistant's turn."""
+        """Token ids int32 [P] of the rendered conversation, ready for the assistant's turn.
+
+        No text of the request becomes a control token, see `steersman.nn.render`.
+        """
+        from steersman.nn.render import prompt_ids, text_ids
+
         if request.prompt:
-            return np.asarray(self.tokenizer(request.prompt)["input_ids"], dtype=np.int32)
+            return np.asarray(text_ids(self.tokenizer, request.prompt), dtype=np.int32)
         if not request.messages:
             raise InvalidArgumentError("messages is empty; send at least one message")
         if self.tokenizer.chat_template is None:
             raise FailedPreconditionError("the model has no chat template; use the completions API or another model")
-        tools = json.loads(request.tools_json) if request.tools_json else None
+        tools = from_tools_json(request.tools_json)
         try:
-            ids = self.tokenizer.apply_chat_template(
-                [_plain(message) for message in request.messages],
-                tools=tools,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
-        except jinja2.TemplateError as error:
-            raise InvalidArgumentError(f"messages do not fit the model's chat template: {error}") from None
+            ids = prompt_ids(self.tokenizer, list(map(from_message, request.messages)), tools)
+        except DataError as error:
+            raise InvalidArgumentError(f"messages do not fit the model's chat template: {error.message}") from None
         return np.asarray(ids, dtype=np.int32)
 
     def text_of(self, token_id: int) -> str:
         return self.tokenizer.decode([token_id])
-
-
-def _plain(message: common_pb2.Message) -> dict[str, Any]:
-    plain: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        plain["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": _arguments(call.arguments)},
-            }
-            for call in message.tool_calls
-        ]
-    if message.tool_call_id:
-        plain["tool_call_id"] = message.tool_call_id
-    if message.name:
-        plain["name"] = message.name
-    return plain
-
-
-def _arguments(text: str) -> Any:
-    """The arguments of a call as templates want them; a model may have written what is not JSON."""
-    try:
-        return json.loads(text or "{}")
-    except ValueError:
-        return text
 
 
 @dataclass
@@ -103,6 +78,8 @@ class TextStream:
     stop: Sequence[str] = ()
     hold: str = ""
     """From this text on everything is held back until the end; empty: nothing is."""
+    ends: Sequence[int] = ()
+    """Tokens that end an answer and are no text of it, special or not."""
     ids: list[int] = field(default_factory=list)
     text: str = ""
     """Everything decoded, stop texts excluded."""
@@ -129,7 +106,7 @@ class TextStream:
         return self._emit(final=True)
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode([token for token in ids if token not in self.ends], skip_special_tokens=True)
 
     def _emit(self, final: bool) -> str:
         if self.stopped:
@@ -185,17 +162,20 @@ async def answer(
     count = request.n or 1
     info = engine.info()
     constraint = json_constraint(chat.tokenizer, request.json_schema, info) if request.json_schema else None
+    params = sampling_params(request.sampling, request.top_logprobs)
+    if request.messages:  # a turn ends as the template ends it; a text that is continued has no turns
+        params = replace(params, stop_token_ids=tuple({*params.stop_token_ids, *chat.stop_ids}))
     generation = GenerationRequest(
         request_id=str(uuid.uuid4()),
         prompts=[prompt],
-        params=sampling_params(request.sampling, request.top_logprobs),
+        params=params,
         n=count,
         stream=True,
         constraint=constraint,
     )
     # What may become a tool call is no text of the answer.
     hold = "<tool_call>" if request.tools_json else ""
-    streams = [TextStream(chat.tokenizer, tuple(request.stop), hold) for _ in range(count)]
+    streams = [TextStream(chat.tokenizer, tuple(request.stop), hold, chat.stop_ids) for _ in range(count)]
     held: dict[int, pb.PolicyServiceChatResponse] = {}
     ended: set[int] = set()
     async for event in events_of(engine, generation):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,8 @@ class PolicyConfig(ServerConfig):
     """Folder of the base model in Hugging Face format, or the embedded default's name."""
     model_name: str = "policy"
     """Name that the service reports."""
+    template_options: dict[str, Any] = {}
+    """Variables of the chat template, for example `{"enable_thinking": false}`, beside those saved with the model."""
     engine: Literal["transformers", "vllm", "tgi"] = "transformers"
     """What generates."""
     engine_url: str | None = None

@@ -27,6 +27,8 @@ class Item:
     fingerprint: str
     """Of the tokenizer behind `token_ids`."""
     facts: dict[str, Any]
+    tools: list[dict[str, Any]] | None = None
+    """Tool definitions that the conversation's assistant had."""
 
     @property
     def tokens(self) -> int:
@@ -99,7 +101,7 @@ class ModelScorer:
             return self._model.check_length(item.token_ids)
         if not item.messages:
             raise InvalidArgumentError("the model has another tokenizer than the caller; send messages as well")
-        return self._model.encode(item.messages)
+        return self._model.encode(item.messages, item.tools)
 
 
 class VerifiableScorer:

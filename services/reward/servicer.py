@@ -11,6 +11,7 @@ from services.reward.config import RewardConfig
 from services.reward.engine import Item, RewardEngine
 from steersman.errors import InvalidArgumentError
 from steersman.rpc.batcher import TokenBudgetBatcher
+from steersman.rpc.conversation import from_message, from_tools_json
 from steersman.rpc.metrics import SCORE_FAILURES, SCORED_ITEMS
 from steersman.rpc.wire import unpack_rows
 from steersman.v1 import reward_pb2 as pb
@@ -54,7 +55,8 @@ def _item(name: str, item: pb.ScoreItem, fingerprint: str) -> Item:
     if not isinstance(facts, dict):
         raise InvalidArgumentError(f"{name}.facts_json must be a JSON object")
     return Item(
-        messages=[{"role": message.role, "content": message.content} for message in item.messages],
+        messages=[from_message(message) for message in item.messages],
+        tools=from_tools_json(item.tools_json),
         token_ids=rows[0].tolist() if rows else [],
         fingerprint=fingerprint,
         facts=facts,

@@ -66,12 +66,28 @@ class ModelSpec(FrozenModel):
     """A folder in Hugging Face format, a hub id, or the embedded default `smollm2-135m-instruct`."""
     revision: str | None = None
     """Revision of a hub id."""
+    template_options: dict[str, Any] = {}
+    """Variables that the chat template gets in training and in every service, for example `{enable_thinking: false}`;
+    saved with the models that are trained."""
     precision: Precision = "auto"
     """Arithmetic of the matrix products. `auto` measures which is faster on this hardware."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run."""
     threads: NonNegative = 0
     """CPU threads of each process; 0 means all cores."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSpec:
+        taken = _TEMPLATE_INPUTS.intersection(self.template_options)
+        if taken:
+            raise ValueError(f"templateOptions.{min(taken)} is what the template is given anyway; remove it")
+        return self
+
+
+_TEMPLATE_INPUTS = frozenset(
+    ("messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
+     "continue_final_message", "return_dict", "return_tensors", "bos_token", "eos_token")
+)  # fmt: skip
 
 
 class DataSplits(FrozenModel):

@@ -18,6 +18,7 @@ import gzip
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, TypeVar
 
@@ -43,8 +44,10 @@ class Message(BaseModel):
     role: Role
     content: str
     """Empty on a turn that only calls tools."""
+    reasoning_content: str | None = None
+    """Thoughts of an assistant turn, apart from what it says."""
     tool_calls: list[dict[str, Any]] | None = None
-    """OpenAI tool calls of an assistant turn."""
+    """OpenAI tool calls of an assistant turn; arguments as JSON text or as an object."""
     tool_call_id: str | None = None
     """On a tool turn: the call that it answers."""
     name: str | None = None
@@ -73,7 +76,7 @@ _OTHER_ROLES = {"developer": "system", "function": "tool"}
 
 
 def _plain_turn(data: dict[str, Any]) -> dict[str, Any]:
-    kept = ("role", "content", "tool_calls", "tool_call_id", "name")
+    kept = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
     turn = {name: value for name, value in data.items() if name in kept or value not in (None, [], {})}
     for name, role in _OTHER_ROLES.items():
         if turn.get("role") == name:
@@ -95,6 +98,11 @@ def _plain_turn(data: dict[str, Any]) -> dict[str, Any]:
     return turn
 
 
+def plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """As chat templates take them."""
+    return [message.model_dump(exclude_none=True) for message in messages]
+
+
 class Row(BaseModel):
     """What every row may carry beside its conversation; other keys are kept as they are."""
 
@@ -113,6 +121,8 @@ class Row(BaseModel):
     `steersman.data.truth` says; what cannot be read is refused."""
     facts: dict[str, Any] | None = None
     """What a verifiable reward checks the answer against."""
+    tools: list[dict[str, Any]] | None = None
+    """OpenAI tool definitions that the conversation's assistant had; rendered as the chat service renders them."""
 
     def to_json(self) -> bytes:
         """The row as one JSON line without its line end; keys that are None are left out."""
@@ -243,15 +253,48 @@ def read_jsonl(path: str | os.PathLike[str], row_type: type[RowT]) -> Iterator[R
     Blank lines are passed over. Raises DataError at the first wrong row, and when the file is missing or holds
     no row.
     """
-    name = display_name(path)
-    found = False
+    return (row for _, row in numbered_rows(path, row_type))
+
+
+def numbered_rows(path: str | os.PathLike[str], row_type: type[RowT]) -> Iterator[tuple[str, RowT]]:
+    """(`file:line`, row) of every row; blank lines count as lines. Raises as `read_jsonl`."""
+    name, found = display_name(path), False
     for number, line in read_lines(path):
         if isinstance(line, DataError):
             raise line
-        yield parse_row(line, row_type, f"{name}:{number}")
         found = True
+        yield f"{name}:{number}", parse_row(line, row_type, f"{name}:{number}")
     if not found:
         raise DataError(f"{name}: no rows; the file is empty")
+
+
+def keyed_prompts(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, Prompt]]:
+    """(`file:line`, key, row) of every prompt; the key is its id, or `line N` where it has none.
+
+    Answers, winners and comparisons are kept by the key, so two rows with one id would be taken for one prompt.
+
+    Raises:
+        DataError: as `read_jsonl`; an id that an earlier row has, both lines named.
+    """
+    lines: dict[str, str] = {}
+    for where, row in numbered_rows(path, Prompt):
+        line = where.rpartition(":")[2]
+        key = row.id or f"line {line}"
+        if key in lines:
+            raise DataError(
+                f"{where}: id {key!r} is that of line {lines[key]}, too; give every prompt an id of its own, or none"
+            )
+        lines[key] = line
+        yield where, key, row
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Names the row (`file:line`) in a DataError of what is done with it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}") from None
 
 
 def parse_row(line: bytes, row_type: type[RowT], where: str) -> RowT:

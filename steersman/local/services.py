@@ -54,6 +54,8 @@ def policy_service(run: AlignmentRun, model: Path, run_dir: Path, index: int) ->
         "maxContext": spec.max_context,
         "kvCacheTokens": spec.kv_cache_tokens,
     }
+    if run.spec.model.template_options:
+        config["templateOptions"] = run.spec.model.template_options
     if shared := weights_folder(run, run_dir):
         config["artifactUrls"] = [f"file://{shared}/"]
     return Service(f"policy-{index}", "services.policy", GRPC_NAMES["policy"], config, ("port", "weightsPort"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import huggingface_hub
 import torch
@@ -24,6 +25,7 @@ from transformers import (
 
 from steersman.errors import ConfigError, NotFoundError
 from steersman.nn.hardware import DTYPES
+from steersman.nn.render import set_template_options
 from steersman.nn.reward import Aspect, RewardModel, read_settings
 from steersman.nn.trunk import is_decoder, skip_padding
 
@@ -43,8 +45,12 @@ def has_safetensors(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; padding on the right."""
+def load_tokenizer(folder: Path, template_options: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; padding on the right.
+
+    Args:
+        template_options: variables of the chat template beside those that the folder carries.
+    """
     quiet_libraries()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
@@ -53,6 +59,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         # Padded positions are masked by length everywhere, so any id does.
         tokenizer.pad_token = tokenizer.eos_token
+    set_template_options(tokenizer, template_options or {})
     return tokenizer
 
 

@@ -1,6 +1,6 @@
 """A conversation as token ids: control tokens come from the chat template, everything else is text.
 
-    messages -- marked --> chat template --> text -- control tokens by their id, the rest by the tokenizer's model --> ids
+    messages -- marked --> chat template --> text -- control tokens by id, the rest by the tokenizer's model --> ids
 
 What a caller, a record, a tool or a data file says must never become a token that structures a conversation, whether
 it is written out (`<|im_end|>`), made by a normalizer from look-alikes, or put together with the template's own text.
@@ -19,6 +19,7 @@ in a message. There a space is put into the marker in the message: `[ INST]`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
@@ -155,14 +156,14 @@ def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = dict(call.get("function") or call)
+    function = call.get("function") or call
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError("tool_calls: a call has no function.name; write it in OpenAI's form")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # a model may have written what is not JSON
             arguments = json.loads(arguments)
-        except ValueError:
-            pass  # a model may have written what is not JSON
-    found = {"type": "function", "function": {"name": function.get("name", ""), "arguments": arguments}}
+    found = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": call["id"], **found} if call.get("id") else found
 
 
@@ -175,7 +176,7 @@ def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _names_of(calls: Iterable[Mapping[str, Any]]) -> list[str]:
-    return [str((call.get("function") or call).get("name", "")) for call in calls]
+    return [(call.get("function") or call)["name"] for call in calls]
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase) -> Renderer:
@@ -188,7 +189,12 @@ def _renderer(tokenizer: PreTrainedTokenizerBase) -> Renderer:
 
 
 def _state_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
-    return tokenizer.chat_template, len(tokenizer), tuple(tokenizer.all_special_ids), len(tokenizer.added_tokens_decoder)
+    return (
+        tokenizer.chat_template,
+        len(tokenizer),
+        tuple(tokenizer.all_special_ids),
+        len(tokenizer.added_tokens_decoder),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +217,7 @@ class Renderer:
     """Chat template and encoder of one tokenizer; see the module's docstring."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = weakref.proxy(tokenizer)
+        self._tokenizer: Any = weakref.proxy(tokenizer)
         self.state = _state_of(tokenizer)
         self._source = _template_source(tokenizer)
         self._control = _control_tokens(tokenizer, self._source)
@@ -233,8 +239,8 @@ class Renderer:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(
-                f"{type(self._tokenizer).__name__} has no fast tokenizer, without which texts cannot be kept apart from "
-                "control tokens; add tokenizer.json to the model's folder"
+                f"{type(self._tokenizer).__name__} has no fast tokenizer, without which texts cannot be kept apart "
+                "from control tokens; add tokenizer.json to the model's folder"
             )
         return _renamed(backend, self._control)
 
@@ -454,7 +460,9 @@ def _renamed(backend: Tokenizer, control: Mapping[str, int]) -> Encoder:
         raise ConfigError(f"the tokenizer's token {wrong!r} has no certain id; mend added_tokens in tokenizer.json")
     boundary = f"{secret}boundary"
     encoder.add_special_tokens([AddedToken(boundary, normalized=False)])
-    return Encoder(encoder, names, boundary, encoder.token_to_id(boundary))
+    boundary_id = encoder.token_to_id(boundary)
+    assert boundary_id is not None
+    return Encoder(encoder, names, boundary, boundary_id)
 
 
 def _spaced(marker: str) -> str:

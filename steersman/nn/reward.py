@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from steersman.config.base import FrozenModel
 from steersman.errors import InvalidArgumentError
-from steersman.nn.tokens import Messages, conversation_parts
+from steersman.nn.render import Messages, Tools
+from steersman.nn.tokens import conversation_parts
 from steersman.nn.trunk import is_decoder, trunk_of
 
 REWARD_FILE = "reward.json"
@@ -106,13 +107,13 @@ class RewardModel:
         self.device = device
         self._precision = precision
 
-    def encode(self, messages: Messages) -> list[int]:
+    def encode(self, messages: Messages, tools: Tools = None) -> list[int]:
         """Token ids of a conversation, prompt and answer.
 
         Raises:
             InvalidArgumentError: longer than the model was trained for.
         """
-        prompt, answer = conversation_parts(self.tokenizer, messages)
+        prompt, answer = conversation_parts(self.tokenizer, messages, tools)
         return self.check_length(prompt + answer)
 
     def check_length(self, token_ids: list[int]) -> list[int]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ __all__ = [
     "answer_ids",
     "conversation_parts",
     "distinct_pad_token",
+    "generation_config_of",
     "label_conversation",
     "prompt_and_answer_ids",
     "prompt_ids",
@@ -155,6 +157,11 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationCo
     if tokenizer.chat_template:
         found.update(closing_ids(tokenizer))
     return sorted(found)
+
+
+def generation_config_of(folder: Path) -> GenerationConfig | None:
+    """The generation config of a model folder; None where there is none."""
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
 
 
 def distinct_pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:

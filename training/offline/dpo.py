@@ -20,15 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from steersman.config.manifest import DpoStage
-from steersman.data.records import Message, Preference
+from steersman.data.records import Message, Preference, Prompt, at, numbered_rows, plain_messages
 from steersman.errors import DataError
-from steersman.nn.tokens import answer_ids, prompt_ids
+from steersman.nn.tokens import prompt_and_answer_ids
 from training.context import StageContext
 from training.offline.trl_setup import (
     Progress,
     check_length,
     finish_causal,
-    numbered_rows,
     options,
     reference_of,
     start_causal,
@@ -80,25 +79,20 @@ def preference_dataset(path: Path, tokenizer: PreTrainedTokenizerBase, stop_ids:
     """Rows `prompt_ids`, `chosen_ids` and `rejected_ids` of a file of preferences."""
     rows = []
     for where, row in numbered_rows(path, Preference):
-        prompt, chosen = prompt_and_answer(tokenizer, row.prompt, row.chosen, stop_ids, where)
-        _, rejected = prompt_and_answer(tokenizer, row.prompt, row.rejected, stop_ids, where)
+        prompt, chosen = prompt_and_answer(tokenizer, row, row.chosen, stop_ids, where)
+        other, rejected = prompt_and_answer(tokenizer, row, row.rejected, stop_ids, where)
+        assert prompt == other, "a prompt's tokens do not depend on the answer"
         check_length(len(prompt) + max(len(chosen), len(rejected)), max_length, where)
         rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     return Dataset.from_list(rows)
 
 
 def prompt_and_answer(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Sequence[Message],
-    answer: Sequence[Message],
-    stop_ids: list[int],
-    where: str,
+    tokenizer: PreTrainedTokenizerBase, row: Prompt, answer: Sequence[Message], stop_ids: list[int], where: str
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of its answer, end token included; turns before the last belong to the prompt."""
-    turns = [message.model_dump(exclude_none=True) for message in (*prompt, *answer)]
+    """Token ids of a row's prompt and of an answer to it, end token included."""
     if len(answer) > 1:
         raise DataError(f"{where}: an answer of {len(answer)} turns; move all but the last to the prompt")
-    try:
-        return prompt_ids(tokenizer, turns[:-1]), answer_ids(tokenizer, turns[:-1], turns[-1], stop_ids)
-    except DataError as error:
-        raise DataError(f"{where}: {error.message}") from None
+    *prompt, said = plain_messages((*row.prompt, *answer))
+    with at(where):
+        return prompt_and_answer_ids(tokenizer, prompt, said, stop_ids, row.tools)

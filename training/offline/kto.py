@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import KTOConfig, KTOTrainer
 
 from steersman.config.manifest import KtoStage
-from steersman.data.records import Feedback
+from steersman.data.records import Feedback, numbered_rows
 from steersman.errors import ConfigError, DataError
 from training.context import StageContext
 from training.offline.dpo import prompt_and_answer
@@ -25,7 +25,6 @@ from training.offline.trl_setup import (
     Progress,
     check_length,
     finish_causal,
-    numbered_rows,
     options,
     reference_of,
     start_causal,
@@ -87,7 +86,7 @@ def feedback_dataset(
     """
     rows = []
     for where, row in numbered_rows(path, Feedback):
-        prompt, answer = prompt_and_answer(tokenizer, row.prompt, row.completion, stop_ids, where)
+        prompt, answer = prompt_and_answer(tokenizer, row, row.completion, stop_ids, where)
         check_length(len(prompt) + len(answer), max_length, where)
         rows.append({"prompt_ids": prompt, "completion_ids": answer, "label": row.label})
     if len({row["label"] for row in rows}) < 2:

@@ -30,7 +30,7 @@ from trl import RewardConfig, RewardTrainer
 
 from steersman.artifacts import atomic_dir
 from steersman.config.manifest import RewardModelStage
-from steersman.data.records import Aspects, Preference, Row
+from steersman.data.records import Aspects, Message, Preference, Prompt, at, numbered_rows, plain_messages
 from steersman.errors import ConfigError, DataError
 from steersman.nn.load import disable_dropout, load_classifier, load_reward_model, load_tokenizer, quiet_libraries
 from steersman.nn.lora import merge_to_folder, quantization, save_adapter, save_model
@@ -54,7 +54,6 @@ from training.offline.trl_setup import (
     Progress,
     check_length,
     gathered,
-    numbered_rows,
     options,
     prepare,
     train,
@@ -73,7 +72,7 @@ def run_reward_model(spec: RewardModelStage, ctx: StageContext) -> dict[str, Pat
     """
     quiet_libraries()
     base = _backbone(spec, ctx)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, ctx.spec.model.template_options if spec.base is None else None)
     data = RewardData(spec, tokenizer)
     kind = "aspects" if spec.objective == "aspects" else "preferences"
     files = ctx.files(kind)
@@ -131,13 +130,10 @@ class RewardData:
         self._spec = spec
         self.tokenizer = tokenizer
 
-    def tokens(self, prompt: Sequence[Any], answer: Sequence[Any], where: str) -> tuple[list[int], int]:
-        """Token ids of prompt and answer, and how many of them are the answer's."""
-        messages = [message.model_dump(exclude_none=True) for message in (*prompt, *answer)]
-        try:
-            before, after = conversation_parts(self.tokenizer, messages)
-        except DataError as error:
-            raise DataError(f"{where}: {error.message}") from None
+    def tokens(self, row: Prompt, answer: Sequence[Message], where: str) -> tuple[list[int], int]:
+        """Token ids of a row's prompt and an answer to it, and how many of them are the answer's."""
+        with at(where):
+            before, after = conversation_parts(self.tokenizer, plain_messages((*row.prompt, *answer)), row.tools)
         check_length(len(before) + len(after), self._spec.max_length, where)
         said = "\n".join(message.content for message in answer)
         return before + after, len(after) or len(self.tokenizer(said, add_special_tokens=False)["input_ids"])
@@ -147,8 +143,8 @@ class RewardData:
         rows = []
         for where, row in numbered_rows(path, Preference):
             pair: dict[str, Any] = {
-                "chosen_ids": self.tokens(row.prompt, row.chosen, where)[0],
-                "rejected_ids": self.tokens(row.prompt, row.rejected, where)[0],
+                "chosen_ids": self.tokens(row, row.chosen, where)[0],
+                "rejected_ids": self.tokens(row, row.rejected, where)[0],
             }
             if self._spec.margin:
                 if row.margin is None:
@@ -175,7 +171,7 @@ class RewardData:
             ]
             if all(label == IGNORE for label in labels):
                 raise DataError(f"{where}: aspects: none of {', '.join(scales)} is rated; add one or remove the row")
-            rows.append({"input_ids": self.tokens(row.prompt, row.completion, where)[0], "labels": labels})
+            rows.append({"input_ids": self.tokens(row, row.completion, where)[0], "labels": labels})
         return Dataset.from_list(rows)
 
     def aspect_scales(self, path: Path) -> dict[str, Aspect]:
@@ -354,11 +350,11 @@ def _normalised(
     write_settings(work, settings)
     model = load_reward_model(work, device=ctx.device, precision=ctx.precision)
     rows: list[list[int]] = []
-    kind: type[Row] = Aspects if settings.aspects else Preference
+    kind: type[Prompt] = Aspects if settings.aspects else Preference
     for where, row in numbered_rows(files.validation or files.train, kind):
         for name in ("chosen", "rejected", "completion"):
             if hasattr(row, name):
-                rows.append(data.tokens(row.prompt, getattr(row, name), where)[0])  # type: ignore[attr-defined]
+                rows.append(data.tokens(row, getattr(row, name), where)[0])
         if len(rows) >= _REFERENCE_ROWS:
             break
     scores = model.score(rows, on_batch=lambda done: ctx.reporter.activity(f"scored {done} of {len(rows)} answers"))
@@ -401,8 +397,8 @@ def _evaluate(model: RewardModel, data: RewardData, ctx: StageContext) -> tuple[
     path = preferences and (preferences.heldout or preferences.validation)
     if path:
         rows = list(numbered_rows(path, Preference))
-        chosen = [data.tokens(row.prompt, row.chosen, where) for where, row in rows]
-        rejected = [data.tokens(row.prompt, row.rejected, where) for where, row in rows]
+        chosen = [data.tokens(row, row.chosen, where) for where, row in rows]
+        rejected = [data.tokens(row, row.rejected, where) for where, row in rows]
         scores = score([ids for ids, _ in chosen + rejected])
         raw, n = scores.members.mean(0), len(rows)
         pairs = [
@@ -425,7 +421,7 @@ def _evaluate(model: RewardModel, data: RewardData, ctx: StageContext) -> tuple[
     if path:
         names = list(model.settings.aspects)
         rated = list(numbered_rows(path, Aspects))
-        scores = score([data.tokens(row.prompt, row.completion, where)[0] for where, row in rated])
+        scores = score([data.tokens(row, row.completion, where)[0] for where, row in rated])
         expected = np.array([[row.aspects.get(name, np.nan) for name in names] for _, row in rated])
         result["aspects"] = evaluate_ratings(scores.aspects.numpy(), expected, names)
         for number, (where, answer) in enumerate(rated):

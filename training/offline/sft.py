@@ -9,6 +9,7 @@ is generated behind.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -16,33 +17,40 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from steersman.config.manifest import SftStage
-from steersman.data.records import Demonstration
-from steersman.errors import DataError
-from steersman.nn.tokens import label_conversation
+from steersman.data.records import Demonstration, at, numbered_rows, plain_messages
+from steersman.nn.tokens import LabelledTokens, label_conversation
 from training.context import StageContext
 from training.offline.trl_setup import (
     Progress,
     check_length,
     finish_causal,
-    numbered_rows,
     options,
     start_causal,
     train,
 )
 
 
-def run_sft(spec: SftStage, ctx: StageContext) -> dict[str, Path]:
+def run_sft(spec: SftStage, ctx: StageContext, generated: Sequence[LabelledTokens] | None = None) -> dict[str, Path]:
     """Trains on `data.demonstrations` from the newest policy and returns the folders `model` and `adapter`.
+
+    Args:
+        generated: trained instead of the demonstrations: what a model generated, as the tokens that it generated.
 
     Raises:
         DataError: a row is wrong or too long; the message begins with `file:line`.
     """
-    files = ctx.files("demonstrations")
     start = start_causal(ctx.policy_model, spec, ctx)
-    data = labelled_dataset(files.train, start.tokenizer, start.stop_ids, spec.max_length)
+
+    def load(path: Path) -> Dataset:
+        return labelled_dataset(path, start.tokenizer, start.stop_ids, spec.max_length)
+
     validation = None
-    if files.validation is not None:
-        validation = labelled_dataset(files.validation, start.tokenizer, start.stop_ids, spec.max_length)
+    if generated is not None:
+        data = _dataset(generated)
+    else:
+        files = ctx.files("demonstrations")
+        data = load(files.train)
+        validation = load(files.validation) if files.validation else None
     trainer = SFTTrainer(
         model=start.model,
         args=SFTConfig(**options(spec, ctx), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
@@ -60,11 +68,13 @@ def labelled_dataset(path: Path, tokenizer: PreTrainedTokenizerBase, stop_ids: l
     """Rows `input_ids` and `labels` (-100 where nothing is learned) of a file of demonstrations."""
     rows = []
     for where, row in numbered_rows(path, Demonstration):
-        try:
-            examples = label_conversation(tokenizer, row.to_dict()["messages"], stop_ids)
-        except DataError as error:
-            raise DataError(f"{where}: {error.message}") from None
+        with at(where):
+            examples = label_conversation(tokenizer, plain_messages(row.messages), stop_ids, row.tools)
         for example in examples:
             check_length(len(example.token_ids), max_length, where)
-            rows.append({"input_ids": example.token_ids, "labels": example.labels})
-    return Dataset.from_list(rows)
+        rows += examples
+    return _dataset(rows)
+
+
+def _dataset(rows: Sequence[LabelledTokens]) -> Dataset:
+    return Dataset.from_list([{"input_ids": row.token_ids, "labels": row.labels} for row in rows])

@@ -10,10 +10,10 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import trl.trainer.utils
 from torch import nn
@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from steersman.artifacts import storage_errors
 from steersman.config.manifest import SupervisedStage
-from steersman.data.records import Row, display_name, parse_row, read_lines
 from steersman.errors import ConfigError, DataError, FailedPreconditionError
 from steersman.nn.load import disable_dropout, load_causal_lm, load_tokenizer, quiet_libraries
 from steersman.nn.lora import attach_lora, merge_to_folder, quantization, save_adapter, save_model
@@ -35,21 +34,6 @@ CHECKPOINT_SECONDS = 30.0
 """Least time between two checkpoints."""
 CHECKPOINT_SHARE = 0.05
 """Of the time that may go into writing them: with a large model they become rarer."""
-"""Work that a killed stage repeats at most, give or take a step."""
-
-RowT = TypeVar("RowT", bound=Row)
-
-
-def numbered_rows(path: Path, row_type: type[RowT]) -> Iterator[tuple[str, RowT]]:
-    """(`file:line`, row) of every row; DataError at the first wrong one, and when there is none."""
-    name, found = display_name(path), False
-    for number, line in read_lines(path):
-        if isinstance(line, DataError):
-            raise line
-        found = True
-        yield f"{name}:{number}", parse_row(line, row_type, f"{name}:{number}")
-    if not found:
-        raise DataError(f"{name}: no rows; the file is empty")
 
 
 def check_length(length: int, limit: int, where: str) -> None:
@@ -70,7 +54,7 @@ class Start:
 def start_causal(folder: Path, spec: SupervisedStage, ctx: StageContext) -> Start:
     """Loads the policy in fp32, with an adapter where the stage has one."""
     quiet_libraries()
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, ctx.spec.model.template_options)
     model = load_causal_lm(folder, device=ctx.device, quantization_config=quantization(spec.lora, ctx.device))
     check_tokenizer_matches(model.config, tokenizer)
     stops = stop_ids(tokenizer, model.generation_config)

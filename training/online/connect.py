@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from steersman.config.manifest import Generation
 from steersman.config.stages import weights_folder
 from steersman.errors import ConfigError, FailedPreconditionError
 from steersman.nn.load import load_tokenizer
-from steersman.nn.tokens import stop_ids, tokenizer_fingerprint
+from steersman.nn.tokens import generation_config_of, stop_ids, tokenizer_fingerprint
 from training.context import StageContext
 from training.online.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
 from training.online.prompts import load_prompts
@@ -34,8 +34,8 @@ class Services:
         """
         spec = context.spec.services
         self.context = context
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
-        self.stop_ids = stop_ids(self.tokenizer, generation_config(model))
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, context.spec.model.template_options)
+        self.stop_ids = stop_ids(self.tokenizer, generation_config_of(model))
         fingerprint = tokenizer_fingerprint(self.tokenizer)
         note, patience = context.reporter.note, spec.start_timeout_seconds
         needed = {"policy": spec.policy, "reward": spec.reward} | ({"reference": spec.reference} if reference else {})
@@ -81,8 +81,9 @@ class Services:
         return load_prompts(path, self.tokenizer, self.max_context - generation.max_new_tokens)
 
     def decode(self, token_ids: np.ndarray) -> str:
-        """Text of an answer without special tokens."""
-        return str(self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)).strip()
+        """Text of an answer without special tokens and without its end."""
+        said = [token for token in token_ids.tolist() if token not in self.stop_ids]
+        return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
 
     def rollouts(self, generation: Generation) -> Rollouts:
         return Rollouts(
@@ -91,10 +92,7 @@ class Services:
             self.reference,
             self.decode,
             generation,
+            self.stop_ids,
             self.context.reporter.activity,
             self.reward[0].standardised() if self.reward else {},
         )
-
-
-def generation_config(model: Path) -> GenerationConfig | None:
-    return GenerationConfig.from_pretrained(model) if (model / "generation_config.json").is_file() else None

@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from steersman.data import records
+from steersman.data.records import at, plain_messages
 from steersman.errors import DataError
-from steersman.nn.tokens import answer_ids, prompt_ids
+from steersman.nn.tokens import prompt_and_answer_ids, prompt_ids
 from training.online.rollout import Prompt
-
-
-def plain_messages(messages: Sequence[records.Message]) -> list[dict[str, Any]]:
-    """As chat templates take them."""
-    return [message.model_dump(exclude_none=True) for message in messages]
 
 
 def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Prompt]:
@@ -31,17 +26,16 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
         DataError: a malformed row, or a prompt that is too long; file and line are named.
     """
     prompts = []
-    for line, row in enumerate(records.read_jsonl(path, records.Prompt), start=1):
+    for where, key, row in records.keyed_prompts(path):
         messages = plain_messages(row.prompt)
-        ids = np.asarray(prompt_ids(tokenizer, messages), dtype=np.int32)
+        with at(where):
+            ids = np.asarray(prompt_ids(tokenizer, messages, row.tools), dtype=np.int32)
         if len(ids) > max_tokens:
             raise DataError(
-                f"{path}:{line}: the prompt has {len(ids)} tokens, the context leaves room for {max_tokens}; "
+                f"{where}: the prompt has {len(ids)} tokens, the context leaves room for {max_tokens}; "
                 "shorten it or lower generation.maxNewTokens"
             )
-        prompts.append(Prompt(ids, messages, json.dumps(row.facts) if row.facts else "", row.id or str(line)))
-    if not prompts:
-        raise DataError(f"{path}: there are no rows; at least one prompt is needed")
+        prompts.append(Prompt(ids, messages, json.dumps(row.facts) if row.facts else "", key, row.tools))
     return prompts
 
 
@@ -50,10 +44,10 @@ def load_answers(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(prompt ids, answer ids) of the last assistant turn of every demonstration, for PPO-ptx."""
     pairs = []
-    for row in records.read_jsonl(path, records.Demonstration):
+    for where, row in records.numbered_rows(path, records.Demonstration):
         messages = plain_messages(row.messages)
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        prompt = prompt_ids(tokenizer, messages[:last])
-        answer = answer_ids(tokenizer, messages[:last], messages[last], stop_ids)
+        with at(where):
+            prompt, answer = prompt_and_answer_ids(tokenizer, messages[:last], messages[last], stop_ids, row.tools)
         pairs.append((np.asarray(prompt, dtype=np.int32), np.asarray(answer, dtype=np.int32)))
     return pairs

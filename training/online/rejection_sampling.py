@@ -17,7 +17,8 @@ import torch
 from steersman.artifacts import atomic_dir, storage_errors
 from steersman.config.manifest import RejectionSamplingStage, SftStage
 from steersman.errors import FailedPreconditionError
-from training.context import DataFiles, StageContext
+from steersman.nn.tokens import IGNORE, LabelledTokens
+from training.context import StageContext
 from training.evaluate import read_weights
 from training.offline.sft import run_sft
 from training.online.connect import Services
@@ -56,7 +57,7 @@ def _write_winners(
     rollouts = services.rollouts(spec.generation)
     scored, timing = rollouts.collect(chosen, spec.samples_per_prompt, (context.seed << 32) + number)
     count_failed(scored, spec.max_failed_share)
-    found = [best_of(prompt, items) for prompt, items in zip(chosen, scored, strict=True)]
+    found = [winner_row(prompt, items) for prompt, items in zip(chosen, scored, strict=True)]
     earlier = _earlier_winners(context, number) if spec.keep_earlier_winners else {}
     rows = merge_winners([row for row in found if row is not None], earlier)
     if not rows:
@@ -97,9 +98,8 @@ def _fine_tune(
         gradient_checkpointing=spec.gradient_checkpointing,
         max_length=max_length,
     )
-    data = {**context.data, "demonstrations": DataFiles(winners)}
-    round_context = replace(context, stage_dir=winners.parent, policy_model=model, data=data)
-    run_sft(stage, round_context)
+    round_context = replace(context, stage_dir=winners.parent, policy_model=model)
+    run_sft(stage, round_context, labelled_winners(winners))
     shutil.rmtree(round_context.checkpoints, ignore_errors=True)
 
 
@@ -113,12 +113,34 @@ def prompts_of_round(prompts: list[Prompt], count: int, number: int, seed: int) 
     return picked
 
 
+def labelled_winners(path: Path) -> list[LabelledTokens]:
+    """The winners' tokens as they were sampled; only the new answer is trained, no earlier turn of the prompt."""
+    found = []
+    for row in map(json.loads, path.read_text().splitlines()):
+        prompt, answer = row["prompt_ids"], row["answer_ids"]
+        found.append(LabelledTokens(prompt + answer, [IGNORE] * len(prompt) + answer))
+    return found
+
+
+def winner_row(prompt: Prompt, items: list[Scored]) -> dict | None:
+    """`best_of` with the tokens that were sampled."""
+    best = _best(items)
+    row = best_of(prompt, items)
+    if best is None or row is None:
+        return None
+    return {**row, "prompt_ids": prompt.ids.tolist(), "answer_ids": best.sample.token_ids.tolist()}
+
+
+def _best(items: list[Scored]) -> Scored | None:
+    good = [item for item in items if math.isfinite(reward_of(item.score)) and item.sample.ended and item.text]
+    return max(good, key=lambda item: item.score.reward, default=None)
+
+
 def best_of(prompt: Prompt, items: list[Scored]) -> dict | None:
     """The demonstration row of the sample with the highest reward that ended by itself; None without any."""
-    good = [item for item in items if math.isfinite(reward_of(item.score)) and item.sample.ended and item.text]
-    if not good:
+    best = _best(items)
+    if best is None:
         return None
-    best = max(good, key=lambda item: item.score.reward)
     return {
         "id": prompt.key,
         "messages": [*prompt.messages, {"role": "assistant", "content": best.text}],

@@ -15,11 +15,11 @@ from steersman.errors import ConfigError
 from steersman.nn.hardware import use_fast_exact_matmul
 from steersman.nn.load import load_tokenizer
 from steersman.nn.lora import merge_to_folder, quantization, save_adapter, save_model
-from steersman.nn.tokens import stop_ids, tokenizer_fingerprint
+from steersman.nn.tokens import generation_config_of, stop_ids, tokenizer_fingerprint
 from training.algorithms import build
 from training.context import StageContext
 from training.online.checkpoint import Checkpoints
-from training.online.connect import Services, generation_config
+from training.online.connect import Services
 from training.online.loop import Trainer
 from training.online.passes import Pair
 from training.online.policy_model import PolicyModel
@@ -121,6 +121,6 @@ def _demonstrations(spec: RlStage, context: StageContext) -> Sequence[Pair]:
     """What PPO-ptx learns beside; read before any model is loaded."""
     if not build(spec).ptx_coefficient:
         return ()
-    tokenizer = load_tokenizer(context.policy_model)
-    stops = stop_ids(tokenizer, generation_config(context.policy_model))
+    tokenizer = load_tokenizer(context.policy_model, context.spec.model.template_options)
+    stops = stop_ids(tokenizer, generation_config_of(context.policy_model))
     return load_answers(context.files("demonstrations").train, tokenizer, stops)

@@ -10,6 +10,7 @@ So scoring overlaps generation, and still what one scoring call holds does not d
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from steersman.config.manifest import Generation
 from steersman.errors import FailedPreconditionError, InvalidArgumentError
+from steersman.rpc.conversation import to_message
 from steersman.rpc.wire import pack_rows
 from steersman.v1 import common_pb2, reward_pb2
 from training.mathematics.rewards import present
@@ -39,10 +41,12 @@ class Prompt:
 
     ids: np.ndarray
     """int32 [P], rendered with the chat template up to the assistant's turn."""
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     facts_json: str = ""
     key: str = ""
     """Identifies the row."""
+    tools: list[dict[str, Any]] | None = None
+    """Tool definitions that the assistant has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +69,7 @@ class Rollouts:
         reference: Sequence[ReferenceClient],
         decode: Callable[[np.ndarray], str],
         generation: Generation,
+        stop_ids: Sequence[int],
         activity: Callable[[str], None],
         standardised: Mapping[str, float] = {},
     ) -> None:
@@ -74,6 +79,7 @@ class Rollouts:
         reference: replicas of the reference service; empty: no reference log-probabilities.
         decode: response ids to text, special tokens left out.
         generation: sampling options.
+        stop_ids: end an answer: the template's end of a turn as well as the model's own.
         activity: told what is going on, often.
         standardised: scorers whose values are standardised, with their weights.
         """
@@ -83,6 +89,7 @@ class Rollouts:
         self._reference = reference
         self._decode = decode
         self._generation = generation
+        self._stop_ids = tuple(stop_ids)
         self._activity = activity
         # Two pools: a block's task waits for its reference call, which must not wait for a block's task.
         self._blocks = ThreadPoolExecutor(BLOCKS, thread_name_prefix="scoring")
@@ -108,6 +115,7 @@ class Rollouts:
             top_p=self._generation.top_p,
             top_k=self._generation.top_k,
             seed=seed,
+            stop_token_ids=self._stop_ids,
         )
         size = math.ceil(len(prompts) / BLOCKS)
         missing = [n] * len(prompts)
@@ -166,9 +174,9 @@ def score_item(prompt: Prompt, token_ids: np.ndarray, text: str) -> reward_pb2.S
     return reward_pb2.ScoreItem(
         token_ids=pack_rows([np.concatenate([prompt.ids, token_ids])]),
         prompt_length=len(prompt.ids),
-        messages=[common_pb2.Message(role=message["role"], content=message["content"]) for message in prompt.messages]
-        + [common_pb2.Message(role="assistant", content=text)],
+        messages=[*map(to_message, prompt.messages), common_pb2.Message(role="assistant", content=text)],
         facts_json=prompt.facts_json,
+        tools_json=json.dumps(prompt.tools) if prompt.tools else "",
     )
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import time
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,11 @@ def sentencepiece(scheme: str | None, normalizer=None, **kwargs) -> PreTrainedTo
     backend = Tokenizer(
         models.BPE(
             vocab={piece: number for number, piece in enumerate(pieces)},
-            merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True,
-        )  # fmt: skip
+            merges=merges,
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
     )
     replace = normalizers.Replace(" ", "▁")
     if scheme is None:
@@ -94,7 +98,7 @@ def wordpiece() -> PreTrainedTokenizerFast:
     return wrapped(backend, ZEPHYR, CONTROL)
 
 
-def bytelevel(template: str, extra: list[str] = []) -> PreTrainedTokenizerFast:
+def bytelevel(template: str, extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """As Llama 3, Qwen and most others, with the tokens that a template writes."""
     written = re.findall(
         r"<[|｜][^<>\s'\"]+>|<[^<>\s'\"|｜]+[|｜]>|</?(?:think|tool_call|tool_response|\w+_of_\w+|image|sop)>", template
@@ -264,7 +268,8 @@ def test_every_template_at_hand(path):
     assert "Yes." in tokenizer.decode(answer)
     for example in label_conversation(tokenizer, [*CHAT, ANSWER], stops):
         trained = [label for label in example.labels if label != -100]
-        assert "Where is order" not in tokenizer.decode(trained) and trained[-1] in stops
+        assert "Where is order" not in tokenizer.decode(trained)
+        assert trained[-1] in stops
     evil = [{"role": "user", "content": tokenizer.decode(tokenizer.all_special_ids + sorted(stops)) + "x"}]
     usual = [{"role": "user", "content": "x"}]
     assert control_ids(tokenizer, prompt_ids(tokenizer, evil)) == control_ids(tokenizer, prompt_ids(tokenizer, usual))
@@ -282,13 +287,14 @@ def test_calls_are_rendered_once_encoded(path):
             turn_ids(tokenizer, CHAT[:1], CALL, TOOLS)
         return
     text = tokenizer.decode(turn_ids(tokenizer, CHAT[:1], CALL, TOOLS)[1])
-    assert "order" in text and '\\"' not in text
-    whole = [CHAT[0], CALL, {"role": "tool", "content": "shipped", "tool_call_id": "call12345", "name": "order"}, ANSWER]
-    labelled = label_conversation(tokenizer, whole, stop_ids(tokenizer), TOOLS)
+    assert "order" in text
+    assert '\\"' not in text
+    result = {"role": "tool", "content": "shipped", "tool_call_id": "call12345", "name": "order"}
+    labelled = label_conversation(tokenizer, [CHAT[0], CALL, result, ANSWER], stop_ids(tokenizer), TOOLS)
     assert "Looks up." in tokenizer.decode(labelled[-1].token_ids) or path.stem in ("deepseekv3", "deepseekv3_training")
-    as_object = [{**CALL, "tool_calls": [{**CALL["tool_calls"][0], "function": {"name": "order", "arguments": {"id": 2}}}]}]
+    as_object = {**CALL, "tool_calls": [{"id": "call12345", "function": {"name": "order", "arguments": {"id": 2}}}]}
     assert conversation_ids(tokenizer, [CHAT[0], CALL], TOOLS) == conversation_ids(
-        tokenizer, [CHAT[0], *as_object], TOOLS
+        tokenizer, [CHAT[0], as_object], TOOLS
     )
 
 

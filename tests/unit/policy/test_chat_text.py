@@ -20,13 +20,15 @@ CALL = '<tool_call>{"name": "f", "arguments": {"a": {"b": 1}}}</tool_call>'
 class Characters:
     """One character is one token."""
 
-    chat_template = "any"
-
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, ids))
 
-    def apply_chat_template(self, messages: Any, **options: Any) -> list[int]:
-        return [1, 2]
+
+class AnyChat(ChatFormat):
+    """The prompt does not matter."""
+
+    def encode(self, request: pb.PolicyServiceChatRequest) -> np.ndarray:
+        return np.array([1, 2], np.int32)
 
 
 class Scripted:
@@ -56,7 +58,7 @@ async def responses(text: str, **fields: Any) -> list[pb.PolicyServiceChatRespon
         sampling=common_pb2.SamplingParams(max_new_tokens=500),
         **fields,
     )
-    chat = ChatFormat(Characters(), "")
+    chat = AnyChat(Characters(), "")
     return [response async for response in answer(Scripted(text), chat, request)]  # type: ignore[arg-type]
 
 
