@@ -13,13 +13,17 @@ from steersman.rpc.server import ServerConfig
 
 class ScorerConfig(FrozenModel):
     name: str
-    """Name under which values are reported; of a verifiable reward also the one it is registered under."""
+    """Name under which values are reported."""
     kind: Literal["model", "verifiable"]
     """A trained model, or a registered function."""
     weight: float = 1.0
     """Weight in the reward; 0: reported only."""
     path: Path | None = None
     """Folder of the model."""
+    type: str | None = None
+    """Name that the verifiable reward is registered under; None: `name`."""
+    python: str | None = None
+    """Somebody's own function, `module:function` or `path/file.py:function`, in its place."""
     options: dict[str, Any] = {}
     """Options of the verifiable reward."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from steersman.errors import InvalidArgumentError, SteersmanError
 from steersman.nn.hardware import pick_device, pick_precision, set_threads, use_fast_exact_matmul
 from steersman.nn.load import load_reward_model
 from steersman.nn.tokens import tokenizer_fingerprint
-from steersman.rewards import build_reward
+from steersman.rewards import Answered, Failed, Outcome, Verdict, build_batch_reward, custom_reward
 from steersman.v1 import common_pb2, reward_pb2
 
 
@@ -38,7 +38,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Part:
-    """What one scorer says of one item; `value` is None where it failed, and `error` says why."""
+    """What one scorer says of one item; `value` is None where it failed (`error` says why) or has nothing to say."""
 
     value: float | None
     aspects: dict[str, float] = field(default_factory=dict)
@@ -105,24 +105,37 @@ class ModelScorer:
 
 
 class VerifiableScorer:
-    """A registered function, called for every answer; a slow one (HTTP) for several at a time."""
+    """A registered function, or somebody's own."""
 
     def __init__(self, config: ScorerConfig) -> None:
-        self._reward = build_reward(config.name, config.options)
-        self._threads = ThreadPoolExecutor(8, thread_name_prefix=config.name)
+        if config.python is not None:
+            self._reward = custom_reward(config.python, config.options)
+        else:
+            self._reward = build_batch_reward(config.type or config.name, config.options)
         self.info = reward_pb2.ScorerInfo(name=config.name, kind="verifiable", weight=config.weight, std=1.0)
 
     def score(self, items: Sequence[Item]) -> list[Part]:
-        return list(self._threads.map(self._one, items))
-
-    def _one(self, item: Item) -> Part:
-        if not item.messages:
-            return Part(None, error="a verifiable reward needs messages; send them")
+        spoken = [index for index, item in enumerate(items) if item.messages]
+        answered = [
+            Answered(items[index].messages[:-1], items[index].messages[-1]["content"], items[index].facts)
+            for index in spoken
+        ]
         try:
-            verdict = self._reward(item.messages[:-1], item.messages[-1]["content"], item.facts)
+            outcomes = list(self._reward(answered)) if answered else []
         except Exception as error:
-            return Part(None, error=f"{self.info.name}: {error}")
-        return Part(verdict.value, dict(verdict.criteria))
+            outcomes = [Failed(f"{type(error).__name__}: {error}")] * len(answered)
+        parts = [Part(None, error="a verifiable reward needs messages; send them")] * len(items)
+        for index, outcome in zip(spoken, outcomes, strict=True):
+            parts[index] = _part(outcome)
+        return parts
+
+
+def _part(outcome: Outcome) -> Part:
+    if isinstance(outcome, Verdict):
+        if not math.isfinite(outcome.value):
+            return Part(None, error=f"{outcome.value} is no finite number")
+        return Part(outcome.value, dict(outcome.criteria))
+    return Part(None, error=outcome.reason) if outcome is not None else Part(None)
 
 
 class RewardEngine:
@@ -152,16 +165,20 @@ class RewardEngine:
 
     def _combine(self, parts: Sequence[Part]) -> reward_pb2.ItemScore:
         result = reward_pb2.ItemScore()
-        total = 0.0
+        total, scored = 0.0, False
         for scorer, part in zip(self.scorers, parts, strict=True):
             info = scorer.info
             message = reward_pb2.RewardPart(name=info.name, weight=info.weight, aspects=part.aspects, error=part.error)
             if part.value is not None:
                 message.value = part.value
                 total += info.weight * part.value
-            elif info.weight:
+                scored = scored or bool(info.weight)
+            elif info.weight and part.error:
                 result.error = f"{info.name}: {part.error}"
             result.parts.append(message)
+        if not scored and not result.error:
+            names = ", ".join(scorer.info.name for scorer in self.scorers if scorer.info.weight)
+            result.error = f"{names or 'no scorer with a weight'}: no reward for this answer (None)"
         if not result.error:
             result.reward = total
         return result

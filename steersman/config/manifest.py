@@ -25,7 +25,7 @@ from steersman.config.base import (
     read_yaml,
 )
 from steersman.errors import ConfigError
-from steersman.rewards import check_reward
+from steersman.rewards import check_reward, split_reference
 
 API_VERSION = "steersman.dev/v1alpha1"
 KIND = "AlignmentRun"
@@ -206,19 +206,37 @@ class RewardModelStage(SupervisedStage):
 
 
 class VerifiableReward(FrozenModel):
-    """A reward that is computed, not learned."""
+    """A reward that is computed, not learned: a registered one by its name, or a Python function of one's own."""
 
-    name: str
-    """Name under which the reward is registered: `exact-facts`, `regex`, `json-schema`, `http`, `demo-rubric` ..."""
+    name: str = ""
+    """Name under which it is reported, and, without `type` and `python`, the one it is registered under. Empty: the
+    Python function's."""
+    type: str | None = None
+    """Name under which the reward is registered, where two of a kind need names of their own."""
+    python: str | None = None
+    """`module:function` or `path/file.py:function` with the signature of TRL's reward functions; a path starts from the
+    manifest's folder."""
     weight: float = 1.0
     """Weight in the sum."""
     options: dict[str, Any] = {}
     """Options of that reward, for example `pattern` of `regex`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_the_function(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("python"), str) and not data.get("name"):
+            return {**data, "name": data["python"].rpartition(":")[2]}
+        return data
+
     @model_validator(mode="after")
     def _check(self) -> VerifiableReward:
+        if self.python is not None and self.type is not None:
+            raise ValueError("give either type or python")
         try:
-            check_reward(self.name, self.options)
+            if self.python is not None:
+                split_reference(self.python)
+            else:
+                check_reward(self.type or self.name, self.options)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self

@@ -131,6 +131,10 @@ class Row(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)
 
+    def known(self) -> dict[str, Any]:
+        """What a computed reward is told of the row: its facts and its further keys."""
+        return {**(self.model_extra or {}), **(self.facts or {})}
+
     def turns(self) -> Iterator[Message]:
         """Every message of the row, in reading order."""
         for name in ("messages", "prompt", "chosen", "rejected", "completion"):

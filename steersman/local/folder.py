@@ -12,6 +12,7 @@ from steersman.config.base import dump_yaml
 from steersman.config.manifest import AlignmentRun, load_manifest
 from steersman.config.stages import read_complete, stage_digest
 from steersman.errors import ConflictError, SteersmanError
+from steersman.rewards import split_reference
 
 _DECIDES_ALL = ("seed", "model", "data")
 """Fields of the spec that decide the result of every stage."""
@@ -37,12 +38,24 @@ def resolve(run: AlignmentRun, run_dir: Path, manifest_dir: Path) -> AlignmentRu
         for split in ("train", "validation", "heldout"):
             if isinstance(splits, dict) and isinstance(splits.get(split), str):
                 splits[split] = str((manifest_dir / splits[split]).resolve())
+    for stage in spec["stages"]:
+        online = stage.get("rl") or stage.get("rejectionSampling") or {}
+        for reward in online.get("reward", {}).get("verifiable", ()):
+            if reward["python"] is not None:
+                reward["python"] = _own_code(reward["python"], manifest_dir)
     before = _earlier(run_dir)
     if before is not None:
         for field in ("precision", "device"):
             if spec["model"][field] == "auto":
                 spec["model"][field] = before.spec.model.model_dump()[field]
     return with_spec(run, spec)
+
+
+def _own_code(reference: str, manifest_dir: Path) -> str:
+    """`module:function` as a file where the module lies beside the manifest; what is installed stays a module."""
+    place, function = split_reference(reference)
+    file = manifest_dir / (place if place.endswith(".py") else place.replace(".", "/") + ".py")
+    return f"{file.resolve()}:{function}" if place.endswith(".py") or file.is_file() else reference
 
 
 def with_spec(run: AlignmentRun, spec: dict[str, Any]) -> AlignmentRun:

@@ -35,6 +35,7 @@ def prepare(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> None
         reporter.note("generating the demo's data (synthetic)")
         _generate_demo(run, run_dir / "data")
     checked = _check_rows(run, run_dir, reporter)
+    _check_own_code(run)
     reporter.activity("loading libraries")
     from steersman.nn.hardware import pick_device, pick_precision
     from steersman.nn.prepare import resolve_model
@@ -51,6 +52,20 @@ def prepare(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> None
     found = {"for": model.base, "base": str(base), "device": device, "precision": precision, "data": checked}
     partial.write_text(json.dumps(found))
     partial.replace(run_dir / "prepared.json")
+
+
+def _check_own_code(run: AlignmentRun) -> None:
+    """A function that is not there is found before anything is spent; ConfigError."""
+    from steersman.rewards.custom import load_function
+
+    for name, stage in zip(run.stage_names(), run.spec.stages, strict=True):
+        online = stage.rl or stage.rejection_sampling
+        for reward in online.reward.verifiable if online is not None else ():
+            if reward.python is not None:
+                try:
+                    load_function(reward.python)
+                except ConfigError as error:
+                    raise ConfigError(f"stage {name}: reward.verifiable: {error}") from None
 
 
 def _check_rows(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> dict[str, str]:

@@ -109,8 +109,5 @@ def _scorers(run: AlignmentRun, name: str, run_dir: Path) -> list[dict[str, Any]
         {"name": scorer, "kind": "model", "path": str(folder), "weight": mix.model_weight}
         for scorer, folder in reward_model_folders(run, name, run_dir).items()
     ]
-    verifiable = [
-        {"name": reward.name, "kind": "verifiable", "weight": reward.weight, "options": reward.options}
-        for reward in mix.verifiable
-    ]
+    verifiable = [{"kind": "verifiable", **reward.model_dump(exclude_none=True)} for reward in mix.verifiable]
     return models + verifiable

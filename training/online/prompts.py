@@ -35,7 +35,7 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
                 f"{where}: the prompt has {len(ids)} tokens, the context leaves room for {max_tokens}; "
                 "shorten it or lower generation.maxNewTokens"
             )
-        prompts.append(Prompt(ids, messages, json.dumps(row.facts) if row.facts else "", key, row.tools))
+        prompts.append(Prompt(ids, messages, json.dumps(row.known()) if row.known() else "", key, row.tools))
     return prompts
 
 
