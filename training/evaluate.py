@@ -20,7 +20,6 @@ from steersman.artifacts import storage_errors
 from steersman.config.manifest import EvaluateStage
 from steersman.errors import FailedPreconditionError
 from steersman.report.schema import Evaluation, Message, RewardModelEvaluation, Sample
-from steersman.report.statistics import compare
 from steersman.rewards import Reward, build_reward
 from training.context import StageContext
 from training.online.connect import Services
@@ -41,6 +40,7 @@ def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
         name=context.run.metadata.name,
         seed=context.seed,
         models=results,
+        heldout=context.files("prompts").heldout is not None,
         reward_model=_reward_model_evaluation(context),
         logprob_mismatch=_mean_mismatch(context),
         seconds=seconds,
@@ -57,13 +57,15 @@ def _answer(
 ) -> tuple[dict[str, tuple[Sample, ...]], dict[str, float]]:
     """Scored answers of every model to the same prompts, and the seconds that they took."""
     checks = {check.name: build_reward(check.name, check.options) for check in spec.checks}
-    split = "heldout" if context.files("prompts").heldout else "train"
-    prompts = services.prompts(split, spec.generation)[: spec.max_prompts]
+    heldout = context.files("prompts").heldout is not None
+    if not heldout:
+        context.reporter.note("data.prompts.heldout is missing: the models answer training prompts, which shows less")
+    prompts = services.prompts("heldout" if heldout else "train", spec.generation)[: spec.max_prompts]
     results: dict[str, tuple[Sample, ...]] = {}
     seconds: dict[str, float] = {}
     for number, (name, folder) in enumerate(models.items(), start=1):
         start = time.monotonic()
-        context.reporter.note(f"{name}: {len(prompts)} held-out prompts")
+        context.reporter.note(f"{name}: {len(prompts)} {'held-out' if heldout else 'training'} prompts")
         services.policy.publish(WeightsPayload("full", read_weights(folder)))
         # Every model starts each prompt from the same seed: the comparison is paired.
         scored, _ = services.rollouts(spec.generation).collect(prompts, spec.samples_per_prompt, context.seed << 20)
@@ -137,7 +139,7 @@ def check_gates(spec: EvaluateStage, evaluation: Evaluation) -> None:
     problems = []
     for gate, limit in spec.gates.items():
         if gate == "reward":
-            low = compare(*evaluation.paired(evaluation.start, evaluation.aligned)).difference.low
+            low = evaluation.change(evaluation.start, evaluation.aligned).difference.low
             if low < limit:
                 problems.append(f"the reward gains at least {low:.3f} over {evaluation.start}, {limit} is asked for")
         elif gate == "rewardAccuracy":

@@ -17,9 +17,7 @@ from scipy.stats import spearmanr
 from steersman.report.schema import Evaluation, RewardModelEvaluation
 from steersman.report.statistics import (
     calibration_bins,
-    compare,
     expected_calibration_error,
-    mean_interval,
     wilson_interval,
 )
 from steersman.report.summary import criteria, label
@@ -135,7 +133,7 @@ def reward_distributions(evaluation: Evaluation) -> Figure:
                     patch.set(facecolor=colour[name], alpha=0.35, edgecolor="none")
             jitter = place - 0.06 - 0.22 * rng.random(len(values))
             left.scatter(jitter, values, s=9, color=colour[name], alpha=0.55, linewidths=0)
-            mean = mean_interval(values.tolist())
+            mean = evaluation.interval(name)
             left.errorbar(
                 place, mean.estimate, [[mean.estimate - mean.low], [mean.high - mean.estimate]],
                 fmt="o", color=INK, markersize=5, capsize=4, linewidth=1.5, zorder=3,
@@ -151,9 +149,8 @@ def reward_distributions(evaluation: Evaluation) -> Figure:
 
 
 def _paired_change(ax: Axes, evaluation: Evaluation) -> None:
-    before, after = evaluation.paired(evaluation.start, evaluation.aligned)
-    change = np.array(after) - np.array(before)
-    result = compare(before, after)
+    change = np.array(evaluation.changes(evaluation.start, evaluation.aligned))
+    result = evaluation.change(evaluation.start, evaluation.aligned)
     width = float(np.ptp(change)) / min(24, max(6, len(change) // 4)) or 1.0
     # One edge lies on zero, so that no bar holds gains and losses together.
     edges = (width * np.arange(np.floor(change.min() / width), np.floor(change.max() / width) + 2)).tolist()
@@ -185,7 +182,7 @@ def rubric_by_criterion(evaluation: Evaluation) -> Figure | None:
         ax = figure.subplots()
         for row, criterion in enumerate(names):
             for index, model in enumerate(models):
-                mean = mean_interval(list(evaluation.scores(model, criterion).values()))
+                mean = evaluation.interval(model, criterion)
                 y = row + 0.2 * (index - (len(models) - 1) / 2)
                 low, high = max(0.0, mean.low), min(1.0, mean.high)
                 ax.plot((low, high), (y, y), color=colour[model], linewidth=2.2, solid_capstyle="round", alpha=0.6)

@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 
 from steersman.errors import DataError
 from steersman.report import plots
-from steersman.report.schema import Evaluation, Sample
+from steersman.report.schema import Evaluation, Sample, prompt_of
 from steersman.report.statistics import (
     Interval,
-    compare,
-    mean_interval,
+    VarianceChange,
     variance_change,
     wilson_interval,
 )
@@ -54,6 +53,7 @@ def write_report(run_dir: Path, evaluation: Evaluation, out_dir: Path) -> Path:
     environment.filters.update(label=label, number=_number, signed=_signed, p_value=_p_value)
     html = environment.get_template("report.html.j2").render(
         evaluation=evaluation,
+        kind=evaluation.kind,
         start=evaluation.start,
         aligned=evaluation.aligned,
         colours=plots.colours(list(evaluation.models)),
@@ -112,8 +112,8 @@ def _plots(evaluation: Evaluation, stages: Mapping[str, Sequence[Mapping[str, An
         Plot(
             "rewards",
             "Reward",
-            "Each dot is the answer to one held-out prompt. The change is measured prompt by prompt, so that easy and "
-            "hard prompts do not blur it; the grey band is the 95% interval of its mean.",
+            f"Each dot is an answer to one of the {evaluation.kind}. The change is measured prompt by prompt, so that "
+            "easy and hard prompts do not blur it; the grey band is the 95% interval of its mean.",
             plots.reward_distributions(evaluation),
         )
     ]
@@ -164,8 +164,8 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
     rows = [
         {
             "label": name,
-            "means": {m: mean_interval(list(evaluation.scores(m, criterion).values())) for m in evaluation.models},
-            "change": compare(*evaluation.paired(start, aligned, criterion)),
+            "means": {m: evaluation.interval(m, criterion) for m in evaluation.models},
+            "change": evaluation.change(start, aligned, criterion),
         }
         for name, criterion in scores
     ]
@@ -176,7 +176,7 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
         "rows": rows,
         "reward": rows[0]["change"],
         "rubric": rows[1]["change"] if len(rows) > 1 else None,
-        "variance": variance_change(before, after) if spread else None,
+        "variance": _variance(evaluation) if spread else None,
         "rm_accuracy": accuracy,
         "models": [
             {
@@ -189,6 +189,13 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
             for name, samples in evaluation.models.items()
         ],
     }
+
+
+def _variance(evaluation: Evaluation) -> VarianceChange:
+    first, second = evaluation.scores(evaluation.start), evaluation.scores(evaluation.aligned)
+    common = [key for key in first if key in second]
+    clusters = list(map(prompt_of, common))
+    return variance_change([first[key] for key in common], [second[key] for key in common], clusters=clusters)
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,11 +1,13 @@
 """What an evaluation stage writes: `evaluation.json`."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from steersman.errors import DataError
+from steersman.report.statistics import Comparison, Interval, cluster_means, compare, mean_interval
 
 
 class _Frozen(BaseModel):
@@ -19,11 +21,17 @@ class Message(_Frozen):
     content: str
 
 
+def prompt_of(prompt_id: str) -> str:
+    """The prompt's own id, without the number of the sample."""
+    return re.sub(r"#\d+$", "", prompt_id)
+
+
 class Sample(_Frozen):
-    """One answer of one model to one held-out prompt."""
+    """One answer of one model to one prompt."""
 
     prompt_id: str
-    """The same prompt has the same id for every model; comparisons are paired by it."""
+    """Of prompt and sample, `ID#NUMBER`: the same for every model, comparisons are paired by it. Answers whose ids
+    differ only in the number are answers to one prompt."""
     prompt: tuple[Message, ...]
     answer: str
     reward: float | None
@@ -69,13 +77,15 @@ class RewardModelEvaluation(_Frozen):
 
 
 class Evaluation(_Frozen):
-    """All models of a run on the same held-out prompts."""
+    """All models of a run on the same prompts."""
 
     name: str
     """Name of the run."""
     seed: int
     models: dict[str, tuple[Sample, ...]]
     """Model name to samples, from before to after, e.g. base, sft, rlhf. The last is the aligned model."""
+    heldout: bool = True
+    """False: the run has no held-out prompts, and these were trained on."""
     reward_model: RewardModelEvaluation | None = None
     logprob_mismatch: float | None = None
     """Mean absolute difference of per-token log-probabilities between engine and trainer."""
@@ -98,6 +108,34 @@ class Evaluation(_Frozen):
             if sorted(ids[name]) != sorted(ids[first]):
                 raise ValueError(f"models.{name} and models.{first} have different prompts; evaluate both on the same")
         return self
+
+    def interval(self, model: str, criterion: str | None = None) -> Interval:
+        """Mean reward (or rubric criterion) of one model with its interval over prompts."""
+        scores = self.scores(model, criterion)
+        return mean_interval(list(scores.values()), clusters=list(map(prompt_of, scores)))
+
+    def change(self, before: str, after: str, criterion: str | None = None) -> Comparison:
+        """Paired comparison of two models over prompts."""
+        first, second = self.scores(before, criterion), self.scores(after, criterion)
+        common = [key for key in first if key in second]
+        return compare(*self.paired(before, after, criterion), clusters=list(map(prompt_of, common)))
+
+    def changes(self, before: str, after: str) -> list[float]:
+        """Difference of reward on every prompt, the mean of its answers where there are several."""
+        first, second = self.scores(before), self.scores(after)
+        common = [key for key in first if key in second]
+        differences = [second[key] - first[key] for key in common]
+        return list(cluster_means(differences, list(map(prompt_of, common)), "changes"))
+
+    @property
+    def kind(self) -> str:
+        """What the prompts are, as titles call them."""
+        return "held-out prompts" if self.heldout else "training prompts"
+
+    @property
+    def prompts(self) -> int:
+        """Different prompts; each model may have answered each of them several times."""
+        return len({prompt_of(sample.prompt_id) for sample in next(iter(self.models.values()))})
 
     @property
     def aligned(self) -> str:

@@ -1,10 +1,16 @@
 """Statistics of an evaluation: intervals, paired differences, effect size, change of variance, calibration.
 
 All functions take plain sequences of finite numbers and are deterministic (the bootstrap has a fixed seed).
+
+Several answers to one prompt are no independent evidence: what a model gains or loses on a prompt, it gains or loses
+with all of its samples. `clusters` names the prompt of every value; intervals and tests then count prompts, not
+answers: the value of a prompt is the mean of its answers, and Student's t runs over prompts (Donner and Klar 2000,
+chapter 6; the cluster-robust interval where every prompt has as many answers). Without clusters every value is a prompt
+of its own.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +42,7 @@ class Comparison(NamedTuple):
     """Prompts on which the later model scores higher."""
     losses: int
     pairs: int
+    """Prompts."""
 
 
 class VarianceChange(NamedTuple):
@@ -44,7 +51,8 @@ class VarianceChange(NamedTuple):
     ratio: Interval
     """Variance after / variance before, with a paired bootstrap interval."""
     brown_forsythe_p: float
-    """Levene's test around the median (Brown and Forsythe 1974); it takes the samples as independent."""
+    """Levene's test around the median (Brown and Forsythe 1974); it takes both models' answers as independent. With
+    several answers to a prompt: paired, over prompts."""
     pitman_morgan_p: float
     """Pitman-Morgan test for paired samples, which these are."""
 
@@ -57,9 +65,15 @@ class CalibrationBin(NamedTuple):
     size: int
 
 
-def mean_interval(values: Sequence[float], *, method: str = "t", confidence: float = CONFIDENCE) -> Interval:
-    """Mean with its interval: `t` (Student) or `bootstrap` (percentile)."""
-    x = _array(values, "mean_interval")
+def mean_interval(
+    values: Sequence[float],
+    *,
+    method: str = "t",
+    confidence: float = CONFIDENCE,
+    clusters: Sequence[Hashable] | None = None,
+) -> Interval:
+    """Mean with its interval: `t` (Student) or `bootstrap` (percentile), both over clusters."""
+    x = cluster_means(values, clusters, "mean_interval")
     mean = float(x.mean())
     if method == "bootstrap":
         draws = np.random.default_rng(0).integers(0, len(x), (BOOTSTRAP_DRAWS, len(x)))
@@ -70,9 +84,16 @@ def mean_interval(values: Sequence[float], *, method: str = "t", confidence: flo
     return Interval(mean, mean - half, mean + half)
 
 
-def compare(before: Sequence[float], after: Sequence[float], *, confidence: float = CONFIDENCE) -> Comparison:
-    """Paired comparison of two models; row i of both is the same prompt."""
-    x, y = _pair(before, after, "compare")
+def compare(
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    confidence: float = CONFIDENCE,
+    clusters: Sequence[Hashable] | None = None,
+) -> Comparison:
+    """Paired comparison of two models; row i of both is the same prompt, and with `clusters` the same sample of it."""
+    _pair(before, after, "compare")
+    x, y = cluster_means(before, clusters, "compare"), cluster_means(after, clusters, "compare")
     difference = y - x
     size = float(np.abs(difference).max())
     # The t statistic of a constant difference is 0/0 or x/0.
@@ -99,21 +120,33 @@ def cohens_d(before: Sequence[float], after: Sequence[float]) -> float:
 
 
 def variance_change(
-    before: Sequence[float], after: Sequence[float], *, confidence: float = CONFIDENCE
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    confidence: float = CONFIDENCE,
+    clusters: Sequence[Hashable] | None = None,
 ) -> VarianceChange:
-    """Ratio of variances with its interval, and whether the change is significant."""
+    """Ratio of the variances of single answers with its interval, and whether the change is significant."""
     x, y = _pair(before, after, "variance_change")
     if x.var() == 0 or y.var() == 0:
         raise DataError("variance_change: all values of one model are equal; a ratio of variances needs some spread.")
-    draws = np.random.default_rng(0).integers(0, len(x), (BOOTSTRAP_DRAWS, len(x)))
-    spread = x[draws].var(axis=1, ddof=1)
-    ratios = (y[draws].var(axis=1, ddof=1)[spread > 0]) / spread[spread > 0]
+    index = _cluster_index(clusters, len(x), "variance_change")
+    spread, later = _bootstrap_variances(np.stack([x, y]), index)
+    ratios = later[spread > 0] / spread[spread > 0]
     total, gap = y + x, y - x
     degenerate = total.std() == 0 or gap.std() == 0
+    if index.max() + 1 == len(x):
+        brown_forsythe = float(stats.levene(x, y, center="median").pvalue)
+        pitman_morgan = 1.0 if degenerate else float(stats.pearsonr(total, gap).pvalue)
+    else:
+        # The same questions as means over prompts: do distances from the median differ, do sum and gap covary?
+        distances = np.abs(y - np.median(y)) - np.abs(x - np.median(x))
+        brown_forsythe = _p_of_zero_mean(distances, index)
+        pitman_morgan = 1.0 if degenerate else _p_of_zero_mean((total - total.mean()) * (gap - gap.mean()), index)
     return VarianceChange(
         ratio=Interval(float(y.var(ddof=1) / x.var(ddof=1)), *_percentiles(ratios, confidence)),
-        brown_forsythe_p=float(stats.levene(x, y, center="median").pvalue),
-        pitman_morgan_p=1.0 if degenerate else float(stats.pearsonr(total, gap).pvalue),
+        brown_forsythe_p=brown_forsythe,
+        pitman_morgan_p=pitman_morgan,
     )
 
 
@@ -147,6 +180,49 @@ def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float:
     """Mean distance of predicted and observed share, weighted by the bins' counts (Naeini et al. 2015)."""
     total = sum(part.size for part in bins)
     return sum(part.size * abs(part.predicted - part.observed.estimate) for part in bins) / total
+
+
+def cluster_means(values: Sequence[float], clusters: Sequence[Hashable] | None, name: str) -> np.ndarray:
+    """Mean of every cluster, in the order in which they first appear; the values themselves without clusters.
+
+    Raises:
+        DataError: fewer than two clusters, from which nothing can be said about others.
+    """
+    x = _array(values, name)
+    index = _cluster_index(clusters, len(x), name)
+    return np.bincount(index, weights=x) / np.bincount(index)
+
+
+def _cluster_index(clusters: Sequence[Hashable] | None, count: int, name: str) -> np.ndarray:
+    """int64 [count], the number of every value's cluster."""
+    if clusters is None:
+        return np.arange(count)
+    if len(clusters) != count:
+        raise DataError(f"{name}: {count} values and {len(clusters)} clusters; give the cluster of every value.")
+    numbers: dict[Hashable, int] = {}
+    index = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])
+    if len(numbers) < 2:
+        raise DataError(f"{name} needs answers to at least two prompts; several answers to one say nothing of others.")
+    return index
+
+
+def _bootstrap_variances(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Variances [M, draws] of values [M, N] whose clusters are drawn anew."""
+    clusters = int(index.max()) + 1
+    draws = np.random.default_rng(0).integers(0, clusters, (BOOTSTRAP_DRAWS, clusters))
+    centred = values - values.mean(axis=1, keepdims=True)
+
+    def drawn(parts: np.ndarray) -> np.ndarray:
+        return np.bincount(index, weights=parts, minlength=clusters)[draws].sum(axis=1)
+
+    size = drawn(np.ones(len(index)))
+    return np.stack([(drawn(row**2) - drawn(row) ** 2 / size) / (size - 1) for row in centred])
+
+
+def _p_of_zero_mean(values: np.ndarray, index: np.ndarray) -> float:
+    """Two-sided t test over clusters that the mean is 0."""
+    means = np.bincount(index, weights=values) / np.bincount(index)
+    return float(np.abs(means).max() == 0) if np.ptp(means) == 0 else float(stats.ttest_1samp(means, 0.0).pvalue)
 
 
 def _array(values: Sequence[float], name: str) -> np.ndarray:

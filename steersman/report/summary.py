@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from steersman.report.schema import Evaluation
-from steersman.report.statistics import Interval, compare, mean_interval, wilson_interval
+from steersman.report.statistics import Interval, wilson_interval
 
 LABELS = {
     "base": "base",
@@ -45,13 +45,13 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
     start, aligned = evaluation.start, evaluation.aligned
     has_rubric = bool(criteria(evaluation))
     rewards = {name: list(evaluation.scores(name).values()) for name in evaluation.models}
-    rubric = {name: list(evaluation.scores(name, "total").values()) for name in evaluation.models if has_rubric}
+    judged = list(evaluation.models) if has_rubric else []
     result: dict[str, Any] = {
         "seconds": {**_rounded(evaluation.seconds), "total": round(sum(evaluation.seconds.values()), 2)},
         "peak_memory_gib": evaluation.peak_memory_gib,
-        "reward": {name: _triple(mean_interval(values)) for name, values in rewards.items()},
-        f"{aligned}_minus_{start}": _triple(compare(*evaluation.paired(start, aligned)).difference),
-        "rubric": {name: _triple(mean_interval(values)) for name, values in rubric.items()},
+        "reward": {name: _triple(evaluation.interval(name)) for name in rewards},
+        f"{aligned}_minus_{start}": _triple(evaluation.change(start, aligned).difference),
+        "rubric": {name: _triple(evaluation.interval(name, "total")) for name in judged},
         "kl": {name: kl if kl is None else round(kl, 4) for name in rewards for kl in [mean_kl(evaluation, name)]},
         "no_eos": {name: round(no_eos(evaluation, name), 4) for name in evaluation.models},
         "missing_rewards": {name: len(evaluation.models[name]) - len(values) for name, values in rewards.items()},
@@ -59,7 +59,7 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
         "seed": evaluation.seed,
     }
     if has_rubric:
-        difference = compare(*evaluation.paired(start, aligned, "total")).difference
+        difference = evaluation.change(start, aligned, "total").difference
         result[f"rubric_{aligned}_minus_{start}"] = _triple(difference)
     if evaluation.reward_model:
         result["rm_accuracy"] = round(evaluation.reward_model.accuracy, 4)
@@ -70,9 +70,8 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
 def render_table(evaluation: Evaluation) -> Table:
     """Before and after, side by side, for the terminal."""
     start, aligned = evaluation.start, evaluation.aligned
-    samples = len(evaluation.models[aligned])
     table = Table(
-        title=f"{evaluation.name}: {samples} held-out prompts, mean with 95% interval",
+        title=f"{evaluation.name}: {evaluation.prompts} {evaluation.kind}, mean with 95% interval",
         caption=_caption(evaluation),
         title_justify="left",
         caption_justify="left",
@@ -97,9 +96,9 @@ def render_table(evaluation: Evaluation) -> Table:
 
 def _row(evaluation: Evaluation, criterion: str | None) -> list[str]:
     """Cells of one score: a mean per model and the paired difference, green where it is surely better."""
-    cells = [_cell(mean_interval(list(evaluation.scores(name, criterion).values()))) for name in evaluation.models]
+    cells = [_cell(evaluation.interval(name, criterion)) for name in evaluation.models]
     if evaluation.start != evaluation.aligned:
-        difference = compare(*evaluation.paired(evaluation.start, evaluation.aligned, criterion)).difference
+        difference = evaluation.change(evaluation.start, evaluation.aligned, criterion).difference
         colour = "green" if difference.low > 0 else "red" if difference.high < 0 else "default"
         cells.append(f"[{colour}]{_cell(difference, '+')}[/]")
     return cells

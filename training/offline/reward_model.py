@@ -199,7 +199,7 @@ def train_member(
     folder: Path,
 ) -> None:
     """Trains one model of an ensemble and writes it as a plain folder; members differ by their seed only."""
-    seed = ctx.seed + 1000 * number
+    seed = (ctx.seed + 1000 * number) % 2**32
     if spec.ensemble > 1:
         ctx.reporter.note(f"member {number + 1} of {spec.ensemble}")
     trained = _member(spec, ctx, base, data, settings, seed)

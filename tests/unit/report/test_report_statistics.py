@@ -116,3 +116,49 @@ def test_a_calibrated_model_has_a_small_error() -> None:
 def test_bad_input_gets_one_clear_sentence(call, reason: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(DataError, match=reason):
         call()
+
+
+def test_answers_to_one_prompt_are_one_piece_of_evidence() -> None:
+    # Prompts a, b, c gain 1, 3 and 5: mean 3, standard error 2 / sqrt(3), t(0.975, 2) = 4.30265.
+    before, after = [0.0, 0.0, 1.0, 1.0, 2.0, 2.0], [1.5, 0.5, 3.0, 5.0, 7.0, 7.0]
+    result = compare(before, after, clusters=list("aabbcc"))
+    half = 4.302653 * 2 / math.sqrt(3)
+    assert result.difference == pytest.approx((3.0, 3.0 - half, 3.0 + half), abs=1e-5)
+    assert (result.wins, result.losses, result.pairs) == (3, 0, 3)
+    assert mean_interval(after, clusters=list("aabbcc")).estimate == pytest.approx((1 + 4 + 7) / 3)
+    # Writing every answer down eight times says nothing new.
+    assert compare(before * 8, after * 8, clusters=list("aabbcc") * 8).difference == pytest.approx(result.difference)
+    with pytest.raises(DataError, match="at least two prompts"):
+        compare(before, after, clusters=["a"] * 6)
+
+
+def test_clustered_intervals_hold_their_level_where_independent_ones_do_not() -> None:
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(40), 8).tolist()
+    missed = naive = 0
+    for _ in range(300):
+        effect = np.repeat(rng.normal(0, 1, 40), 8)
+        x, y = rng.normal(0, 1, 320), effect + rng.normal(0, 1, 320)
+        for clustered in (True, False):
+            low, high = compare(x.tolist(), y.tolist(), clusters=clusters if clustered else None).difference[1:]
+            missed += clustered and not low <= 0 <= high
+            naive += not clustered and not low <= 0 <= high
+    assert missed / 300 < 0.09
+    assert naive / 300 > 0.25
+
+
+def test_a_change_of_variance_is_judged_over_prompts() -> None:
+    rng = np.random.default_rng(3)
+    clusters = np.repeat(np.arange(30), 6).tolist()
+    centre = np.repeat(rng.normal(0, 1, 30), 6)
+    x, y = centre + rng.normal(0, 1, 180), centre + rng.normal(0, 0.2, 180)
+    single, clustered = (
+        variance_change(x.tolist(), y.tolist()),
+        variance_change(x.tolist(), y.tolist(), clusters=clusters),
+    )
+    assert clustered.ratio.estimate == single.ratio.estimate
+    assert clustered.ratio.high - clustered.ratio.low > single.ratio.high - single.ratio.low
+    assert clustered.brown_forsythe_p < 0.05
+    assert clustered.pitman_morgan_p < 0.05
+    same = variance_change(x.tolist(), (-x).tolist(), clusters=clusters)
+    assert same.ratio == (1.0, 1.0, 1.0)

@@ -1,0 +1,111 @@
+"""How often a gate lets a model pass that is no better, and finds one that is: simulated evaluations.
+
+    python -m benchmarks.gates [--simulations 2000] [--prompts 96] [--samples 8]
+
+A simulated evaluation has prompts of different difficulty, on each of which the later model is better or worse by an
+amount of its own (standard deviation 1), and samples that scatter around it (standard deviation 1). Over all prompts
+the amounts average `gain`: 0 is a model that is no better, only otherwise. `training.evaluate.check_gates` decides with
+the gate `reward: 0`, whose limit is the lower end of a 95% interval, so that 2.5% pass wrongly. `independent` is the
+same decision taken as if all answers were independent. Writes build/bench/gates.json: `false_pass` with its interval,
+`coverage` of the interval, `power` by true gain.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import heading, table, write
+from steersman.config.manifest import EvaluateStage
+from steersman.errors import FailedPreconditionError
+from steersman.report.schema import Evaluation, Sample
+from steersman.report.statistics import compare, wilson_interval
+from training.evaluate import check_gates
+
+GAINS = (0.2, 0.4)
+PROMPT_SD, EFFECT_SD, SAMPLE_SD = 1.0, 1.0, 1.0
+
+
+def rewards(generator: np.random.Generator, prompts: int, samples: int, gain: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards [prompts, samples] of the model before and of the model after."""
+    difficulty = generator.normal(0, PROMPT_SD, (prompts, 1))
+    effect = generator.normal(gain, EFFECT_SD, (prompts, 1))
+
+    def noise() -> np.ndarray:
+        return generator.normal(0, SAMPLE_SD, (prompts, samples))
+
+    return difficulty + noise(), difficulty + effect + noise()
+
+
+def evaluation(before: np.ndarray, after: np.ndarray) -> Evaluation:
+    """As the evaluate stage writes it; fields that no gate reads are left out."""
+    models = {}
+    for name, values in (("sft", before), ("rlhf", after)):
+        models[name] = tuple(
+            Sample.model_construct(prompt_id=f"p{prompt}#{index}", reward=float(value), rubric={}, finish_reason="stop")
+            for prompt, row in enumerate(values)
+            for index, value in enumerate(row)
+        )
+    return Evaluation.model_construct(name="simulated", seed=0, models=models, reward_model=None)
+
+
+def passes(found: Evaluation) -> bool:
+    try:
+        check_gates(EvaluateStage(gates={"reward": 0.0}), found)
+    except FailedPreconditionError:
+        return False
+    return True
+
+
+def simulate(simulations: int, prompts: int, samples: int, seed: int = 0) -> dict[str, Any]:
+    """Shares with 95% intervals over `simulations` evaluations of each kind."""
+    generator = np.random.default_rng(seed)
+    passed = covered = independent = 0
+    for _ in range(simulations):
+        before, after = rewards(generator, prompts, samples, 0.0)
+        found = evaluation(before, after)
+        interval = found.change("sft", "rlhf").difference
+        passed += passes(found)
+        covered += interval.low <= 0.0 <= interval.high
+        independent += compare(before.ravel().tolist(), after.ravel().tolist()).difference.low >= 0.0
+    power = {}
+    for gain in GAINS:
+        count = max(1, simulations // 10)
+        power[str(gain)] = sum(
+            passes(evaluation(*rewards(generator, prompts, samples, gain))) for _ in range(count)
+        ) / max(1, count)
+    return {
+        "false_pass": passed / simulations,
+        "false_pass_interval": list(wilson_interval(passed, simulations)),
+        "coverage": covered / simulations,
+        "independent_false_pass": independent / simulations,
+        "power": power,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--simulations", type=int, default=2000)
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("build/bench/gates.json"))
+    arguments = parser.parse_args()
+    cases = [simulate(arguments.simulations, arguments.prompts, samples) | {"samples": samples}
+             for samples in sorted({1, arguments.samples})]  # fmt: skip
+    main_case = cases[-1]
+    table(
+        ("samples a prompt", "false pass", "as if independent", "coverage", *(f"found at +{gain}" for gain in GAINS)),
+        [
+            [c["samples"], c["false_pass"], c["independent_false_pass"], c["coverage"], *c["power"].values()]
+            for c in cases
+        ],
+    )
+    options = {"simulations": arguments.simulations, "prompts": arguments.prompts}
+    write({**heading(1), **main_case, **options, "cases": cases}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
