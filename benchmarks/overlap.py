@@ -36,9 +36,10 @@ from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.testing.fake_engine import FakeEngine
 from training import ppo
 from training.online.checkpoint import Checkpoints
-from training.online.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
+from training.online.clients import PolicyReplica, ReferenceClient, RewardClient
 from training.online.loop import Trainer
 from training.online.policy_model import PolicyModel
+from training.online.pool import PolicyPool
 from training.online.rollout import Prompt, Rollouts
 
 PROMPTS, SAMPLES, NEW = 4, 4, 32

@@ -17,13 +17,14 @@ long. Prints tables and writes build/bench/rl.json.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import multiprocessing
 import os
 import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -201,9 +202,10 @@ def our_worker(pipe: Connection, work: Work) -> None:
     from steersman.nn.load import load_tokenizer
     from steersman.nn.tokens import tokenizer_fingerprint
     from training.online.checkpoint import Checkpoints
-    from training.online.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
+    from training.online.clients import PolicyReplica, ReferenceClient, RewardClient
     from training.online.loop import Trainer
     from training.online.policy_model import PolicyModel
+    from training.online.pool import PolicyPool
     from training.online.rollout import Prompt, Rollouts
 
     torch.set_num_threads(work.threads)
@@ -301,13 +303,12 @@ class ForcedPool:
         self._replica = replica
         self._lengths = lengths
 
-    def generate(
-        self, prompts: Sequence[np.ndarray], n: int, sampling: Any, *, in_flight: bool = False
-    ) -> Iterator[Any]:
+    async def samples(self, prompts: Sequence[np.ndarray], n: int, sampling: Any, **options: Any) -> AsyncIterator[Any]:
         """Samples, the short ones first; the engine shares a prompt's prefix among its samples in any case."""
-        from steersman.rpc.wire import pack_rows, unpack_rows
+        from dataclasses import replace
+
+        from steersman.rpc.wire import pack_rows
         from steersman.v1 import common_pb2, policy_pb2
-        from training.online.clients import Sample
 
         if len(set(self._lengths)) == 1:
             parts = [(list(range(len(prompts))), 0, n, self._lengths[0])]
@@ -324,16 +325,16 @@ class ForcedPool:
                 prompts=pack_rows([prompts[i] for i in indices]), n=count, sampling=options
             )
             calls.append((indices, sample, self._replica.generate(request)))
-        for indices, sample, call in calls:
-            for response in call:
-                yield Sample(
-                    prompt_index=indices[response.prompt_index],
-                    sample_index=sample + response.sample_index,
-                    token_ids=unpack_rows(response.token_ids, np.int32, "token_ids")[0],
-                    logprobs=unpack_rows(response.logprobs, np.float32, "logprobs")[0],
-                    ended=True,
-                    versions=tuple(response.weights_versions),
-                )
+
+        async def made(indices: list[int], first: int, call: Any) -> list[Any]:
+            return [
+                replace(one, prompt_index=indices[one.prompt_index], sample_index=first + one.sample_index, ended=True)
+                async for one in call
+            ]
+
+        for part in asyncio.as_completed([made(*call) for call in calls]):
+            for one in await part:
+                yield one
 
 
 class _Silent:

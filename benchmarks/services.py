@@ -49,8 +49,10 @@ from steersman.v1 import (
     reward_pb2,
     reward_pb2_grpc,
 )
-from training.online.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient, Sample
+from training.online.clients import PolicyReplica, ReferenceClient, RewardClient, Sample
 from training.online.policy_model import PolicyModel
+from training.online.pool import PolicyPool
+from training.online.remote import background
 
 SAMPLES, NEW = 4, 48
 Rows = list[tuple[np.ndarray, np.ndarray]]
@@ -187,13 +189,13 @@ class OverGrpc:
         return list(self.policy.generate(prompts, SAMPLES, sampling))
 
     def logprobs(self, rows: Rows) -> None:
-        _spread(self.reference, rows, lambda client, part: client.logprobs(part, 1.0))
+        _spread(self.reference, rows, lambda client, part: background().run(client.logprobs(part, 1.0)))
 
     def score(self, rows: Rows) -> None:
         items = [
             reward_pb2.ScoreItem(token_ids=pack_rows([np.concatenate(row)]), prompt_length=len(row[0])) for row in rows
         ]
-        _spread(self.reward, items, lambda client, part: client.score(part))
+        _spread(self.reward, items, lambda client, part: background().run(client.score(part)))
 
 
 def _spread(clients: Sequence[Any], items: Sequence[Any], call: Callable[[Any, Any], object]) -> None:

@@ -29,8 +29,9 @@ from steersman.nn.packed import pack
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.nn.tokens import tokenizer_fingerprint
 from steersman.v1 import common_pb2
-from training.online.clients import PolicyPool, PolicyReplica
+from training.online.clients import PolicyReplica
 from training.online.policy_model import PolicyModel
+from training.online.pool import PolicyPool
 from training.online.publication import Outbox
 
 TARGETS = {"lora": 0.1, "full": 0.5}

@@ -83,6 +83,8 @@ class GenerationRequest:
     params: SamplingParams
     n: int = 1
     """Samples a prompt; the prompt's prefix is computed once."""
+    first_prompt: int = 0
+    """Place of the first prompt in the caller's batch, from which random numbers follow."""
     stream: bool = False
     """Send a `TokenEvent` for every token, too."""
     constraint: TokenConstraint | None = None

@@ -85,6 +85,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             prompts=unpack_rows(request.prompts, np.int32, "prompts"),
             params=sampling_params(request.sampling),
             n=request.n or 1,
+            first_prompt=request.first_prompt,
         )
         async for event in events_of(self._engine, generation):
             if isinstance(event, SampleFinished):

@@ -160,7 +160,7 @@ class RewardEngine:
 
     def score(self, items: list[Item]) -> list[reward_pb2.ItemScore]:
         """One result an item, in order."""
-        columns = [scorer.score(items) for scorer in self.scorers]
+        columns = [checked_parts(scorer, items) for scorer in self.scorers]
         return [self._combine(row) for row in zip(*columns, strict=True)]
 
     def _combine(self, parts: Sequence[Part]) -> reward_pb2.ItemScore:
@@ -171,8 +171,9 @@ class RewardEngine:
             message = reward_pb2.RewardPart(name=info.name, weight=info.weight, aspects=part.aspects, error=part.error)
             if part.value is not None:
                 message.value = part.value
+            if part.value is not None and info.weight:
                 total += info.weight * part.value
-                scored = scored or bool(info.weight)
+                scored = True
             elif info.weight and part.error:
                 result.error = f"{info.name}: {part.error}"
             result.parts.append(message)
@@ -182,3 +183,24 @@ class RewardEngine:
         if not result.error:
             result.reward = total
         return result
+
+
+def checked_parts(scorer: Scorer, items: Sequence[Item]) -> list[Part]:
+    """One part an item of any scorer: what it got wrong, as a whole or for one item, is a part without a value."""
+    try:
+        parts = scorer.score(items)
+    except Exception as error:
+        return [Part(None, error=str(error) or type(error).__name__)] * len(items)
+    if len(parts) != len(items):
+        return [Part(None, error=f"gave {len(parts)} values for {len(items)} answers")] * len(items)
+    return [_finite(part) for part in parts]
+
+
+def _finite(part: Part) -> Part:
+    """The part, or one without a value where the value or an aspect is no finite number."""
+    if part.value is None:
+        return part
+    if not isinstance(part.value, int | float) or not math.isfinite(part.value):
+        return Part(None, error=f"gave {part.value!r}, which is no finite number")
+    aspects = {name: value for name, value in part.aspects.items() if math.isfinite(value)}
+    return Part(float(part.value), aspects, part.error)

@@ -152,7 +152,7 @@ class FakeEngine:
         if sample not in self._samples:
             return
         prompt = request.prompts[sample.prompt_index]
-        numbers = (params.seed, sample.prompt_index, sample.sample_index, position, version)
+        numbers = (params.seed, request.first_prompt + sample.prompt_index, sample.sample_index, position, version)
         digest = hashlib.sha256(repr(numbers).encode() + np.ascontiguousarray(prompt, np.int32).tobytes()).digest()
         stops = {self.eos_token_id, *params.stop_token_ids}
         allowed = np.ones(self.vocab_size, bool)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from steersman.v1 import common_pb2 as steersman_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/policy.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"\xca\x01\n\x0fGenerateRequest\x12+\n\x07prompts\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\t\n\x01n\x18\x02 \x01(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\x1c\n\x0fweights_version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\tB\x12\n\x10_weights_version\"\xe8\x01\n\x10GenerateResponse\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12-\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12,\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12\x18\n\x10weights_versions\x18\x06 \x03(\x04\"\xea\x01\n\x18PolicyServiceChatRequest\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.steersman.v1.Message\x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\t\n\x01n\x18\x03 \x01(\r\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x12\n\ntools_json\x18\x05 \x01(\t\x12\x13\n\x0bjson_schema\x18\x06 \x01(\t\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x0e\n\x06prompt\x18\x08 \x01(\t\x12\r\n\x05whole\x18\t \x01(\x08\"\x96\x02\n\x19PolicyServiceChatResponse\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12*\n\x06tokens\x18\x03 \x03(\x0b\x32\x1a.steersman.v1.TokenLogprob\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12*\n\ntool_calls\x18\x05 \x03(\x0b\x32\x16.steersman.v1.ToolCall\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\r\x12\x17\n\x0fweights_version\x18\x08 \x01(\x04\"y\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12+\n\x03top\x18\x04 \x03(\x0b\x32\x1e.steersman.v1.TokenAlternative\x12\x0b\n\x03raw\x18\x05 \x01(\x0c\"C\n\x10TokenAlternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\x16\n\x14GetPolicyInfoRequest\"\xa1\x01\n\x15GetPolicyInfoResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x17\n\x0fweights_version\x18\x02 \x01(\x04\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x15\n\rlogprobs_note\x18\x04 \x01(\t\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r2\x91\x02\n\rPolicyService\x12K\n\x08Generate\x12\x1d.steersman.v1.GenerateRequest\x1a\x1e.steersman.v1.GenerateResponse0\x01\x12Y\n\x04\x43hat\x12&.steersman.v1.PolicyServiceChatRequest\x1a\'.steersman.v1.PolicyServiceChatResponse0\x01\x12X\n\rGetPolicyInfo\x12\".steersman.v1.GetPolicyInfoRequest\x1a#.steersman.v1.GetPolicyInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/policy.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"\xe0\x01\n\x0fGenerateRequest\x12+\n\x07prompts\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\t\n\x01n\x18\x02 \x01(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\x1c\n\x0fweights_version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x14\n\x0c\x66irst_prompt\x18\x06 \x01(\rB\x12\n\x10_weights_version\"\xe8\x01\n\x10GenerateResponse\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12-\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12,\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12\x18\n\x10weights_versions\x18\x06 \x03(\x04\"\xea\x01\n\x18PolicyServiceChatRequest\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.steersman.v1.Message\x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\t\n\x01n\x18\x03 \x01(\r\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x12\n\ntools_json\x18\x05 \x01(\t\x12\x13\n\x0bjson_schema\x18\x06 \x01(\t\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x0e\n\x06prompt\x18\x08 \x01(\t\x12\r\n\x05whole\x18\t \x01(\x08\"\x96\x02\n\x19PolicyServiceChatResponse\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12*\n\x06tokens\x18\x03 \x03(\x0b\x32\x1a.steersman.v1.TokenLogprob\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12*\n\ntool_calls\x18\x05 \x03(\x0b\x32\x16.steersman.v1.ToolCall\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\r\x12\x17\n\x0fweights_version\x18\x08 \x01(\x04\"y\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12+\n\x03top\x18\x04 \x03(\x0b\x32\x1e.steersman.v1.TokenAlternative\x12\x0b\n\x03raw\x18\x05 \x01(\x0c\"C\n\x10TokenAlternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\x16\n\x14GetPolicyInfoRequest\"\xa1\x01\n\x15GetPolicyInfoResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x17\n\x0fweights_version\x18\x02 \x01(\x04\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x15\n\rlogprobs_note\x18\x04 \x01(\t\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r2\x91\x02\n\rPolicyService\x12K\n\x08Generate\x12\x1d.steersman.v1.GenerateRequest\x1a\x1e.steersman.v1.GenerateResponse0\x01\x12Y\n\x04\x43hat\x12&.steersman.v1.PolicyServiceChatRequest\x1a\'.steersman.v1.PolicyServiceChatResponse0\x01\x12X\n\rGetPolicyInfo\x12\".steersman.v1.GetPolicyInfoRequest\x1a#.steersman.v1.GetPolicyInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steersman.v1.policy_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=71
-  _globals['_GENERATEREQUEST']._serialized_end=273
-  _globals['_GENERATERESPONSE']._serialized_start=276
-  _globals['_GENERATERESPONSE']._serialized_end=508
-  _globals['_POLICYSERVICECHATREQUEST']._serialized_start=511
-  _globals['_POLICYSERVICECHATREQUEST']._serialized_end=745
-  _globals['_POLICYSERVICECHATRESPONSE']._serialized_start=748
-  _globals['_POLICYSERVICECHATRESPONSE']._serialized_end=1026
-  _globals['_TOKENLOGPROB']._serialized_start=1028
-  _globals['_TOKENLOGPROB']._serialized_end=1149
-  _globals['_TOKENALTERNATIVE']._serialized_start=1151
-  _globals['_TOKENALTERNATIVE']._serialized_end=1218
-  _globals['_GETPOLICYINFOREQUEST']._serialized_start=1220
-  _globals['_GETPOLICYINFOREQUEST']._serialized_end=1242
-  _globals['_GETPOLICYINFORESPONSE']._serialized_start=1245
-  _globals['_GETPOLICYINFORESPONSE']._serialized_end=1406
-  _globals['_POLICYSERVICE']._serialized_start=1409
-  _globals['_POLICYSERVICE']._serialized_end=1682
+  _globals['_GENERATEREQUEST']._serialized_end=295
+  _globals['_GENERATERESPONSE']._serialized_start=298
+  _globals['_GENERATERESPONSE']._serialized_end=530
+  _globals['_POLICYSERVICECHATREQUEST']._serialized_start=533
+  _globals['_POLICYSERVICECHATREQUEST']._serialized_end=767
+  _globals['_POLICYSERVICECHATRESPONSE']._serialized_start=770
+  _globals['_POLICYSERVICECHATRESPONSE']._serialized_end=1048
+  _globals['_TOKENLOGPROB']._serialized_start=1050
+  _globals['_TOKENLOGPROB']._serialized_end=1171
+  _globals['_TOKENALTERNATIVE']._serialized_start=1173
+  _globals['_TOKENALTERNATIVE']._serialized_end=1240
+  _globals['_GETPOLICYINFOREQUEST']._serialized_start=1242
+  _globals['_GETPOLICYINFOREQUEST']._serialized_end=1264
+  _globals['_GETPOLICYINFORESPONSE']._serialized_start=1267
+  _globals['_GETPOLICYINFORESPONSE']._serialized_end=1428
+  _globals['_POLICYSERVICE']._serialized_start=1431
+  _globals['_POLICYSERVICE']._serialized_end=1704
 # @@protoc_insertion_point(module_scope)

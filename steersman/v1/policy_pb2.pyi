@@ -8,18 +8,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompts", "n", "sampling", "weights_version", "tokenizer_fingerprint")
+    __slots__ = ("prompts", "n", "sampling", "weights_version", "tokenizer_fingerprint", "first_prompt")
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PROMPT_FIELD_NUMBER: _ClassVar[int]
     prompts: _common_pb2.RaggedTensor
     n: int
     sampling: _common_pb2.SamplingParams
     weights_version: int
     tokenizer_fingerprint: str
-    def __init__(self, prompts: _Optional[_Union[_common_pb2.RaggedTensor, _Mapping]] = ..., n: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., weights_version: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
+    first_prompt: int
+    def __init__(self, prompts: _Optional[_Union[_common_pb2.RaggedTensor, _Mapping]] = ..., n: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., weights_version: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., first_prompt: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("prompt_index", "sample_index", "token_ids", "logprobs", "finish_reason", "weights_versions")

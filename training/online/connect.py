@@ -14,7 +14,8 @@ from steersman.errors import ConfigError, FailedPreconditionError
 from steersman.nn.load import load_tokenizer
 from steersman.nn.tokens import generation_config_of, stop_ids, tokenizer_fingerprint
 from training.context import StageContext
-from training.online.clients import PolicyPool, PolicyReplica, ReferenceClient, RewardClient
+from training.online.clients import PolicyReplica, ReferenceClient, RewardClient
+from training.online.pool import PolicyPool
 from training.online.prompts import load_prompts
 from training.online.rollout import Prompt, Rollouts
 
@@ -85,7 +86,7 @@ class Services:
         said = [token for token in token_ids.tolist() if token not in self.stop_ids]
         return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
 
-    def rollouts(self, generation: Generation) -> Rollouts:
+    def rollouts(self, generation: Generation, *, deterministic: bool = False) -> Rollouts:
         return Rollouts(
             self.policy,
             self.reward,
@@ -94,5 +95,6 @@ class Services:
             generation,
             self.stop_ids,
             self.context.reporter.activity,
-            self.reward[0].standardised() if self.reward else {},
+            standardised=self.reward[0].standardised(),
+            deterministic=deterministic,
         )

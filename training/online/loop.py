@@ -32,12 +32,12 @@ from training.online.ahead import Ahead
 from training.online.batch import SampleBatch
 from training.online.checkpoint import Checkpoints
 from training.online.checks import BadUpdates, check_finite_weights, check_same_model
-from training.online.clients import PolicyPool
 from training.online.experience import Collector, Experience
 from training.online.metrics import sequence_kl, update_metrics
 from training.online.optimizer import PolicyOptimizer
 from training.online.passes import Pair, Passes
 from training.online.policy_model import PolicyModel
+from training.online.pool import PolicyPool
 from training.online.rollout import Prompt, Rollouts
 from training.parallel import Ranks
 

@@ -52,7 +52,7 @@ def run_rl(spec: RlStage, context: StageContext) -> None:
         Trainer(
             spec,
             model,
-            services.rollouts(spec.generation) if services is not None else None,  # type: ignore[arg-type]
+            services.rollouts(spec.generation, deterministic=spec.deterministic) if services is not None else None,  # type: ignore[arg-type]
             services.policy if services is not None else None,  # type: ignore[arg-type]
             prompts,
             Checkpoints(context.checkpoints),

@@ -3,20 +3,20 @@
     prompts -> policy service ~~ samples as they finish ~~> blocks -> reward service    -> scores
                                                                  `-> reference service -> log-probabilities
 
-A block is a fixed set of neighbouring prompts; it is sent when the last of its samples has arrived.
-So scoring overlaps generation, and still what one scoring call holds does not depend on timing.
+A block is a fixed set of neighbouring prompts; it is sent when the last of its samples has arrived, to the replica that
+has the least to do. So scoring overlaps generation, and still what one scoring call holds does not depend on timing.
 """
 
 from __future__ import annotations
 
-import itertools
+import asyncio
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -29,10 +29,14 @@ from steersman.rpc.wire import pack_rows
 from steersman.v1 import common_pb2, reward_pb2
 from training.mathematics.rewards import present
 from training.online.batch import SampleBatch
-from training.online.clients import PolicyPool, ReferenceClient, RewardClient, Sample, result_of, spread
+from training.online.clients import ReferenceClient, RewardClient, Sample, Score
+from training.online.pool import Lost, PolicyPool
+from training.online.remote import background
 
 BLOCKS = 4
 """Scoring calls a batch, at most."""
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +58,29 @@ class Scored:
     """One finished and scored sample."""
 
     sample: Sample
-    score: reward_pb2.ItemScore
+    score: Score
     ref_logprobs: np.ndarray | None
     text: str
+
+
+class _Replicas(Generic[C]):
+    """Replicas of a service; a call goes to the one with the fewest calls under way."""
+
+    def __init__(self, clients: Sequence[C]) -> None:
+        self._clients = list(clients)
+        self._busy = [0] * len(clients)
+
+    def __bool__(self) -> bool:
+        return bool(self._clients)
+
+    @asynccontextmanager
+    async def free(self) -> Any:
+        place = self._busy.index(min(self._busy))
+        self._busy[place] += 1
+        try:
+            yield self._clients[place]
+        finally:
+            self._busy[place] -= 1
 
 
 class Rollouts:
@@ -71,7 +95,9 @@ class Rollouts:
         generation: Generation,
         stop_ids: Sequence[int],
         activity: Callable[[str], None],
+        *,
         standardised: Mapping[str, float] = {},
+        deterministic: bool = False,
     ) -> None:
         """Args:
         policy: all replicas.
@@ -82,18 +108,17 @@ class Rollouts:
         stop_ids: end an answer: the template's end of a turn as well as the model's own.
         activity: told what is going on, often.
         standardised: scorers whose values are standardised, with their weights.
+        deterministic: what is generated together depends on the batch alone.
         """
         self.standardised = standardised
         self._policy = policy
-        self._reward = reward
-        self._reference = reference
+        self._reward = _Replicas(reward)
+        self._reference = _Replicas(reference)
         self._decode = decode
         self._generation = generation
         self._stop_ids = tuple(stop_ids)
         self._activity = activity
-        # Two pools: a block's task waits for its reference call, which must not wait for a block's task.
-        self._blocks = ThreadPoolExecutor(BLOCKS, thread_name_prefix="scoring")
-        self._references = ThreadPoolExecutor(BLOCKS, thread_name_prefix="reference")
+        self._deterministic = deterministic
 
     def collect(
         self, prompts: Sequence[Prompt], n: int, seed: int, *, first: int = 0, in_flight: bool = False
@@ -103,13 +128,60 @@ class Rollouts:
         Args:
             seed: of the step; a sample's random numbers follow from it, the prompt's place and the sample's number.
             first: place of the first prompt among all of the step.
-            in_flight: weights may be published meanwhile, see `PolicyPool.generate`.
+            in_flight: weights may be published meanwhile, see `PolicyPool.samples`.
 
         Returns:
             For every prompt its samples by sample index, and seconds and tokens of generation.
         """
+        return background().run(self._collect(prompts, n, seed, first, in_flight))
+
+    async def _collect(
+        self, prompts: Sequence[Prompt], n: int, seed: int, first: int, in_flight: bool
+    ) -> tuple[list[list[Scored]], dict[str, float]]:
         start = time.monotonic()
-        sampling = common_pb2.SamplingParams(
+        size = math.ceil(len(prompts) / BLOCKS)
+        missing = [n] * len(prompts)
+        samples: list[list[Sample | Lost | None]] = [[None] * n for _ in prompts]
+        blocks: dict[int, asyncio.Task[list[list[Scored]]]] = {}
+        tokens = 0
+        stream = self._policy.samples(
+            [prompt.ids for prompt in prompts],
+            n,
+            self._sampling(seed),
+            first=first,
+            in_flight=in_flight,
+            deterministic=self._deterministic,
+        )
+        try:
+            done = 0
+            async with aclosing(stream) as arriving:  # type: ignore[type-var]
+                async for sample in arriving:
+                    samples[sample.prompt_index][sample.sample_index] = sample
+                    missing[sample.prompt_index] -= 1
+                    tokens += len(sample.token_ids) if isinstance(sample, Sample) else 0
+                    done += 1
+                    self._activity(f"generating {done}/{n * len(prompts)}")
+                    block = sample.prompt_index // size
+                    low, high = block * size, min((block + 1) * size, len(prompts))
+                    if not any(missing[low:high]):
+                        blocks[block] = asyncio.create_task(self._score(prompts[low:high], samples[low:high]))
+                    for task in blocks.values():
+                        if task.done():
+                            task.result()  # a failure ends the batch at once
+            generated = time.monotonic()
+            self._activity("scoring")
+            scored = [rows for block in sorted(blocks) for rows in await blocks[block]]
+        finally:
+            for task in blocks.values():
+                task.cancel()
+        return scored, {
+            "seconds_generate": generated - start,
+            "seconds_score_tail": time.monotonic() - generated,
+            "generated_tokens": float(tokens),
+        }
+
+    def _sampling(self, seed: int) -> common_pb2.SamplingParams:
+        return common_pb2.SamplingParams(
             max_new_tokens=self._generation.max_new_tokens,
             temperature=self._generation.temperature,
             top_p=self._generation.top_p,
@@ -117,56 +189,42 @@ class Rollouts:
             seed=seed,
             stop_token_ids=self._stop_ids,
         )
-        size = math.ceil(len(prompts) / BLOCKS)
-        missing = [n] * len(prompts)
-        samples: list[list[Sample | None]] = [[None] * n for _ in prompts]
-        futures: dict[int, Future[list[list[Scored]]]] = {}
-        tokens = 0
-        stream = self._policy.generate([prompt.ids for prompt in prompts], n, sampling, in_flight=in_flight)
-        for done, sample in enumerate(stream, start=1):
-            samples[sample.prompt_index][sample.sample_index] = sample
-            missing[sample.prompt_index] -= 1
-            tokens += len(sample.token_ids)
-            self._activity(f"generating {done}/{n * len(prompts)}")
-            block = sample.prompt_index // size
-            low, high = block * size, min((block + 1) * size, len(prompts))
-            if not any(missing[low:high]):
-                futures[block] = self._blocks.submit(self._score, block, prompts[low:high], samples[low:high])
-            for future in futures.values():
-                if future.done():
-                    result_of(future, "scoring")  # a failure ends the batch at once
-        generated = time.monotonic()
-        self._activity("scoring")
-        scored = [rows for block in sorted(futures) for rows in result_of(futures[block], "scoring")]
-        return scored, {
-            "seconds_generate": generated - start,
-            "seconds_score_tail": time.monotonic() - generated,
-            "generated_tokens": float(tokens),
-        }
 
-    def _score(self, block: int, prompts: Sequence[Prompt], samples: Sequence[list[Any]]) -> list[list[Scored]]:
-        """Reward and reference of one block, side by side."""
-        reference: Future[list[np.ndarray]] | None = None
-        rows = [(prompt, sample) for prompt, group in zip(prompts, samples, strict=True) for sample in group]
-        if self._reference:
-            client = spread(self._reference, block)
-            pairs = [(prompt.ids, sample.token_ids) for prompt, sample in rows]
-            reference = self._references.submit(client.logprobs, pairs, self._generation.temperature)
-        texts = [self._decode(sample.token_ids) for _, sample in rows]
-        items = [score_item(prompt, sample.token_ids, text) for (prompt, sample), text in zip(rows, texts, strict=True)]
-        client_ = spread(self._reward, block)
-        scores = client_.score(items)
-        failed = [index for index, score in enumerate(scores) if not score.HasField("reward")]
-        if failed:
-            for index, again in zip(failed, client_.score([items[index] for index in failed]), strict=True):
-                scores[index] = again
-        references = result_of(reference, "reference service") if reference is not None else [None] * len(rows)
-        flat = [
-            Scored(sample, score, ref, text)
-            for (_, sample), score, ref, text in zip(rows, scores, references, texts, strict=True)
+    async def _score(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Any]]) -> list[list[Scored]]:
+        """Reward and reference of one block, side by side; a lost sample has neither."""
+        rows = [
+            (prompt, sample)
+            for prompt, group in zip(prompts, samples, strict=True)
+            for sample in group
+            if isinstance(sample, Sample)
         ]
-        sizes = np.cumsum([0] + [len(group) for group in samples])
-        return [flat[lo:hi] for lo, hi in itertools.pairwise(sizes)]
+        texts = [self._decode(sample.token_ids) for _, sample in rows]
+        scores, references = await asyncio.gather(self._rewards(rows, texts), self._reference_logprobs(rows))
+        made = {
+            id(sample): Scored(sample, score, ref, text)
+            for (_, sample), score, ref, text in zip(rows, scores, references, texts, strict=True)
+        }
+        return [[made.get(id(sample)) or _unmade(sample) for sample in group] for group in samples]
+
+    async def _rewards(self, rows: Sequence[tuple[Prompt, Sample]], texts: Sequence[str]) -> list[Score]:
+        items = [score_item(prompt, sample.token_ids, text) for (prompt, sample), text in zip(rows, texts, strict=True)]
+        if not items:
+            return []
+        async with self._reward.free() as client:
+            return await client.score(items)
+
+    async def _reference_logprobs(self, rows: Sequence[tuple[Prompt, Sample]]) -> list[np.ndarray] | list[None]:
+        if not self._reference or not rows:
+            return [None] * len(rows)
+        pairs = [(prompt.ids, sample.token_ids) for prompt, sample in rows]
+        async with self._reference.free() as client:
+            return await client.logprobs(pairs, self._generation.temperature)
+
+
+def _unmade(lost: Lost) -> Scored:
+    nothing = np.zeros(0, np.float32)
+    sample = Sample(lost.prompt_index, lost.sample_index, np.zeros(0, np.int32), nothing, False, ())
+    return Scored(sample, Score(math.nan, error=lost.reason), nothing, "")
 
 
 def score_item(prompt: Prompt, token_ids: np.ndarray, text: str) -> reward_pb2.ScoreItem:
@@ -180,16 +238,6 @@ def score_item(prompt: Prompt, token_ids: np.ndarray, text: str) -> reward_pb2.S
     )
 
 
-def parts_of(score: reward_pb2.ItemScore) -> dict[str, float]:
-    """What every scorer said, and its aspects as `scorer.aspect`; a scorer that failed is not in it."""
-    values = {}
-    for part in score.parts:
-        if part.HasField("value"):
-            values[part.name] = part.value
-        values |= {f"{part.name}.{aspect}": value for aspect, value in part.aspects.items()}
-    return values
-
-
 def to_batch(
     prompts: Sequence[Prompt], scored: Sequence[Sequence[Scored]], standardised: Mapping[str, float] = {}
 ) -> SampleBatch:
@@ -199,7 +247,7 @@ def to_batch(
         standardised: scorers whose values are standardised, with their weights.
     """
     flat = [(group, item) for group, items in enumerate(scored) for item in items]
-    parts = [parts_of(item.score) for _, item in flat]
+    parts = [item.score.parts for _, item in flat]
     names = sorted({name for values in parts for name in values})
 
     def floats(values: list[float]) -> Tensor:
@@ -231,9 +279,9 @@ def _own(values: np.ndarray | None, sample: Sample) -> np.ndarray:
     return values[sample.loss_mask]
 
 
-def reward_of(score: reward_pb2.ItemScore) -> float:
-    """NaN where it is missing or not finite: never 0."""
-    return score.reward if score.HasField("reward") and math.isfinite(score.reward) else math.nan
+def reward_of(score: Score) -> float:
+    """NaN where it is missing: never 0."""
+    return score.reward
 
 
 def exclude_failed(
@@ -250,7 +298,7 @@ def exclude_failed(
     keep = present(batch.scores, batch.lengths) & finite
     counts = {
         "failed": float(int((batch.scores.isnan() | ~finite).sum())),
-        "empty": float(int((batch.lengths == 0).sum())),
+        "empty": float(int(((batch.lengths == 0) & ~batch.scores.isnan()).sum())),
     }
     reasons = [score.error or "the reward is not finite" for score in missing_scores(scored)]
     if not bool(finite.all()):
@@ -264,7 +312,7 @@ def exclude_failed(
     return batch.select(keep), counts
 
 
-def missing_scores(scored: Sequence[Sequence[Scored]]) -> list[reward_pb2.ItemScore]:
+def missing_scores(scored: Sequence[Sequence[Scored]]) -> list[Score]:
     """Of the samples without a finite reward."""
     return [item.score for items in scored for item in items if math.isnan(reward_of(item.score))]
 

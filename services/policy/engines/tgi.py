@@ -251,7 +251,7 @@ class TgiEngine:
             top_k=params.top_k if sampled and params.top_k else None,
             top_p=params.top_p if sampled and params.top_p < 1.0 else None,
             top_n_tokens=params.top_logprobs or None,
-            seed=int(stream_key(params.seed, prompt_index, sample_index) >> np.uint64(1)),
+            seed=int(stream_key(params.seed, one.request.first_prompt + prompt_index, sample_index) >> np.uint64(1)),
             max_new_tokens=limit,
         )
         async with aclosing(outputs) as tokens:  # type: ignore[type-var]

@@ -196,7 +196,7 @@ class TransformersEngine:
             prompt=prompt,
             limit=min(request.params.max_new_tokens, self._context - len(prompt)),
             stops=self._eos.union(request.params.stop_token_ids),
-            key=stream_key(request.params.seed, prompt_index, sample_index),
+            key=stream_key(request.params.seed, request.first_prompt + prompt_index, sample_index),
         )
 
     def cancel(self, handle: int) -> None:

@@ -66,7 +66,7 @@ class Sample:
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
-            seed=int(stream_key(params.seed, self.prompt_index, self.sample_index) >> np.uint64(1)),
+            seed=int(self._key() >> np.uint64(1)),
             stop_token_ids=sorted(eos.union(params.stop_token_ids)),
             ignore_eos=True,  # they are among the stop tokens
             logprobs=params.top_logprobs,
@@ -75,6 +75,10 @@ class Sample:
             output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
             structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
         )
+
+    def _key(self) -> np.uint64:
+        request = self._request.request
+        return stream_key(request.params.seed, request.first_prompt + self.prompt_index, self.sample_index)
 
     def add(self, output: CompletionOutput, version: int) -> None:
         """`version` is that of streamed tokens; the sample itself has the exact spans that vLLM kept."""

@@ -14,9 +14,8 @@ import torch
 from test_ppo_update import build, make_batch, options_of
 
 from steersman.errors import FailedPreconditionError
-from steersman.v1 import reward_pb2
 from training.online.ahead import Ahead
-from training.online.clients import Sample
+from training.online.clients import Sample, Score
 from training.online.experience import Collector
 from training.online.rollout import Prompt, Scored, exclude_stale
 
@@ -96,7 +95,7 @@ def test_the_trainer_dates_samples_by_their_version(tiny_model: Path, tmp_path: 
             [
                 Scored(
                     Sample(group, index, tokens, logprobs, True, (version,)),
-                    reward_pb2.ItemScore(reward=1.0),
+                    Score(1.0),
                     logprobs,
                     "x",
                 )

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 
 from steersman.v1 import reward_pb2
-from training.online.clients import Sample
+from training.online.clients import Sample, score_of
 from training.online.rejection_sampling import best_of, merge_winners, prompts_of_round
 from training.online.rollout import Prompt, Scored
 
@@ -18,7 +18,7 @@ PROMPT = Prompt(np.zeros(3, np.int32), [{"role": "user", "content": "so?"}], key
 def sampled(text: str, reward: float | None, *, ended: bool = True) -> Scored:
     tokens = np.zeros(max(1, len(text)), np.int32)
     sample = Sample(0, 0, tokens, np.zeros(len(tokens), np.float32), ended, (1,))
-    return Scored(sample, reward_pb2.ItemScore(reward=reward), None, text)
+    return Scored(sample, score_of(reward_pb2.ItemScore(reward=reward)), None, text)
 
 
 def test_the_highest_reward_wins_among_answers_that_ended() -> None:

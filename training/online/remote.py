@@ -1,0 +1,160 @@
+"""One remote service: waited for when it is away, asked again when it fails, never waited for without end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from steersman.errors import CancelledError, SteersmanError, UnavailableError, from_grpc
+from steersman.rpc.client import open_aio_channel
+
+AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+"""The service is not there: wait for it."""
+FAILING = (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+"""It is there and could not do it: ask again a few times."""
+TRIES = 4
+_FIRST_PAUSE = 0.25
+
+T = TypeVar("T")
+Note = Callable[[str], None]
+
+
+class Background:
+    """The event loop, on a thread of its own, that all calls to services run on."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="services", daemon=True).start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Waits for the result; an interrupted caller cancels the work."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+_background: Background | None = None
+
+
+def background() -> Background:
+    """The process's own, started when it is first needed."""
+    global _background
+    if _background is None:
+        _background = Background()
+    return _background
+
+
+class FailingError(SteersmanError):
+    """A service answered `TRIES` times that it could not do it, or with something that is no answer."""
+
+    grpc_code = "INTERNAL"
+
+
+class Remote:
+    """Channels to one service, data plane first."""
+
+    def __init__(self, targets: tuple[str, ...], service: str, patience: float, note: Note) -> None:
+        """Args:
+        targets: host:port of its listeners.
+        service: full name of the first listener's service, for its health.
+        patience: seconds to wait for a service that is away.
+        """
+        self.target = targets[0]
+        self.name = f"{service} at {self.target}"
+        self._service = service
+        self._patience = patience
+        self._note = note
+        self._closed = False
+        self.channels: tuple[grpc.aio.Channel, ...] = background().run(_open(targets))
+
+    def close(self) -> None:
+        """Ends running calls and every wait: nobody wants the answers any more."""
+        self._closed = True
+        background().run(self._close())
+
+    async def _close(self) -> None:
+        for channel in self.channels:
+            await channel.close()
+
+    def wait(self) -> None:
+        """Raises UnavailableError when the service is not ready within the patience."""
+        background().run(self.ready())
+
+    async def ready(self) -> None:
+        stub = health_pb2_grpc.HealthStub(self.channels[0])
+        start = told = time.monotonic()
+        state = "no answer"
+        while (now := time.monotonic()) - start < self._patience:
+            self.check_open()
+            try:
+                answer = await stub.Check(health_pb2.HealthCheckRequest(service=self._service), timeout=5)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+                state = "NOT_SERVING"
+            except grpc.RpcError as error:
+                state = error.details() or error.code().name
+            except (asyncio.CancelledError, grpc.aio.UsageError):
+                self.check_open()  # grpc's answer to a call on a closed channel
+                raise
+            if now - told >= 3:
+                told = now
+                self._note(f"waiting for {self._service} at {self.target} ({now - start:.0f} s)")
+            await asyncio.sleep(min(0.25, self._patience))
+        raise UnavailableError(
+            f"{self.target}: {self._service} is not ready after {self._patience:.0f} s ({state}); look at its log and "
+            "its endpoint"
+        )
+
+    async def call(self, make: Callable[[], Awaitable[T]]) -> T:
+        """Repeats a call while the service is away, for at most the patience, and some times when it fails.
+
+        Raises:
+            FailingError: it failed `TRIES` times.
+            SteersmanError: it refused, or stayed away.
+        """
+        failing_since: float | None = None
+        failures = 0
+        while True:
+            self.check_open()
+            try:
+                return await make()
+            except grpc.RpcError as error:
+                self.check_open()
+                code = error.code()
+                if code in FAILING:
+                    failures += 1
+                    if failures == TRIES:
+                        raise FailingError(f"{self.name}: {error.details() or code.name}") from None
+                    await asyncio.sleep(_FIRST_PAUSE * 2 ** (failures - 1))
+                    continue
+                now = time.monotonic()
+                failing_since = failing_since or now
+                if code not in AWAY or now - failing_since > self._patience:
+                    raise from_grpc(error, self.name) from None
+                await self.back()
+            except asyncio.CancelledError:
+                self.check_open()
+                raise
+
+    async def back(self) -> None:
+        """Waits for a service that went away."""
+        self._note(f"{self.name} went away; waiting for it")
+        await asyncio.sleep(0.5)
+        await self.ready()
+
+    def check_open(self) -> None:
+        if self._closed:
+            raise CancelledError(f"{self.name} is not needed any more")
+
+
+async def _open(targets: tuple[str, ...]) -> tuple[grpc.aio.Channel, ...]:
+    return tuple(open_aio_channel(target) for target in targets)
