@@ -55,7 +55,7 @@ def test_a_scorer_of_weight_0_voids_nothing() -> None:
 
 
 def test_none_is_no_reward_and_never_0() -> None:
-    """A function that has nothing to say of an answer leaves it to the others; where it is alone, there is no reward."""
+    """A function that has nothing to say of an answer leaves it to the others; alone, there is no reward."""
     first, second = score(Scripted("odd", 0.5, [None, 1.0]))
     assert not first.HasField("reward")
     assert first.error == "odd: no reward for this answer (None)"
