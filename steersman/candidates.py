@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import grpc
@@ -42,7 +43,8 @@ class Generated:
     row: Row
     """The prompt's own row."""
     candidates: list[dict[str, Any]]
-    """[{"messages", "model", "weights_version"}] without empty and equal answers."""
+    """[{"messages", "model", "weights_version", "target"}] without empty and equal answers; two services may hold
+    models of one name."""
     dropped: int
     """Answers left out because they were empty, cut off before any text, or equal to another."""
 
@@ -80,6 +82,16 @@ async def generate(targets: Sequence[str], rows: Iterable[Row], sampling: Sampli
             await channel.close()
 
 
+def choose(candidates: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """As many candidates as a project takes, in turn of every model: two of two models are one of each."""
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for candidate in candidates:
+        by_model.setdefault(candidate["target"], []).append(candidate)
+    rounds = zip_longest(*by_model.values())
+    chosen = [candidate for round_ in rounds for candidate in round_ if candidate is not None][:most]
+    return [{name: value for name, value in candidate.items() if name != "target"} for candidate in chosen]
+
+
 async def _model_name(target: str, stub: Any, sampling: Sampling) -> str:
     try:
         info = await stub.GetPolicyInfo(policy_pb2.GetPolicyInfoRequest(), timeout=sampling.timeout_seconds)
@@ -111,7 +123,7 @@ async def _candidates(
             for text, version in await _answers(target, stub, request, sampling):
                 answer = [{"role": "assistant", "content": text}]
                 if text and all(answer != other["messages"] for other in found):
-                    found.append({"messages": answer, "model": name, "weights_version": version})
+                    found.append({"messages": answer, "model": name, "weights_version": version, "target": target})
         return Generated(row, found, asked - len(found))
 
 

@@ -126,10 +126,11 @@ def run(
 def _show_plan(run: AlignmentRun, run_dir: Path, *, force_restart: bool) -> None:
     """Stages with their state and services, then the manifest with all defaults."""
     from steersman.config.base import dump_yaml
-    from steersman.config.stages import read_complete
+    from steersman.config.stages import check_data_files, read_complete
     from steersman.local import folder
     from steersman.local.services import services_of
 
+    check_data_files(run, run_dir)
     conflict = folder.find_conflict(run, run_dir)
     if conflict is not None and not force_restart:
         raise conflict.error(run_dir)

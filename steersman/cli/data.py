@@ -288,18 +288,31 @@ def add(
     project: str,
     files: Annotated[list[str], typer.Argument(help="Canonical rows; a preference gives two candidates.")],
     honeypots: Annotated[bool, typer.Option("--honeypots", help="The rows' own judgements are known answers.")] = False,
+    namespace: Annotated[str, typer.Option(help="Put before every id, so that sources stay apart.")] = "",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Adds rows with answers to a project as items to be judged, or as honeypots that measure the labelers."""
+    from dataclasses import replace
+
     from steersman.data.export import read_any
+    from steersman.data.opening import expand
     from steersman.store import Store
-    from steersman.store.judging import add_items, get_project, honeypot_of_row, item_of_row
+    from steersman.store.judging import Added, get_project, honeypot_of_row, item_of_row
+    from steersman.store.judging import add as add_to
 
     make = honeypot_of_row if honeypots else item_of_row
+    total = Added()
     with Store.open(store).transaction() as session:
         target = get_project(session, project)
-        added = sum(add_items(session, target, map(make, read_any(file))) for file in files)
-    typer.echo(f"{added:,} {'honeypots' if honeypots else 'items'} added to {project}")
+        for file in expand(files):
+            items = (make(row) for row in read_any(file))
+            if namespace:
+                items = (replace(item, key=f"{namespace.rstrip('/')}/{item.key}") for item in items)
+            added = add_to(session, target, items)
+            total = Added(*(getattr(total, name) + getattr(added, name) for name in vars(added)))
+    said = total.describe()
+    what = "honeypots" if honeypots else "items"
+    typer.echo(f"{total.new:,} {what} added to {project}{f'; {said}' if said else ''}")
 
 
 @app.command()
@@ -317,7 +330,7 @@ def generate(
     """Generates candidates through the policy service and adds them to a project."""
     import asyncio
 
-    from steersman.candidates import Sampling
+    from steersman.candidates import Sampling, choose
     from steersman.candidates import generate as candidates
     from steersman.data.export import read_any
     from steersman.store import Store
@@ -337,7 +350,7 @@ def generate(
                 short += 1
                 continue
             with opened.transaction() as session:
-                added += add_items(session, target, [item_of_row(found.row, found.candidates[:most])])
+                added += add_items(session, target, [item_of_row(found.row, choose(found.candidates, most))])
         return added, short
 
     added, short = asyncio.run(run())
@@ -404,7 +417,7 @@ def release(
     values: dict[str, object] = {"name": name, "sources": source, "splits": parse_shares(splits)}
     for key, value in parse_pairs(option, "--set").items():
         group, dot, inner = key.partition(".")
-        listed = inner in ("entities", "regions") or key in ("customers", "exclude_customers", "licences")
+        listed = inner in ("entities", "regions", "keep") or key in ("customers", "exclude_customers", "licences")
         given = [part for part in value.split(",") if part] if listed else value
         if dot:
             values.setdefault(group, {})[inner] = given  # type: ignore[index]
@@ -424,6 +437,10 @@ def release(
     )
     for reason, count in card["left out"].items():
         typer.echo(f"  left out: {count:,} x {reason}")
+    for tag, count in card["scrubbed"].items():
+        typer.echo(f"  replaced: {count:,} x {tag}, as in ...{card['scrubbed samples'][tag][0]}")
+    for split in card["empty splits"]:
+        typer.echo(f"  split {split} is empty: too few prompts for its share")
 
 
 @app.command()
@@ -504,13 +521,16 @@ def delete_customer(
     from steersman.store.secret import pseudonym, read_secret
 
     whose = repr(customer) if end_customer is None else f"end customer {end_customer!r} of {customer!r}"
-    if not yes:
-        typer.confirm(f"Delete all data of {whose}? This cannot be undone.", abort=True)
     opened = Store.open(store)
     subject = register.Subject(customer)
     if end_customer is not None:
         name = pseudonym(read_secret(opened, secret_file, secret_env), customer, end_customer)
         subject = register.Subject(customer, name, end_customer)
+    if not yes:
+        with opened.reading() as session:
+            held = register.holdings(session, subject)
+        found = f"{held.items:,} items, {held.answers:,} answers and {held.rows:,} rows of releases"
+        typer.confirm(f"Delete all data of {whose} ({found})? This cannot be undone.", abort=True)
     report = register.delete_customer(opened, subject)
     typer.echo(f"{report.items:,} items, {report.answers:,} answers and {report.remembered:,} kept turns deleted")
     for name, version in report.new_versions.items():
@@ -520,3 +540,17 @@ def delete_customer(
         typer.echo(f"trained on deleted data: {entry['model']} of {entry['run']} (on {entry['release']})")
     if report.files:
         typer.echo(f"remove the rows from these files too: {', '.join(report.files)}")
+
+
+@app.command()
+def allow_customer(
+    customer: Annotated[str, typer.Argument(help="A tenant whose data was deleted.")],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Takes new data of a deleted tenant again: undoes the block, not the deletion."""
+    from steersman.store import Store
+    from steersman.store.releases import allow_customer as allow
+
+    with Store.open(store).transaction() as session:
+        allow(session, customer)
+    typer.echo(f"rows of {customer} may be released again; what was deleted stays deleted")

@@ -97,6 +97,17 @@ class DataSplits(FrozenModel):
     """JSONL file; None: no validation during training."""
     heldout: str | None = None
     """JSONL file that only evaluation reads."""
+    test: str | None = None
+    """The same as `heldout`, by the name that releases give it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("test") is not None:
+            if data.get("heldout") is not None:
+                raise ValueError("test and heldout are the same split; give one of them")
+            return {name: value for name, value in data.items() if name != "test"} | {"heldout": data["test"]}
+        return data
 
 
 class DemoData(FrozenModel):

@@ -17,7 +17,8 @@ from typing import Any
 
 from steersman.artifacts import manifest_of_hashes
 from steersman.config.manifest import AlignmentRun, DataSplits
-from steersman.data.records import file_digest
+from steersman.data.records import file_digest, read_lines
+from steersman.errors import ConfigError, DataError
 
 SEVERAL_RANKS = ("sft", "reward_model", "rl", "dpo", "kto")
 """Kinds of stages that `trainer.workers` ranks share; the others run as one process."""
@@ -40,6 +41,19 @@ def data_files(run: AlignmentRun, run_dir: Path) -> dict[str, dict[str, Path]]:
             if path is not None:
                 files.setdefault(kind, {})[split] = path
     return files
+
+
+def check_data_files(run: AlignmentRun, run_dir: Path) -> None:
+    """Finds without a model or a GPU what data a run lacks.
+
+    Raises ConfigError for a file that is not there, DataError for one without a row.
+    """
+    for kind, splits in data_files(run, run_dir).items():
+        for split, path in splits.items():
+            if not path.is_file():
+                raise ConfigError(f"spec.data.{kind}.{split}: {path} does not exist; check the path in the manifest")
+            if next(read_lines(path), None) is None:
+                raise DataError(f"spec.data.{kind}.{split}: {path} holds no row; name a file with rows or leave it out")
 
 
 def stage_digest(run: AlignmentRun, name: str, run_dir: Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -117,6 +117,34 @@ def raw_agreement(patterns: Patterns) -> tuple[int, int]:
     return pairs, agreeing
 
 
+def bootstrap_interval(
+    patterns: Patterns, statistic: Callable[[Patterns], float | None], *, samples: int = 400, seed: int = 0
+) -> tuple[float, float] | None:
+    """95% percentile interval of a statistic, by drawing the units anew; the same patterns give the same interval.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3; for alpha, Hayes and
+    Krippendorff, "Answering the Call for a Standard Reliability Measure for Coding Data", 2007. A draw in which every
+    vote is equal counts as 1, because nobody disagrees in it. None when no unit has two votes.
+    """
+    paired = [(pattern, n) for pattern, n in patterns.items() if n > 0 and sum(count for _, count in pattern) > 1]
+    if not paired:
+        return None
+    weights = np.array([n for _, n in paired], np.float64)
+    drawn = np.random.default_rng(seed).multinomial(int(weights.sum()), weights / weights.sum(), samples)
+    found = []
+    for counts in drawn:
+        sample = {pattern: int(n) for (pattern, _), n in zip(paired, counts, strict=True) if n}
+        value = statistic(sample)
+        if value is not None:
+            found.append(value)
+        elif len({vote for pattern in sample for vote, _ in pattern}) == 1:
+            found.append(1.0)
+    if not found:
+        return None
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def order_bias(decided: int, decided_first: int) -> tuple[float | None, float | None]:
     """Share of comparisons won by the answer shown first, and the two-sided binomial p-value against one half."""
     if not decided:
@@ -151,6 +179,12 @@ class Thresholds(BaseModel):
     """Distance from one half of the share that the answer shown first wins."""
     min_judgements: int | None = Field(default=None, ge=0)
     """Judgements in the project, skipped ones left out."""
+    min_common_items: int = Field(default=10, ge=1)
+    """Items with two votes that every other demand on agreement or order needs; below it the figure is unknown."""
+    min_labelers: int = Field(default=2, ge=2)
+    """Labelers with items in common that a demand on agreement needs."""
+    min_honeypots: int = Field(default=5, ge=1)
+    """Judged honeypots that a demand on their accuracy needs."""
 
 
 class QuestionAgreement(BaseModel):
@@ -169,6 +203,12 @@ class QuestionAgreement(BaseModel):
     fleiss: float | None
     fleiss_units: int
     fleiss_votes: int
+    items: int | None = None
+    """Items with at least two votes: of a ranking's item come several units."""
+    labelers: int | None = None
+    """Labelers who judged an item that another one judged."""
+    intervals: dict[str, tuple[float, float]] = {}
+    """95% bootstrap intervals of raw, alpha and fleiss, over units."""
 
 
 class LabelerFigures(BaseModel):
@@ -232,29 +272,57 @@ class AgreementReport(BaseModel):
 
     def failures(self, thresholds: Thresholds) -> list[str]:
         """What misses its threshold, each with both numbers; empty when the data may be released."""
+        every = (("alpha", "alpha", thresholds.min_alpha), ("Fleiss' kappa", "fleiss", thresholds.min_fleiss),
+                   ("raw agreement", "raw", thresholds.min_raw_agreement))  # fmt: skip
+        demands = tuple(demand for demand in every if demand[2] is not None)
         found = []
-        for question in self.questions:
-            for name, value, least in (
-                ("alpha", question.alpha, thresholds.min_alpha),
-                ("Fleiss' kappa", question.fleiss, thresholds.min_fleiss),
-                ("raw agreement", question.raw, thresholds.min_raw_agreement),
-            ):
-                # With every vote equal the coefficients are not defined, but nobody disagreed.
-                unanimous = value is None and question.raw == 1.0
-                if least is not None and not unanimous and (value is None or value < least):
-                    found.append(f"{question.question}: {name} is {_number(value)}, at least {least:g} is asked")
-        if thresholds.min_alpha is not None and not self.questions:
+        for question in self.questions if demands else ():
+            found += _unknown(question, thresholds)
+            for name, field, least in demands:
+                found += _missed(question, name, field, least or 0.0)
+        if demands and not self.questions:
             found.append("no item has two votes, so agreement is unknown")
         accuracy, least = self.honeypot_accuracy, thresholds.min_honeypot_accuracy
         if least is not None and (accuracy is None or accuracy < least):
             found.append(f"honeypot accuracy is {_number(accuracy)}, at least {least:g} is asked")
+        elif least is not None and self.honeypots < thresholds.min_honeypots:
+            needed = f"at least {thresholds.min_honeypots} are needed to know their accuracy"
+            found.append(f"{self.honeypots} honeypots were judged, {needed}")
         most = thresholds.max_order_bias
         if most is not None and self.first_share is not None and abs(self.first_share - 0.5) > most:
             bounds = f"{0.5 - most:g} to {0.5 + most:g} is asked"
             found.append(f"the answer shown first wins {self.first_share:.3f} of the comparisons, {bounds}")
+        elif most is not None and self.first_share is None:
+            found.append("nothing was decided between two answers, so the bias of their order is unknown")
         if thresholds.min_judgements is not None and self.judgements < thresholds.min_judgements:
             found.append(f"{self.judgements} judgements, at least {thresholds.min_judgements} are asked")
         return found
+
+
+def _unknown(question: QuestionAgreement, thresholds: Thresholds) -> list[str]:
+    """Why the agreement on a question cannot be known yet."""
+    found = []
+    items = question.units if question.items is None else question.items
+    if items < thresholds.min_common_items:
+        needed = f"at least {thresholds.min_common_items} are needed to know the agreement"
+        found.append(f"{question.question}: {items} items have two votes, {needed}")
+    if question.labelers is not None and question.labelers < thresholds.min_labelers:
+        needed = f"at least {thresholds.min_labelers} are asked"
+        found.append(f"{question.question}: {question.labelers} labelers have items in common, {needed}")
+    return found
+
+
+def _missed(question: QuestionAgreement, name: str, field: str, least: float) -> list[str]:
+    value = getattr(question, field)
+    if value is None and question.raw == 1.0:
+        return []  # with every vote equal the coefficients are not defined, but nobody disagreed
+    if value is None or value < least:
+        return [f"{question.question}: {name} is {_number(value)}, at least {least:g} is asked"]
+    low, high = question.intervals.get(field, (value, value))
+    if low < least:
+        interval = f"with a 95% interval from {low:.3f} to {high:.3f}"
+        return [f"{question.question}: {name} is {value:.3f} {interval}, at least {least:g} is asked of all of it"]
+    return []
 
 
 def _number(value: float | None) -> str:

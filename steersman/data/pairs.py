@@ -2,7 +2,7 @@
 
 A pair of answers gets the share p of labelers who preferred its first one (a tie is half a vote). p > 1/2 puts the
 first one in `chosen`; p = 1/2 is a tie. The margin is the absolute mean distance: ranks apart for a ranking, the
-stated strength (1-3) for a comparison, the difference of mean ratings for ratings.
+stated strength (1-3) for a comparison, the difference of scores (`steersman.data.aspects`) for ratings.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
+
+from steersman.data.aspects import score
+from steersman.data.format import Skip
 
 TieRule = Literal["drop", "keep"]
 DisagreementRule = Literal["majority", "soft", "drop"]
@@ -55,23 +58,30 @@ def mean_ratings(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {aspect: sum(ratings[aspect] for ratings in rated) / len(rated) for aspect in rated[0]}
 
 
-def rated_pairs(scores: Sequence[float]) -> Iterator[Preferred]:
-    """All pairs of answers to one prompt by their scores."""
-    for one, two in combinations(range(len(scores)), 2):
-        apart = scores[one] - scores[two]
-        share = 0.5 if apart == 0 else 1.0
+def rated_pairs(rows: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> Iterator[Preferred | Skip]:
+    """All pairs of rated answers to one prompt, by their scores over the aspects that both were rated in."""
+    for one, two in combinations(range(len(rows)), 2):
+        both = rows[one]["aspects"].keys() & rows[two]["aspects"].keys()
+        first, second = (score(rows[at], both, weights) for at in (one, two))
+        if first is None or second is None:
+            yield Skip("two answers without an aspect that counts in common")
+            continue
+        apart = first - second
+        share = 0.5 if abs(apart) < 1e-9 else 1.0
         yield Preferred(one, two, share, apart) if apart >= 0 else Preferred(two, one, share, -apart)
 
 
 def keep(
-    found: Iterable[Preferred], ties: TieRule, disagreement: DisagreementRule
-) -> Iterator[tuple[Preferred | str, float | None]]:
+    found: Iterable[Preferred | Skip], ties: TieRule, disagreement: DisagreementRule
+) -> Iterator[tuple[Preferred | Skip, float | None]]:
     """Applies the rules: (pair, soft label or None), or (reason for leaving it out, None)."""
     for pair in found:
-        if pair.tie and ties == "drop":
-            yield "tie", None
+        if isinstance(pair, Skip):
+            yield pair, None
+        elif pair.tie and ties == "drop":
+            yield Skip("tie"), None
         elif pair.share < 1 and not pair.tie and disagreement == "drop":
-            yield "labelers disagree", None
+            yield Skip("labelers disagree"), None
         else:
             soft = pair.share < 1 and (disagreement == "soft" or pair.tie)
             yield pair, pair.share if soft else None

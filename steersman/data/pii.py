@@ -1,18 +1,20 @@
 """Personal data out of texts: e-mail, phone, card and IBAN by checked patterns, names by a language model on request.
 
-Detection is Presidio's; each find is replaced by a tag such as <EMAIL>, the same in prompt, answers and facts.
+Each find is replaced by a tag such as <EMAIL>, the same in prompt, answers and facts. E-mail, cards and IBAN are
+Presidio's; phone numbers are not, because any order number is a possible number of some country: see `phones`.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
+from steersman.data.phones import belongs_to_business, phone_spans
 from steersman.errors import ConfigError
 
 Entity = Literal["email", "phone", "card", "iban", "name"]
@@ -23,13 +25,18 @@ _TAGS = {
     "IBAN_CODE": "<IBAN>",
     "PERSON": "<NAME>",
 }
-# Cheap tests that every match of a recognizer passes; phone matching is slow, and most texts hold no number.
+# Cheap tests that every match of a recognizer passes.
 _HINTS = {
     "email": re.compile("@"),
-    "phone": re.compile(r"(?:\d[\s()./+\-–]{0,3}){7}"),
     "card": re.compile(r"(?:\d[ -]?){12}"),
     "iban": re.compile(r"[A-Za-z]{2} ?\d"),
 }
+_NUMBERS = ("<PHONE>", "<CARD>")
+_SAMPLES = 5
+_PERSONAL_KEY = re.compile(r"phone|mobile|tel|fax|card|contact", re.IGNORECASE)
+
+Span = tuple[int, int, str, float]
+"""First and last character, tag, certainty."""
 
 
 class PiiOptions(BaseModel):
@@ -41,8 +48,21 @@ class PiiOptions(BaseModel):
     """Kinds to look for; empty scrubs nothing."""
     regions: tuple[str, ...] = ("US", "GB", "DE", "FR", "IN", "CA", "BR", "AU", "ES", "IT", "NL")
     """Countries whose phone numbers are recognised without a country code."""
+    keep: tuple[str, ...] = ()
+    """Regular expressions of the business's own numbers, as `4711-[0-9]{4}`: what matches one wholly stays. The numbers
+    of a row's `facts`, and others of their shape, stay too."""
     name_model: str = "en_core_web_sm"
     """spaCy pipeline that finds names, where "name" is among the entities."""
+
+    @field_validator("keep")
+    @classmethod
+    def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+        return patterns
 
 
 class Scrubber:
@@ -50,38 +70,71 @@ class Scrubber:
 
     def __init__(self, options: PiiOptions | None = None) -> None:
         self._options = options or PiiOptions()
+        self._keep = [re.compile(pattern) for pattern in self._options.keep]
         self.found: Counter[str] = Counter()
         """Replacements so far, by tag."""
+        self.samples: dict[str, list[str]] = defaultdict(list)
+        """A few replacements by tag: what stands before it in the scrubbed text, and the shape of what it was."""
 
-    def scrub(self, text: str) -> str:
-        """The text with personal data replaced by tags."""
-        spans = [*self._pattern_spans(text), *self._name_spans(text)]
-        if not spans:
-            return text
+    def scrub(self, text: str, known: frozenset[str] = frozenset()) -> str:
+        """The text with personal data replaced by tags.
+
+        Args:
+            text: Any text.
+            known: The business's own numbers, and shapes of such (every digit a 9).
+        """
+        scrubbed, behind = "", 0
+        for start, end, tag in self.find(text, known):
+            scrubbed += text[behind:start]
+            self.found[tag] += 1
+            if len(self.samples[tag]) < _SAMPLES:
+                self.samples[tag].append(f"{scrubbed[-24:]}{tag}, was {_shape(text[start:end], letters=True)}")
+            scrubbed, behind = scrubbed + tag, end
+        return scrubbed + text[behind:]
+
+    def find(self, text: str, known: frozenset[str] = frozenset()) -> list[tuple[int, int, str]]:
+        """(first character, character behind the last, tag) of what `scrub` would replace, from left to right."""
+        spans = [span for span in self._spans(text) if not self._is_known(text, span, known)]
         # Of overlapping finds the surer, then the longer stays.
         spans.sort(key=lambda span: (-span[3], span[0] - span[1]))
-        kept: list[tuple[int, int, str, float]] = []
+        kept: list[Span] = []
         for span in spans:
             if all(span[1] <= other[0] or other[1] <= span[0] for other in kept):
                 kept.append(span)
-        for start, end, tag, _ in sorted(kept, reverse=True):
-            text = text[:start] + tag + text[end:]
-            self.found[tag] += 1
-        return text
+        return [(start, end, tag) for start, end, tag, _ in sorted(kept)]
 
     def scrub_row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row with all its texts scrubbed; id, source, licence and customer stay."""
-        fixed = ("id", "source", "licence", "customer")
-        return {name: value if name in fixed else self._walk(value) for name, value in row.items()}
+        """A row with all its texts scrubbed; what names the row, its source and its tenant stays."""
+        fixed = ("id", "source", "licence", "customer", "origin")
+        known = frozenset(_business_numbers(row.get("facts")))
+        return {name: value if name in fixed else self._walk(value, known) for name, value in row.items()}
 
-    def _walk(self, value: Any) -> Any:
+    def _is_known(self, text: str, span: Span, known: frozenset[str]) -> bool:
+        start, end, tag, certainty = span
+        found = text[start:end]
+        if any(pattern.fullmatch(found) for pattern in self._keep):
+            return True
+        if tag not in _NUMBERS:
+            return False
+        if found in known or (certainty < 0.9 and _shape(found) in known):
+            return True
+        return tag == "<CARD>" and belongs_to_business(text, start)
+
+    def _walk(self, value: Any, known: frozenset[str]) -> Any:
         if isinstance(value, str):
-            return self.scrub(value)
+            return self.scrub(value, known)
         if isinstance(value, dict):
-            return {name: part if name == "role" else self._walk(part) for name, part in value.items()}
-        return [self._walk(part) for part in value] if isinstance(value, list) else value
+            return {name: part if name == "role" else self._walk(part, known) for name, part in value.items()}
+        return [self._walk(part, known) for part in value] if isinstance(value, list) else value
 
-    def _pattern_spans(self, text: str) -> list[tuple[int, int, str, float]]:
+    def _spans(self, text: str) -> Iterator[Span]:
+        if "phone" in self._options.entities:
+            for start, end, certainty in phone_spans(text, self._options.regions):
+                yield start, end, _TAGS["PHONE_NUMBER"], certainty
+        yield from self._pattern_spans(text)
+        yield from self._name_spans(text)
+
+    def _pattern_spans(self, text: str) -> list[Span]:
         return [
             (find.start, find.end, _TAGS[find.entity_type], find.score)
             for entity, recognizer in self._recognizers.items()
@@ -89,7 +142,7 @@ class Scrubber:
             for find in recognizer.analyze(text, recognizer.supported_entities, None) or []
         ]
 
-    def _name_spans(self, text: str) -> list[tuple[int, int, str, float]]:
+    def _name_spans(self, text: str) -> list[Span]:
         if "name" not in self._options.entities:
             return []
         return [
@@ -106,7 +159,6 @@ class Scrubber:
             CreditCardRecognizer,
             EmailRecognizer,
             IbanRecognizer,
-            PhoneRecognizer,
         )
         from tldextract import TLDExtract
 
@@ -119,7 +171,6 @@ class Scrubber:
 
         make: dict[str, Callable[[], Any]] = {
             "email": OfflineEmailRecognizer,
-            "phone": lambda: PhoneRecognizer(supported_regions=self._options.regions),
             "card": CreditCardRecognizer,
             "iban": IbanRecognizer,
         }
@@ -136,3 +187,23 @@ class Scrubber:
                 f"pii: names need the spaCy pipeline {self._options.name_model!r}, which is not installed; "
                 "install one with named entities and name it"
             ) from error
+
+
+def _business_numbers(facts: Any, key: str = "") -> Iterator[str]:
+    """Numbers among a row's facts, and their shapes; not those that are a person's own."""
+    if isinstance(facts, dict):
+        for name, value in facts.items():
+            yield from _business_numbers(value, str(name))
+    elif isinstance(facts, list):
+        for value in facts:
+            yield from _business_numbers(value, key)
+    elif isinstance(facts, str | int) and not isinstance(facts, bool) and not _PERSONAL_KEY.search(key):
+        text = str(facts)
+        if sum(letter.isdigit() for letter in text) >= 4:
+            yield from (text, _shape(text))
+
+
+def _shape(text: str, *, letters: bool = False) -> str:
+    """Every digit as 9, and every letter as x on request."""
+    shape = re.sub(r"\d", "9", text)
+    return re.sub(r"[^\W\d_]", "x", shape) if letters else shape

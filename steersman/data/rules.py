@@ -30,6 +30,8 @@ class ReleaseOptions(BaseModel):
     """Labelers of different minds: the majority's choice, the same with its share as soft label, or drop the pair."""
     min_judgements: int = Field(default=1, ge=1)
     """Judgements that an item needs."""
+    aspects: dict[str, float] = {}
+    """Weights of rated aspects, less than 0 where less is better; unset: all 1, but length and complexity 0."""
     min_margin: float = Field(default=0.0, ge=0)
     """Leave out pairs with a smaller margin."""
     consent: Literal["not-refused", "given"] = "not-refused"
@@ -48,5 +50,7 @@ class ReleaseOptions(BaseModel):
     """Metadata key that stays on one side, instead of the first question."""
     seed: int = 0
     """Seed of the splits."""
+    name_labelers: bool = False
+    """Whether the data card names the labelers."""
     thresholds: Thresholds | None = None
     """Overrides the thresholds of the projects."""

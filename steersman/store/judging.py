@@ -14,13 +14,17 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+import orjson
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from steersman.data.aspects import own_rating
 from steersman.data.records import Aspects, Preference, Row
-from steersman.data.splits import encode
-from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError
+from steersman.data.splits import content_id, encode, fingerprint
+from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError, PermissionDeniedError
 from steersman.store.models import Assignment, Item, Judgement, Labeler, LabelerDay, Project, now
+from steersman.store.storable import holds_unstorable
 from steersman.store.tallies import Judged, Tallies, disagreement
 from steersman.store.verdicts import KINDS, MAX_CANDIDATES, Verdict
 
@@ -120,13 +124,20 @@ def get_project(session: Session, name: str) -> Project:
     return project
 
 
-def ensure_labeler(session: Session, name: str) -> Labeler:
-    """The labeler of that name, made when new."""
-    labeler = session.scalar(sa.select(Labeler).where(Labeler.name == name))
+def ensure_labeler(session: Session, name: str, customer: str = "") -> Labeler:
+    """The labeler of that name in a tenant, made when new; two tabs of a new one at once make one.
+
+    Raises PermissionDeniedError for one who was retired.
+    """
+    found = sa.select(Labeler).where(Labeler.name == name, Labeler.customer == customer)
+    labeler = session.scalar(found)
     if labeler is None:
-        labeler = Labeler(name=name)
-        session.add(labeler)
-        session.flush()
+        insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+        values = {"name": name, "customer": customer, "active": True, "created_at": now()}
+        session.execute(insert(Labeler).values(values).on_conflict_do_nothing(index_elements=["customer", "name"]))
+        labeler = session.scalars(found).one()
+    if not labeler.active:
+        raise PermissionDeniedError(f"labeler {name!r} was retired; ask whoever runs the project")
     return labeler
 
 
@@ -136,14 +147,14 @@ def item_of_row(row: Row, candidates: list[dict[str, Any]] | None = None) -> New
     Without an id of its own the key is a hash of the row's content.
     """
     data = row.to_dict()
-    fingerprint = encode(data)[1]
+    bits = encode(data)[1]
     prompt = data.pop("prompt", None)
     answers = [data.pop(name) for name in ("chosen", "rejected", "completion") if name in data]
     if prompt is None:
         messages = data.pop("messages")
         prompt, answers = messages[:-1], [messages[-1:]]
     return NewItem(
-        key=data.pop("id", None) or f"{fingerprint:016x}",
+        key=data.pop("id", None) or content_id(bits),
         prompt=prompt,
         candidates=candidates or [{"messages": answer} for answer in answers],
         customer=data.pop("customer", None),
@@ -157,30 +168,88 @@ def honeypot_of_row(row: Row) -> NewItem:
     if isinstance(row, Preference):
         expected = Verdict(ranking=((0,), (1,)))
     elif isinstance(row, Aspects):
-        expected = Verdict(ratings={aspect: min(max(round(value), 1), 5) for aspect, value in row.aspects.items()})
+        expected = Verdict(ratings={name: own_rating(name, value, row.scales) for name, value in row.aspects.items()})
     else:
-        raise InvalidArgumentError(f"row {row.id}: a honeypot needs chosen and rejected, or aspects from 1 to 5")
+        raise InvalidArgumentError(f"row {row.id}: a honeypot needs chosen and rejected, or aspects")
     return replace(item_of_row(row), expected=expected)
 
 
+@dataclass
+class Added:
+    """What became of the items that were to be added."""
+
+    new: int = 0
+    there_already: int = 0
+    """The same item, by key and content."""
+    told_apart: int = 0
+    """Other content under a key that was taken: added under the key and a hash."""
+
+    def describe(self) -> str:
+        """What else is to be said beside the number of new ones."""
+        said = []
+        if self.there_already:
+            said.append(f"{self.there_already:,} are there already")
+        if self.told_apart:
+            said.append(f"{self.told_apart:,} had an id that other content has and got a hash behind it")
+        return "; ".join(said) or ("the files hold no row" if not self.new else "")
+
+
 def add_items(session: Session, project: Project, items: Iterable[NewItem]) -> int:
-    """Adds items and returns how many were new; a key that exists is left as it is."""
-    added = 0
+    """Adds items and returns how many were new; see `add`."""
+    return add(session, project, items).new
+
+
+def add(session: Session, project: Project, items: Iterable[NewItem]) -> Added:
+    """Adds items; one that is there already, by key and content, is left as it is.
+
+    Raises InvalidArgumentError for an item that does not fit the project, or holds what no database keeps (NUL).
+    """
+    added = Added()
+    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
     for chunk in _chunks(items, _CHUNK):
-        known = set(
-            session.scalars(
-                sa.select(Item.key).where(Item.project_id == project.id, Item.key.in_([item.key for item in chunk]))
-            )
-        )
-        rows = []
+        rows: dict[str, dict[str, Any]] = {}
         for item in chunk:
-            if item.key not in known:
-                known.add(item.key)
-                rows.append(_item_row(project, item))
+            if holds_unstorable([item.key, item.prompt, item.candidates, item.meta, item.customer]):
+                what = "holds NUL or a lone surrogate, which no database keeps"
+                raise InvalidArgumentError(f"item {item.key!r}: {what}; leave it out")
+        known = _contents(session, project, [item.key for item in chunk])
+        # Under a key of its own, which depends on its content, an item meets nobody but itself.
+        apart = {item.key: f"{item.key[:180]}#{_content(item):016x}" for item in chunk}
+        known |= _contents(session, project, list(apart.values()))
+        for item in chunk:
+            content = _content(item)
+            before = known.get(item.key)
+            if before is not None and before != content:
+                item = replace(item, key=f"{item.key[:180]}#{content:016x}")
+                before = known.get(item.key)
+                added.told_apart += before is None
+            if before is not None:
+                added.there_already += 1
+                continue
+            known[item.key] = content
+            rows[item.key] = _item_row(project, item)
         if rows:
-            session.execute(sa.insert(Item), rows)
-        added += len(rows)
+            # Another process may add the same items at this moment: each is stored once.
+            statement = insert(Item).on_conflict_do_nothing(index_elements=["project_id", "key"]).returning(Item.id)
+            stored = len(session.scalars(statement, list(rows.values())).all())
+            added.new += stored
+            added.there_already += len(rows) - stored
     return added
+
+
+def _contents(session: Session, project: Project, keys: list[str]) -> dict[str, int]:
+    """Key -> content of the items that are there."""
+    query = sa.select(Item.key, Item.prompt, Item.candidates).where(Item.project_id == project.id, Item.key.in_(keys))
+    return {key: _bits(prompt, candidates) for key, prompt, candidates in session.execute(query)}
+
+
+def _content(item: NewItem) -> int:
+    return _bits(item.prompt, item.candidates)
+
+
+def _bits(prompt: list[Any], candidates: list[Any]) -> int:
+    answers = [candidate["messages"] for candidate in candidates]
+    return fingerprint(orjson.dumps([prompt, answers], option=orjson.OPT_SORT_KEYS))
 
 
 def _item_row(project: Project, item: NewItem) -> dict[str, Any]:
@@ -211,6 +280,8 @@ def next_task(session: Session, project: Project, labeler: Labeler, draw: random
     Items that others have begun come first, so that items complete; the order of the answers is drawn at random and
     recorded with the assignment.
     """
+    # Two tabs at once get the same item: the second waits here until the first one's assignment is stored.
+    session.execute(sa.select(Labeler.id).where(Labeler.id == labeler.id).with_for_update())
     open_task = session.execute(
         sa.select(Assignment, Item)
         .join(Item, Item.id == Assignment.item_id)
@@ -221,7 +292,7 @@ def next_task(session: Session, project: Project, labeler: Labeler, draw: random
     if open_task is not None:
         return Task(open_task.Item, list(open_task.Assignment.shown))
     item = None
-    if project.honeypot_every and (_done(session, project, labeler) + 1) % project.honeypot_every == 0:
+    if project.honeypot_every and _honeypot_is_due(project, labeler, _done(session, project, labeler)):
         item = _pick(session, project, labeler, honeypot=True)
     item = item or _pick(session, project, labeler, honeypot=False)
     if item is None and release_stale(session, project):
@@ -236,12 +307,18 @@ def next_task(session: Session, project: Project, labeler: Labeler, draw: random
     return Task(item, shown)
 
 
+def _honeypot_is_due(project: Project, labeler: Labeler, done: int) -> bool:
+    """One task of every `honeypot_every` is a honeypot, at a place in the round that nobody can count out."""
+    round_, place = divmod(done, project.honeypot_every)
+    return place == random.Random(f"{project.id}:{labeler.id}:{round_}").randrange(project.honeypot_every)
+
+
 def _pick(session: Session, project: Project, labeler: Labeler, *, honeypot: bool) -> Item | None:
     mine = sa.select(Assignment.item_id).where(Assignment.item_id == Item.id, Assignment.labeler_id == labeler.id)
     return session.scalar(
         sa.select(Item)
         .where(Item.project_id == project.id, Item.honeypot == honeypot, Item.open_slots > 0, ~mine.exists())
-        .order_by(Item.open_slots, Item.id)
+        .order_by(Item.open_slots, Item.place, Item.id)
         .limit(1)
         .with_for_update(skip_locked=True)
     )
@@ -251,7 +328,10 @@ def release_stale(session: Session, project: Project, after: dt.timedelta = STAL
     """Takes back assignments that nobody answered in time and returns how many."""
     stale = session.scalars(
         sa.select(Assignment).where(
-            Assignment.project_id == project.id, Assignment.state == "open", Assignment.assigned_at < now() - after
+            Assignment.project_id == project.id,
+            Assignment.state == "open",
+            Assignment.held.is_(False),
+            Assignment.assigned_at < now() - after,
         )
     ).all()
     for assignment in stale:
@@ -263,7 +343,15 @@ def release_stale(session: Session, project: Project, after: dt.timedelta = STAL
 
 def record(session: Session, project: Project, judgement: NewJudgement) -> bool:
     """Stores one verdict; False when this event was stored before. See `record_many`."""
+    _lock_event(session, [judgement.event_id])
     return record_many(session, project, [judgement]) == 1
+
+
+def _lock_event(session: Session, event_ids: list[str]) -> None:
+    """The same form sent twice at once: the second waits until the first is stored, then finds it."""
+    if session.get_bind().dialect.name == "postgresql":
+        for event_id in sorted(set(event_ids)):
+            session.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(event_id))))
 
 
 def record_many(session: Session, project: Project, judgements: Iterable[NewJudgement]) -> int:
@@ -368,6 +456,7 @@ def _store(
         shown=assignment.shown,
         seconds=new.seconds,
         created_at=new.created_at,
+        project_version=project.version,
     )
     session.add(row)
     if new.verdict.skip:
@@ -460,25 +549,55 @@ def _forget(session: Session, item: Item) -> None:
 
 
 def progress(session: Session, project: Project, labeler: Labeler) -> Progress:
-    """Two counts over indexes, because asking of each open item whether the labeler had it takes seconds."""
+    """Counts over indexes, because asking of each open item whether the labeler had it takes seconds.
+
+    Honeypots to come are among the tasks left, so that the figures move alike for every task.
+    """
     open_items = sa.select(sa.func.count(Item.id)).where(
         Item.project_id == project.id, Item.honeypot == sa.false(), Item.open_slots > 0
     )
     mine = sa.select(sa.func.count(Assignment.item_id)).where(
         Assignment.labeler_id == labeler.id, Assignment.project_id == project.id
     )
-    had = mine.join(Item, Item.id == Assignment.item_id).where(Item.honeypot == sa.false(), Item.open_slots > 0)
-    held = mine.where(Assignment.state == "open")
+    with_item = mine.join(Item, Item.id == Assignment.item_id)
+    had = with_item.where(Item.honeypot == sa.false(), Item.open_slots > 0)
+    held = with_item.where(Item.honeypot == sa.false(), Assignment.state == "open")
     free, taken, open_now = (session.scalar(count) or 0 for count in (open_items, had, held))
-    return Progress(_done(session, project, labeler), free - taken + open_now)
+    done = _done(session, project, labeler)
+    items = free - taken + open_now
+    if not project.honeypot_every:
+        return Progress(done, items)
+    honeypots = sa.select(sa.func.count(Item.id)).where(Item.project_id == project.id, Item.honeypot == sa.true())
+    judged = with_item.where(Item.honeypot == sa.true(), Assignment.state != "open")
+    known, seen = (session.scalar(count) or 0 for count in (honeypots, judged))
+    return Progress(done, items + min(_honeypots_ahead(project, labeler, done, items), known - seen))
+
+
+def _honeypots_ahead(project: Project, labeler: Labeler, done: int, items: int) -> int:
+    """Honeypots that are due among and at once behind the next `items` tasks that are none."""
+    every, honeypots = project.honeypot_every, 0
+    if every == 1:
+        return items + 1
+    while True:
+        if done % every == 0 and items > every:  # whole rounds have one each
+            rounds = items // (every - 1)
+            done, items, honeypots = done + rounds * every, items - rounds * (every - 1), honeypots + rounds
+        if _honeypot_is_due(project, labeler, done):
+            honeypots += 1
+        elif not items:
+            return honeypots
+        else:
+            items -= 1
+        done += 1
 
 
 def _done(session: Session, project: Project, labeler: Labeler) -> int:
-    return session.scalar(
+    total = session.scalar(
         sa.select(sa.func.coalesce(sa.func.sum(LabelerDay.judgements), 0)).where(
             LabelerDay.project_id == project.id, LabelerDay.labeler_id == labeler.id
         )
-    )  # type: ignore[return-value]
+    )
+    return int(total or 0)
 
 
 def _judged(row: Judgement) -> Judged:

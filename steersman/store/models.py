@@ -8,14 +8,19 @@ answer at once however many judgements there are. The gateway's own tables are i
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+NullableJson = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 Json = sa.JSON().with_variant(JSONB(), "postgresql")
 BigKey = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+ProjectKind = Literal["compare", "rank", "rate", "edit"]
+AssignmentState = Literal["open", "judged", "skipped"]
 
 
 class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
@@ -57,8 +62,7 @@ class Project(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(sa.String(200), unique=True)
-    kind: Mapped[str] = mapped_column(sa.String(16))
-    """compare, rank, rate or edit."""
+    kind: Mapped[ProjectKind] = mapped_column(sa.String(16))
     guidelines: Mapped[str] = mapped_column(sa.Text, default="")
     """Markdown, shown beside the task."""
     aspects: Mapped[list[Any]] = mapped_column(default=list)
@@ -69,6 +73,23 @@ class Project(Base):
     """Every n-th task of a labeler is one with a known answer; 0 never."""
     thresholds: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """What blocks a release; see `steersman.data.agreement.Thresholds`."""
+    customer: Mapped[str] = mapped_column(sa.String(200), default="")
+    """The tenant whose labelers and operators see it; empty: all, each with the items of its own tenant and of none."""
+    version: Mapped[int] = mapped_column(default=1)
+    """Counts up with every change of its settings; see `ProjectVersion`."""
+    created_at: Mapped[dt.datetime] = mapped_column(default=now)
+
+
+class ProjectVersion(Base):
+    """The settings that a project had, and who made them so."""
+
+    __tablename__ = "project_versions"
+
+    project_id: Mapped[int] = mapped_column(sa.ForeignKey("projects.id"), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    settings: Mapped[dict[str, Any]]
+    """guidelines, overlap, honeypot_every, thresholds."""
+    by: Mapped[str] = mapped_column(sa.String(200), default="")
     created_at: Mapped[dt.datetime] = mapped_column(default=now)
 
 
@@ -76,10 +97,14 @@ class Labeler(Base):
     """A person who judges."""
 
     __tablename__ = "labelers"
+    __table_args__ = (sa.UniqueConstraint("customer", "name"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(sa.String(200), unique=True)
+    customer: Mapped[str] = mapped_column(sa.String(200), default="")
+    """Tenant whose key the labeler works with."""
+    name: Mapped[str] = mapped_column(sa.String(200))
     active: Mapped[bool] = mapped_column(default=True)
+    """False: retired; what was judged stays."""
     created_at: Mapped[dt.datetime] = mapped_column(default=now)
 
 
@@ -89,7 +114,7 @@ class Item(Base):
     __tablename__ = "items"
     __table_args__ = (
         sa.UniqueConstraint("project_id", "key"),
-        sa.Index(None, "project_id", "honeypot", "open_slots", "id"),
+        sa.Index(None, "project_id", "honeypot", "open_slots", "place", "id"),
         sa.Index(None, "project_id", "disagreement"),
         sa.Index(None, "customer"),
     )
@@ -113,6 +138,12 @@ class Item(Base):
     judgements: Mapped[int] = mapped_column(default=0)
     disagreement: Mapped[float | None]
     """Share of disagreeing pairs of votes; None below two judgements."""
+    place: Mapped[float] = mapped_column(sa.Float, default=0.0, server_default="0")
+    """Lower ones are handed out first; see `steersman.store.order`."""
+    resolution: Mapped[dict[str, Any] | None] = mapped_column(NullableJson)
+    """Adjudicated: the verdict that holds, whatever the labelers said."""
+    resolved_by: Mapped[str | None] = mapped_column(sa.String(200))
+    resolved_at: Mapped[dt.datetime | None]
 
 
 class Assignment(Base):
@@ -126,8 +157,9 @@ class Assignment(Base):
     project_id: Mapped[int] = mapped_column(sa.ForeignKey("projects.id"))
     shown: Mapped[list[Any]]
     """Candidate positions in the order shown."""
-    state: Mapped[str] = mapped_column(sa.String(8), default="open")
-    """open, judged or skipped."""
+    state: Mapped[AssignmentState] = mapped_column(sa.String(8), default="open")
+    held: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
+    """Given to this person by name: not taken back when time passes."""
     assigned_at: Mapped[dt.datetime] = mapped_column(default=now)
 
 
@@ -159,6 +191,10 @@ class Judgement(Base):
     seconds: Mapped[float]
     created_at: Mapped[dt.datetime] = mapped_column(default=now)
     undone_at: Mapped[dt.datetime | None]
+    project_version: Mapped[int] = mapped_column(default=1, server_default="1")
+    """The settings under which it was given."""
+    undone_why: Mapped[str | None] = mapped_column(sa.String(16))
+    """undone by the labeler, replaced, reopened, retired."""
 
 
 class UnitPattern(Base):
@@ -362,3 +398,5 @@ class Deletion(Base):
     """Pseudonym; empty: the whole tenant."""
     report: Mapped[dict[str, Any]]
     created_at: Mapped[dt.datetime] = mapped_column(default=now)
+    lifted_at: Mapped[dt.datetime | None]
+    """When the block on new data of this tenant was lifted again."""

@@ -19,12 +19,13 @@ from sqlalchemy.orm import Session
 from steersman.artifacts import atomic_dir
 from steersman.config.stages import read_complete
 from steersman.data.records import file_digest
-from steersman.data.release import Draft, write_release, write_without
+from steersman.data.release import Draft, write_without
 from steersman.data.rules import ReleaseOptions
 from steersman.errors import ChecksumError, ConflictError, NotFoundError
+from steersman.store.drafts import write_release
 from steersman.store.engine import Store
 from steersman.store.judging import withdraw_items
-from steersman.store.models import Answer, Deletion, Release, ReleaseCustomer, ReleaseEndCustomer, Training, now
+from steersman.store.models import Answer, Deletion, Item, Release, ReleaseCustomer, ReleaseEndCustomer, Training, now
 from steersman.store.serving import forget
 
 _TENANT_DELETED = "a tenant's data was deleted"
@@ -152,12 +153,74 @@ def record_run(session: Session, run_dir: Path) -> list[tuple[str, Release]]:
     return found
 
 
+@dataclass(frozen=True)
+class Holdings:
+    """What is stored of somebody."""
+
+    items: int
+    answers: int
+    rows: int
+    """In releases that are not withdrawn."""
+
+    def __bool__(self) -> bool:
+        return bool(self.items or self.answers or self.rows)
+
+
+def holdings(session: Session, subject: Subject) -> Holdings:
+    """Counts what would be deleted."""
+    items = sa.select(sa.func.count(Item.id)).where(Item.customer == subject.tenant)
+    answers = sa.select(sa.func.count(Answer.id)).where(Answer.customer == subject.tenant)
+    if subject.pseudonym:
+        items = items.where(Item.meta["end_customer"].as_string() == subject.pseudonym)
+        answers = answers.where(Answer.end_customer == subject.pseudonym)
+    rows = sum(_rows_of(session, release.id, subject) for release in _holding(session, subject))
+    return Holdings(session.scalar(items) or 0, session.scalar(answers) or 0, rows)
+
+
+def known_customers(session: Session) -> list[str]:
+    """Tenants of whom anything is stored."""
+    columns = (Item.customer, Answer.customer, ReleaseCustomer.customer)
+    return sorted({name for column in columns for name in session.scalars(sa.select(column).distinct()) if name})
+
+
+def _check_known(session: Session, subject: Subject) -> None:
+    """A name that nothing is stored under is a slip, unless its deletion was begun before."""
+    begun = sa.select(Deletion.id).where(
+        Deletion.customer == subject.tenant,
+        Deletion.end_customer == subject.pseudonym,
+        Deletion.lifted_at.is_(None),
+    )
+    if holdings(session, subject) or session.scalar(begun.limit(1)) is not None or subject.pseudonym:
+        return
+    known = ", ".join(map(repr, known_customers(session)[:20])) or "none"
+    raise NotFoundError(f"tenant {subject.tenant!r}: nothing is stored of it; check the name, known are {known}")
+
+
+def allow_customer(session: Session, tenant: str) -> int:
+    """Takes new data of a deleted tenant again; what was deleted stays so. Returns how many blocks were lifted.
+
+    Raises NotFoundError when the tenant is not blocked.
+    """
+    blocks = session.scalars(
+        sa.select(Deletion).where(
+            Deletion.customer == tenant, Deletion.end_customer == "", Deletion.lifted_at.is_(None)
+        )
+    ).all()
+    if not blocks:
+        raise NotFoundError(f"tenant {tenant!r} is not blocked; only a deleted tenant is")
+    for block in blocks:
+        block.lifted_at = now()
+    session.flush()
+    return len(blocks)
+
+
 def delete_customer(store: Store, subject: Subject | str) -> DeletionReport:
     """Deletes a tenant's or an end customer's data everywhere. Safe to repeat after a crash: it goes on where it
-    stopped."""
+    stopped. Raises NotFoundError for a tenant of whom nothing is stored."""
     if isinstance(subject, str):
         subject = Subject(subject)
     with store.reading() as session:
+        _check_known(session, subject)
         staged = {name: _stage_without(session, name, subject) for name in _names(_holding(session, subject))}
     with store.transaction() as session:
         held = _holding(session, subject)

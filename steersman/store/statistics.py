@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -14,7 +15,9 @@ from steersman.data.agreement import (
     Level,
     PairFigures,
     Pattern,
+    Patterns,
     QuestionAgreement,
+    bootstrap_interval,
     cohen_kappa,
     fleiss_kappa,
     krippendorff_alpha,
@@ -29,7 +32,7 @@ from steersman.store.tallies import decode_pattern
 def agreement_report(session: Session, project: Project) -> AgreementReport:
     """All figures of a project. Preferences are nominal, ratings ordinal."""
     names = {row.id: row.name for row in session.execute(sa.select(Labeler.id, Labeler.name))}
-    confusion: dict[tuple[str, int, int], dict[tuple[float, float], int]] = defaultdict(dict)
+    confusion: Confusion = defaultdict(dict)
     pairs = sa.select(
         VotePair.question, VotePair.labeler_a, VotePair.labeler_b, VotePair.value_a, VotePair.value_b, VotePair.n
     ).where(VotePair.project_id == project.id, VotePair.n > 0)
@@ -44,7 +47,7 @@ def agreement_report(session: Session, project: Project) -> AgreementReport:
         honeypot_accuracy=_share(total["honeypots_right"], total["honeypots"]),
         first_share=first,
         first_p_value=p_value,
-        questions=_questions(session, project),
+        questions=_questions(session, project, confusion),
         labelers=labelers,
         pairs=[
             PairFigures(
@@ -73,7 +76,10 @@ def disputed_items(session: Session, project: Project, limit: int = 20) -> list[
     return list(session.scalars(disputed(project, limit)))
 
 
-def _questions(session: Session, project: Project) -> list[QuestionAgreement]:
+Confusion = dict[tuple[str, int, int], dict[tuple[float, float], int]]
+
+
+def _questions(session: Session, project: Project, confusion: Confusion) -> list[QuestionAgreement]:
     patterns: dict[str, dict[Pattern, int]] = defaultdict(dict)
     for row in session.scalars(
         sa.select(UnitPattern)
@@ -81,13 +87,31 @@ def _questions(session: Session, project: Project) -> list[QuestionAgreement]:
         .order_by(UnitPattern.question, UnitPattern.pattern)
     ):
         patterns[row.question][tuple(sorted(decode_pattern(row.pattern).items()))] = row.n
-    return [_question(question, found) for question, found in patterns.items() if raw_agreement(found)[0]]
+    labelers: dict[str, set[int]] = defaultdict(set)
+    for question, one, two in confusion:
+        labelers[question] |= {one, two}
+    items = session.scalar(
+        sa.select(sa.func.count(Item.id)).where(
+            Item.project_id == project.id, Item.disagreement.is_not(None), Item.honeypot.is_(False)
+        )
+    )
+    return [
+        _question(question, found, items or 0, len(labelers[question]))
+        for question, found in patterns.items()
+        if raw_agreement(found)[0]
+    ]
 
 
-def _question(question: str, patterns: dict[Pattern, int]) -> QuestionAgreement:
+def _question(question: str, patterns: dict[Pattern, int], items: int, labelers: int) -> QuestionAgreement:
     level: Level = "nominal" if question == "preference" else "ordinal"
     pairs, agreeing = raw_agreement(patterns)
     fleiss, fleiss_units, fleiss_votes = fleiss_kappa(patterns)
+    statistics: dict[str, Callable[[Patterns], float | None]] = {
+        "raw": lambda sample: _share(*reversed(raw_agreement(sample))),
+        "alpha": lambda sample: krippendorff_alpha(sample, level),
+        "fleiss": lambda sample: fleiss_kappa(sample)[0],
+    }
+    intervals = {name: bootstrap_interval(patterns, statistic) for name, statistic in statistics.items()}
     return QuestionAgreement(
         question=question,
         units=sum(n for pattern, n in patterns.items() if sum(count for _, count in pattern) > 1),
@@ -98,6 +122,9 @@ def _question(question: str, patterns: dict[Pattern, int]) -> QuestionAgreement:
         fleiss=fleiss,
         fleiss_units=fleiss_units,
         fleiss_votes=fleiss_votes,
+        items=items,
+        labelers=labelers,
+        intervals={name: interval for name, interval in intervals.items() if interval is not None},
     )
 
 
@@ -105,7 +132,7 @@ def _labelers(
     session: Session,
     project: Project,
     names: dict[int, str],
-    confusion: dict[tuple[str, int, int], dict[tuple[float, float], int]],
+    confusion: Confusion,
 ) -> tuple[list[LabelerFigures], dict[str, int]]:
     votes: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for (_, one, two), counts in confusion.items():

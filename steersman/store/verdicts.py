@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from steersman.errors import InvalidArgumentError
-from steersman.store.models import Project
+from steersman.store.models import Project, ProjectKind
 
-KINDS = ("compare", "rank", "rate", "edit")
+KINDS = get_args(ProjectKind)
 MAX_CANDIDATES = 6
 
 #: Values of a vote on the question "preference", for a pair of answers (i, j) with i < j.

@@ -125,7 +125,9 @@ def test_from_candidates_to_a_release_and_a_deletion(tmp_path: Path, store_url: 
     release = ("release", "shop", "--source", "project:shop", "--out", tmp_path / "releases", *store)
     with pytest.raises(FailedPreconditionError, match=r"alpha is 0\.2\d\d, at least 0\.6 is asked"):
         invoke(*release)
-    made = invoke(*release, "--threshold", "min_alpha=0.1", "--set", "pii.entities=", "--set", "disagreement=drop")
+    with pytest.raises(FailedPreconditionError, match=r"with a 95% interval from -0\.\d+ .* have the disputed items"):
+        invoke(*release, "--threshold", "min_alpha=0.1")
+    made = invoke(*release, "--threshold", "min_alpha=-0.5", "--set", "pii.entities=", "--set", "disagreement=drop")
     assert "shop v1: made; 18 rows" in made
     assert "12 x tie" in made
     assert "good" in invoke("releases", *store)

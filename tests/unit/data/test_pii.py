@@ -63,3 +63,47 @@ def test_names_are_found_by_a_trained_pipeline() -> None:
     pytest.importorskip(name, reason="no pipeline with named entities is installed (extra `dev`)")
     scrubber = Scrubber(PiiOptions(entities=("name",), name_model=name))
     assert scrubber.scrub("My name is John Smith and I live in Berlin.") == "My name is <NAME> and I live in Berlin."
+
+
+# --- numbers of the business -------------------------------------------------------------------------------------
+
+
+def test_the_benchmarks_rows_are_told_apart() -> None:
+    from benchmarks.pii import measure, read_rows
+
+    figures = measure(read_rows(), Scrubber())
+    assert figures["precision"] >= 0.97
+    assert figures["recall"] >= 0.95
+    assert figures["business_numbers_kept"] == 1.0
+
+
+def test_real_orders_keep_their_numbers(shared_data: Path) -> None:
+    import csv
+    import json
+
+    scrubber = Scrubber()
+    for line in (shared_data / "tau-bench" / "MockRetailDomainEnv-few_shot.jsonl").read_text().splitlines():
+        scrubber.scrub(json.loads(line)["messages_display"])
+    path = shared_data / "bitext-customer-support" / "Bitext_Sample_Customer_Support_Training_Dataset.csv"
+    with open(path, newline="") as stream:
+        for row in csv.DictReader(stream):
+            scrubber.scrub(row["instruction"])
+    assert set(scrubber.found) <= {"<EMAIL>"}
+
+
+def test_known_formats_stay_by_configuration_and_by_the_rows_facts() -> None:
+    text = "it is 212-555-0123"
+    assert Scrubber().scrub(text) == "it is <PHONE>"
+    assert Scrubber(PiiOptions(keep=(r"212-555-\d{4}",))).scrub(text) == text
+    row = {"prompt": [{"role": "user", "content": text}], "facts": {"order_id": "987-654-3210"}}
+    assert Scrubber().scrub_row(row)["prompt"][0]["content"] == text, "a number of the shape of the order's"
+    row["facts"] = {"phone": "987-654-3210"}
+    assert Scrubber().scrub_row(row)["prompt"][0]["content"] == "it is <PHONE>"
+    with pytest.raises(ValueError, match="is no regular expression"):
+        PiiOptions(keep=("[",))
+
+
+def test_the_report_shows_what_was_replaced_but_not_what_it_was() -> None:
+    scrubber = Scrubber()
+    scrubber.scrub("call me on +49 30 901820")
+    assert scrubber.samples == {"<PHONE>": ["call me on <PHONE>, was +99 99 999999"]}

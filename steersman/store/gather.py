@@ -11,8 +11,9 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
+from steersman.data.format import Skip
 from steersman.data.pairs import Preferred, keep, mean_ratings, preferences, rated_pairs
-from steersman.data.records import ROW_TYPES, describe_validation_error, display_name
+from steersman.data.records import ROW_TYPES, Aspects, describe_validation_error, display_name
 from steersman.data.rules import ReleaseOptions
 from steersman.data.sources import read_records
 from steersman.errors import DataError
@@ -20,11 +21,11 @@ from steersman.store.feedback import feedback_rows, preference_rows
 from steersman.store.judging import get_project
 from steersman.store.models import Item, Judgement, Project
 
-Kept = Iterator[dict[str, Any] | str]
+Kept = Iterator[dict[str, Any] | Skip]
 
 
 def source_rows(session: Session, options: ReleaseOptions, source: str) -> Kept:
-    """The rows of one source, with a reason in place of each that the rules leave out."""
+    """The rows of one source, with a `Skip` in place of each that the rules leave out."""
     if source.startswith("project:"):
         project = get_project(session, source.removeprefix("project:"))
         return _project_rows(session, project, options)
@@ -45,14 +46,15 @@ def _file_rows(path: str, options: ReleaseOptions) -> Kept:
         if isinstance(record.data, DataError):
             raise record.data
         row = record.data
-        if options.kind == "preference" and "aspects" in row:
-            ratings.append(row)
-            continue
-        try:
-            ROW_TYPES[options.kind].model_validate(row)
+        rated = options.kind == "preference" and "aspects" in row
+        try:  # as the type reads it: consent in words is consent, too
+            row = (Aspects if rated else ROW_TYPES[options.kind]).model_validate(row).to_dict()
         except ValidationError as error:
             raise DataError(f"{name}:{record.line}: {describe_validation_error(error)}") from None
-        yield row
+        if rated:
+            ratings.append(row)
+        else:
+            yield row
     yield from _pairs_of_ratings(ratings, options)
 
 
@@ -65,7 +67,7 @@ def _project_rows(session: Session, project: Project, options: ReleaseOptions) -
         elif options.kind == "preference":
             rows_only: list[dict[str, Any]] = []
             for row in rated:
-                if isinstance(row, str):
+                if isinstance(row, Skip):
                     yield row
                 else:
                     rows_only.append(row)
@@ -83,7 +85,7 @@ def _project_rows(session: Session, project: Project, options: ReleaseOptions) -
 Judged = tuple[Item, list[dict[str, Any]]]
 
 
-def _judged_items(session: Session, project: Project, options: ReleaseOptions) -> Iterator[Judged | str]:
+def _judged_items(session: Session, project: Project, options: ReleaseOptions) -> Iterator[Judged | Skip]:
     """Items that are no honeypots, with their verdicts in the order of the labelers."""
     query = (
         sa.select(Item, Judgement)
@@ -104,17 +106,17 @@ def _judged_items(session: Session, project: Project, options: ReleaseOptions) -
         yield _usable(item, verdicts, options)
 
 
-def _usable(item: Item, verdicts: list[dict[str, Any]], options: ReleaseOptions) -> Judged | str:
+def _usable(item: Item, verdicts: list[dict[str, Any]], options: ReleaseOptions) -> Judged | Skip:
     if any(verdict.get("unsafe") for verdict in verdicts):
-        return "flagged unsafe"
+        return Skip("flagged unsafe")
     if sum(not verdict.get("skip") for verdict in verdicts) < options.min_judgements:
-        return "too few judgements"
+        return Skip("too few judgements")
     return item, verdicts
 
 
-def _ranked_rows(items: Iterator[Judged | str], options: ReleaseOptions) -> Kept:
+def _ranked_rows(items: Iterator[Judged | Skip], options: ReleaseOptions) -> Kept:
     for entry in items:
-        if isinstance(entry, str):
+        if isinstance(entry, Skip):
             yield entry
             continue
         item, verdicts = entry
@@ -122,9 +124,9 @@ def _ranked_rows(items: Iterator[Judged | str], options: ReleaseOptions) -> Kept
         yield from _pair_rows(preferences(verdicts), _origin(item), answers, options)
 
 
-def _rated_rows(items: Iterator[Judged | str]) -> Kept:
+def _rated_rows(items: Iterator[Judged | Skip]) -> Kept:
     for entry in items:
-        if isinstance(entry, str):
+        if isinstance(entry, Skip):
             yield entry
             continue
         item, verdicts = entry
@@ -136,9 +138,9 @@ def _rated_rows(items: Iterator[Judged | str]) -> Kept:
         }
 
 
-def _edited_rows(items: Iterator[Judged | str], options: ReleaseOptions) -> Kept:
+def _edited_rows(items: Iterator[Judged | Skip], options: ReleaseOptions) -> Kept:
     for entry in items:
-        if isinstance(entry, str):
+        if isinstance(entry, Skip):
             yield entry
             continue
         item, verdicts = entry
@@ -156,21 +158,32 @@ def _edited_rows(items: Iterator[Judged | str], options: ReleaseOptions) -> Kept
 
 
 def _pairs_of_ratings(rows: Iterable[dict[str, Any]], options: ReleaseOptions) -> Kept:
-    """All pairs of rated answers to the same prompt; the score is the mean over the aspects."""
+    """All pairs of rated answers of one tenant to the same prompt, scored as `steersman.data.aspects` does.
+
+    A pair may be used only as far as both of its answers may: a refusal of one is left out before it meets the other.
+    """
     by_prompt: dict[bytes, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        by_prompt[orjson.dumps(row["prompt"])].append(row)
+        if row.get("consent") is False:
+            yield Skip("no consent")
+            continue
+        by_prompt[orjson.dumps([row["prompt"], row.get("customer"), row.get("end_customer")])].append(row)
     for group in by_prompt.values():
-        origin = {name: value for name, value in group[0].items() if name not in ("completion", "aspects", "scales")}
-        scores = [sum(row["aspects"].values()) / len(row["aspects"]) for row in group]
+        own = ("completion", "aspects", "scales", "consent")
+        origin = {name: value for name, value in group[0].items() if name not in own}
+        if all(row.get("consent") for row in group):
+            origin["consent"] = True
         if len(group) == 1:
-            yield "only one rated answer to the prompt"
-        yield from _pair_rows(rated_pairs(scores), origin, [row["completion"] for row in group], options)
+            yield Skip("only one rated answer to the prompt")
+        pairs = rated_pairs(group, options.aspects)
+        yield from _pair_rows(pairs, origin, [row["completion"] for row in group], options)
 
 
-def _pair_rows(found: Iterable[Preferred], origin: dict[str, Any], answers: list[Any], options: ReleaseOptions) -> Kept:
+def _pair_rows(
+    found: Iterable[Preferred | Skip], origin: dict[str, Any], answers: list[Any], options: ReleaseOptions
+) -> Kept:
     for pair, soft in keep(found, options.ties, options.disagreement):
-        if isinstance(pair, str):
+        if isinstance(pair, Skip):
             yield pair
             continue
         row = origin | {

@@ -1,0 +1,106 @@
+"""Phone numbers in the texts of a business, whose orders, invoices and parcels have numbers, too.
+
+A number is a person's when it is valid in some country and either
+- begins with its country code (+49 ...), or
+- a word before it says so (call, phone, Tel. ...), nearer than any word of business (order, invoice ...), or
+- it is written in the groups that its country writes it in, and no word of business stands before it.
+Any other run of digits stays: an order number lost is an answer spoilt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+_CANDIDATE = re.compile(r"(?<![\w#@.,/=&-])(?:\+|00)?\(?\d[\d ()./\u2013\u00a0-]{4,22}\d(?![\w%@]|[.,]\d)")
+_LOOK_BACK = 48
+_NUMBER = re.compile(r"\d{4}")
+_PERSONAL = re.compile(
+    r"\bphone\b|telephone|\btel\b|\btel[.:]|telefon|telefono|teléfono|téléphone|mobile?\b|\bcell\b|\bcall|\bring\b|\bdial|\bfax|whatsapp|"
+    r"\bsms\b|\btext (?:me|us)|\breach|\bcontact|handy|anruf|rufen|erreichbar|appele|llam|hotline|landline|\bphn\b",
+    re.IGNORECASE,
+)
+_BUSINESS = re.compile(
+    r"order|purchase|invoice|\bbill|receipt|ticket|track|shipment|parcel|package|deliver|\bitem|product|\bsku\b|article|"
+    r"\bpart\b|serial|\bcase\b|refer|\bref\b|customer|client|account|contract|policy|booking|reservation|flight|\bpo\b|"
+    r"\brma\b|return|refund|quote|\bzip\b|postcode|postal|\bcode|\bids?\b|_ids?\b|\bno\b|\bnr\b|payment|transaction|amount|"
+    r"price|\bisbn|\bean\b|\bvat\b|\btax\b|bestell|auftrag|rechnung|kunden|sendung|artikel|vertrag|commande|facture|pedido|"
+    r"factura|version|batch|\blot\b|meter|license|licence|warranty|catalog|\bmodel",
+    re.IGNORECASE,
+)
+
+
+def phone_spans(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int, float]]:
+    """(first character, character behind the last, certainty) of each phone number.
+
+    Args:
+        text: Any text.
+        regions: Countries whose numbers are recognised without a country code.
+    """
+    for found in _CANDIDATE.finditer(text):
+        start, number = found.start(), found[0]
+        # Of "(212) 555-0123 (home)" the bracket at the end is no part of it.
+        number = number.rstrip(" (-./\u2013\u00a0")
+        if number.count("(") != number.count(")"):
+            number = number.lstrip("(") if number.startswith("(") else number
+        start = found.start() + found[0].index(number)
+        if not 7 <= sum(letter.isdigit() for letter in number) <= 15:
+            continue
+        certainty = _certainty(text, start, number, regions)
+        if certainty:
+            yield start, start + len(number), certainty
+
+
+def belongs_to_business(text: str, start: int) -> bool:
+    """Whether the nearest telling word before a number is one of business."""
+    return _nearest(text, start) == "business"
+
+
+def _certainty(text: str, start: int, number: str, regions: Sequence[str]) -> float:
+    nearest = _nearest(text, start)
+    if number.startswith(("+", "00")):
+        international = "+" + number[2:] if number.startswith("00") else number
+        if _is_valid(international, None) or (number.startswith("+") and nearest == "personal"):
+            return 0.95 if number.startswith("+") or nearest != "business" else 0.0
+    if nearest == "business":
+        return 0.0
+    if nearest == "personal" and any(_is_valid(number, region) for region in regions):
+        return 0.9
+    grouped = len(re.findall(r"\d+", number)) > 1
+    return 0.5 if grouped and any(_is_written_so(number, region) for region in regions) else 0.0
+
+
+def _nearest(text: str, start: int) -> str | None:
+    before = text[max(0, start - _LOOK_BACK) : start]
+    last = {
+        kind: max((found.end() for found in pattern.finditer(before)), default=-1)
+        for kind, pattern in (("personal", _PERSONAL), ("business", _BUSINESS))
+    }
+    if last["personal"] >= 0 and _NUMBER.search(before, last["personal"]):
+        last["personal"] = -1  # that word spoke of the number between
+    if max(last.values()) < 0:
+        return None
+    return max(last, key=lambda kind: last[kind])
+
+
+def _is_valid(number: str, region: str | None) -> bool:
+    import phonenumbers
+
+    try:
+        return phonenumbers.is_valid_number(phonenumbers.parse(number, region))
+    except phonenumbers.NumberParseException:
+        return False
+
+
+def _is_written_so(number: str, region: str) -> bool:
+    """Whether the digits stand in the groups in which the region writes this number."""
+    import phonenumbers
+
+    try:
+        parsed = phonenumbers.parse(number, region)
+    except phonenumbers.NumberParseException:
+        return False
+    if not phonenumbers.is_valid_number(parsed):
+        return False
+    written = phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.NATIONAL)
+    return re.findall(r"\d+", written) == re.findall(r"\d+", number)

@@ -1,0 +1,331 @@
+"""What must hold before judgements and rows are believed: gates with enough behind them, nothing lost or let slip."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import sqlalchemy as sa
+
+from steersman.candidates import choose
+from steersman.data.agreement import Thresholds, bootstrap_interval, krippendorff_alpha, patterns_of
+from steersman.data.aspects import score
+from steersman.data.pii import PiiOptions
+from steersman.data.records import Aspects, Preference, read_jsonl
+from steersman.data.rules import ReleaseOptions
+from steersman.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from steersman.store import Store
+from steersman.store.judging import (
+    NewItem,
+    NewJudgement,
+    add,
+    add_items,
+    create_project,
+    ensure_labeler,
+    get_project,
+    honeypot_of_row,
+    next_task,
+    progress,
+    record,
+)
+from steersman.store.models import Assignment, Item, Judgement, Labeler
+from steersman.store.releases import Subject, allow_customer, delete_customer, holdings, publish
+from steersman.store.statistics import agreement_report
+from steersman.store.verdicts import Verdict
+
+A, B = Verdict(ranking=((0,), (1,))), Verdict(ranking=((1,), (0,)))
+
+
+def item(key: str, text: str = "", **more: Any) -> NewItem:
+    answers = [{"messages": [{"role": "assistant", "content": f"{text}{n}"}]} for n in range(2)]
+    return NewItem(key, [{"role": "user", "content": f"question {key}"}], answers, **more)
+
+
+def judged(store: Store, labelers: int, items: int, common: int, **settings: Any) -> None:
+    """A project in which every labeler judges `items` items alone, and all of them the first `common`."""
+    with store.transaction() as session:
+        project = create_project(session, "p", "compare", overlap=labelers, **settings)
+        add_items(session, project, [item(str(n)) for n in range(items)])
+        ids = session.scalars(sa.select(Item.id).order_by(Item.id)).all()
+        for number in range(labelers):
+            labeler = ensure_labeler(session, f"labeler {number}")
+            for at, item_id in enumerate(ids):
+                if at < common or at % labelers == number:
+                    record(session, project, NewJudgement(item_id, labeler.id, A if at % 2 else B, 1.0))
+
+
+def options(*sources: str, **changes: Any) -> ReleaseOptions:
+    values = {"name": "d", "sources": sources, "pii": PiiOptions(entities=()), "splits": {"train": 1.0}} | changes
+    return ReleaseOptions.model_validate(values)
+
+
+def rows_of(folder: str, split: str = "train") -> list[Preference]:
+    return list(read_jsonl(Path(folder, f"{split}.jsonl"), Preference))
+
+
+# --- gates ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("demand", ["min_alpha", "min_fleiss", "min_raw_agreement"])
+@pytest.mark.parametrize(("labelers", "common"), [(1, 0), (2, 1), (3, 9)])
+def test_agreement_of_one_labeler_or_few_items_is_unknown(
+    store: Store, demand: str, labelers: int, common: int, tmp_path: Path
+) -> None:
+    judged(store, labelers, items=100, common=common)
+    with pytest.raises(FailedPreconditionError, match="two votes"):
+        publish(store, options("project:p", thresholds=Thresholds(**{demand: 0.5})), tmp_path)
+
+
+def test_ten_common_items_of_two_labelers_are_enough_where_nobody_disagrees(store: Store, tmp_path: Path) -> None:
+    judged(store, labelers=2, items=12, common=10)
+    strict = Thresholds(min_alpha=0.8, min_fleiss=0.8, min_raw_agreement=0.9)
+    assert publish(store, options("project:p", thresholds=strict), tmp_path)[1]
+    with store.reading() as session:
+        (question,) = agreement_report(session, get_project(session, "p")).questions
+    assert (question.items, question.labelers) == (10, 2)
+    assert question.intervals == dict.fromkeys(("raw", "alpha", "fleiss"), (1.0, 1.0))
+
+
+def test_the_interval_is_that_of_drawing_units_anew() -> None:
+    """Against resampling of the table itself, in which each unit is a row."""
+    import krippendorff
+    import numpy as np
+
+    draw = np.random.default_rng(3)
+    table = draw.integers(0, 2, (40, 2)).astype(float)
+    table[:25, 1] = table[:25, 0]
+    low, high = bootstrap_interval(patterns_of(table.tolist()), lambda found: krippendorff_alpha(found, "nominal"))  # type: ignore[misc]
+    again = [krippendorff.alpha(table[draw.integers(0, 40, 40)].T, level_of_measurement="nominal") for _ in range(2000)]
+    assert (low, high) == pytest.approx(tuple(np.quantile(again, [0.025, 0.975])), abs=0.06)
+
+
+# --- ratings ----------------------------------------------------------------------------------------------------
+
+NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+def rated(text: str, values: tuple[float, ...], **more: Any) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": "How do I cancel order 5?"}],
+        "completion": [{"role": "assistant", "content": text}],
+        "aspects": dict(zip(NAMES, values, strict=True)),
+        "scales": dict.fromkeys(NAMES, (0, 4)),
+    } | more
+
+
+def test_a_short_right_answer_beats_a_long_wrong_one(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "rated.jsonl"
+    short, long = rated("short and right", (4, 4, 4, 0, 0)), rated("long and wrong", (1, 1, 3, 4, 4))
+    path.write_bytes(b"\n".join(map(orjson.dumps, (short, long))))
+
+    def released(**changes: Any) -> Preference:
+        (row,) = rows_of(publish(store, options(str(path), **changes), tmp_path / "releases")[0].url)
+        return row
+
+    assert released().chosen[0].content == "short and right"
+    # By hand: (1 + 1 + 1) / 3 against (1/4 + 1/4 + 3/4) / 3, in steps of a scale of five.
+    assert released().margin == pytest.approx(4 * (1 - 5 / 12))
+    assert released(name="wordy", aspects={"verbosity": 1.0}).chosen[0].content == "long and wrong"
+    assert released(name="terse", aspects={"verbosity": -1.0}).chosen[0].content == "short and right"
+    assert score(long, NAMES, {}) == pytest.approx(4 * 5 / 12)
+
+
+def test_a_refusal_keeps_a_rated_answer_out_of_every_pair(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "rated.jsonl"
+    rows = [rated("a", (4, 4, 4, 0, 0)), rated("b", (3, 3, 3, 0, 0), consent="no"), rated("c", (1, 1, 1, 0, 0))]
+    path.write_bytes(b"\n".join(map(orjson.dumps, [*rows, rated("d", (0, 0, 0, 0, 0), customer="other")])))
+    release, _ = publish(store, options(str(path)), tmp_path / "releases")
+    assert [(row.chosen[0].content, row.rejected[0].content) for row in rows_of(release.url)] == [("a", "c")]
+    assert release.card["left out"] == {"no consent": 1, "only one rated answer to the prompt": 1}
+
+
+def test_honeypots_know_the_scale_of_their_ratings() -> None:
+    row = Aspects.model_validate(rated("a", (4, 2, 0, 1, 3)))
+    assert honeypot_of_row(row).expected == Verdict(ratings=dict(zip(NAMES, (5, 3, 1, 2, 4), strict=True)))
+
+
+# --- nothing is lost --------------------------------------------------------------------------------------------
+
+
+def test_items_of_one_key_and_other_content_are_told_apart_and_counted(store: Store) -> None:
+    with store.transaction() as session:
+        project = create_project(session, "p", "compare")
+        first = add(session, project, [item("1"), item("2")])
+        again = add(session, project, [item("1"), item("2", "other "), item("2", "third "), item("2", "other ")])
+        once_more = add(session, project, [item("2", "other ")])
+        assert session.scalar(sa.select(sa.func.count(Item.id))) == 4
+    assert (first.new, first.describe()) == (2, "")
+    assert (again.new, again.there_already, again.told_apart) == (2, 2, 2)
+    assert (once_more.new, once_more.describe()) == (0, "1 are there already")
+
+
+def test_equal_and_opposite_votes_of_a_file_are_all_released(store: Store, tmp_path: Path) -> None:
+    turns = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    row = {"prompt": [{"role": "user", "content": "q"}], "id": "r1"} | turns
+    swapped = row | {"chosen": turns["rejected"], "rejected": turns["chosen"], "id": "r3"}
+    path = tmp_path / "raters.jsonl"
+    path.write_bytes(b"\n".join(map(orjson.dumps, (row, row, swapped))))
+    (tmp_path / "copy.jsonl").write_bytes(path.read_bytes())
+    release, _ = publish(store, options(str(path), str(tmp_path / "copy.jsonl")), tmp_path / "releases")
+    assert release.card["splits"] == {"train": 3}
+    assert release.card["left out"] == {"duplicate": 3}, "what another source holds, too, is a copy"
+
+
+def test_candidates_of_two_models_are_one_of_each() -> None:
+    found = [{"target": target, "n": n} for target in ("a:1", "b:2") for n in range(2)]
+    assert choose(found, 2) == [{"n": 0}, {"n": 0}]
+    assert choose(found[:2], 2) == [{"n": 0}, {"n": 1}]
+    assert [candidate["n"] for candidate in choose(found[:3], 4)] == [0, 0, 1]
+
+
+def test_one_side_of_a_split_can_be_split_again(store: Store, tmp_path: Path) -> None:
+    from steersman.data.splits import Splits
+
+    shares = {"train": 0.8, "test": 0.2}
+    made = [
+        {"prompt": [{"role": "user", "content": f"q{n}"}]}
+        | {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+        for n in range(400)
+    ]
+    imported = Splits(shares)
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\n".join(orjson.dumps(row) for row in made if imported.of(row) == "train"))
+    first, _ = publish(store, options(str(path), splits=shares), tmp_path / "releases")
+    second, _ = publish(store, options(f"{first.url}/train.jsonl", splits=shares), tmp_path / "releases")
+    third, _ = publish(store, options(f"{second.url}/train.jsonl", splits=shares), tmp_path / "releases")
+    for release in (first, second, third):
+        share = release.card["splits"]["test"] / release.card["rows"]
+        assert 0.1 < share < 0.3
+        assert release.card["empty splits"] == []
+
+
+# --- deletion ---------------------------------------------------------------------------------------------------
+
+
+def test_a_misspelt_tenant_is_not_deleted_and_a_block_can_be_lifted(store: Store, tmp_path: Path) -> None:
+    judged(store, labelers=2, items=4, common=4)
+    with store.transaction() as session:
+        project = get_project(session, "p")
+        add_items(session, project, [item("acme's", customer="acme")])
+        assert holdings(session, Subject("acme")).items == 1
+    with pytest.raises(NotFoundError, match=r"'acne': nothing is stored of it; check the name, known are 'acme'"):
+        delete_customer(store, "acne")
+    assert delete_customer(store, "acme").items == 1
+    assert delete_customer(store, "acme").items == 0, "repeating goes on where it stopped"
+    path = tmp_path / "new.jsonl"
+    turns = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    row = {"prompt": [{"role": "user", "content": "q"}], "customer": "acme"} | turns
+    path.write_bytes(orjson.dumps(row))
+    with pytest.raises(FailedPreconditionError, match="tenant deleted"):
+        publish(store, options(str(path)), tmp_path / "releases")
+    with store.transaction() as session:
+        assert allow_customer(session, "acme") == 2
+        with pytest.raises(NotFoundError, match="is not blocked"):
+            allow_customer(session, "acme")
+    assert publish(store, options(str(path)), tmp_path / "releases")[1]
+
+
+def test_a_card_names_labelers_only_when_asked(store: Store, tmp_path: Path) -> None:
+    judged(store, labelers=2, items=10, common=10)
+    quiet, _ = publish(store, options("project:p"), tmp_path)
+    assert "labeler 0" not in orjson.dumps(quiet.card).decode()
+    named, _ = publish(store, options("project:p", name="named", name_labelers=True), tmp_path)
+    assert {figures["labeler"] for figures in named.card["agreement"]["p"]["labelers"]} == {"labeler 0", "labeler 1"}
+
+
+# --- many at once -----------------------------------------------------------------------------------------------
+
+
+def at_once(count: int, work: Any) -> list[Any]:
+    """Runs `work(n)` in as many threads, all let go together."""
+    gate = threading.Barrier(count)
+
+    def run(number: int) -> Any:
+        gate.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_the_same_form_sent_often_at_once_is_stored_once(store: Store) -> None:
+    with store.transaction() as session:
+        project = create_project(session, "p", "compare")
+        add_items(session, project, [item("1")])
+        labeler = ensure_labeler(session, "ann")
+        item_id = session.scalars(sa.select(Item.id)).one()
+
+    def send(_: int) -> bool:
+        with store.transaction() as session:
+            found = get_project(session, "p")
+            return record(session, found, NewJudgement(item_id, labeler.id, A, 1.0, event_id="same"))
+
+    assert sorted(at_once(6, send)) == [False] * 5 + [True]
+    with store.reading() as session:
+        assert session.scalar(sa.select(sa.func.count(Judgement.id))) == 1
+
+
+def test_a_new_labelers_tabs_hold_one_item_between_them(store: Store) -> None:
+    with store.transaction() as session:
+        project = create_project(session, "p", "compare")
+        add_items(session, project, [item(str(n)) for n in range(20)])
+
+    def open_tab(_: int) -> int:
+        with store.transaction() as session:
+            task = next_task(session, get_project(session, "p"), ensure_labeler(session, "new"))
+            assert task is not None
+            return task.item.id
+
+    assert len(set(at_once(6, open_tab))) == 1
+    with store.reading() as session:
+        assert session.scalar(sa.select(sa.func.count(Labeler.id))) == 1
+        assert session.scalar(sa.select(sa.func.count()).select_from(Assignment)) == 1
+
+
+def test_the_same_files_added_at_once_are_added_once(store: Store) -> None:
+    with store.transaction() as session:
+        create_project(session, "p", "compare")
+
+    def load(_: int) -> int:
+        with store.transaction() as session:
+            return add_items(session, get_project(session, "p"), [item(str(n)) for n in range(50)])
+
+    assert sum(at_once(4, load)) == 50
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
+def test_text_that_no_database_keeps_is_refused_by_name(store: Store, text: str) -> None:
+    with store.transaction() as session, pytest.raises(InvalidArgumentError, match="item '1': holds NUL"):
+        add_items(session, create_project(session, "p", "compare"), [item("1", text)])
+
+
+# --- honeypots --------------------------------------------------------------------------------------------------
+
+
+def test_a_honeypot_moves_the_counter_as_any_other_task_and_stands_where_nobody_expects_it(store: Store) -> None:
+    with store.transaction() as session:
+        project = create_project(session, "p", "compare", overlap=1, honeypot_every=4)
+        add_items(session, project, [item(f"item {n}") for n in range(24)])
+        add_items(session, project, [item(f"trap {n}", "trap ", expected=A) for n in range(20)])
+        labeler = ensure_labeler(session, "ann")
+    places, seen = [], []
+    for number in range(100):
+        with store.transaction() as session:
+            found = get_project(session, "p")
+            task = next_task(session, found, labeler)
+            figures = progress(session, found, labeler)
+            seen.append((figures.done, figures.left))
+            if task is None:
+                break
+            if task.item.honeypot:
+                places.append(number)
+            record(session, found, NewJudgement(task.item.id, labeler.id, A, 1.0))
+    total = seen[-1][0]
+    assert seen == [(done, total - done) for done in range(total + 1)]
+    assert total == 24 + len(places)
+    assert [place // 4 for place in places] == list(range(len(places))), "one in every round"
+    assert len({place % 4 for place in places}) > 1
