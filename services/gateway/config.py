@@ -6,7 +6,7 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from services.gateway.tools.config import ToolsConfig
 from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
@@ -139,6 +139,8 @@ class IdentityConfig(FrozenModel):
 
     jwt: list[JwtIssuer] = []
     signed_header: SignedHeader | None = None
+    local_customer: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Whoever asks without a token is this customer: for trials, and only on a loopback address."""
 
 
 class Telemetry(FrozenModel):
@@ -162,6 +164,8 @@ class GatewayConfig(FrozenModel):
     """Name of the model that the gateway serves."""
     model_aliases: list[str] = []
     """Other names that are accepted."""
+    suggestions: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=12)] = []
+    """Questions to click on the chat page."""
     deployment: str = ""
     """Stored with every answer, for example champion or candidate: what a release gate compares."""
     policy: PolicyBackend = PolicyBackend()
@@ -184,6 +188,15 @@ class GatewayConfig(FrozenModel):
     telemetry: Telemetry = Telemetry()
     drain_seconds: Seconds = 30.0
     """How long running streams may still take after SIGTERM."""
+
+    @model_validator(mode="after")
+    def _local_customers_stay_local(self) -> GatewayConfig:
+        if self.identity.local_customer is not None and not is_loopback(self.host):
+            raise ValueError(
+                f"identity.localCustomer makes everybody that customer, but host {self.host} can be reached from "
+                "outside; use jwt or signedHeader, or host: 127.0.0.1"
+            )
+        return self
 
     @property
     def auth_required(self) -> bool:

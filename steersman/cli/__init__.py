@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -119,8 +120,19 @@ def run(
 
         serve_model(where, where / "services")
     if check:
-        summary = where / "summary.json"
-        print(summary.read_text().strip() if summary.is_file() else "{}", flush=True)
+        print(json.dumps(_numbers(resolved, where)), flush=True)
+
+
+def _numbers(run: AlignmentRun, run_dir: Path) -> dict[str, Any]:
+    """The run's summary; on the demo's data also what its chat answers to fifty first questions."""
+    path = run_dir / "summary.json"
+    numbers: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if run.spec.data.demo is not None and numbers:
+        from steersman.local.first_questions import ask_first_questions
+
+        numbers["first_questions"] = ask_first_questions(run, run_dir)
+        path.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+    return numbers
 
 
 def _show_plan(run: AlignmentRun, run_dir: Path, *, force_restart: bool) -> None:

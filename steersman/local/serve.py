@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from steersman.config.stages import read_complete
+from steersman.demo.shop import gateway_options, open_shop
 from steersman.errors import ConfigError, NotFoundError
 from steersman.local import folder, process
 from steersman.local.services import DRAIN_SECONDS, GRPC_NAMES
@@ -65,40 +68,77 @@ def serve(path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT, 
         port, grpc_port: of the gateway; the next free one where it is taken.
         store: see `store_of`.
     """
-    model, name, options = find_model(path)
     database = store_of(path, store)
+    with serving(path, logs, {"port": port, "grpcPort": grpc_port}, database) as served:
+        say("serve", f"{served.model} as '{served.name}'")
+        say("serve", f"answers and feedback go to {database or 'nowhere: --store FILE keeps them'}")
+        say("serve", f"chat page {served.url}/  OpenAI API {served.url}/v1  Ctrl-C stops it")
+        try:
+            while True:
+                for told in served.supervisor.tend():
+                    say("serve", told)
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            say("serve", "stopping")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A gateway and its policy service that run."""
+
+    model: Path
+    name: str
+    """As clients call the model."""
+    url: str
+    """Of the gateway."""
+    supervisor: Supervisor
+
+
+@contextmanager
+def serving(path: Path, logs: Path, wanted: Mapping[str, int], database: str | None) -> Iterator[Served]:
+    """Runs the policy service and the gateway while the block lasts.
+
+    Args:
+        path: a model folder or a run's folder; a run on the demo's data is served with the demo's shop behind it.
+        logs: folder for configuration and logs of the two services.
+        wanted: ports by configuration key; the next free ones where they are taken. Empty: any.
+        database: URL of the gateway's database; None: a temporary one.
+    """
+    model, name, options = find_model(path)
     config = {"host": "127.0.0.1", "drainSeconds": DRAIN_SECONDS, "model": str(model), "modelName": name, **options}
     policy = Service("policy", "services.policy", GRPC_NAMES["policy"], config, ("port", "weightsPort"))
     environment = process.child_environment(options.get("threads", 0), offline=True)
     with Supervisor(logs, environment, start_timeout=300.0) as supervisor:
         supervisor.ensure([policy])
-        port = _free_from(port, "port")
-        grpc_port = _free_from(grpc_port, "grpcPort", taken=(port,))
-        gateway = Service(
-            "gateway",
-            "services.gateway",
-            None,
-            {
-                "host": "127.0.0.1",
-                "drainSeconds": DRAIN_SECONDS,
-                "model": name,
-                "database": database,
-                "policy": {"endpoints": [f"127.0.0.1:{supervisor.port('policy')}"]},
-            },
-            ("port", "grpcPort"),
-            {"port": port, "grpcPort": grpc_port},
-        )
-        supervisor.ensure([policy, gateway])
-        say("serve", f"{model} as '{name}'")
-        say("serve", f"answers and feedback go to {database or 'nowhere: --store FILE keeps them'}")
-        say("serve", f"chat page http://127.0.0.1:{port}/  OpenAI API http://127.0.0.1:{port}/v1  Ctrl-C stops it")
-        try:
-            while True:
-                for told in supervisor.tend():
-                    say("serve", told)
-                time.sleep(0.2)
-        except KeyboardInterrupt:
-            say("serve", "stopping")
+        ports: dict[str, int] = {}
+        for key, port in wanted.items():
+            ports[key] = _free_from(port, key, taken=ports.values())
+        gateway = {
+            "host": "127.0.0.1",
+            "drainSeconds": DRAIN_SECONDS,
+            "model": name,
+            "database": database,
+            "policy": {"endpoints": [f"127.0.0.1:{supervisor.port('policy')}"]},
+            **_of_the_run(path, logs),
+        }
+        service = Service("gateway", "services.gateway", None, gateway, ("port", "grpcPort"), ports)
+        supervisor.ensure([policy, service])
+        yield Served(model, name, f"http://127.0.0.1:{supervisor.port('gateway')}", supervisor)
+
+
+def _of_the_run(path: Path, logs: Path) -> dict[str, Any]:
+    """What a run says about the gateway before its model: the temperature it was trained at, and the demo's shop."""
+    manifest = folder.manifest_path(path)
+    if not manifest.is_file():
+        return {}
+    run = folder.load_manifest(manifest)
+    online = [stage.rl or stage.rejection_sampling for stage in run.spec.stages if stage.rl or stage.rejection_sampling]
+    options: dict[str, Any] = {}
+    if online and online[-1] is not None:
+        options["defaults"] = {"temperature": online[-1].generation.temperature}
+    if run.spec.data.demo is not None:
+        options |= gateway_options(open_shop(run.spec.seed), logs / "shop.json")
+    return options
 
 
 def _free_from(port: int, field: str, taken: Container[int] = ()) -> int:

@@ -37,6 +37,7 @@ _LONGEST_TOKEN = 8192
 class CustomerVerifier:
     def __init__(self, config: IdentityConfig) -> None:
         self._issuers = {issuer.issuer: _Issuer(issuer) for issuer in config.jwt}
+        self._local = Customer(config.local_customer, "local") if config.local_customer is not None else None
         self._secret = b""
         self._max_age = 0.0
         if config.signed_header is not None:
@@ -63,7 +64,7 @@ class CustomerVerifier:
             return self._from_header(name, headers.get(SIGNATURE_HEADER, ""), tenant)
         if headers.get(SIGNATURE_HEADER) is not None:
             raise UnauthenticatedError(f"{SIGNATURE_HEADER} came without {CUSTOMER_HEADER}")
-        return None
+        return self._local
 
     async def _from_token(self, token: str, tenant: str) -> Customer:
         refusal = UnauthenticatedError("The customer token is not valid; get a fresh one")

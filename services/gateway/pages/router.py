@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
 from fastapi import APIRouter, Request
@@ -9,6 +10,7 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import SESSION_COOKIE, Authenticator
+from services.gateway.auth.callers import Scope
 from services.gateway.auth.tokens import SESSION_SECONDS
 from services.gateway.pages.agreement import agreement_router
 from services.gateway.pages.labelling import labelling_router
@@ -22,12 +24,40 @@ _STATIC = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"
 PREFIXES = ("/label", "/login", "/operator")
 
 
+@dataclass(frozen=True)
+class Place:
+    """A page that others lead to."""
+
+    href: str
+    name: str
+    scope: Scope | None = None
+    """What its visitor needs."""
+
+
+_PLACES = (Place("/label", "Labelling", "label"), Place("/operator", "Operation", "operate"))
+
+
 def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
-    async def chat_page() -> Response:
-        return render("chat.html", model=assistant.config.model, kept=assistant.config.database is not None)
+    async def chat_page(request: Request) -> Response:
+        """Anybody may open it; where a key is needed the first question leads to the log-in."""
+        signed_in = SESSION_COOKIE in request.cookies
+        try:
+            scopes = (await auth.caller(request.headers)).scopes
+        except SteersmanError:
+            scopes, signed_in = frozenset(), False
+        places = [Place("/login", "Sign in")] if auth.required and not signed_in else []
+        config = assistant.config
+        return render(
+            "chat.html",
+            model=config.model,
+            kept=config.database is not None,
+            suggestions=config.suggestions,
+            places=[place for place in _PLACES if place.scope in scopes] + places,
+            signed_in=signed_in,
+        )
 
     @router.get("/static/{name}")
     async def static(name: str) -> Response:
@@ -49,6 +79,8 @@ def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> API
             session = await auth.begin_session(form.get("key", ""), form.get("name", ""))
         except SteersmanError as error:
             return render("login.html", 401, next=target, required=auth.required, error=error.message)
+        if target == "/":
+            target = await _home(session)
         response = RedirectResponse(target, 303)
         response.set_cookie(
             SESSION_COOKIE,
@@ -59,6 +91,11 @@ def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> API
             secure=request.url.scheme == "https",
         )
         return response
+
+    async def _home(session: str) -> str:
+        """Where somebody without a wish of his own belongs: who may not chat is here for another page."""
+        scopes = (await auth.caller({"cookie": f"{SESSION_COOKIE}={session}"})).scopes
+        return "/" if "chat" in scopes else next((place.href for place in _PLACES if place.scope in scopes), "/")
 
     @router.post("/logout")
     async def log_out(request: Request) -> Response:

@@ -15,6 +15,7 @@ from services.gateway.store import storable
 from services.gateway.tools.claims import Claims, ground_of, told_by_application
 from services.gateway.tools.config import ODataSystem, ToolsConfig, TrytonSystem
 from services.gateway.tools.desk import Desk
+from services.gateway.tools.file_records import FileRecords
 from services.gateway.tools.hand_over import wants_person
 from services.gateway.tools.lookup import look_up
 from services.gateway.tools.mcp_client import McpConnection
@@ -42,6 +43,8 @@ class Grounding:
                 systems.append(Tryton(system))
             elif isinstance(system, ODataSystem):
                 systems.append(OData(system))
+            else:
+                systems.append(FileRecords(system))
         self.records = Records(systems, metrics)
         self.connections = [McpConnection(server) for server in config.mcp_servers]
         self.desk = Desk(config.hand_over, store) if config.hand_over is not None else None
@@ -90,7 +93,13 @@ class Grounding:
                 yield PolicyServiceChatResponse(delta=text, finish_reason=common_pb2.FINISH_REASON_STOP)
                 return
             with answer.trace.tool("lookup") if asked else contextlib.nullcontext():
-                facts = await look_up(self.records, answer.question.caller, asked)
+                facts = await look_up(
+                    self.records,
+                    answer.question.caller,
+                    asked,
+                    instruction=self._config.instruction,
+                    newest=self._config.newest,
+                )
             if facts is not None:
                 answer.lookups.extend(facts.lookups)
                 _add_context(request, facts.context)

@@ -35,6 +35,8 @@ class Record:
     kind: Kind
     number: str
     fields: Mapping[str, Any]
+    sentence: str | None = None
+    """How it reads to the model; None: as JSON."""
 
     @property
     def source(self) -> str:
@@ -162,7 +164,7 @@ def dig(row: Mapping[str, Any], path: str) -> Any:
 
 def _record(system: str, kind: Kind, record_kind: RecordKind, row: Mapping[str, Any]) -> Record:
     fields = {name: clean(dig(row, path)) for name, path in record_kind.fields.items()}
-    return Record(system, kind, str(clean(dig(row, record_kind.number))), fields)
+    return Record(system, kind, str(clean(dig(row, record_kind.number))), fields, record_kind.sentence)
 
 
 def clean(value: Any) -> Any:

@@ -1,5 +1,5 @@
 "use strict";
-// The chat page: streams an answer, shows its sources, sends judgements of it.
+// The chat page: streams an answer, shows its sources, takes judgements of it, and keeps the conversation of this tab.
 
 const conversation = document.querySelector("#conversation");
 const form = document.querySelector("#ask");
@@ -7,8 +7,12 @@ const question = document.querySelector("#question");
 const send = document.querySelector("#send");
 const stop = document.querySelector("#stop");
 const model = document.body.dataset.model;
-let turns = [];
-let running = null;
+const kept = "kept" in document.body.dataset;
+const KEY = `steersman-chat-${model}`;
+// Answers are Markdown without HTML; pictures would be fetched from wherever a text says.
+const markdown = window.markdownit({ html: false, breaks: true, linkify: false }).disable("image");
+let turns = []; // {role, content, about}
+let running = null; // AbortController of the answer that streams
 
 // An application opens the page as /#customer=<token>; a fragment never reaches a server's log.
 const customer = new URLSearchParams(location.hash.slice(1)).get("customer");
@@ -17,14 +21,51 @@ function headers() {
   return { "content-type": "application/json", ...(customer ? { "x-customer-token": customer } : {}) };
 }
 
+function copyOf(template) {
+  return document.querySelector(template).content.firstElementChild.cloneNode(true);
+}
+
+// crypto.randomUUID is missing where a page came over plain http from another machine.
+function uniqueId() {
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+function remember() {
+  try {
+    sessionStorage.setItem(KEY, JSON.stringify(turns));
+  } catch {
+    // Full or forbidden: the conversation lives as long as the page.
+  }
+}
+
 function add(kind, text) {
   const turn = document.createElement("div");
   turn.className = `turn ${kind}`;
-  turn.textContent = text;
-  for (const hint of conversation.querySelectorAll(".hint")) hint.remove();
+  show(turn, kind, text);
+  conversation.querySelector(".welcome")?.remove();
   conversation.append(turn);
   turn.scrollIntoView({ block: "end" });
   return turn;
+}
+
+function show(turn, kind, text) {
+  if (kind !== "assistant") {
+    turn.textContent = text;
+    return;
+  }
+  turn.innerHTML = markdown.render(text);
+  for (const link of turn.querySelectorAll("a")) {
+    link.rel = "noopener noreferrer nofollow";
+    link.target = "_blank";
+  }
+}
+
+function welcome() {
+  const box = copyOf("#welcome");
+  for (const button of box.querySelectorAll("button")) {
+    button.addEventListener("click", () => running || ask(button.textContent));
+  }
+  conversation.replaceChildren(box);
 }
 
 async function problem(response) {
@@ -53,48 +94,73 @@ async function* events(body) {
 }
 
 async function ask(text) {
-  add("user", text);
+  const asked = add("user", text);
   turns.push({ role: "user", content: text });
   const bubble = add("assistant", "");
   bubble.setAttribute("aria-busy", "true");
-  running = new AbortController();
-  send.hidden = true;
-  stop.hidden = false;
+  const mine = (running = new AbortController());
+  busy(true);
   let about = null;
+  let said = "";
+  let failure = null;
   try {
     const response = await fetch("/v1/chat/completions", {
       method: "POST",
       headers: headers(),
-      body: JSON.stringify({ model, messages: turns, stream: true }),
-      signal: running.signal,
+      body: JSON.stringify({ model, messages: turns.map(({ role, content }) => ({ role, content })), stream: true }),
+      signal: mine.signal,
     });
     if (response.status === 401 && !customer) location.assign("/login?next=/");
     if (!response.ok) throw new Error(await problem(response));
     for await (const chunk of events(response.body)) {
       if (chunk.error) throw new Error(chunk.error.message);
-      bubble.textContent += chunk.choices[0]?.delta?.content ?? "";
+      said += chunk.choices[0]?.delta?.content ?? "";
       about = chunk.steersman ?? about;
+      show(bubble, "assistant", said);
       conversation.scrollTop = conversation.scrollHeight;
     }
   } catch (error) {
-    if (error.name !== "AbortError") {
-      bubble.classList.add("error");
-      bubble.textContent = error.message;
-      turns.pop();
-      return;
-    }
-  } finally {
-    bubble.removeAttribute("aria-busy");
-    send.hidden = false;
-    stop.hidden = true;
-    running = null;
-    question.focus();
+    if (error.name !== "AbortError") failure = error.message;
   }
-  turns.push({ role: "assistant", content: bubble.textContent });
-  if (about) finish(bubble, about);
+  if (running !== mine) return; // a new conversation has begun meanwhile
+  running = null;
+  busy(false);
+  bubble.removeAttribute("aria-busy");
+  question.focus();
+  if (failure !== null) {
+    failed(asked, bubble, text, failure);
+    return;
+  }
+  turns.push({ role: "assistant", content: said, about });
+  remember();
+  if (about) finish(bubble, turns.at(-1));
 }
 
-function finish(bubble, about) {
+function busy(yes) {
+  send.hidden = yes;
+  stop.hidden = !yes;
+}
+
+// The question stays where it is, with what went wrong and a way to ask it again.
+function failed(asked, bubble, text, reason) {
+  turns.pop();
+  bubble.classList.add("error");
+  bubble.textContent = `${reason} `;
+  const again = document.createElement("button");
+  again.type = "button";
+  again.className = "quiet";
+  again.textContent = "Send again";
+  again.addEventListener("click", () => {
+    if (running) return;
+    asked.remove();
+    bubble.remove();
+    ask(text);
+  });
+  bubble.append(again);
+}
+
+function finish(bubble, turn) {
+  const about = turn.about;
   if (about.sources?.length) {
     const list = document.createElement("ul");
     list.className = "sources";
@@ -107,17 +173,23 @@ function finish(bubble, about) {
     conversation.append(list);
   }
   for (const proposal of about.proposed_actions ?? []) addProposal(proposal);
-  const tools = document.querySelector("#answer-tools").content.firstElementChild.cloneNode(true);
+  const tools = copyOf("#answer-tools");
   conversation.append(tools);
   tools.scrollIntoView({ block: "end" });
   const up = tools.querySelector(".up");
   const down = tools.querySelector(".down");
-  up.addEventListener("click", () => judge(tools, about, { thumbs: "up" }, up, down));
-  down.addEventListener("click", () => judge(tools, about, { thumbs: "down" }, down, up));
-  tools.querySelector(".edit").addEventListener("click", () => edit(bubble, tools, about));
+  up.addEventListener("click", () => thumb(tools, about, "up", up, down));
+  down.addEventListener("click", async () => {
+    if (await thumb(tools, about, "down", down, up)) askReason(tools, about);
+  });
+  tools.querySelector(".edit").addEventListener("click", () => edit(turn, tools));
 }
 
 function addProposal(proposal) {
+  const card = document.createElement("div");
+  card.className = "proposal";
+  const text = document.createElement("p");
+  text.textContent = proposal.text ?? "";
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = "Confirm";
@@ -130,37 +202,62 @@ function addProposal(proposal) {
       return;
     }
     add("assistant", (await response.json()).text);
-    button.remove();
+    card.remove();
   });
-  conversation.append(button);
+  card.append(text, button);
+  conversation.append(card);
 }
 
-async function judge(tools, about, judgement, chosen, other) {
+// Sends one judgement and says what became of it; true when it is stored.
+async function judge(tools, about, judgement) {
   const said = tools.querySelector(".said");
-  const response = await fetch("/v1/feedback", {
-    method: "POST",
-    headers: headers(),
-    body: JSON.stringify({ event_id: crypto.randomUUID(), answer_id: about.answer_id, ...judgement }),
-  });
-  const thanks = "kept" in document.body.dataset ? "Thank you." : "Thank you. It is forgotten when this gateway stops.";
-  said.textContent = response.ok ? thanks : await problem(response);
-  if (response.ok && chosen) {
-    chosen.setAttribute("aria-pressed", "true");
-    other.setAttribute("aria-pressed", "false");
+  try {
+    const response = await fetch("/v1/feedback", {
+      method: "POST",
+      headers: headers(),
+      body: JSON.stringify({ event_id: uniqueId(), answer_id: about.answer_id, ...judgement }),
+    });
+    const thanks = kept ? "Thank you." : "Thank you. It is forgotten when this gateway stops.";
+    said.textContent = response.ok ? thanks : await problem(response);
+    return response.ok;
+  } catch (error) {
+    said.textContent = `It could not be sent: ${error.message}`;
+    return false;
   }
 }
 
-function edit(bubble, tools, about) {
+async function thumb(tools, about, value, chosen, other) {
+  const stored = await judge(tools, about, { thumbs: value });
+  if (stored) {
+    chosen.setAttribute("aria-pressed", "true");
+    other.setAttribute("aria-pressed", "false");
+    tools.querySelector(".reason")?.remove();
+  }
+  return stored;
+}
+
+function askReason(tools, about) {
+  const box = copyOf("#reason");
+  box.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const reason = box.elements.reason.value.trim();
+    if (!reason || (await judge(tools, about, { thumbs: "down", reason }))) box.remove();
+  });
+  tools.append(box);
+  box.elements.reason.focus();
+}
+
+function edit(turn, tools) {
   if (tools.querySelector("textarea")) return;
   const box = document.createElement("textarea");
   box.rows = 4;
-  box.value = bubble.textContent;
+  box.value = turn.content;
   box.setAttribute("aria-label", "What the answer should have been");
   const save = document.createElement("button");
   save.type = "button";
   save.textContent = "Save";
   save.addEventListener("click", async () => {
-    await judge(tools, about, { edited_answer: box.value });
+    if (!(await judge(tools, turn.about, { edited_answer: box.value }))) return;
     box.remove();
     save.remove();
   });
@@ -184,7 +281,21 @@ question.addEventListener("keydown", (event) => {
 stop.addEventListener("click", () => running?.abort());
 document.querySelector("#new").addEventListener("click", () => {
   running?.abort();
+  running = null;
+  busy(false);
   turns = [];
-  conversation.replaceChildren();
+  remember();
+  welcome();
   question.focus();
 });
+
+welcome();
+try {
+  turns = JSON.parse(sessionStorage.getItem(KEY)) ?? [];
+} catch {
+  turns = [];
+}
+for (const turn of turns) {
+  const bubble = add(turn.role, turn.content);
+  if (turn.about) finish(bubble, turn);
+}
