@@ -40,7 +40,9 @@ BOOK = {
 
 def system(path: Path, **kind: Any) -> FileRecords:
     return FileRecords(
-        load_model(FileSystem, {"type": "file", "name": "f", "path": str(path), "kinds": {"order": KIND | kind}}, "test")
+        load_model(
+            FileSystem, {"type": "file", "name": "f", "path": str(path), "kinds": {"order": KIND | kind}}, "test"
+        )
     )
 
 
@@ -80,15 +82,17 @@ async def test_a_file_that_changes_is_read_again_and_one_that_breaks_is_said(boo
     records = Records([system(book)], Metrics("m"))
     found = await records.find(caller("C1"), "order", "A-1")
     assert found[0].fields["state"] == "packed"
-    BOOK_NOW = {"orders": [{**BOOK["orders"][0], "state": "sent"}]}
-    book.write_text(json.dumps(BOOK_NOW))
-    os.utime(book, (1, 1))
+    rewrite(book, json.dumps({"orders": [{**BOOK["orders"][0], "state": "sent"}]}), 1)
     found = await records.find(caller("C1"), "order", "A-1")
     assert found[0].fields["state"] == "sent"
-    book.write_text("{")
-    os.utime(book, (2, 2))
+    rewrite(book, "{", 2)
     with pytest.raises(UnavailableError, match="f cannot be asked"):
         await records.find(caller("C1"), "order", "A-1")
+
+
+def rewrite(path: Path, text: str, moment: int) -> None:
+    path.write_text(text)
+    os.utime(path, (moment, moment))
 
 
 @pytest.mark.parametrize("text", ["[]", '{"orders": {}}', '{"orders": [1]}', "{"])
@@ -108,7 +112,7 @@ def test_a_sentence_names_fields_and_nothing_else(sentence: str, book: Path) -> 
 
 def test_a_local_customer_needs_a_local_gateway() -> None:
     load_model(GatewayConfig, {"identity": {"localCustomer": "C1"}}, "test")
-    with pytest.raises(ConfigError, match="identity.localCustomer makes everybody that customer"):
+    with pytest.raises(ConfigError, match=r"identity\.localCustomer makes everybody that customer"):
         load_model(GatewayConfig, {"host": "0.0.0.0", "identity": {"localCustomer": "C1"}}, "test")
 
 
