@@ -57,7 +57,10 @@ ENV PATH=/opt/steersman/bin:$PATH \
     PYTHONPATH=/opt/code \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
-# A number, so that Kubernetes can see that it is not root. The root file system may be read-only; /tmp is a volume.
+# A name for those who ask for one; any other uid works, too. As a number Kubernetes can see that it is not root. The root
+# file system may be read-only; /tmp is a volume.
+RUN echo 'steersman:x:10001:10001:Steersman:/tmp/home:/usr/sbin/nologin' >> /etc/passwd \
+    && echo 'steersman:x:10001:' >> /etc/group
 USER 10001:10001
 WORKDIR /tmp
 ENTRYPOINT ["python", "-m"]

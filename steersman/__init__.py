@@ -4,3 +4,7 @@ This package is the shared core. It imports no torch and neither `services` nor 
 """
 
 __version__ = "0.1.0"
+
+from steersman.home import settle
+
+settle()  # before any library looks for the user's name or home

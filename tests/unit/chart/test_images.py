@@ -42,6 +42,7 @@ def test_images_are_pinned_labelled_without_root_and_without_build_tools(name) -
     ("before", "after", "words"),
     [
         ("USER 10001:10001", "USER root", "runs as root"),
+        ("steersman:x:10001:10001:", "steersman:x:10002:10002:", "has no entry in /etc/passwd"),
         ("@${PYTHON_DIGEST} AS base", " AS base", "is not pinned by a digest argument"),
         ("COPY services services", "COPY service services", "COPY service: no such file"),
         ("WORKDIR /tmp", "RUN apt-get install gcc", "installs gcc"),
