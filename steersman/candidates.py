@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from steersman.config.tls import ClientTls
 from steersman.data.records import Row
 from steersman.errors import RateLimitedError, SteersmanError, UnavailableError, from_grpc
 from steersman.rpc.client import open_aio_channel
@@ -49,18 +50,21 @@ class Generated:
     """Answers left out because they were empty, cut off before any text, or equal to another."""
 
 
-async def generate(targets: Sequence[str], rows: Iterable[Row], sampling: Sampling) -> AsyncIterator[Generated]:
+async def generate(
+    targets: Sequence[str], rows: Iterable[Row], sampling: Sampling, tls: ClientTls | None = None
+) -> AsyncIterator[Generated]:
     """Yields each prompt with the answers of every model, in the order of the rows.
 
     Args:
         targets: host:port of one policy service for each model.
+        tls: certificates for all of them; None: plain text.
         rows: Rows of type Prompt (a preference's or feedback's prompt is taken as well).
         sampling: How to draw.
 
     Raises:
         SteersmanError: a service refused or stayed away after some tries; names the service.
     """
-    channels = [open_aio_channel(target) for target in targets]
+    channels = [open_aio_channel(target, tls) for target in targets]
     stubs = [
         (target, policy_pb2_grpc.PolicyServiceStub(channel)) for target, channel in zip(targets, channels, strict=True)
     ]

@@ -47,6 +47,10 @@ class Cluster:
     endpoints: dict[str, list[str]] = field(default_factory=dict)
     weights_folder: Path | None = None
     """What the trainer publishes through; None: gRPC."""
+    server_options: dict[str, Any] = field(default_factory=dict)
+    """Of every server: TLS, the token."""
+    client_options: dict[str, Any] = field(default_factory=dict)
+    """What a manifest says of every service besides its endpoints."""
 
     def start_policy(self, model: Path, **options: Any) -> None:
         from services.policy.build import build_engine, load_chat_format
@@ -55,8 +59,9 @@ class Cluster:
         from services.policy.weights import WeightsServicer
 
         config = PolicyConfig(
-            model=str(model), port=0, weights_port=0, precision="fp32", threads=1, drain_seconds=0, **options
-        )
+            model=str(model), port=0, weights_port=0, precision="fp32", threads=1, drain_seconds=0,
+            **self.server_options, **options,
+        )  # fmt: skip
         engine = build_engine(config)
         data = policy_pb2_grpc.add_PolicyServiceServicer_to_server
         control = weights_pb2_grpc.add_WeightsServiceServicer_to_server
@@ -83,7 +88,7 @@ class Cluster:
         from services.reward.engine import RewardEngine
         from services.reward.servicer import RewardServicer
 
-        raw = {"port": 0, "precision": "fp32", "threads": 1, "drainSeconds": 0, "scorers": scorers, **options}
+        raw = {"port": 0, "precision": "fp32", "threads": 1, "drainSeconds": 0, "scorers": scorers, **self.server_options, **options}
         config = load_model(RewardConfig, raw, "test")
         engine = RewardEngine(config)
         register = reward_pb2_grpc.add_RewardServiceServicer_to_server
@@ -94,6 +99,7 @@ class Cluster:
         from services.reference.engine import ReferenceEngine
         from services.reference.servicer import ReferenceServicer
 
+        options = {**self.server_options, **options}
         config = ReferenceConfig(model=str(model), port=0, precision="fp32", threads=1, drain_seconds=0, **options)
         engine = ReferenceEngine(config)
         register = reference_pb2_grpc.add_ReferenceServiceServicer_to_server
@@ -121,8 +127,9 @@ class Cluster:
             "endpoints": self.endpoints["policy"],
             "weightsEndpoints": self.endpoints["weights"],
             "weightsFolder": str(self.weights_folder) if self.weights_folder else None,
+            **self.client_options,
         }
-        others = {kind: {"endpoints": self.endpoints[kind]} for kind in ("reward", "reference")}
+        others = {kind: {"endpoints": self.endpoints[kind], **self.client_options} for kind in ("reward", "reference")}
         return {"policy": policy, **others, "startTimeoutSeconds": 5}
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field
 
 from steersman.config.base import FrozenModel
+from steersman.config.tls import ClientTls
 from steersman.errors import ConfigError
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -42,6 +43,8 @@ class ControllerConfig(FrozenModel):
     templates: Path = Path("/etc/steersman/templates")
     """Folder with the pod templates `trainer.yaml`, `policy.yaml`, `reward.yaml`, `reference.yaml`."""
     storage: Storage = Storage()
+    run_tls: ClientTls | None = None
+    """Certificates at the paths where the pods of runs mount them; None: services speak plain text."""
     prometheus_url: str | None = None
     """Prometheus that scrapes the gateways: errors and latency; a canary needs it."""
     database_env: str = "STEERSMAN_DATABASE"

@@ -33,6 +33,7 @@ class Resource:
 RESOURCES: Mapping[str, Resource] = {
     "AlignmentRun": Resource("steersman.dev", "v1alpha1", "alignmentruns"),
     "ConfigMap": Resource("", "v1", "configmaps"),
+    "Secret": Resource("", "v1", "secrets"),
     "Service": Resource("", "v1", "services"),
     "Pod": Resource("", "v1", "pods"),
     "Event": Resource("", "v1", "events"),
@@ -45,6 +46,7 @@ RIGHTS: Mapping[str, tuple[str, ...]] = {
     "AlignmentRun": ("get", "list", "watch", "patch", "delete"),
     "AlignmentRun/status": ("patch",),
     "ConfigMap": ("get", "create"),
+    "Secret": ("create",),
     "Service": ("get", "create"),
     "Pod": ("get", "list", "watch"),
     "Pod/log": ("get",),

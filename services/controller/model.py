@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from services.controller.config import Storage
 from services.controller.status import VariantSignals
+from steersman.config.tls import ClientTls
 
 Json = dict[str, Any]
 Manifest = Mapping[str, Any]
@@ -34,6 +35,8 @@ class Settings:
     storage: Storage = field(default_factory=Storage)
     can_watch: bool = False
     """Live signals can be read, so a canary is possible."""
+    tls: ClientTls | None = None
+    """Certificates as the pods of runs see them; None: services speak plain text."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,13 @@ class Create:
 
 
 @dataclass(frozen=True)
+class DrawToken:
+    """Creates a Secret with a fresh random `token`; one that exists stays. Drawn when it is created: plans are pure."""
+
+    body: Json
+
+
+@dataclass(frozen=True)
 class Patch:
     """Merge patch; a resourceVersion in it makes the API server refuse a stale one."""
 
@@ -131,7 +141,7 @@ class SetAlias:
     alias: Literal["candidate", "champion"]
 
 
-Action = Create | Patch | Delete | SetAlias
+Action = Create | DrawToken | Patch | Delete | SetAlias
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from steersman.errors import (
     all_error_types,
 )
 from steersman.local.services import services_of
+from steersman.rpc.token import RUN_TOKEN
 
 PORTS = {"policy": 50051, "reward": 50052, "reference": 50053}
 WEIGHTS_PORT = 50054
@@ -114,10 +115,15 @@ def endpoints(run: Manifest, manifest: AlignmentRun, service: str) -> list[str]:
     if spec.endpoints:
         return list(spec.endpoints)
     name = object_name(manifest.metadata.name, service)
-    host = f"{name}.{run['metadata']['namespace']}.svc:{PORTS[service]}"
+    host = f"{_host(run, manifest, service)}:{PORTS[service]}"
     if service != "policy":
         return [f"dns:///{host}"]
     return [f"{name}-{index}.{host}" for index in range(spec.replicas)]
+
+
+def _host(run: Manifest, manifest: AlignmentRun, service: str) -> str:
+    """DNS name of one of the run's own services."""
+    return f"{object_name(manifest.metadata.name, service)}.{run['metadata']['namespace']}.svc"
 
 
 def cluster_manifest(run: Manifest, manifest: AlignmentRun, settings: Settings) -> Json:
@@ -126,7 +132,16 @@ def cluster_manifest(run: Manifest, manifest: AlignmentRun, settings: Settings) 
     body["metadata"] = {"name": manifest.metadata.name, "namespace": run["metadata"]["namespace"]}
     services = body["spec"].setdefault("services", {})
     for service in PORTS:
-        services.setdefault(service, {})["endpoints"] = endpoints(run, manifest, service)
+        spec: ServiceSpec = getattr(manifest.spec.services, service)
+        own = not spec.endpoints
+        mine = services.setdefault(service, {})
+        mine["endpoints"] = endpoints(run, manifest, service)
+        if own:
+            mine["tokenEnv"] = RUN_TOKEN
+        if settings.tls is not None and (own or spec.tls is None):
+            mine["tls"] = settings.tls.model_dump(mode="json", by_alias=True)
+            # Pods have names of their own below the service's, which one certificate for all runs cannot list.
+            mine["tls"]["serverName"] = _host(run, manifest, service) if own else None
     if not manifest.spec.services.policy.endpoints:
         replicas = services["policy"]["endpoints"]
         services["policy"]["weightsEndpoints"] = [f"{item.rpartition(':')[0]}:{WEIGHTS_PORT}" for item in replicas]
@@ -149,6 +164,18 @@ def manifest_map(run: Manifest, manifest: AlignmentRun, settings: Settings) -> J
         "immutable": True,
         "data": {"manifest.yaml": text},
     }
+
+
+def token_secret(run: Manifest, manifest: AlignmentRun) -> Json:
+    """Secret with the token that the run's services ask for; whoever creates it draws it (`DrawToken`)."""
+    metadata = owned(run, object_name(manifest.metadata.name, "token"))
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "immutable": True}
+
+
+def _token_env(manifest: AlignmentRun, *, optional: bool) -> Json:
+    """The variable for a container; `optional` for stages, of which not every one has services."""
+    source = {"name": object_name(manifest.metadata.name, "token"), "key": "token", "optional": optional}
+    return {"name": RUN_TOKEN, "valueFrom": {"secretKeyRef": source}}
 
 
 # The services that a run starts
@@ -179,6 +206,7 @@ def service_objects(
         *(container.get("args") or []),
         *(part for key, value in config.items() for part in ("--set", f"{key}={json.dumps(value)}")),
     ]
+    container.setdefault("env", []).append(_token_env(manifest, optional=False))
     body: Json = {
         "replicas": spec.replicas,
         "serviceName": name,
@@ -273,6 +301,7 @@ def _stage_pod(run: Manifest, manifest: AlignmentRun, stage: str, labels: dict[s
         {"name": key, "value": value}
         for key, value in (("STEERSMAN_PROGRESS", "json"), ("STEERSMAN_RUN", manifest.metadata.name))
     )
+    container["env"].append(_token_env(manifest, optional=True))
     prepare = copy.deepcopy(container)
     prepare["name"] = "prepare"
     prepare["command"] = ["sh", "-euc"]

@@ -177,7 +177,7 @@ async def serve(config: ControllerConfig) -> None:
         start_http_server(config.metrics_port)
     async with ApiClient() as client:
         kube = Kube(client)
-        settings = Settings(templates, config.storage, can_watch=signals is not None)
+        settings = Settings(templates, config.storage, can_watch=signals is not None, tls=config.run_tls)
         reconciler = Reconciler(kube, settings, signals=signals, registry=model_registry)
         health = Health(kube, config)
         probes = Probes(health, lambda: dry_look(kube, settings, config.namespaces))

@@ -20,6 +20,7 @@ from services.controller.model import (
     Action,
     Create,
     Delete,
+    DrawToken,
     Event,
     JobState,
     Json,
@@ -242,6 +243,7 @@ class _Planner:
             wanted = bodies[-1]
             state = self.observed.services.get(service)
             if state is None:
+                self.actions.append(DrawToken(objects.token_secret(self.run, manifest)))
                 self.actions.extend(Create(body["kind"], body) for body in bodies)
                 ready = False
             elif state.spec_hash != wanted["metadata"]["annotations"][SPEC_HASH] or state.replicas == 0:

@@ -10,8 +10,7 @@ from pydantic import Field, model_validator
 
 from services.gateway.tools.config import ToolsConfig
 from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
-from steersman.rpc.client import ClientTls
-from steersman.rpc.server import Tls
+from steersman.config.tls import ClientTls, Tls
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]

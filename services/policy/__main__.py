@@ -37,7 +37,10 @@ async def serve(config: PolicyConfig) -> None:
         WeightsServicer(engine, config),
         "steersman.v1.WeightsService",
     )
-    server = Server(config, [(config.port, [data]), (config.weights_port, [control])], on_drain=close)
+    listeners = [(config.port, [data])]
+    if config.weights_port is not None:
+        listeners.append((config.weights_port, [control]))
+    server = Server(config, listeners, on_drain=close)
     await server.run(load=lambda: asyncio.to_thread(engine.start))
 
 

@@ -41,8 +41,8 @@ class PolicyConfig(ServerConfig):
     """Address of the server behind the engine `tgi`."""
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
     """Data plane: PolicyService."""
-    weights_port: Annotated[int, Field(ge=0, le=65535)] = 50054
-    """Control plane: WeightsService, on a listener of its own."""
+    weights_port: Annotated[int, Field(ge=0, le=65535)] | None = 50054
+    """Control plane: WeightsService, on a listener of its own; None: nobody publishes weights to this service."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic; `auto` measures on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -325,6 +325,7 @@ def generate(
     temperature: float = 1.0,
     seed: int = 0,
     concurrency: Annotated[int, typer.Option(help="Prompts under way at once.")] = 16,
+    tls: Annotated[Path | None, typer.Option(help="Folder with ca.crt, for mTLS also tls.crt and tls.key.")] = None,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Generates candidates through the policy service and adds them to a project."""
@@ -332,6 +333,7 @@ def generate(
 
     from steersman.candidates import Sampling, choose
     from steersman.candidates import generate as candidates
+    from steersman.config.tls import ClientTls
     from steersman.data.export import read_any
     from steersman.store import Store
     from steersman.store.judging import add_items, get_project, item_of_row
@@ -345,7 +347,8 @@ def generate(
 
     async def run() -> tuple[int, int]:
         added = short = 0
-        async for found in candidates(policy, read_any(prompts), sampling):
+        secret = ClientTls.in_folder(tls) if tls is not None else None
+        async for found in candidates(policy, read_any(prompts), sampling, secret):
             if len(found.candidates) < least:
                 short += 1
                 continue

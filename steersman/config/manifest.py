@@ -24,6 +24,7 @@ from steersman.config.base import (
     load_model,
     read_yaml,
 )
+from steersman.config.tls import ClientTls
 from steersman.errors import ConfigError
 from steersman.rewards import check_reward, split_reference
 
@@ -544,6 +545,10 @@ class ServiceSpec(FrozenModel):
     """Replicas that the run starts."""
     resources: Resources = Resources()
     """Resources of a replica."""
+    tls: ClientTls | None = None
+    """How to reach the endpoints by TLS; None: plain text. The controller fills it in where the cluster has TLS."""
+    token_env: str | None = None
+    """Environment variable with the token that the endpoints ask for; None: none. A run's own services have one."""
 
 
 class PolicyServiceSpec(ServiceSpec):

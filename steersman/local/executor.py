@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,8 @@ from steersman.local.supervisor import Supervisor
 from steersman.local.takeover import source_folder, take_over
 from steersman.local.usage import Usage
 from steersman.progress import ConsoleReporter, clock, say
-from steersman.rpc.client import open_channel, wait_ready
+from steersman.rpc.client import Access, wait_ready
+from steersman.rpc.token import RUN_TOKEN
 
 
 class StageFailed(Exception):
@@ -78,10 +80,11 @@ def run_manifest(run: AlignmentRun, run_dir: Path, *, force_restart: bool = Fals
 
 
 def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> None:
+    token = {RUN_TOKEN: secrets.token_urlsafe(32)}  # other users of this machine reach the ports, too
     with (
         _weights_in_memory(run, base) as run,
         Supervisor(
-            run_dir / "services", _environment(run, base), run.spec.services.start_timeout_seconds
+            run_dir / "services", _environment(run, base) | token, run.spec.services.start_timeout_seconds
         ) as supervisor,
     ):
         for name in run.stage_names():
@@ -98,7 +101,7 @@ def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> N
             overrides = endpoint_overrides(run, services, supervisor)
             try:
                 with usage.phase(name):
-                    environment = _environment(run, base, shared=bool(services))
+                    environment = _environment(run, base, shared=bool(services)) | token
                     _run_stage(run, name, run_dir, overrides, environment, supervisor)
             except StageFailed:
                 conclude(run_dir, usage)  # a gate that is not passed has numbers to show
@@ -129,7 +132,8 @@ def _await_given(services: ServicesSpec) -> None:
     """
     given = [(name, target) for name in GRPC_NAMES for target in getattr(services, name).endpoints]
     for name, target in given:
-        with ConsoleReporter("services") as reporter, open_channel(target) as channel:
+        access = Access.to(getattr(services, name), f"spec.services.{name}")
+        with ConsoleReporter("services") as reporter, access.open(target) as channel:
             reporter.activity(f"waiting for the {name} service at {target}")
             try:
                 wait_ready(channel, GRPC_NAMES[name], services.start_timeout_seconds)

@@ -106,7 +106,8 @@ def serving(path: Path, logs: Path, wanted: Mapping[str, int], database: str | N
     """
     model, name, options = find_model(path)
     config = {"host": "127.0.0.1", "drainSeconds": DRAIN_SECONDS, "model": str(model), "modelName": name, **options}
-    policy = Service("policy", "services.policy", GRPC_NAMES["policy"], config, ("port", "weightsPort"))
+    config["weightsPort"] = None  # nobody publishes to it
+    policy = Service("policy", "services.policy", GRPC_NAMES["policy"], config)
     environment = process.child_environment(options.get("threads", 0), offline=True)
     with Supervisor(logs, environment, start_timeout=300.0) as supervisor:
         supervisor.ensure([policy])

@@ -8,6 +8,7 @@ from typing import Any
 from steersman.config.manifest import AlignmentRun, RewardMix, ServicesSpec
 from steersman.config.stages import policy_folder, reward_model_folders, sft_folder, weights_folder
 from steersman.local.supervisor import Service, Supervisor
+from steersman.rpc.token import RUN_TOKEN
 
 DRAIN_SECONDS = 3.0
 """On one machine nobody else uses the services, so what is still running when they stop is not wanted any more."""
@@ -71,6 +72,7 @@ def endpoint_overrides(run: AlignmentRun, services: list[Service], supervisor: S
             weights = supervisor.port(service.name, "weightsPort")
             found.setdefault("policy.weightsEndpoints", []).append(f"127.0.0.1:{weights}")
     overrides = [f"spec.services.{key}=[{', '.join(values)}]" for key, values in found.items()]
+    overrides += [f"spec.services.{kind}.tokenEnv={RUN_TOKEN}" for kind in GRPC_NAMES if f"{kind}.endpoints" in found]
     shared = run.spec.services.policy.weights_folder
     return [*overrides, f"spec.services.policy.weightsFolder={shared}"] if shared else overrides
 
@@ -88,6 +90,7 @@ def _common(run: AlignmentRun) -> dict[str, Any]:
     return {
         "host": "127.0.0.1",
         "drainSeconds": DRAIN_SECONDS,
+        "tokenEnv": RUN_TOKEN,
         "precision": model.precision,
         "device": model.device,
         "threads": model.threads,

@@ -4,56 +4,76 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from steersman.config.base import FrozenModel
-from steersman.errors import ConfigError, UnavailableError
+from steersman.config.manifest import ServiceSpec
+from steersman.config.tls import ClientTls
+from steersman.errors import UnavailableError
 from steersman.rpc.server import MAX_MESSAGE_BYTES, channel_options
+from steersman.rpc.tls import FollowingChannel, channel_credentials, client_files
+from steersman.rpc.token import BlockingToken, aio_interceptors, read_token
 
 
-class ClientTls(FrozenModel):
-    """Files in PEM format."""
-
-    ca: Path
-    """Authority that signed the server's certificate."""
-    cert: Path | None = None
-    """Own certificate, for mTLS."""
-    key: Path | None = None
-    """Own private key, for mTLS."""
+def _options(tls: ClientTls | None, max_message_bytes: int) -> list[tuple[str, Any]]:
+    options: list[tuple[str, Any]] = [*channel_options(max_message_bytes), ("grpc.service_config", _SERVICE_CONFIG)]
+    if tls is not None and tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return options
 
 
-def credentials(tls: ClientTls) -> grpc.ChannelCredentials:
-    """Raises ConfigError when a file cannot be read."""
-    try:
-        return grpc.ssl_channel_credentials(
-            tls.ca.read_bytes(),
-            tls.key.read_bytes() if tls.key else None,
-            tls.cert.read_bytes() if tls.cert else None,
-        )
-    except OSError as error:
-        raise ConfigError(f"tls: {error.filename} cannot be read ({error.strerror}); check the path") from None
+def open_channel(
+    target: str, tls: ClientTls | None = None, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> grpc.Channel:
+    """A blocking channel; `dns:///name` targets are balanced over all addresses.
 
+    Args:
+        target: host:port, or any name that gRPC resolves.
+        tls: certificates, which may be replaced while the channel is open; None: plain text.
+        token: that the server asks for; None: none.
+    """
+    options = _options(tls, max_message_bytes)
 
-def open_channel(target: str, tls: ClientTls | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.Channel:
-    """A blocking channel; `dns:///name` targets are balanced over all addresses."""
-    options = [*channel_options(max_message_bytes), ("grpc.service_config", _SERVICE_CONFIG)]
-    if tls is None:
-        return grpc.insecure_channel(target, options=options)
-    return grpc.secure_channel(target, credentials(tls), options=options)
+    def make() -> grpc.Channel:
+        secret = channel_credentials(tls) if tls is not None else None
+        channel = grpc.secure_channel(target, secret, options) if secret else grpc.insecure_channel(target, options)
+        return channel if token is None else grpc.intercept_channel(channel, BlockingToken(token))
+
+    return make() if tls is None else FollowingChannel(make, client_files(tls))  # type: ignore[return-value]
 
 
 def open_aio_channel(
-    target: str, tls: ClientTls | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
+    target: str, tls: ClientTls | None = None, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
 ) -> grpc.aio.Channel:
     """The same for asyncio."""
-    options = [*channel_options(max_message_bytes), ("grpc.service_config", _SERVICE_CONFIG)]
-    if tls is None:
-        return grpc.aio.insecure_channel(target, options=options)
-    return grpc.aio.secure_channel(target, credentials(tls), options=options)
+    options = _options(tls, max_message_bytes)
+
+    def make() -> grpc.aio.Channel:
+        shown = aio_interceptors(token) if token else None
+        if tls is None:
+            return grpc.aio.insecure_channel(target, options, interceptors=shown)
+        return grpc.aio.secure_channel(target, channel_credentials(tls), options, interceptors=shown)
+
+    return make() if tls is None else FollowingChannel(make, client_files(tls))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a service is reached besides its address."""
+
+    tls: ClientTls | None = None
+    token: str | None = None
+
+    @staticmethod
+    def to(service: ServiceSpec, field: str) -> Access:
+        """What a manifest says; ConfigError when the token's environment variable is not set."""
+        return Access(service.tls, read_token(service.token_env, f"{field}.tokenEnv"))
+
+    def open(self, target: str) -> grpc.Channel:
+        return open_channel(target, self.tls, self.token)
 
 
 _SERVICE_CONFIG = '{"loadBalancingConfig": [{"round_robin": {}}]}'

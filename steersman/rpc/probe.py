@@ -13,7 +13,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from steersman.rpc.client import ClientTls, credentials
+from steersman.config.tls import ClientTls
+from steersman.rpc.tls import channel_credentials
 
 CALL_SECONDS = 4.0
 
@@ -29,8 +30,7 @@ def serving(target: str, tls: Path | None, *, live: bool) -> bool:
     if tls is None:
         channel = grpc.insecure_channel(target)
     else:
-        secret = ClientTls(ca=tls / "ca.crt", cert=tls / "tls.crt", key=tls / "tls.key")
-        channel = grpc.secure_channel(target, credentials(secret))
+        channel = grpc.secure_channel(target, channel_credentials(ClientTls.in_folder(tls)))
     with channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=CALL_SECONDS)

@@ -21,8 +21,11 @@ from grpc_status import rpc_status
 from pydantic import Field
 
 from steersman.config.base import FrozenModel
+from steersman.config.tls import Tls
 from steersman.errors import ConfigError, SteersmanError
 from steersman.rpc.metrics import serve_metrics, track
+from steersman.rpc.tls import server_credentials
+from steersman.rpc.token import TokenCheck, read_token
 
 log = logging.getLogger("steersman.rpc")
 
@@ -30,24 +33,15 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 ERROR_DOMAIN = "steersman.dev"
 
 
-class Tls(FrozenModel):
-    """Files in PEM format; all paths are read when the server starts."""
-
-    cert: Path
-    """Certificate chain."""
-    key: Path
-    """Private key."""
-    client_ca: Path | None = None
-    """Clients must show a certificate of this authority (mTLS); None: any client."""
-
-
 class ServerConfig(FrozenModel):
     host: str = "127.0.0.1"
-    """Address to listen on; `0.0.0.0` in a pod."""
+    """Address to listen on; in a pod `0.0.0.0`, or `::` for IPv6 (and IPv4 where the machine has both)."""
     cache_dir: Path = Path.home() / ".cache" / "steersman"
     """Where models that are not folders yet are kept."""
     tls: Tls | None = None
     """None: plain text, for one machine or behind a mesh."""
+    token_env: str | None = None
+    """Environment variable with a token that callers must show; None: none is asked for."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Prometheus metrics; None: none."""
     drain_seconds: float = 30.0
@@ -68,6 +62,11 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
     ]
+
+
+def address_of(host: str, port: int) -> str:
+    """host:port, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def to_status(error: SteersmanError) -> grpc.Status:
@@ -171,9 +170,10 @@ class Server:
         self._names: list[str] = []
         self._servers: list[grpc.aio.Server] = []
         self.ports: list[int] = []
+        token = read_token(config.token_env, "tokenEnv")
         for port, services in listeners:
             server = grpc.aio.server(
-                interceptors=[ErrorInterceptor()],
+                interceptors=[ErrorInterceptor(), *([TokenCheck(token)] if token else [])],
                 options=[*channel_options(config.max_message_bytes), ("grpc.so_reuseport", 0)],
             )
             names = [name for _, _, name in services]
@@ -186,11 +186,11 @@ class Server:
             self.ports.append(self._bind(server, port))
 
     def _bind(self, server: grpc.aio.Server, port: int) -> int:
-        address = f"{self._config.host}:{port}"
+        address = address_of(self._config.host, port)
         try:
             if self._config.tls is None:
                 return server.add_insecure_port(address)
-            return server.add_secure_port(address, _server_credentials(self._config.tls))
+            return server.add_secure_port(address, server_credentials(self._config.tls))
         except RuntimeError:
             raise ConfigError(f"{address} cannot be listened on; is it in use? choose another port") from None
 
@@ -218,7 +218,7 @@ class Server:
         if load is not None:
             await load()
         await self.ready()
-        log.info("serving on %s", ", ".join(f"{self._config.host}:{port}" for port in self.ports))
+        log.info("serving on %s", ", ".join(address_of(self._config.host, port) for port in self.ports))
         await self.run_until_signal()
 
     async def run_until_signal(self) -> None:
@@ -236,18 +236,3 @@ class Server:
         await asyncio.gather(*(server.stop(self._config.drain_seconds) for server in self._servers))
         if self._on_drain is not None:
             await self._on_drain()
-
-
-def _server_credentials(tls: Tls) -> grpc.ServerCredentials:
-    return grpc.ssl_server_credentials(
-        [(_read(tls.key, "tls.key"), _read(tls.cert, "tls.cert"))],
-        root_certificates=_read(tls.client_ca, "tls.clientCa") if tls.client_ca else None,
-        require_client_auth=tls.client_ca is not None,
-    )
-
-
-def _read(path: Path, field: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{field}: {path} cannot be read ({error.strerror}); check the path and its mode") from None

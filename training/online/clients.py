@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from steersman.errors import InternalError
+from steersman.rpc.client import Access
 from steersman.rpc.wire import pack_rows, unpack_rows
 from steersman.v1 import (
     common_pb2,
@@ -68,8 +69,10 @@ class Score:
 class PolicyReplica(Remote):
     """One policy service: data plane and control plane."""
 
-    def __init__(self, target: str, weights_target: str, patience: float, note: Note) -> None:
-        super().__init__((target, weights_target), "steersman.v1.PolicyService", patience, note)
+    def __init__(
+        self, target: str, weights_target: str, patience: float, note: Note, access: Access = Access()
+    ) -> None:
+        super().__init__((target, weights_target), "steersman.v1.PolicyService", patience, note, access)
         data, control = self.channels
         self._stub = policy_pb2_grpc.PolicyServiceStub(data)
         self._weights = weights_pb2_grpc.WeightsServiceStub(control)
@@ -136,8 +139,10 @@ def sample_of(response: policy_pb2.GenerateResponse) -> Sample:
 class RewardClient(Remote):
     """One replica of the reward service."""
 
-    def __init__(self, target: str, fingerprint: str, patience: float, note: Note) -> None:
-        super().__init__((target,), "steersman.v1.RewardService", patience, note)
+    def __init__(
+        self, target: str, fingerprint: str, patience: float, note: Note, access: Access = Access()
+    ) -> None:
+        super().__init__((target,), "steersman.v1.RewardService", patience, note, access)
         self._stub = reward_pb2_grpc.RewardServiceStub(self.channels[0])
         self._fingerprint = fingerprint
         self.wait()
@@ -190,8 +195,10 @@ def score_of(score: reward_pb2.ItemScore) -> Score:
 class ReferenceClient(Remote):
     """One replica of the reference service."""
 
-    def __init__(self, target: str, fingerprint: str, patience: float, note: Note) -> None:
-        super().__init__((target,), "steersman.v1.ReferenceService", patience, note)
+    def __init__(
+        self, target: str, fingerprint: str, patience: float, note: Note, access: Access = Access()
+    ) -> None:
+        super().__init__((target,), "steersman.v1.ReferenceService", patience, note, access)
         self._stub = reference_pb2_grpc.ReferenceServiceStub(self.channels[0])
         self._fingerprint = fingerprint
         self.wait()

@@ -13,6 +13,7 @@ from steersman.config.stages import weights_folder
 from steersman.errors import ConfigError, FailedPreconditionError
 from steersman.nn.load import load_tokenizer
 from steersman.nn.tokens import generation_config_of, stop_ids, tokenizer_fingerprint
+from steersman.rpc.client import Access
 from training.context import StageContext
 from training.online.clients import PolicyReplica, ReferenceClient, RewardClient
 from training.online.pool import PolicyPool
@@ -45,14 +46,19 @@ class Services:
                 raise ConfigError(f"services.{name}.endpoints is empty; give host:port of the running service")
         if len(spec.policy.weights_endpoints) != len(spec.policy.endpoints):
             raise ConfigError("services.policy.weightsEndpoints needs an address for each policy endpoint")
+        access = {name: Access.to(service, f"services.{name}") for name, service in needed.items()}
         replicas = [
-            PolicyReplica(target, weights, patience, note)
+            PolicyReplica(target, weights, patience, note, access["policy"])
             for target, weights in zip(spec.policy.endpoints, spec.policy.weights_endpoints, strict=True)
         ]
         self.policy = PolicyPool(replicas, fingerprint, weights_folder(context.run, context.run_dir))
-        self.reward = [RewardClient(target, fingerprint, patience, note) for target in spec.reward.endpoints]
+        self.reward = [
+            RewardClient(target, fingerprint, patience, note, access["reward"]) for target in spec.reward.endpoints
+        ]
         self.reference = [
-            ReferenceClient(target, fingerprint, patience, note) for target in spec.reference.endpoints if reference
+            ReferenceClient(target, fingerprint, patience, note, access["reference"])
+            for target in spec.reference.endpoints
+            if reference
         ]
         info = self.policy.info()
         self.max_context = info.model.max_context

@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from steersman.errors import CancelledError, SteersmanError, UnavailableError, from_grpc
-from steersman.rpc.client import open_aio_channel
+from steersman.rpc.client import Access, open_aio_channel
 
 AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
 """The service is not there: wait for it."""
@@ -62,11 +62,14 @@ class FailingError(SteersmanError):
 class Remote:
     """Channels to one service, data plane first."""
 
-    def __init__(self, targets: tuple[str, ...], service: str, patience: float, note: Note) -> None:
+    def __init__(
+        self, targets: tuple[str, ...], service: str, patience: float, note: Note, access: Access = Access()
+    ) -> None:
         """Args:
         targets: host:port of its listeners.
         service: full name of the first listener's service, for its health.
         patience: seconds to wait for a service that is away.
+        access: certificates and token.
         """
         self.target = targets[0]
         self.name = f"{service} at {self.target}"
@@ -74,7 +77,7 @@ class Remote:
         self._patience = patience
         self._note = note
         self._closed = False
-        self.channels: tuple[grpc.aio.Channel, ...] = background().run(_open(targets))
+        self.channels: tuple[grpc.aio.Channel, ...] = background().run(_open(targets, access))
 
     def close(self) -> None:
         """Ends running calls and every wait: nobody wants the answers any more."""
@@ -156,5 +159,5 @@ class Remote:
             raise CancelledError(f"{self.name} is not needed any more")
 
 
-async def _open(targets: tuple[str, ...]) -> tuple[grpc.aio.Channel, ...]:
-    return tuple(open_aio_channel(target) for target in targets)
+async def _open(targets: tuple[str, ...], access: Access) -> tuple[grpc.aio.Channel, ...]:
+    return tuple(open_aio_channel(target, access.tls, access.token) for target in targets)

@@ -17,7 +17,8 @@ import grpc
 
 from services.gateway.backends.base import Replica, ReplicaInfo
 from services.gateway.config import BestOf
-from steersman.rpc.client import ClientTls, open_aio_channel
+from steersman.config.tls import ClientTls
+from steersman.rpc.client import open_aio_channel
 from steersman.v1 import common_pb2, reward_pb2, reward_pb2_grpc
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
 
