@@ -76,7 +76,9 @@ def problems(path: Path, stages: list[Stage], source: Path) -> list[str]:
         users = [rest for keyword, rest in steps if keyword == "USER"]
         if not users or users[-1].split(":")[0] in ("root", "0"):
             found.append(f"{image} runs as root")
-        elif not any(keyword == "RUN" and f":x:{users[-1]}:" in rest and "/etc/passwd" in rest for keyword, rest in steps):
+        elif not any(
+            keyword == "RUN" and f":x:{users[-1]}:" in rest and "/etc/passwd" in rest for keyword, rest in steps
+        ):
             found.append(f"{image} has no entry in /etc/passwd for its user {users[-1]}")
         if not any(keyword == "LABEL" for keyword, _ in steps):
             found.append(f"{image} has no labels")

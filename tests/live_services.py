@@ -88,7 +88,15 @@ class Cluster:
         from services.reward.engine import RewardEngine
         from services.reward.servicer import RewardServicer
 
-        raw = {"port": 0, "precision": "fp32", "threads": 1, "drainSeconds": 0, "scorers": scorers, **self.server_options, **options}
+        raw = {
+            "port": 0,
+            "precision": "fp32",
+            "threads": 1,
+            "drainSeconds": 0,
+            "scorers": scorers,
+            **self.server_options,
+            **options,
+        }
         config = load_model(RewardConfig, raw, "test")
         engine = RewardEngine(config)
         register = reward_pb2_grpc.add_RewardServiceServicer_to_server

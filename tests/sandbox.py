@@ -1,7 +1,7 @@
 """Commands as a container runs them: an unknown uid, a read-only root, no home, only the mounted folders writable.
 
-Linux namespaces and nothing else: a new root of the system's folders, Python and the code (at /opt/code), all read-only,
-with /tmp and the given folders mounted into it. The process is number 1 of its own, as in a container, so a signal that
+Linux namespaces and nothing else: a new root of the system's folders, Python and the code (in /opt/code), read-only,
+with /tmp and the given folders mounted. The process is number 1 of its own, as in a container, so a signal that
 it does not handle does nothing.
 """
 
@@ -92,7 +92,7 @@ class Container:
         mounts: list[Mount] | None = None,
         environment: Mapping[str, str] | None = None,
         uid: int = 10001,
-        workdir: str = "/tmp",  # noqa: S108
+        workdir: str = "/tmp",
     ) -> None:
         """Args:
         root: an empty folder that becomes the mount point of the new root.

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from steersman.nn.trunk import trunk_of
+from training import RANKS_FILE
 
 T = TypeVar("T")
 
@@ -47,11 +48,7 @@ class Ranks:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
             return Ranks(device=device)
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        if not dist.is_initialized():
-            # gloo carries Python objects and CPU tensors beside NCCL.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+        meet(device)
         return Ranks(dist.get_rank(), world, device)
 
     @property
@@ -140,6 +137,23 @@ class Ranks:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+def meet(device: str) -> None:
+    """Makes the process group of all ranks, once: through a file of this user's on one machine (`training.ranks`),
+    otherwise through torchrun's store. Libraries that come later find it made."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # gloo carries Python objects and CPU tensors beside NCCL.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    file = os.environ.get(RANKS_FILE)
+    if file is None:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    else:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, f"file://{file}", timeout=_TIMEOUT, rank=rank, world_size=world)
 
 
 @contextmanager

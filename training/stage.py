@@ -96,6 +96,10 @@ def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
     module, function = _RUNNERS[stage.kind]
     with ConsoleReporter(name, folder / "metrics.jsonl") if is_first else SilentReporter() as reporter:
         context = build_context(run, name, run_dir, reporter)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from training.parallel import meet
+
+            meet(context.device)
         reporter.note(f"{name}: {context.precision} on {context.device}")
         getattr(importlib.import_module(module), function)(stage.spec, context)
     if is_first:

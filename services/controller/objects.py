@@ -258,7 +258,8 @@ def stage_objects(run: Manifest, manifest: AlignmentRun, index: int, settings: S
             f"--nnodes={workers}",
             f"--nproc-per-node={max(trainer.resources.gpus, 1)}",
             "--node-rank=$(JOB_COMPLETION_INDEX)",
-            "--rdzv-backend=c10d",
+            "--rdzv-backend=static",  # c10d's unpickles what it is sent
+            "--rdzv-conf=timeout=1800",
             f"--rdzv-endpoint={name}-0.{name}:{RENDEZVOUS_PORT}",
             f"--rdzv-id={name}",
             "--max-restarts=0",  # the Job decides, by the exit code

@@ -13,7 +13,18 @@ from http import HTTPStatus
 from kubernetes.aio.client.exceptions import ApiException
 
 from services.controller.kube import Kube, explain
-from services.controller.model import Action, Create, Delete, DrawToken, Event, Json, Manifest, Patch, SetAlias, Settings
+from services.controller.model import (
+    Action,
+    Create,
+    Delete,
+    DrawToken,
+    Event,
+    Json,
+    Manifest,
+    Patch,
+    SetAlias,
+    Settings,
+)
 from services.controller.observe import as_written, observe
 from services.controller.plan import plan, read_status
 from services.controller.signals import LiveSignals
@@ -86,7 +97,9 @@ class Reconciler:
             case Create(kind, body):
                 await self._kube.create(kind, namespace, body)
             case DrawToken(body):
-                await self._kube.create("Secret", namespace, body | {"stringData": {"token": secrets.token_urlsafe(32)}})
+                await self._kube.create(
+                    "Secret", namespace, body | {"stringData": {"token": secrets.token_urlsafe(32)}}
+                )
             case Patch("AlignmentRun", name, body):
                 changed = await self._kube.patch("AlignmentRun", namespace, name, body)
                 run["metadata"]["resourceVersion"] = changed["metadata"]["resourceVersion"]  # type: ignore[index]

@@ -7,7 +7,7 @@ import asyncio
 from services.policy.config import PolicyConfig
 from steersman.rpc.app import service_main
 from steersman.rpc.metrics import GENERATION_RUNNING, GENERATION_WAITING, WEIGHTS_VERSION
-from steersman.rpc.server import Server
+from steersman.rpc.server import Server, Service
 
 
 async def serve(config: PolicyConfig) -> None:
@@ -37,7 +37,7 @@ async def serve(config: PolicyConfig) -> None:
         WeightsServicer(engine, config),
         "steersman.v1.WeightsService",
     )
-    listeners = [(config.port, [data])]
+    listeners: list[tuple[int, list[Service]]] = [(config.port, [data])]
     if config.weights_port is not None:
         listeners.append((config.weights_port, [control]))
     server = Server(config, listeners, on_drain=close)

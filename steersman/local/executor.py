@@ -155,7 +155,7 @@ def _run_stage(
     workers = run.spec.trainer.workers
     if workers > 1 and run.spec.stages[run.stage_names().index(name)].kind in SEVERAL_RANKS:
         # Each rank dies with torchrun as torchrun does with this process.
-        ranks = ["--standalone", "--nproc-per-node", str(workers), "--module", "steersman.local.child", "0"]
+        ranks = ["--one-machine", "--nproc-per-node", str(workers), "--module", "steersman.local.child", "0"]
         module, arguments = "training.ranks", [*ranks, module, *arguments]
     run_child(name, module, arguments, run_dir / "logs" / f"{name}.log", environment, supervisor)
 

@@ -189,9 +189,7 @@ class FollowingChannel:
 class _FollowingCall:
     """A multi-callable of the channel that is current when it is called."""
 
-    def __init__(
-        self, owner: FollowingChannel, kind: str, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
+    def __init__(self, owner: FollowingChannel, kind: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._owner = owner
         self._kind = kind
         self._arguments = arguments

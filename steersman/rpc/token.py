@@ -27,7 +27,9 @@ def read_token(variable: str | None, field: str) -> str | None:
     if not token:
         raise ConfigError(f"{field}: the environment variable {variable} is not set; put the service's token there")
     if not all("!" <= character <= "~" for character in token):
-        raise ConfigError(f"{field}: the token in {variable} holds a character that a header cannot carry; take another")
+        raise ConfigError(
+            f"{field}: the token in {variable} holds what a header cannot carry; take another"
+        )
     return token
 
 
@@ -100,7 +102,9 @@ def _with_token(details: Any, token: str) -> Any:
     )
 
 
-class BlockingToken(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamUnaryClientInterceptor):
+class BlockingToken(
+    grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamUnaryClientInterceptor
+):
     """Shows the token on a blocking channel."""
 
     def __init__(self, token: str) -> None:

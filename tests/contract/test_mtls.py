@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from steersman.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_pb2_g
 
 PROMPTS = ["one", "two", "three", "four"]
 GENERATION = {"maxNewTokens": 4}
-TOKEN_ENV = "TOKEN_OF_THIS_TEST"  # noqa: S105
+TOKEN_ENV = "TOKEN_OF_THIS_TEST"
 STAGES: dict[str, dict[str, Any]] = {
     "rl": {"steps": 2, "promptsPerStep": 2, "samplesPerPrompt": 2, "algorithm": "grpo", "generation": GENERATION},
     "rejectionSampling": {"rounds": 1, "promptsPerRound": 4, "samplesPerPrompt": 2, "generation": GENERATION},
@@ -181,7 +181,7 @@ async def test_new_certificates_are_taken_without_a_restart(
     (secret / "tls.key").write_bytes((authority.issue(tmp_path / "next", "localhost") / "tls.key").read_bytes())
     assert stub.GetPolicyInfo(request, timeout=5)
     assert ask(target, old, token)
-    time.sleep(1.05)  # the servers of the fixture look once a second
+    await asyncio.sleep(1.05)  # the servers of the fixture look once a second
     (Authority("new") if new_authority else authority).issue(secret, "localhost", "*.ml.svc")
     assert ask(target, own, token)
     assert stub.GetPolicyInfo(request, timeout=5)

@@ -15,7 +15,8 @@ import steersman
 from steersman.rpc.server import ServerConfig
 cache = ServerConfig().cache_dir
 cache.mkdir(parents=True, exist_ok=True)
-print(json.dumps([os.getuid(), getpass.getuser(), str(pathlib.Path.home()), os.access(pathlib.Path.home(), os.W_OK), str(cache)]))
+home = pathlib.Path.home()
+print(json.dumps([os.getuid(), getpass.getuser(), str(home), os.access(home, os.W_OK), str(cache)]))
 """
 
 
@@ -23,10 +24,8 @@ print(json.dumps([os.getuid(), getpass.getuser(), str(pathlib.Path.home()), os.a
 def test_an_unknown_uid_without_a_home_gets_both(tmp_path, environment) -> None:
     sandbox.require()
     code, output = sandbox.run(["python", "-c", ASK], root=tmp_path / "root", uid=1000710000, environment=environment)
-    assert (code, output.strip()) == (
-        0,
-        '[1000710000, "uid1000710000", "/tmp/steersman-1000710000", true, "/tmp/steersman-1000710000/.cache/steersman"]',
-    )
+    home = "/tmp/steersman-1000710000"
+    assert (code, output.strip()) == (0, f'[1000710000, "uid1000710000", "{home}", true, "{home}/.cache/steersman"]')
 
 
 def test_a_home_that_can_be_made_is_kept(tmp_path) -> None:

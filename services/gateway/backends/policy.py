@@ -8,8 +8,8 @@ import grpc
 
 from services.gateway.backends.base import ReplicaInfo
 from services.gateway.errors import BadRequestError
-from steersman.errors import UnavailableError, from_grpc
 from steersman.config.tls import ClientTls
+from steersman.errors import UnavailableError, from_grpc
 from steersman.rpc.client import open_aio_channel
 from steersman.v1.policy_pb2 import GetPolicyInfoRequest, PolicyServiceChatRequest, PolicyServiceChatResponse
 from steersman.v1.policy_pb2_grpc import PolicyServiceStub

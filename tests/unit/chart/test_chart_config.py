@@ -115,8 +115,8 @@ def test_every_object_that_the_controller_touches_is_in_its_role(helm, find):
     rules = find(helm.render("default"), "Role", "controller")["rules"]
     allowed = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
     touched = {
-        *((kind, "create") for kind in ("jobs", "statefulsets", "services", "configmaps", "events")),
-        *((kind, "list") for kind in ("jobs", "statefulsets", "pods", PLURAL)),
+        *((kind, "create") for kind in ("jobs", "statefulsets", "services", "configmaps", "events", "secrets")),
+        *((kind, "list") for kind in ("jobs", "statefulsets", "pods", "events", PLURAL)),
         *((kind, "watch") for kind in ("jobs", "statefulsets", "pods", PLURAL)),
         *((kind, "get") for kind in ("configmaps", "inferenceservices", "pods/log", PLURAL)),
         *((kind, "patch") for kind in ("statefulsets", "inferenceservices", PLURAL, f"{PLURAL}/status")),

@@ -7,10 +7,61 @@ import sys
 
 import pytest
 
+from steersman.local.process import free_ports
+
 
 # torchrun makes one dollar of two.
 @pytest.mark.parametrize(("command", "code"), [("exit 3", 3), ("kill -9 $$$$", 137), ("true", 0)])
 def test_the_code_of_the_rank_is_the_code_of_the_launcher(command, code):
-    launch = ["--standalone", "--nproc-per-node=1", "--max-restarts=0", "--no-python", "sh", "-c", command]
+    launch = ["--one-machine", "--nproc-per-node=1", "--max-restarts=0", "--no-python", "sh", "-c", command]
     done = subprocess.run([sys.executable, "-m", "training.ranks", *launch], capture_output=True, check=False)
     assert done.returncode == code, done.stderr.decode()[-500:]
+
+
+MEET = """
+import os, time
+from pathlib import Path
+import psutil
+import torch
+import torch.distributed as dist
+from training import RANKS_FILE
+from training.parallel import meet
+
+meet("cpu")
+total = torch.ones(1) * (dist.get_rank() + 1)
+dist.all_reduce(total)
+assert total.item() == 3
+assert Path(os.environ[RANKS_FILE]).parent.stat().st_mode & 0o077 == 0
+me = [psutil.Process(), psutil.Process(os.getppid())]
+open_to = {c.laddr.ip for process in me for c in process.connections("all") if c.status == "LISTEN" and c.laddr}
+assert open_to <= {"127.0.0.1", "::1"}, open_to
+dist.barrier()
+"""
+
+
+def test_ranks_of_one_machine_meet_without_a_port_that_others_reach(tmp_path):
+    """Neither the launcher nor a rank listens on an address that another machine reaches."""
+    (tmp_path / "meet.py").write_text(MEET)
+    launch = ["--one-machine", "--nproc-per-node=2", "--max-restarts=0", str(tmp_path / "meet.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "training.ranks", *launch], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_workers_of_several_machines_meet_by_a_store_that_unpickles_nothing(tmp_path):
+    """As the controller starts them; here both on this machine."""
+    (tmp_path / "meet.py").write_text(MEET.partition("assert Path")[0])
+    port = free_ports(1)[0]
+    common = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=static", "--rdzv-conf=timeout=60"]
+    common += [f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=a-run", "--max-restarts=0"]
+    command = [sys.executable, "-m", "training.ranks", *common]
+    ranks = [
+        subprocess.Popen(
+            [*command, f"--node-rank={rank}", str(tmp_path / "meet.py")], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, said = rank.communicate(timeout=120)
+        assert rank.returncode == 0, said[-2000:]
