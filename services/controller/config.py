@@ -57,6 +57,10 @@ class ControllerConfig(FrozenModel):
     """None: this is the only replica."""
     resync_seconds: Seconds = 15.0
     """How often every running run is looked at without an event."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """Name of a GPU as a resource of this cluster's nodes."""
+    host: str = "0.0.0.0"
+    """Address that metrics listen on; `::` for IPv6."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Prometheus metrics; None: none."""
     health_port: Annotated[int, Field(ge=0, le=65535)] | None = None

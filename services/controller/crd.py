@@ -232,6 +232,9 @@ _ANNOTATIONS = """\
     helm.sh/resource-policy: keep
     {{- end }}
     steersman.dev/chart: {{ .Chart.Name }}
+    {{- with .Values.commonAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   labels:
     {{- include "steersman.labels" (dict "root" . "component" "crd") | nindent 4 }}
 """

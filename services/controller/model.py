@@ -35,6 +35,7 @@ class Settings:
     storage: Storage = field(default_factory=Storage)
     can_watch: bool = False
     """Live signals can be read, so a canary is possible."""
+    gpu_resource: str = "nvidia.com/gpu"
     tls: ClientTls | None = None
     """Certificates as the pods of runs see them; None: services speak plain text."""
 

@@ -200,7 +200,8 @@ def service_objects(
     name = object_name(manifest.metadata.name, service)
     spec: ServiceSpec = getattr(manifest.spec.services, service)
     labels = {POOL_LABEL: manifest.metadata.name, "app.kubernetes.io/component": service}
-    template = _pod(settings.templates[service], {**labels, RUN_LABEL: manifest.metadata.name}, spec.resources)
+    of_pods = {**labels, RUN_LABEL: manifest.metadata.name}
+    template = _pod(settings.templates[service], of_pods, spec.resources, settings)
     container = template["spec"]["containers"][0]
     container["args"] = [
         *(container.get("args") or []),
@@ -292,7 +293,7 @@ def stage_objects(run: Manifest, manifest: AlignmentRun, index: int, settings: S
 
 def _stage_pod(run: Manifest, manifest: AlignmentRun, stage: str, labels: dict[str, str], settings: Settings) -> Json:
     """The pod of a stage: it puts manifest, base model and data into the run's folder, then runs the stage."""
-    template = _pod(settings.templates["trainer"], labels, manifest.spec.trainer.resources)
+    template = _pod(settings.templates["trainer"], labels, manifest.spec.trainer.resources, settings)
     pod = template["spec"]
     pod["restartPolicy"] = "Never"
     folder = run_dir(run, settings.storage)
@@ -321,7 +322,7 @@ def _stage_pod(run: Manifest, manifest: AlignmentRun, stage: str, labels: dict[s
     return template
 
 
-def _pod(template: Json, labels: dict[str, str], resources: Resources) -> Json:
+def _pod(template: Json, labels: dict[str, str], resources: Resources, settings: Settings) -> Json:
     """A copy of a pod template with the run's labels and the manifest's resources."""
     pod = copy.deepcopy(template)
     meta = pod.setdefault("metadata", {})
@@ -333,5 +334,5 @@ def _pod(template: Json, labels: dict[str, str], resources: Resources) -> Json:
     if resources.memory is not None:
         requests["memory"] = limits["memory"] = resources.memory
     if resources.gpus:
-        requests["nvidia.com/gpu"] = limits["nvidia.com/gpu"] = resources.gpus
+        requests[settings.gpu_resource] = limits[settings.gpu_resource] = resources.gpus
     return pod

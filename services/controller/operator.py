@@ -174,10 +174,12 @@ async def serve(config: ControllerConfig) -> None:
     signals = LiveSignals(config.prometheus_url, database) if config.prometheus_url and database else None
     model_registry = Registry(config.mlflow_url, config.registered_model) if config.mlflow_url else None
     if config.metrics_port is not None:
-        start_http_server(config.metrics_port)
+        start_http_server(config.metrics_port, config.host)
     async with ApiClient() as client:
         kube = Kube(client)
-        settings = Settings(templates, config.storage, can_watch=signals is not None, tls=config.run_tls)
+        settings = Settings(
+            templates, config.storage, signals is not None, gpu_resource=config.gpu_resource, tls=config.run_tls
+        )
         reconciler = Reconciler(kube, settings, signals=signals, registry=model_registry)
         health = Health(kube, config)
         probes = Probes(health, lambda: dry_look(kube, settings, config.namespaces))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ from pydantic import Field, model_validator
 from services.gateway.tools.config import ToolsConfig
 from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
 from steersman.config.tls import ClientTls, Tls
+from steersman.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -179,6 +181,8 @@ class GatewayConfig(FrozenModel):
     not there. None: beside a SQLite file, or in PostgreSQL, where whoever may read the table can forge sessions."""
     secret_env: str | None = None
     """Environment variable with that secret, at least 32 characters; goes before the file."""
+    database_env: str | None = None
+    """Environment variable with that URL, where it holds a password; it wins."""
     require_api_key: bool | None = None
     """None: yes, unless only this machine can reach the gateway."""
     identity: IdentityConfig = IdentityConfig()
@@ -196,6 +200,16 @@ class GatewayConfig(FrozenModel):
                 "outside; use jwt or signedHeader, or host: 127.0.0.1"
             )
         return self
+
+    @property
+    def database_url(self) -> str | None:
+        """Of the database; ConfigError when its environment variable is not set."""
+        if self.database_env is None:
+            return self.database
+        url = os.environ.get(self.database_env)
+        if not url:
+            raise ConfigError(f"databaseEnv: {self.database_env} is not set; put the database's URL there")
+        return url
 
     @property
     def auth_required(self) -> bool:

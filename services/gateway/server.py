@@ -59,7 +59,7 @@ class Gateway:
         self.port = 0
         self.grpc_port = 0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        database = config.database
+        database = config.database_url
         if database is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="steersman-gateway-")
             database = f"sqlite:///{self._scratch.name}/gateway.db"

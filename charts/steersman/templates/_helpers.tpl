@@ -1,4 +1,4 @@
-{{/* Names, labels, images and small shared blocks. Every template takes a dict with `root` (the top context). */}}
+{{/* Names, labels, metadata, images. Every template takes a dict with `root` (the top context). */}}
 
 {{- define "steersman.fullname" -}}
 {{- if .Values.fullnameOverride -}}
@@ -21,6 +21,9 @@ app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 app.kubernetes.io/part-of: steersman
 {{ include "steersman.componentLabels" . }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{/* What pods of a component have in common, those that the controller starts for a run included. */}}
@@ -34,6 +37,30 @@ app.kubernetes.io/component: {{ .component }}
 {{- define "steersman.selectorLabels" -}}
 {{ include "steersman.componentLabels" . }}
 steersman.dev/pool: shared
+{{- end -}}
+
+{{/*
+Metadata of an object. dict:
+  root, component
+  name         another name than the component's
+  namespace    another one than the release's
+  labels       further labels
+  annotations  further annotations; they win over commonAnnotations
+*/}}
+{{- define "steersman.metadata" -}}
+name: {{ default (include "steersman.name" .) .name }}
+{{- with .namespace }}
+namespace: {{ . }}
+{{- end }}
+labels:
+  {{- include "steersman.labels" . | nindent 2 }}
+  {{- with .labels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with merge (dict) (default dict .annotations) .root.Values.commonAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{/* Image reference: dict root, image (one of .Values.images). A digest wins over a tag. */}}
@@ -50,12 +77,16 @@ steersman.dev/pool: shared
 {{- default (printf "%s-artifacts" (include "steersman.fullname" .)) .Values.artifacts.existingClaim -}}
 {{- end -}}
 
-{{/* Paths of the certificate inside every pod, as the services' configuration wants them. */}}
-{{- define "steersman.tlsConfig" -}}
-tls:
-  cert: /etc/steersman/tls/tls.crt
-  key: /etc/steersman/tls/tls.key
-  {{- if .Values.tls.clientCa }}
-  clientCa: /etc/steersman/tls/ca.crt
-  {{- end }}
+{{/* Secret with the certificate; empty: plain text. */}}
+{{- define "steersman.tlsSecret" -}}
+{{- if .Values.tls.certManager.enabled -}}
+{{- default (printf "%s-tls" (include "steersman.fullname" .)) .Values.tls.secretName -}}
+{{- else -}}
+{{- .Values.tls.secretName -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Namespaces whose runs the controller executes, as a JSON list. */}}
+{{- define "steersman.namespaces" -}}
+{{- default (list .Release.Namespace) .Values.controller.namespaces | toJson -}}
 {{- end -}}

@@ -1,8 +1,8 @@
 """API keys: `sk-<id>-<secret>`, of which only the id and a hash of the secret are kept.
 
-python -m services.gateway.auth.keys --database URL create --tenant acme --scope chat --scope feedback
-python -m services.gateway.auth.keys --database URL list
-python -m services.gateway.auth.keys --database URL revoke ID
+python -m services.gateway.auth.keys [--database URL] create --tenant acme --scope chat --scope feedback
+python -m services.gateway.auth.keys [--database URL] list
+python -m services.gateway.auth.keys [--database URL] revoke ID
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import datetime as dt
 import hashlib
 import hmac
+import os
 import re
 import secrets
 import sys
@@ -27,6 +28,8 @@ from steersman.store.engine import Store
 from steersman.store.models import now
 
 _FORMAT = re.compile(r"^sk-([0-9a-f]{12})-([A-Za-z0-9_-]{43})$")
+DATABASE_ENV = "STEERSMAN_DATABASE"
+"""As the chart sets it: the URL holds a password, which arguments would show to everybody on the machine."""
 _CACHE_SECONDS = 10.0
 """A revoked key works at most this much longer."""
 _CACHE_SIZE = 10_000
@@ -130,7 +133,7 @@ def _digest(secret: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m services.gateway.auth.keys", description="API keys.")
-    parser.add_argument("--database", required=True, help="URL, as in the gateway's configuration")
+    parser.add_argument("--database", help=f"URL, as in the gateway's configuration; without it ${DATABASE_ENV}")
     commands = parser.add_subparsers(dest="command", required=True)
     create = commands.add_parser("create", help="make a key and print it")
     create.add_argument("--tenant", required=True)
@@ -145,7 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
-        store = open_store(options.pop("database"))
+        database = options.pop("database") or os.environ.get(DATABASE_ENV)
+        if not database:
+            raise InvalidArgumentError(f"--database is missing, and {DATABASE_ENV} is not set; give one of them")
+        store = open_store(database)
         if command == "create":
             print(create_key(store, options.pop("tenant"), options.pop("scope"), **options))
         elif command == "revoke":

@@ -140,7 +140,7 @@ def test_scoring_is_for_trainers_and_the_gateway_is_for_those_who_are_named(helm
     names = [peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for peer in named]
     assert names == ["ingress", "business-apps"]
     assert test["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test", "helm test"
-    assert set(ingress(find(documents, "NetworkPolicy", "controller"))) == {9090}
+    assert ingress(find(documents, "NetworkPolicy", "controller")) == {8080: ["test"], 9090: ["outside"]}
 
 
 def test_the_controllers_rights_are_just_its_calls(helm, find):
@@ -152,7 +152,7 @@ def test_the_controllers_rights_are_just_its_calls(helm, find):
         for resource in rule["resources"]
     }
     assert not any("*" in (*key, *verbs) for key, verbs in rules.items())
-    assert ("", "secrets") not in rules
+    assert rules["", "secrets"] == {"create"}, "it draws a token for each run, and reads none"
     assert rules["serving.kserve.io", "inferenceservices"] == {"get", "patch"}
     assert rules["steersman.dev", "alignmentruns/status"] == {"patch"}
     assert not [item for item in documents if item["kind"] == "ClusterRoleBinding"]
@@ -201,15 +201,19 @@ def test_a_kserve_predictor_holds_engine_and_gateway(helm, find):
     assert stop["kserve-container"] > stop["transformer-container"]
     assert "drainSeconds=120" in engine["args"]
     assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] > stop["kserve-container"] + 120
-    (probe,) = find(documents, "Pod", "test")["spec"]["containers"]
+    probe = find(documents, "Pod", "test")["spec"]["containers"][0]
     assert probe["args"][-1] == "http://chat-predictor/readyz"
 
 
 def test_helm_test_asks_every_shared_service(helm, find):
-    (probe,) = find(helm.render(*EVERYTHING), "Pod", "test")["spec"]["containers"]
+    probe, ready, look = find(helm.render(*EVERYTHING), "Pod", "test")["spec"]["containers"]
     targets = [word for word in probe["args"] if word.startswith("steersman-")]
     ports = {**SERVICES, "gateway": 8081}
-    assert sorted(targets) == sorted(f"steersman-{name}:{port}" for name, port in ports.items())
+    assert sorted(targets) == sorted(f"steersman-{name}.ml.svc:{port}" for name, port in ports.items())
+    assert ready["args"][-1] == "http://steersman-controller:8080/readyz"
+    assert look["args"][-1] == "http://steersman-controller:8080/dry-look"
+    for program in (ready, look):
+        compile(program["args"][0], "test", "exec")
 
 
 def test_the_small_profile_fits_four_cores(helm):
