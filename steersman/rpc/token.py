@@ -27,9 +27,7 @@ def read_token(variable: str | None, field: str) -> str | None:
     if not token:
         raise ConfigError(f"{field}: the environment variable {variable} is not set; put the service's token there")
     if not all("!" <= character <= "~" for character in token):
-        raise ConfigError(
-            f"{field}: the token in {variable} holds what a header cannot carry; take another"
-        )
+        raise ConfigError(f"{field}: the token in {variable} holds what a header cannot carry; take another")
     return token
 
 

@@ -139,9 +139,7 @@ def sample_of(response: policy_pb2.GenerateResponse) -> Sample:
 class RewardClient(Remote):
     """One replica of the reward service."""
 
-    def __init__(
-        self, target: str, fingerprint: str, patience: float, note: Note, access: Access = Access()
-    ) -> None:
+    def __init__(self, target: str, fingerprint: str, patience: float, note: Note, access: Access = Access()) -> None:
         super().__init__((target,), "steersman.v1.RewardService", patience, note, access)
         self._stub = reward_pb2_grpc.RewardServiceStub(self.channels[0])
         self._fingerprint = fingerprint
@@ -195,9 +193,7 @@ def score_of(score: reward_pb2.ItemScore) -> Score:
 class ReferenceClient(Remote):
     """One replica of the reference service."""
 
-    def __init__(
-        self, target: str, fingerprint: str, patience: float, note: Note, access: Access = Access()
-    ) -> None:
+    def __init__(self, target: str, fingerprint: str, patience: float, note: Note, access: Access = Access()) -> None:
         super().__init__((target,), "steersman.v1.ReferenceService", patience, note, access)
         self._stub = reference_pb2_grpc.ReferenceServiceStub(self.channels[0])
         self._fingerprint = fingerprint
