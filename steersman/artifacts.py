@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from steersman.data.records import file_digest
 from steersman.errors import ChecksumError, NotFoundError, SteersmanError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EMFILE, errno.ENFILE}
 _PARTIAL = ".partial-"
 
 
@@ -66,6 +69,36 @@ def storage_errors(target: Path, partial: Path | None = None) -> Iterator[None]:
             "or set spec.artifacts to another place",
             details={"path": str(target), "free_bytes": free},
         ) from error
+
+
+def refusal(error: BaseException) -> StorageError | None:
+    """One sentence for an OSError that says why a file or folder cannot be used; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in _REFUSED:
+        return None
+    mend = "give a folder that can be read and written"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        mend = "raise the limit of open files (ulimit -n)"
+    return StorageError(f"{error.filename or 'a file'} cannot be used ({error.strerror}); {mend}")
+
+
+def read_json(path: Path, mend: str) -> dict[str, Any] | None:
+    """Content of a file that holds one JSON object; None when there is no such file.
+
+    Args:
+        mend: what to do when it is damaged.
+
+    Raises:
+        ChecksumError: it is cut short or no JSON object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ChecksumError(f"{path} is damaged ({error}); {mend}") from None
+    if not isinstance(content, dict):
+        raise ChecksumError(f"{path} is damaged (it holds no JSON object); {mend}")
+    return content
 
 
 def _is_full(error: BaseException) -> bool:

@@ -114,8 +114,10 @@ class ConsoleReporter:
         assert self._metrics is not None
         with storage_errors(self._metrics):
             if not self._continued:
-                drop_rows_from(self._metrics, row["step"])
+                damaged = drop_rows_from(self._metrics, row["step"])
                 self._continued = True
+                if damaged:
+                    self.note(f"{damaged} damaged lines of {self._metrics} went to {self._metrics.name}.damaged")
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
@@ -128,17 +130,36 @@ def say(stage: str, text: str) -> None:
     view.note(text)
 
 
-def drop_rows_from(path: Path, step: int) -> None:
-    """Removes the rows of `step` and later steps, and the torn last line of a killed writer; makes the folder."""
+def drop_rows_from(path: Path, step: int) -> int:
+    """Removes the rows of `step` and later steps, and the torn last line of a killed writer; makes the folder.
+
+    Returns:
+        Number of damaged lines, which go to a file `.damaged` beside it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = [_row_of(line) for line in lines]
+    kept = [line for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] < step]
+    damaged = [line for line, row in zip(lines, rows, strict=True) if row is None and line.endswith(b"\n")]
+    if damaged:
+        with path.with_name(f"{path.name}.damaged").open("ab") as file:
+            file.writelines(damaged)
     if kept != lines:
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
+        partial.write_bytes(b"".join(kept))
         partial.replace(path)
+    return len(damaged)
+
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """The row of a whole line; None for a torn or damaged one."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _plain(value: float) -> float | None:

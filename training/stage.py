@@ -7,12 +7,14 @@ again; one that was killed continues. The last line on standard error is the rea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import shutil
 import sys
 from pathlib import Path
 
+from steersman.artifacts import refusal, storage_errors
 from steersman.config.base import dump_yaml
 from steersman.config.manifest import AlignmentRun, load_manifest
 from steersman.config.stages import (
@@ -20,8 +22,10 @@ from steersman.config.stages import (
     mark_complete,
     policy_folder,
     read_complete,
+    reward_model_folders,
     sft_folder,
     stage_digest,
+    verified,
 )
 from steersman.errors import ConfigError, SteersmanError
 from steersman.local.takeover import made_elsewhere, take_over
@@ -62,9 +66,13 @@ def main() -> None:
     prefer_yielding_threads()
     try:
         run_stage(arguments.run_dir.absolute(), arguments.stage, arguments.set)
-    except SteersmanError as error:
-        print(f"{arguments.stage}: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+    except (SteersmanError, OSError) as error:
+        told = error if isinstance(error, SteersmanError) else refusal(error)
+        if told is None:
+            raise
+        with contextlib.suppress(OSError):  # a full disk takes no last words
+            print(f"{arguments.stage}: {told}", file=sys.stderr, flush=True)
+        raise SystemExit(told.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -90,9 +98,10 @@ def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
         if is_first:
             print(f"{name}: {take_over(run, name, run_dir)}", flush=True)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    if is_first:
-        (folder / "config.yaml").write_text(dump_yaml(stage.spec))
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_first:
+            (folder / "config.yaml").write_text(dump_yaml(stage.spec))
     module, function = _RUNNERS[stage.kind]
     with ConsoleReporter(name, folder / "metrics.jsonl") if is_first else SilentReporter() as reporter:
         context = build_context(run, name, run_dir, reporter)
@@ -125,6 +134,12 @@ def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):
                 raise ConfigError(f"data.{kind}: {path} does not exist; check the path in the manifest")
     cache_dir = ServerConfig().cache_dir
     base = resolve_model(spec.model.base, cache_dir, spec.model.revision, note=reporter.note)
+    policy, sft = policy_folder(run, name, run_dir), sft_folder(run, name, run_dir)
+    if os.environ.get("RANK", "0") == "0":
+        reporter.activity("comparing the models of earlier stages with their checksums")
+        for folder in {policy, sft, *reward_model_folders(run, name, run_dir).values()}:
+            if folder is not None:
+                verified(run_dir, folder)
     return StageContext(
         run=run,
         run_dir=run_dir,
@@ -132,8 +147,8 @@ def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):
         name=name,
         spec=spec,
         base_model=base,
-        policy_model=policy_folder(run, name, run_dir) or base,
-        sft_model=sft_folder(run, name, run_dir),
+        policy_model=policy or base,
+        sft_model=sft,
         seed=spec.seed,
         reporter=reporter,
         device=device,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from steersman.artifacts import refusal
 from steersman.cli import cluster, data, doctor, init, runs
 
 if TYPE_CHECKING:
@@ -73,10 +74,11 @@ def main() -> NoReturn:
         raise
     except Exception as error:
         # Errors of the tree and failed stages carry an exit code; everything else is a defect and keeps its trace.
-        code = getattr(error, "exit_code", None)
+        told = refusal(error) or error
+        code = getattr(told, "exit_code", None)
         if code is None:
             raise
-        _fail(str(error), code)
+        _fail(str(told), code)
     raise SystemExit(0)
 
 

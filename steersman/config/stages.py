@@ -15,10 +15,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from steersman.artifacts import manifest_of_hashes
+from steersman.artifacts import manifest_of_hashes, read_json, storage_errors, verify
 from steersman.config.manifest import AlignmentRun, DataSplits
 from steersman.data.records import file_digest, read_lines
-from steersman.errors import ConfigError, DataError
+from steersman.errors import ChecksumError, ConfigError, DataError, FailedPreconditionError
 
 SEVERAL_RANKS = ("sft", "reward_model", "rl", "dpo", "kto")
 """Kinds of stages that `trainer.workers` ranks share; the others run as one process."""
@@ -81,8 +81,13 @@ def data_digests(run: AlignmentRun, run_dir: Path) -> dict[str, str]:
 
 def read_complete(run_dir: Path, name: str) -> dict[str, Any] | None:
     """Content of a stage's complete.json; None when the stage is not complete."""
-    path = run_dir / name / "complete.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    folder = run_dir / name
+    content = read_json(folder / "complete.json", f"remove {folder} and start the run again, which makes it anew")
+    if content is not None and not {"digest", "files"} <= content.keys():
+        raise ChecksumError(
+            f"{folder / 'complete.json'} is damaged (fields are missing); remove {folder} and start again"
+        )
+    return content
 
 
 def mark_complete(run: AlignmentRun, name: str, run_dir: Path) -> None:
@@ -96,8 +101,25 @@ def mark_complete(run: AlignmentRun, name: str, run_dir: Path) -> None:
         "files": hashes,
     }
     partial = folder / ".complete.json"
-    partial.write_text(json.dumps(content, indent=2))
-    partial.rename(folder / "complete.json")
+    with storage_errors(partial):
+        partial.write_text(json.dumps(content, indent=2))
+        partial.rename(folder / "complete.json")
+
+
+def verified(run_dir: Path, folder: Path) -> Path:
+    """The folder of a model that an earlier stage made, after comparing its files with what the stage noted of them.
+
+    Raises:
+        FailedPreconditionError: the stage is not complete: what lies there may be the half of a model.
+        ChecksumError, NotFoundError: a file has changed or is missing.
+    """
+    name = folder.relative_to(run_dir).parts[0]
+    complete = read_complete(run_dir, name)
+    if complete is None:
+        raise FailedPreconditionError(f"{folder}: stage {name} is not complete; run it to its end first")
+    inside = folder.relative_to(run_dir / name).as_posix() + "/"
+    verify(run_dir / name, {file: digest for file, digest in complete["files"].items() if file.startswith(inside)})
+    return folder
 
 
 def weights_folder(run: AlignmentRun, run_dir: Path) -> Path | None:

@@ -25,9 +25,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from steersman.artifacts import read_json
 from steersman.config.manifest import AlignmentRun, ServicesSpec
 from steersman.config.stages import SEVERAL_RANKS
-from steersman.errors import ConfigError, ConflictError, UnavailableError
+from steersman.errors import ChecksumError, ConfigError, ConflictError, StorageError, UnavailableError
 from steersman.local import folder, process
 from steersman.local.memory import memory_folder
 from steersman.local.prepare import data_digests
@@ -186,6 +187,10 @@ def run_child(
         words = process.last_words(log, begin, says)
         # An unforeseen error leaves a stack trace in the log; its last line is not enough to act on.
         known = words.startswith(says)
+        if not known and code == StorageError.exit_code:  # the log could not take the reason either
+            raise StageFailed(
+                f"{name}: the disk of {log.parent} is full or refuses; free some space and run again", code
+            )
         raise StageFailed(words if known else f"{name} failed ({words}); {log} has the whole story", code)
 
 
@@ -217,7 +222,12 @@ def _prepare(run: AlignmentRun, run_dir: Path) -> tuple[AlignmentRun, Path]:
 
 
 def _read_prepared(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    """What `prepare` found; None: nothing, or a file that was cut short, which it writes anew."""
+    try:
+        known = read_json(path, "")
+    except ChecksumError:
+        return None
+    return known if known is not None and {"for", "base", "data", "precision", "device"} <= known.keys() else None
 
 
 def _environment(run: AlignmentRun, base: Path | None = None, *, shared: bool = True) -> dict[str, str]:

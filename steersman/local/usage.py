@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from steersman.artifacts import storage_errors
+
 
 class Usage:
     """Measures while it is open; `usage.json` in the run's folder adds up over restarts."""
@@ -27,9 +29,9 @@ class Usage:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="memory")
         self.seconds: dict[str, float] = {}
         self.peak_memory_gib = 0.0
-        if path.is_file():
-            known = json.loads(path.read_text())
-            self.seconds, self.peak_memory_gib = known["seconds"], known["peak_memory_gib"]
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # cut short: it begins anew
+            known = json.loads(path.read_bytes()) if path.is_file() else {}
+            self.seconds, self.peak_memory_gib = dict(known["seconds"]), float(known["peak_memory_gib"])
 
     def __enter__(self) -> Usage:
         self._thread.start()
@@ -65,8 +67,9 @@ class Usage:
 
     def _save(self) -> None:
         partial = self._path.with_name(f".{self._path.name}")
-        partial.write_text(json.dumps({"seconds": self.seconds, "peak_memory_gib": self.peak_memory_gib}, indent=2))
-        partial.replace(self._path)
+        with storage_errors(self._path):
+            partial.write_text(json.dumps({"seconds": self.seconds, "peak_memory_gib": self.peak_memory_gib}, indent=2))
+            partial.replace(self._path)
 
 
 def tree_memory(*, shared_once: bool = True) -> int:

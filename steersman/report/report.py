@@ -74,13 +74,13 @@ def stage_metrics(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
     stages = {}
     for path in sorted(run_dir.rglob("metrics.jsonl"), key=lambda found: (found.stat().st_mtime_ns, str(found))):
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-            if not line.endswith("\n") or not line.strip():
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n") or not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error.msg}); remove the line or the file.") from None
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: not JSON ({error}); remove the line or the file.") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: a metrics row must be a JSON object; remove the line or the file.")
             rows.append(row)

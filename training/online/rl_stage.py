@@ -29,8 +29,6 @@ from training.parallel import Ranks
 
 def run_rl(spec: RlStage, context: StageContext) -> None:
     """Aligns the policy; `model/` is a plain folder, `adapter/` the PEFT adapter where one was trained."""
-    if (context.stage_dir / "model").is_dir():
-        return  # written last; the process was killed before the stage was marked complete
     quantization(spec.lora, context.device)
     critic_folder = _critic_folder(spec, context)
     demonstrations = _demonstrations(spec, context)
