@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from steersman.nn.trunk import trunk_of
+from steersman.nn.forward import trunk_of
 from training import RANKS_FILE
 
 T = TypeVar("T")

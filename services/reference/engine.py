@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from services.reference.config import ReferenceConfig
+from steersman.nn.forward import predicting_states
 from steersman.nn.hardware import pick_device, pick_precision, set_threads
-from steersman.nn.load import load_causal_lm, load_tokenizer
-from steersman.nn.logprobs import token_logprobs
-from steersman.nn.packed import enable_packed, group_rows, hidden_states, pack
+from steersman.nn.head import OutputHead
+from steersman.nn.load import context_of, load_causal_lm, load_tokenizer
+from steersman.nn.packed import group_rows, pack
+from steersman.nn.parity import choose_forward
 from steersman.nn.prepare import resolve_model
 from steersman.nn.tokens import tokenizer_fingerprint
 from steersman.v1 import common_pb2
@@ -49,12 +51,14 @@ class ReferenceEngine:
         folder = resolve_model(config.model, config.cache_dir, note=log.info)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._model = load_causal_lm(folder, dtype=dtype, device=self._device).requires_grad_(False).eval()
-        enable_packed(self._model)
+        verdict = choose_forward(self._model)
+        self._head = OutputHead(self._model)
+        text = self._model.config.get_text_config(decoder=True)
         self.info = common_pb2.ModelInfo(
             name=config.model_name,
             tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(folder)),
-            vocab_size=self._model.config.vocab_size,
-            max_context=self._model.config.max_position_embeddings,
+            vocab_size=text.vocab_size,
+            max_context=verdict.limit or context_of(text),
             dtype=precision,
             device=str(self._device),
         )
@@ -70,9 +74,8 @@ class ReferenceEngine:
                 [rows[index].prompt for index in indices], [rows[index].response for index in indices]
             )
             batch = pack(groups, self._device)
-            hidden = hidden_states(self._model, batch)
-            head = self._model.get_output_embeddings().weight
-            values, _ = token_logprobs(hidden[batch.predictor], head, batch.targets, temperature=temperature)
+            states = predicting_states(self._model, batch)
+            values, _ = self._head.token_logprobs(states, batch.targets, temperature=temperature)
             parts = torch.split(values, batch.lengths.tolist())
             for part, position in zip(parts, packed_order, strict=True):
                 results[indices[position]] = part.cpu().numpy()

@@ -24,10 +24,12 @@ from transformers import (
 )
 
 from steersman.errors import ConfigError, NotFoundError
+from steersman.nn.dropout import disable_dropout
+from steersman.nn.forward import is_decoder
 from steersman.nn.hardware import DTYPES
+from steersman.nn.parity import skip_padding
 from steersman.nn.render import set_template_options
 from steersman.nn.reward import Aspect, RewardModel, read_settings
-from steersman.nn.trunk import is_decoder, skip_padding
 
 
 def quiet_libraries() -> None:
@@ -164,22 +166,19 @@ def keep_head_in_fp32(model: nn.Module) -> None:
             module.__class__ = _Fp32Linear
 
 
+def context_of(config: Any) -> int:
+    """Tokens of prompt and answer that a decoder was made for; a million where its configuration names no limit."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length", "max_sequence_length")
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), 1_000_000)
+
+
 def ready(model: nn.Module, device: str | None) -> PreTrainedModel:
     """Moves to the device, switches dropout off for good and enters evaluation mode."""
     if device is not None:
         model.to(device)
     disable_dropout(model)
     return model.eval()  # type: ignore[return-value]
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0, so that training mode computes the same function as evaluation mode."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout_prob", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 def _load(auto: type, folder: Path, dtype: torch.dtype | str, attention: str, **options: object) -> nn.Module:

@@ -9,22 +9,19 @@ causally to themselves. Every linear layer sees each token once: G prompts inste
 padding. Only attention, which is cheap at these lengths, works on padded blocks. The result equals
 the padded forward of each whole sequence, gradients included.
 
-It works for every transformers model that uses the `AttentionInterface`.
+Attention itself is in `packed_attention.py`, and which models can be packed is decided by `parity.py`, which computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
-from steersman.errors import ConfigError, InvalidArgumentError
+from steersman.errors import InvalidArgumentError
 
 PACKED_ATTENTION = "steersman_packed"
 _SIMILAR = 0.6
@@ -37,7 +34,9 @@ class Block:
 
     Shapes: `rows` [B] int64, which segments; `index` [B, L] int64, position of the token in the range of all prompts or
     all responses, 0 where padded; `tokens` [S] int64, these positions without padding; `inverse` [S] int64, position of
-    every token in the flattened block; `padding` [B, L] bool; `mask` [B, 1, L, K] bool, which keys a query sees.
+    every token in the flattened block; `padding` [B, L] bool; `mask` [B, 1, L, K] bool, which keys a query sees where
+    it sees everything before it; `places` [B, L] and `seen` [B, K] int64, positions of queries and keys in their own
+    sequence.
     """
 
     rows: Tensor
@@ -46,6 +45,8 @@ class Block:
     inverse: Tensor
     padding: Tensor
     mask: Tensor
+    places: Tensor
+    seen: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,8 @@ class PackedLayout:
     group: Tensor
     """int64 [N], the prompt of every response."""
     longest: int
-    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
-    """Masks as the kernels want them, by block, repetition and dtype: made once, used by every layer."""
+    masks: dict[Hashable, Tensor] = field(default_factory=dict)
+    """Masks as the kernels want them, by rule, block, repetition and dtype: made once, used by every layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +163,13 @@ def _block(lengths: np.ndarray, rows: np.ndarray, context: np.ndarray | None, pr
     index = np.where(real, offsets[:, None] + column, 0)
     own = np.broadcast_to(column[:, None] >= column, (len(rows), width, width))
     if context is None:
-        mask = own.copy()
+        mask, places, seen = own.copy(), column, column
     else:
-        seen = np.arange(int(prompt_lengths.max())) < context[rows, None]
-        mask = np.concatenate([np.broadcast_to(seen[:, None], (len(rows), width, seen.shape[1])), own], axis=2)
+        prompt = np.arange(int(prompt_lengths.max()))
+        real_prompt = prompt < context[rows, None]
+        mask = np.concatenate([np.broadcast_to(real_prompt[:, None], (len(rows), width, len(prompt))), own], axis=2)
+        places = context[rows, None] + column
+        seen = np.concatenate([np.broadcast_to(prompt, (len(rows), len(prompt))), places], axis=1)
     return Block(
         rows=torch.from_numpy(rows),
         index=torch.from_numpy(index),
@@ -173,6 +177,8 @@ def _block(lengths: np.ndarray, rows: np.ndarray, context: np.ndarray | None, pr
         inverse=torch.from_numpy(np.flatnonzero(real)),
         padding=torch.from_numpy(~real),
         mask=torch.from_numpy(np.ascontiguousarray(mask))[:, None],
+        places=torch.from_numpy(np.broadcast_to(places, (len(rows), width)).copy()),
+        seen=torch.from_numpy(np.broadcast_to(seen, (len(rows), mask.shape[2])).copy()),
     )
 
 
@@ -180,136 +186,15 @@ def _to(block: Block, device: torch.device | str) -> Block:
     return Block(*(getattr(block, name).to(device) for name in Block.__slots__))
 
 
-class _Pad(torch.autograd.Function):
-    """[S, ...] -> [B, L, ...] of every block and back; both directions are plain gathers and writes."""
-
-    @staticmethod
-    def forward(ctx: Any, flat: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
-        ctx.blocks, ctx.shape = blocks, flat.shape
-        return tuple(flat[block.index] for block in blocks)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _flatten(grads, ctx.blocks, ctx.shape), None
-
-
-class _Unpad(torch.autograd.Function):
-    """[B, L, ...] of every block -> [S, ...]: the inverse of `_Pad`."""
-
-    @staticmethod
-    def forward(ctx: Any, blocks: tuple[Block, ...], *padded: Tensor) -> Tensor:
-        ctx.blocks = blocks
-        total = sum(len(block.tokens) for block in blocks)
-        return _flatten(padded, blocks, torch.Size((total, *padded[0].shape[2:])))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        result: list[Tensor | None] = [None]
-        for block in ctx.blocks:
-            padded = grads[0][block.index]
-            padded[block.padding] = 0
-            result.append(padded)
-        return tuple(result)
-
-
-def _flatten(padded: Sequence[Tensor], blocks: Sequence[Block], shape: torch.Size) -> Tensor:
-    if len(blocks) == 1:
-        return padded[0].flatten(0, 1)[blocks[0].inverse]
-    flat = padded[0].new_empty(shape)
-    for one, block in zip(padded, blocks, strict=True):
-        flat[block.tokens] = one.flatten(0, 1)[block.inverse]
-    return flat
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    """Grouped-query attention with the query heads of one key head folded into rows.
-
-    Shapes: query [B, L, H, D]; key and value [B, K, KV, D]; mask [B, 1, H / KV * L, K] to add; returns [B, L, H, D].
-    """
-    batch, width, heads, dim = query.shape
-    kv_heads = key.shape[2]
-    fold = heads // kv_heads
-    rows = query.view(batch, width, kv_heads, fold, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
-    out = F.scaled_dot_product_attention(
-        rows, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, scale=scaling
-    )
-    return out.view(batch, kv_heads, fold, width, dim).permute(0, 3, 1, 2, 4).reshape(batch, width, heads, dim)
-
-
-def _mask(layout: PackedLayout, number: int, block: Block, fold: int, dtype: torch.dtype) -> Tensor:
-    """The block's mask as numbers to add, repeated for the query heads of a key head."""
-    found = layout.masks.get((number, fold, dtype))
-    if found is None:
-        hidden = ~block.mask.repeat(1, 1, fold, 1)
-        found = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-        layout.masks[number, fold, dtype] = found
-    return found
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    packed: PackedLayout | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function behind the name `steersman_packed`.
-
-    Shapes: query [1, H, T, D]; key and value [1, KV, T, D]; returns [1, T, H, D].
-    """
-    if packed is None:
-        raise ConfigError("a model in packed mode was called without a layout; use hidden_states()")
-    window = kwargs.get("sliding_window")
-    if window is not None and packed.longest > window:
-        raise ConfigError(f"sequences of {packed.longest} tokens exceed the sliding window of {window}; shorten them")
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ConfigError("models with attention soft-capping or attention sinks are not supported in packed mode")
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    split, fold = packed.prompt_tokens, q.shape[1] // k.shape[1]
-    (prompt_q,), (prompt_k,), (prompt_v,) = (_Pad.apply(states[:split], (packed.prompts,)) for states in (q, k, v))
-    mask = _mask(packed, 0, packed.prompts, fold, q.dtype)
-    out = _Unpad.apply((packed.prompts,), _attend(prompt_q, prompt_k, prompt_v, mask, scaling))
-    if packed.responses:
-        own = [_Pad.apply(states[split:], packed.responses) for states in (q, k, v)]
-        answers = []
-        for number, (block, own_q, own_k, own_v) in enumerate(zip(packed.responses, *own, strict=True), start=1):
-            group = packed.group[block.rows]
-            keys, values = torch.cat([prompt_k[group], own_k], 1), torch.cat([prompt_v[group], own_v], 1)
-            answers.append(_attend(own_q, keys, values, _mask(packed, number, block, fold, q.dtype), scaling))
-        out = torch.cat([out, _Unpad.apply(packed.responses, *answers)])
-    return out[None], None
-
-
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-
-
-def _unwrapped(model: Any) -> Any:
-    """The transformers model below PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def enable_packed(model: nn.Module) -> None:
-    """Switches a transformers model (PEFT-wrapped or not) to packed attention, in place."""
-    base = _unwrapped(model)
-    if not getattr(base, "_supports_attention_backend", False):
-        raise ConfigError(f"{type(base).__name__} has no exchangeable attention; use a decoder such as Llama")
-    base.set_attn_implementation(PACKED_ATTENTION)
-
-
-def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Last hidden states [T, hidden] of the trunk; the LM head is not run."""
-    base = _unwrapped(model)
-    trunk = getattr(base, base.base_model_prefix)
-    output = trunk(
-        input_ids=batch.token_ids[None],
-        position_ids=batch.position_ids[None],
-        use_cache=False,
-        packed=batch.layout,
-    )
-    return output.last_hidden_state[0]
+def rows_of(batch: PackedBatch) -> tuple[list[Tensor], list[int]]:
+    """(whole sequences int64 [L] with their prompts, prompt lengths) of the N responses."""
+    layout = batch.layout
+    lengths = (~layout.prompts.padding).sum(1).tolist()
+    prompts = batch.token_ids[: layout.prompt_tokens].split(lengths)
+    answers = batch.token_ids[layout.prompt_tokens :].split(batch.lengths.tolist())
+    groups = layout.group.tolist()
+    rows = [torch.cat([prompts[group], answer]) for group, answer in zip(groups, answers, strict=True)]
+    return rows, [lengths[group] for group in groups]
 
 
 def group_rows(

@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerBase
 
 from steersman.config.base import FrozenModel
 from steersman.errors import InvalidArgumentError
+from steersman.nn.forward import is_decoder, trunk_of
 from steersman.nn.render import Messages, Tools
 from steersman.nn.tokens import conversation_parts
-from steersman.nn.trunk import is_decoder, trunk_of
 
 REWARD_FILE = "reward.json"
 

@@ -32,6 +32,7 @@ from steersman.artifacts import atomic_dir
 from steersman.config.manifest import RewardModelStage
 from steersman.data.records import Aspects, Message, Preference, Prompt, at, numbered_rows, plain_messages
 from steersman.errors import ConfigError, DataError
+from steersman.nn.forward import is_decoder
 from steersman.nn.load import disable_dropout, load_classifier, load_reward_model, load_tokenizer, quiet_libraries
 from steersman.nn.lora import merge_to_folder, quantization, save_adapter, save_model
 from steersman.nn.prepare import check_tokenizer_matches, resolve_model
@@ -46,7 +47,6 @@ from steersman.nn.reward import (
     write_settings,
 )
 from steersman.nn.tokens import IGNORE, conversation_parts, distinct_pad_token
-from steersman.nn.trunk import is_decoder
 from training.context import DataFiles, StageContext
 from training.mathematics.reward_losses import aspect_loss, binary_loss
 from training.offline.reward_evaluation import ScoredPair, evaluate_pairs, evaluate_ratings

@@ -1,7 +1,8 @@
 """What the stages that TRL trains have in common: options, progress, checkpoints, the start and the end.
 
-TRL computes the losses. Around it: no padding and no repeated prompts in the trunk (`steersman.nn.trunk`), the LM head
-only where a label is, progress for the reporter, checkpoints by time, and artifacts that appear whole or not at all.
+TRL computes the losses. Around it: no padding and no repeated prompts in the trunk (`steersman.nn.forward`), the LM
+head only where a label is, progress for the reporter, checkpoints by time, and artifacts that appear whole or not at
+all.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from steersman.config.manifest import SupervisedStage
 from steersman.errors import ConfigError, DataError, FailedPreconditionError
 from steersman.nn.load import disable_dropout, load_causal_lm, load_tokenizer, quiet_libraries
 from steersman.nn.lora import attach_lora, merge_to_folder, quantization, save_adapter, save_model
+from steersman.nn.parity import skip_padding
 from steersman.nn.prepare import check_tokenizer_matches
 from steersman.nn.tokens import stop_ids
-from steersman.nn.trunk import skip_padding
 from training.context import StageContext
 from training.parallel import Ranks, whole
 

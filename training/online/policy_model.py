@@ -13,15 +13,16 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from steersman.config.algorithms import Critic
 from steersman.config.manifest import Lora
-from steersman.errors import ConfigError, FailedPreconditionError
+from steersman.errors import FailedPreconditionError
+from steersman.nn.forward import predicting_states, unwrapped
+from steersman.nn.head import OutputHead
 from steersman.nn.load import load_causal_lm, load_reward_backbone
-from steersman.nn.logprobs import token_logprobs
 from steersman.nn.lora import attach_lora, quantization
-from steersman.nn.packed import PackedBatch, enable_packed, hidden_states
+from steersman.nn.packed import PackedBatch
+from steersman.nn.parity import choose_forward
 from training.online.publication import WeightsPayload
 from training.parallel import sharded_like, unsharded, whole
 
@@ -65,21 +66,18 @@ class PolicyModel(nn.Module):
         """
         super().__init__()
         torch.manual_seed(seed)
-        self._device, self._precision, self._temperature = device, precision, temperature
+        self.device, self._precision, self._temperature = device, precision, temperature
         base = load_causal_lm(
             folder, dtype=torch.float32, device=device, quantization_config=quantization(lora, device)
         )
-        self._softcap = _softcap(base)
         self._lora = lora
         self.policy: Any = attach_lora(base, lora) if lora is not None else base
-        enable_packed(self.policy)
-        head: Any = base.get_output_embeddings()
-        self.head_weight: Tensor = head.weight
-        self._head_bias: Tensor | None = head.bias
+        choose_forward(self.policy)
+        self._head = OutputHead(self.policy)
         self.critic: nn.Module | None = None
         self.value_head: nn.Linear | None = None
         if critic is not None and critic.kind == "valueHead":
-            self.value_head = nn.Linear(base.config.hidden_size, 1, device=device)
+            self.value_head = nn.Linear(base.config.get_text_config(decoder=True).hidden_size, 1, device=device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         elif critic is not None:
@@ -87,12 +85,12 @@ class PolicyModel(nn.Module):
             self.critic, self.value_head = load_reward_backbone(reward_model, device=device)
             if lora is not None:
                 self.critic = attach_lora(self.critic, lora.model_copy(update={"quantize": None}))
-            enable_packed(self.critic)
+            choose_forward(self.critic)
         self.shared_trunk = self.critic is None
         if gradient_checkpointing:
             for model in (base, self.critic):
                 if model is not None:
-                    _unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
+                    unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: PackedBatch, *, detach_values: bool = False) -> Forward:
         """Log-probabilities and values of the response tokens of a packed batch.
@@ -101,10 +99,10 @@ class PolicyModel(nn.Module):
             detach_values: the value loss must not reach a trunk that the policy shares (critic warm-up).
         """
         with self._autocast():
-            hidden = hidden_states(self.policy, batch)[batch.predictor]
+            hidden = predicting_states(self.policy, batch)
             values = None
             if self.value_head is not None:
-                states = hidden if self.critic is None else hidden_states(self.critic, batch)[batch.predictor]
+                states = hidden if self.critic is None else predicting_states(self.critic, batch)
                 if detach_values and self.shared_trunk:
                     states = states.detach()
                 values = self.value_head(states)[:, 0].float()
@@ -117,22 +115,15 @@ class PolicyModel(nn.Module):
             temperature: None: that of the sampling.
         """
         with self._autocast():
-            return self._token_logprobs(hidden_states(self.policy, batch)[batch.predictor], batch, temperature)
+            return self._token_logprobs(predicting_states(self.policy, batch), batch, temperature)
 
     def _token_logprobs(self, hidden: Tensor, batch: PackedBatch, temperature: float | None = None) -> Tensor:
-        return token_logprobs(
-            hidden,
-            self.head_weight,
-            batch.targets,
-            bias=self._head_bias,
-            temperature=temperature or self._temperature,
-            softcap=self._softcap,
-        )[0]
+        return self._head.token_logprobs(hidden, batch.targets, temperature=temperature or self._temperature)[0]
 
     def _autocast(self) -> Any:
         if self._precision != "bf16":
             return nullcontext()
-        return torch.autocast(self._device, dtype=torch.bfloat16)
+        return torch.autocast(self.device, dtype=torch.bfloat16)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Trainable parameters of the policy."""
@@ -205,19 +196,6 @@ def _merged_layers(policy: Any, dtype: torch.dtype) -> dict[str, Tensor]:
                 weight: Any = module.get_base_layer().weight
                 merged[f"{name}.weight"] = variant.merge_safe(module, "default", weight).to(dtype)
     return merged
-
-
-def _softcap(base: PreTrainedModel) -> float | None:
-    """Cap of the logits; refuses heads that scale them, whose log-probabilities would silently be wrong."""
-    config = base.config.get_text_config()
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ConfigError(f"{type(base).__name__} scales its logits ({name}), which is not supported")
-    return getattr(config, "final_logit_softcapping", None)
-
-
-def _unwrapped(model: Any) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _plain(value: Any) -> Any:

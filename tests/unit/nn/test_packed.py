@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from numeric import assert_same, gradients_of
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from steersman.errors import ConfigError, InvalidArgumentError
-from steersman.nn.packed import enable_packed, hidden_states, pack
+from steersman.errors import InvalidArgumentError
+from steersman.nn.forward import enable_packed, hidden_states
+from steersman.nn.packed import pack
 
 VOCAB = 61
 COMMON = {
@@ -107,10 +108,16 @@ def test_an_empty_prompt_is_refused() -> None:
         pack([(np.zeros(0, np.int32), [np.arange(3)])])
 
 
-def test_a_sliding_window_that_would_cut_is_refused() -> None:
+def test_a_sliding_window_is_kept_past_its_end() -> None:
     config = Qwen2Config(
         num_attention_heads=2, **COMMON, use_sliding_window=True, sliding_window=4, max_window_layers=0
     )
+    groups = groups_of([(5, (3, 11)), (9, (2,)), (2, (7,))])
     model = Qwen2ForCausalLM(config)
-    with pytest.raises(ConfigError, match="sliding window of 4"):
-        packed(model, groups_of([(5, (3,))]))
+    got, _ = packed(model, groups)
+    got_grads = gradients(model, got.mean())
+    want, _ = plain(model, groups)
+    assert_same(got, want)
+    assert_same(got_grads, gradients(model, want.mean()))
+    model.config.sliding_window = 100
+    assert float((plain(model, groups)[0] - want).abs().max()) > 1e-3, "the window makes no difference"

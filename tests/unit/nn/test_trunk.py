@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numeric import assert_same, gradients_of
 
 from steersman.errors import InvalidArgumentError
-from steersman.nn.trunk import _where, can_skip_padding, share_beginnings, skip_padding
+from steersman.nn.parity import skip_padding
+from steersman.nn.sharing import places_of, share_beginnings
 from steersman.testing.models import tiny_llama, tiny_llama_reward, tiny_qwen2, tiny_roberta_reward
 
 
@@ -39,7 +40,7 @@ BATCHES = {
 def test_logits_and_gradients_equal_the_padded_forward(build, rows):
     plain = build()
     quick = copy.deepcopy(plain)
-    assert skip_padding(quick)
+    assert skip_padding(quick).outcome == "agrees"
     batch = padded(rows)
     real = batch["attention_mask"].bool()
     expected, actual = plain(**batch).logits[real], quick(**batch).logits[real]
@@ -77,8 +78,10 @@ def test_rewards_of_a_classifier_are_read_at_the_last_token():
 
 def test_encoders_stay_as_they_are():
     model = tiny_roberta_reward()
-    assert not can_skip_padding(model)
-    assert not skip_padding(model)
+    batch = padded(BATCHES["pairs"])
+    expected = model(**batch).logits
+    assert skip_padding(model).outcome == "agrees"
+    assert torch.equal(model(**batch).logits, expected)
 
 
 def test_left_padding_is_refused():
@@ -97,7 +100,7 @@ def test_every_token_is_found_where_it_was_put(rows):
     groups = share_beginnings(rows)
     tokens = np.concatenate([*(group.prompt for group in groups), *(rest for group in groups for rest in group.rests)])
     width = max(map(len, rows))
-    index = _where(groups, len(rows), width)
+    index = places_of(groups, len(rows), width)
     for row, positions in zip(rows, index, strict=True):
         assert tokens[positions[: len(row)]].tolist() == row.tolist()
         assert (positions[len(row) :] == -1).all()

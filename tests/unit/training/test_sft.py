@@ -17,9 +17,9 @@ from steersman.artifacts import manifest_of_hashes
 from steersman.config.manifest import Lora, Optimizer, SftStage
 from steersman.errors import DataError, FailedPreconditionError
 from steersman.nn.load import load_causal_lm, load_tokenizer
+from steersman.nn.parity import skip_padding
 from steersman.nn.reward import pad_rows
 from steersman.nn.tokens import prompt_ids
-from steersman.nn.trunk import skip_padding
 from steersman.testing.models import save_model_folder, tiny_llama, tiny_tokenizer
 from training.offline.sft import labelled_dataset, run_sft
 from training.offline.trl_setup import Progress, newest_checkpoint

@@ -1,0 +1,153 @@
+"""Attention over a packed row: the function behind the name `steersman_packed`; see `packed.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from steersman.errors import ConfigError
+from steersman.nn.mask_rules import MaskRule, mask_rule
+from steersman.nn.packed import PACKED_ATTENTION, Block, PackedLayout
+
+
+class _Pad(torch.autograd.Function):
+    """[S, ...] -> [B, L, ...] of every block and back; both directions are plain gathers and writes."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
+        ctx.blocks, ctx.shape = blocks, flat.shape
+        return tuple(flat[block.index] for block in blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _flatten(grads, ctx.blocks, ctx.shape), None
+
+
+class _Unpad(torch.autograd.Function):
+    """[B, L, ...] of every block -> [S, ...]: the inverse of `_Pad`."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: tuple[Block, ...], *padded: Tensor) -> Tensor:
+        ctx.blocks = blocks
+        total = sum(len(block.tokens) for block in blocks)
+        return _flatten(padded, blocks, torch.Size((total, *padded[0].shape[2:])))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        result: list[Tensor | None] = [None]
+        for block in ctx.blocks:
+            padded = grads[0][block.index]
+            padded[block.padding] = 0
+            result.append(padded)
+        return tuple(result)
+
+
+def _flatten(padded: Sequence[Tensor], blocks: Sequence[Block], shape: torch.Size) -> Tensor:
+    if len(blocks) == 1:
+        return padded[0].flatten(0, 1)[blocks[0].inverse]
+    flat = padded[0].new_empty(shape)
+    for one, block in zip(padded, blocks, strict=True):
+        flat[block.tokens] = one.flatten(0, 1)[block.inverse]
+    return flat
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """How a layer scores."""
+
+    scale: float | None
+    softcap: float | None
+    """Gemma 2."""
+    sinks: Tensor | None
+    """[H], a score that takes attention and gives nothing (gpt-oss)."""
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: _Scores) -> Tensor:
+    """Grouped-query attention with the query heads of one key head folded into rows.
+
+    Shapes: query [B, L, H, D]; key [B, K, KV, D]; value [B, K, KV, E]; mask [B, 1, H / KV * L, K] to add; returns
+    [B, L, H, E].
+    """
+    batch, width, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    fold = heads // kv_heads
+    rows = query.view(batch, width, kv_heads, fold, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+    keys, values = key.transpose(1, 2), value.transpose(1, 2)
+    if how.softcap is None and how.sinks is None:
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=how.scale)
+    else:
+        out = _weights(rows, keys, mask, how, width) @ values
+    out = out.view(batch, kv_heads, fold, width, -1).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch, width, heads, -1)
+
+
+def _weights(rows: Tensor, keys: Tensor, mask: Tensor, how: _Scores, width: int) -> Tensor:
+    """[B, KV, H / KV * L, K] in the dtype of the keys: softmax in fp32, with soft cap and sinks."""
+    scores = rows @ keys.transpose(2, 3) * (rows.shape[-1] ** -0.5 if how.scale is None else how.scale)
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    scores = (scores + mask).float()
+    if how.sinks is None:
+        return scores.softmax(-1).to(keys.dtype)
+    sinks = how.sinks.float().view(1, keys.shape[1], -1, 1, 1).expand(len(rows), -1, -1, width, 1).flatten(2, 3)
+    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1].to(keys.dtype)
+
+
+def _mask(layout: PackedLayout, number: int, block: Block, rule: MaskRule | None, fold: int, like: Tensor) -> Tensor:
+    """The block's mask as numbers to add, repeated for the query heads of a key head."""
+    key = (None if rule is None else rule.key, number, fold, like.dtype)
+    found = layout.masks.get(key)
+    if found is None:
+        seen = block.mask if rule is None else block.mask & rule.sees(block.places, block.seen)[:, None]
+        hidden = ~seen.repeat(1, 1, fold, 1)
+        found = torch.zeros(hidden.shape, dtype=like.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        layout.masks[key] = found
+    return found
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | MaskRule | None,
+    scaling: float | None = None,
+    packed: PackedLayout | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function behind the name `steersman_packed`.
+
+    Shapes: query [1, H, T, D]; key [1, KV, T, D]; value [1, KV, T, E]; returns [1, T, H, E].
+    """
+    if packed is None:
+        raise ConfigError("a model in packed mode was called without a layout; use hidden_states()")
+    if isinstance(attention_mask, Tensor):
+        raise ConfigError(f"{type(module).__name__} makes its own attention masks, which do not fit a packed row")
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    split, fold = packed.prompt_tokens, q.shape[1] // k.shape[1]
+    how = _Scores(scaling, softcap, s_aux)
+    (prompt_q,), (prompt_k,), (prompt_v,) = (_Pad.apply(states[:split], (packed.prompts,)) for states in (q, k, v))
+    mask = _mask(packed, 0, packed.prompts, attention_mask, fold, q)
+    out = _Unpad.apply((packed.prompts,), _attend(prompt_q, prompt_k, prompt_v, mask, how))
+    if packed.responses:
+        own = [_Pad.apply(states[split:], packed.responses) for states in (q, k, v)]
+        answers = []
+        for number, (block, own_q, own_k, own_v) in enumerate(zip(packed.responses, *own, strict=True), start=1):
+            group = packed.group[block.rows]
+            keys, values = torch.cat([prompt_k[group], own_k], 1), torch.cat([prompt_v[group], own_v], 1)
+            mask = _mask(packed, number, block, attention_mask, fold, q)
+            answers.append(_attend(own_q, keys, values, mask, how))
+        out = torch.cat([out, _Unpad.apply(packed.responses, *answers)])
+    return out[None], None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, mask_rule)
