@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from steersman.artifacts import storage_errors
 from steersman.config.manifest import EvaluateStage
 from steersman.errors import FailedPreconditionError
+from steersman.nn.load import load_causal_lm
 from steersman.report.schema import Evaluation, Message, RewardModelEvaluation, Sample
 from steersman.rewards import Reward, build_reward
 from training.context import StageContext
@@ -81,8 +81,11 @@ def _answer(
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All parameters of a plain model folder by name."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    """All parameters of a plain model folder by the names that the loaded model gives them, in the folder's dtype.
+
+    A file's own names are those of whoever wrote it: experts one by one, buffers, a hub's prefix, a second format.
+    """
+    return {name: one.data for name, one in load_causal_lm(folder, dtype="auto").named_parameters()}
 
 
 def _sample(prompt: Prompt, index: int, item: Scored, checks: Mapping[str, Reward]) -> Sample:

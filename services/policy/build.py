@@ -48,7 +48,7 @@ def build_engine(config: PolicyConfig) -> Engine:
     if config.engine == "transformers":
         from services.policy.engines.transformers_engine import TransformersEngine
 
-        return TransformersEngine(model_folder(config), name=config.model_name, **options)
+        return TransformersEngine(model_folder(config), name=config.model_name, on_death=_stop_process, **options)
     try:
         from services.policy.engines.vllm_engine import VllmEngine
     except ModuleNotFoundError as error:

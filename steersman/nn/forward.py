@@ -8,6 +8,7 @@ found by computing (`parity.py`), not by its family.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -31,8 +32,12 @@ def unwrapped(model: Any) -> Any:
 def trunk_of(model: nn.Module) -> nn.Module:
     """The transformer below the head of a causal LM or sequence classifier, PEFT-wrapped or not."""
     base = unwrapped(model)
-    named = getattr(base, base.base_model_prefix, None)  # Llama 4 text names a part that it does not have
-    return base.model if named is None else named
+    trunk: Any = getattr(base, base.base_model_prefix, None)  # Llama 4 text names a part that it does not have
+    if trunk is None:
+        trunk = base.model
+    # Families that began as encoder-decoders call the decoder itself.
+    calls = inspect.unwrap(type(base).forward).__code__.co_names
+    return trunk.decoder if "decoder" in calls and hasattr(trunk, "decoder") else trunk
 
 
 def is_decoder(model: nn.Module) -> bool:

@@ -76,7 +76,7 @@ def load_causal_lm(
     """A causal language model in evaluation mode with dropout off.
 
     Args:
-        dtype: of the weights; `fp32`, `bf16` or a torch dtype.
+        dtype: of the weights; `fp32`, `bf16`, a torch dtype, or `auto`: as in the folder.
         attention: name of a transformers attention function.
         quantization_config: for QLoRA.
 
@@ -187,7 +187,7 @@ def _load(auto: type, folder: Path, dtype: torch.dtype | str, attention: str, **
         raise NotFoundError(f"{folder}: there is no such model folder; check the path or run the stage that writes it")
     if not has_safetensors(folder):
         raise ConfigError(f"{folder}: no *.safetensors; pickled weights are not loaded, convert them to safetensors")
-    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    kind = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     try:
         config = AutoConfig.from_pretrained(folder)
         config.num_labels = options.pop("num_labels", config.num_labels)

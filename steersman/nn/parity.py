@@ -37,6 +37,8 @@ Group = tuple[np.ndarray, list[np.ndarray]]
 
 NATS = 1e-3
 """Largest difference of a token's log-probability, or of a score, that rounding explains in a tiny model in fp32."""
+_MOST_TO_COPY = 1_000_000_000
+"""Parameters of a model that is checked itself where no small one can be built."""
 SLOPE = 5e-3
 """Largest difference of a gradient, relative to the largest one of the model."""
 
@@ -50,6 +52,8 @@ class Verdict:
     """Why it is not the fast way, or not at all."""
     limit: int | None = None
     """Tokens of a row up to which it holds; None: all."""
+    computed: bool = True
+    """False: nothing was, because no small model could be built."""
 
     @property
     def way(self) -> Way:
@@ -82,12 +86,12 @@ def skip_padding(model: nn.Module) -> Verdict:
 
 def causal_verdict(config: PreTrainedConfig) -> Verdict:
     """Of a causal language model: log-probabilities, gradients, padded batches, balance losses."""
-    return _verdict(_Same(config), "causal")
+    return _verdict(SameConfig(config), "causal")
 
 
 def score_verdict(config: PreTrainedConfig) -> Verdict:
     """Of a sequence classifier, decoder or encoder: scores and gradients."""
-    return _verdict(_Same(config), "score")
+    return _verdict(SameConfig(config), "score")
 
 
 _MEANS_NOTHING = {
@@ -100,7 +104,7 @@ _MEANS_NOTHING = {
 }
 
 
-class _Same:
+class SameConfig:
     """A configuration, equal to others that make the same model."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -120,11 +124,11 @@ class _Same:
         return hash(self._key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other._key == self._key
+        return isinstance(other, SameConfig) and other._key == self._key
 
 
 @functools.lru_cache(maxsize=64)
-def _verdict(same: _Same, kind: Literal["causal", "score"]) -> Verdict:
+def _verdict(same: SameConfig, kind: Literal["causal", "score"]) -> Verdict:
     check = _check_causal if kind == "causal" else _check_scores
     auto = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     threads = torch.get_num_threads()
@@ -134,14 +138,14 @@ def _verdict(same: _Same, kind: Literal["causal", "score"]) -> Verdict:
         with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.enable_grad():
             model = tiny_model(auto, same.config)
             verdict = _first_that_agrees(model, check, longest=None)
-            original = _changes_at(same.config)
+            original = changes_at(same.config)
             if verdict.outcome != "agrees" and original is not None:
                 short = _first_that_agrees(model, check, longest=LENGTH)
                 if short.outcome != "refused":
                     reason = f"its rotations change beyond {original} tokens, so rows end there"
                     verdict = replace(short, limit=original, reason=reason)
     except ConfigError as error:
-        verdict = Verdict("refused", float("nan"), error.message)
+        verdict = Verdict("refused", float("nan"), error.message, computed=False)
     finally:
         torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(threads)
@@ -152,6 +156,9 @@ def _accepted(model: nn.Module) -> Verdict:
     base = unwrapped(model)
     name, causal = type(base).__name__, is_decoder(model) and not hasattr(base, "score")
     verdict = (causal_verdict if causal else score_verdict)(base.config)
+    if not verdict.computed and sum(one.numel() for one in base.parameters()) <= _MOST_TO_COPY:
+        plain = copy.deepcopy(base).float().cpu().eval().requires_grad_(True)
+        verdict = _first_that_agrees(plain, _check_causal if causal else _check_scores, longest=None)
     if verdict.outcome == "refused":
         raise ConfigError(f"{name} cannot be used: {verdict.reason}")
     if verdict.outcome == "plain":
@@ -159,7 +166,7 @@ def _accepted(model: nn.Module) -> Verdict:
     return verdict
 
 
-def _changes_at(config: PreTrainedConfig) -> int | None:
+def changes_at(config: PreTrainedConfig) -> int | None:
     """Length behind which a model's rotations depend on the longest row of a batch."""
     text = config.get_text_config(decoder=True)
     rotations = getattr(text, "rope_parameters", None) or {}
@@ -187,7 +194,7 @@ def _first_that_agrees(model: PreTrainedModel, check: Check, longest: int | None
         except Exception as error:  # whatever a model's own code raises for what it does not know
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
         else:
-            return Verdict(outcome, difference, reason)  # type: ignore[arg-type]
+            return Verdict(outcome, difference, reason if outcome == "plain" else "")  # type: ignore[arg-type]
     return Verdict("refused", difference, reason)
 
 
@@ -236,6 +243,12 @@ def _same_slopes(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         difference = float((other - one).abs().max()) / max(largest, 1e-30)
         if not difference <= SLOPE:
             raise _Disagreement(f"the gradients of {name}", difference, " of the largest gradient")
+
+
+def table_of(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
+    """Log-probabilities [L, V] of one row by the model itself."""
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0].log_softmax(-1)
 
 
 def _alone(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from steersman.errors import ConfigError
 
@@ -25,7 +25,7 @@ WINDOW = 8
 LENGTH = 16
 """Tokens behind which a rotation that depends on the length changes."""
 MOST_LAYERS = 8
-_MOST_PARAMETERS = 40_000_000
+_MOST_PARAMETERS = 60_000_000
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads", "encoder_attention_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "num_query_groups")
@@ -38,7 +38,7 @@ _WIDTHS = re.compile(
     r"^(hidden_size|d_model|n_embd|dim|d_ff|n_inner|ffn_dim|ffn_hidden_size|(en|de)coder_ffn_dim|word_embed_proj_dim"
     r"|.*intermediate_size(_mlp)?|moe_latent_size|attention_hidden_size|mamba_d_ssm|mamba_dt_rank|time_step_rank"
     r"|lru_width|hidden_dim|embed_dim|embedding_size|attn_hidden_size|dim_model_base|swa_hidden_size|dim_ff"
-    r"|hidden_size_per_layer_input|block_dim|emb_dim|moe_ffn_hidden_size|expert_ffn_hidden_size)$"
+    r"|hidden_size_per_layer_input|pooler_hidden_size|block_dim|emb_dim|moe_ffn_hidden_size|expert_ffn_hidden_size)$"
 )
 _HEAD_WIDTHS = re.compile(
     r"^((global_|swa_|v_|qk_|attention_)?head_dim|kv_channels|qk_(nope|rope)_head_dim|linear_(key|value)_head_dim"
@@ -72,6 +72,11 @@ def tiny_model(auto: Any, config: PreTrainedConfig, *, seed: int = 0) -> PreTrai
     Raises:
         ConfigError: none of the smaller models can be built or run; the last reason is named.
     """
+    if auto is AutoModelForSequenceClassification and type(config) not in auto._model_mapping:
+        raise ConfigError(
+            f"transformers has no sequence classifier for {type(config).__name__}; train the reward model from another "
+            "base (rewardModel.base)"
+        )
     problem: Exception | None = None
     for narrower, heads in ((8, 2), (4, 2), (2, 2), (1, 2), (1, 4), (1, 8)):
         try:
@@ -152,7 +157,7 @@ def _shrink(config: PreTrainedConfig, narrower: int, left: int) -> None:
         (_WINDOWS, lambda value: min(value, WINDOW)),
         (_CHUNKS, lambda value: min(value, 2 * WINDOW)),
     ]
-    layers = _layers(config)
+    total, layers = _first(config, _layer_names(config)), _layers(config)
     for name, value in list(config.__dict__.items()):
         if name in ("vocab_size", "vocab_size_per_layer_input") and isinstance(value, int):
             setattr(config, name, min(value, VOCABULARY))
@@ -162,7 +167,7 @@ def _shrink(config: PreTrainedConfig, narrower: int, left: int) -> None:
             for pattern, change in changes:
                 if pattern.fullmatch(name) and value > 0:
                     setattr(config, name, change(value))
-        elif isinstance(value, list) and len(value) > layers and len(value) == _first(config, _layer_names(config)):
+        elif isinstance(value, list) and len(value) > layers and len(value) == total:
             setattr(config, name, value[:layers])
         elif isinstance(value, list) and name.endswith(("_layers", "_idxs", "_ids")) and name not in _PER_LAYER:
             if all(isinstance(one, int) for one in value):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -166,8 +167,8 @@ class PolicyModel(nn.Module):
     def payload(self, dtype: torch.dtype) -> WeightsPayload:
         """What the policy service needs to serve these weights; of several ranks all must call it.
 
-        LoRA goes as the adapter. DoRA rescales the rows of the weights, which no sum of two factors can express, so it
-        goes as the merged weights of the adapted layers.
+        LoRA goes as the adapter. DoRA rescales the rows of the weights, which no sum of two factors can express, and an
+        adapter on stacked experts is a sum of many, so these go as the merged weights of the adapted layers.
 
         Args:
             dtype: of full weights, the service's own; an adapter goes in fp32 and is merged there.
@@ -175,7 +176,7 @@ class PolicyModel(nn.Module):
         if self._lora is None:
             tensors = {name: whole(value).to(dtype) for name, value in self.policy.named_parameters()}
             return WeightsPayload("full", tensors)
-        if self._lora.use_dora:
+        if self._lora.use_dora or any(isinstance(module, ParamWrapper) for module in self.policy.modules()):
             return WeightsPayload("full", _merged_layers(self.policy, dtype))
         config = self.policy.peft_config["default"].to_dict()  # type: ignore[index,union-attr]
         return WeightsPayload("lora", whole(self._adapter), {key: _plain(value) for key, value in config.items()})
@@ -190,11 +191,19 @@ def _merged_layers(policy: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights of the adapted layers with the adapter merged, by their transformers name."""
     merged = {}
     with unsharded(policy):
-        for name, module in policy.get_base_model().named_modules():
-            if isinstance(module, LoraLayer):
-                variant = module.lora_variant["default"]
-                weight: Any = module.get_base_layer().weight
-                merged[f"{name}.weight"] = variant.merge_safe(module, "default", weight).to(dtype)
+        for name, layer in policy.get_base_model().named_modules():
+            module: Any = layer
+            if isinstance(layer, ParamWrapper):  # several lie around one module
+                weight: Any = module.get_param()
+                path = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+                merged[path] = (weight + module.get_delta_weight("default")).to(dtype)
+            elif isinstance(layer, LoraLayer):
+                weight = module.get_base_layer().weight
+                if "default" in module.lora_variant:
+                    weight = module.lora_variant["default"].merge_safe(module, "default", weight)
+                else:
+                    weight = weight + module.get_delta_weight("default")
+                merged[f"{name}.weight"] = weight.to(dtype)
     return merged
 
 

@@ -8,7 +8,7 @@ are never repeated.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from services.policy.engines.kv_cache import KVCache, LayerCache
 from steersman.errors import ConfigError
+from steersman.nn.mask_rules import MaskRule, mask_rule
 
 SLOT_ATTENTION = "steersman_slots"
 
@@ -31,49 +32,68 @@ _BLOCK_SCORES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How a layer scores: factor, last positions seen (itself included), soft cap (Gemma 2)."""
+    """How a layer scores: factor, last positions seen (itself included), soft cap (Gemma 2), what else restricts the
+    positions seen, and the sinks [heads], scores that take attention and give nothing (gpt-oss).
+    """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    rule: MaskRule | None = None
+    sinks: Tensor | None = None
+
+    def mask_key(self, dtype: torch.dtype) -> Hashable:
+        return self.window, None if self.rule is None else self.rule.key, dtype
 
 
 class Step(Protocol):
     """One forward pass: knows which token lies where in the cache."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-        """q [T, heads, head dim], k and v [T, kv heads, head dim], rotated -> [T, heads, head dim].
+        """q [T, heads, head dim], k [T, kv heads, head dim], v [T, kv heads, value dim], rotated ->
+        [T, heads, value dim].
 
         Stores keys and values.
         """
         ...
 
 
-def _mask(positions: Tensor, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+def _mask(positions: Tensor, length: int, how: Scores, dtype: torch.dtype) -> Tensor:
     """[..., length]: 0 where a query at `positions` [...] looks, -inf elsewhere."""
     seen, here = torch.arange(length, device=positions.device), positions.unsqueeze(-1)
     hidden = seen > here
-    if window is not None:
-        hidden |= seen <= here - window
+    if how.window is not None:
+        hidden |= seen <= here - how.window
+    if how.rule is not None:
+        hidden |= ~how.rule.sees(positions, seen)
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
 
 
 def _block_attention(q: Tensor, store: LayerCache, rows: slice | Tensor, mask: Tensor, how: Scores) -> Tensor:
-    """q [S, kv heads, M, dim] over the first L tokens of S cache rows, mask [S, 1, M or 1, L] -> as q."""
+    """q [S, kv heads, M, dim] over the first L tokens of S cache rows, mask [S, 1, M or 1, L] ->
+    [S, kv heads, M, value dim].
+    """
     length = mask.shape[-1]
     values = store.values[rows, :, :length]
     if store.transposed:
         keys = store.keys[rows, :, :, :length]
     else:
         keys = store.keys[rows, :, :length]
-        if how.softcap is None:
+        if how.softcap is None and how.sinks is None:
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=how.scale)
         keys = keys.transpose(2, 3)
     scores = torch.bmm((q * how.scale).flatten(0, 1), keys.flatten(0, 1)).view(*q.shape[:3], length)
     if how.softcap is not None:
         scores.div_(how.softcap).tanh_().mul_(how.softcap)
-    weights = torch.softmax(scores.add_(mask), -1)
-    return torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).view(q.shape)
+    scores = scores.add_(mask)
+    if how.sinks is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        count, kv_heads, queries, _ = scores.shape
+        sinks = how.sinks.to(scores.dtype).view(1, kv_heads, -1, 1)  # one of each query head, which fold into rows
+        sinks = sinks.repeat_interleave(queries // sinks.shape[2], 2).expand(count, -1, -1, 1)
+        weights = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1].contiguous()
+    return torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).view(*q.shape[:3], -1)
 
 
 @dataclass
@@ -86,24 +106,24 @@ class DecodeStep:
     longest: int
     """Largest position + 1."""
     _indices: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    _masks: dict[Hashable, Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-        store = self.cache.layer(layer, k)
+        store = self.cache.layer(layer, k, v)
         rows, kv_heads, dim = k.shape
         key_index, value_index = self._index(kv_heads, dim, store.transposed)
-        store.values.view(-1, dim).index_copy_(0, value_index, v.reshape(-1, dim))
+        store.values.view(-1, v.shape[2]).index_copy_(0, value_index, v.reshape(-1, v.shape[2]))
         if store.transposed:
             store.keys.put_(key_index, k)
         else:
             store.keys.view(-1, dim).index_copy_(0, key_index, k.reshape(-1, dim))
-        mask = self._masks.get((how.window, q.dtype))
+        key = how.mask_key(q.dtype)
+        mask = self._masks.get(key)
         if mask is None:
             length = min(-(-self.longest // 16) * 16, self.cache.capacity)
-            mask = _mask(self.positions.view(-1, 1, 1), length, how.window, q.dtype)
-            self._masks[how.window, q.dtype] = mask
+            mask = self._masks[key] = _mask(self.positions.view(-1, 1, 1), length, how, q.dtype)
         folded = q.reshape(rows, kv_heads, -1, dim)
-        return _block_attention(folded, store, slice(rows), mask, how).reshape(q.shape)
+        return _block_attention(folded, store, slice(rows), mask, how).reshape(*q.shape[:2], -1)
 
     def _index(self, heads: int, dim: int, transposed: bool) -> tuple[Tensor, Tensor]:
         """Where the new keys and values go: lines of the flattened storage, or elements of transposed keys."""
@@ -147,13 +167,14 @@ class _Block:
     positions: Tensor
     """int64 [S, n]"""
     length: int
-    masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    masks: dict[Hashable, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None, dtype: torch.dtype, group: int) -> Tensor:
-        found = self.masks.get((window, dtype))
+    def mask(self, how: Scores, dtype: torch.dtype, group: int) -> Tensor:
+        key = (group, how.mask_key(dtype))
+        found = self.masks.get(key)
         if found is None:
-            found = _mask(self.positions, self.length, window, dtype).repeat(1, group, 1).unsqueeze(1)
-            self.masks[window, dtype] = found
+            found = _mask(self.positions, self.length, how, dtype).repeat(1, group, 1).unsqueeze(1)
+            self.masks[key] = found
         return found
 
 
@@ -161,8 +182,8 @@ class PrefillStep:
     """Spans of prompts, one after the other in the packed row."""
 
     def __init__(self, cache: KVCache, spans: Sequence[Span], device: torch.device) -> None:
-        self._cache = cache
-        self._spans = spans
+        self.cache = cache
+        self.spans = spans
         self._device = device
         self._blocks = [self._block(pieces) for pieces in _grouped(spans)]
 
@@ -175,34 +196,34 @@ class PrefillStep:
         index = offsets + clipped
         real = np.flatnonzero(steps < ends - starts)
         rows = np.array([piece.row for piece in pieces])
-        length = min(-(-int(ends.max()) // 16) * 16, self._cache.capacity)
+        length = min(-(-int(ends.max()) // 16) * 16, self.cache.capacity)
         tokens = index.reshape(-1)[real]
         on_device = [torch.from_numpy(one).to(self._device) for one in (rows, index, real, tokens, starts + clipped)]
         return _Block(on_device[0], on_device[1], on_device[2], on_device[3], on_device[4], length)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
         self.store(layer, k, v)
-        store = self._cache.layer(layer, k)
+        store = self.cache.layer(layer, k, v)
         kv_heads, dim = k.shape[1:]
         group = q.shape[1] // kv_heads
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
         for block in self._blocks:
             count, widest = block.index.shape
             queries = q[block.index].view(count, widest, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
             folded = queries.reshape(count, kv_heads, group * widest, dim)
-            found = _block_attention(folded, store, block.rows, block.mask(how.window, q.dtype, group), how)
-            found = found.view(count, kv_heads, group, widest, dim).permute(0, 3, 1, 2, 4)
-            out[block.tokens] = found.reshape(count * widest, -1, dim)[block.real]
+            found = _block_attention(folded, store, block.rows, block.mask(how, q.dtype, group), how)
+            found = found.view(count, kv_heads, group, widest, -1).permute(0, 3, 1, 2, 4)
+            out[block.tokens] = found.reshape(count * widest, q.shape[1], -1)[block.real]
         return out
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Writes keys and values [T, kv heads, head dim], and copies the shared prefixes."""
-        store = self._cache.layer(layer, k)
+        """Writes keys [T, kv heads, head dim] and values [T, kv heads, value dim], and copies the shared prefixes."""
+        store = self.cache.layer(layer, k, v)
         offset = 0
-        for span in self._spans:
+        for span in self.spans:
             count = span.end - span.start
             if span.donor is not None:
-                self._cache.copy(store, span.donor, span.row, span.start)
+                self.cache.copy(store, span.donor, span.row, span.start)
             place = slice(span.start, span.end)
             store.values[span.row, :, place] = v[offset : offset + count].transpose(0, 1)
             keys = k[offset : offset + count]
@@ -252,25 +273,23 @@ def _slot_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | MaskRule | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     steersman_step: Step | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function behind transformers' AttentionInterface: query [1, heads, T, dim] -> [1, T, heads, dim]."""
-    if steersman_step is None or s_aux is not None:
+    if steersman_step is None or isinstance(attention_mask, Tensor):
         raise ConfigError(
-            f"{type(module).__name__} cannot run on the transformers engine "
-            f"({'attention sinks' if s_aux is not None else 'it drops keyword arguments'}); use the vllm engine"
+            f"{type(module).__name__} {'drops keyword arguments' if steersman_step is None else 'makes its own masks'}"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    how = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    how = Scores(scale, softcap=softcap, rule=attention_mask, sinks=s_aux)
     return steersman_step.attend(module.layer_idx, q, k, v, how).unsqueeze(0), None
 
 
 AttentionInterface.register(SLOT_ATTENTION, _slot_attention)
-AttentionMaskInterface.register(SLOT_ATTENTION, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(SLOT_ATTENTION, mask_rule)

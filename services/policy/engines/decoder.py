@@ -1,13 +1,13 @@
 """The model as the engine calls it: packed tokens in, logits out, weights held by a `WeightStore`.
 
 `LlamaDecoder` is a forward pass of the Llama family with fewer and fused operations; `GenericDecoder` is the
-transformers model itself with its linear layers and its attention exchanged. Both give the same numbers.
+transformers model itself with its linear layers and its attention exchanged; `plain.PlainDecoder` is the model as it
+is. Which of them gives a model's own numbers is found by computing (`choice.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from services.policy.engines.attention import SLOT_ATTENTION, DecodeStep, PrefillStep, Scores
 from services.policy.engines.hardware import Layout
-from services.policy.engines.weights import Linear, Parameter, WeightStore
+from services.policy.engines.weights import Linear, Parameter, WeightStore, attach_parameters
 from steersman.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,20 +35,26 @@ class Decoder(Protocol):
         ...
 
 
-def build_decoder(model: PreTrainedModel, dtype: torch.dtype, layout: Layout) -> tuple[Decoder, WeightStore]:
+DecoderName = Literal["llama", "generic", "cached", "uncached"]
+
+
+def build_decoder(
+    model: PreTrainedModel, name: DecoderName, dtype: torch.dtype, layout: Layout
+) -> tuple[Decoder, WeightStore]:
     """Takes the model apart: its parameters move into the store, its modules are not to be used any more.
 
-    Raises ConfigError for an architecture that does not use transformers' AttentionInterface.
+    Raises ConfigError where the model is not of the kind that this decoder computes.
     """
     store = _store(model, dtype)
-    if type(model).__name__ in _LLAMA_FAMILY and LlamaDecoder.fits(model):
+    if name == "llama":
+        if type(model).__name__ not in _LLAMA_FAMILY or not LlamaDecoder.fits(model):
+            raise ConfigError(f"{type(model).__name__} is not what the fast decoder computes")
         return LlamaDecoder(model, store, dtype, layout), store
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ConfigError(
-            f"{type(model).__name__} does not use transformers' AttentionInterface, which the transformers engine "
-            "needs; use the vllm engine"
-        )
-    return GenericDecoder(model, store, layout), store
+    if name == "generic":
+        return GenericDecoder(model, store, layout), store
+    from services.policy.engines.plain import PlainDecoder
+
+    return PlainDecoder(model, store, cached=name == "cached"), store
 
 
 def _store(model: PreTrainedModel, dtype: torch.dtype) -> WeightStore:
@@ -209,11 +215,7 @@ class GenericDecoder:
         self._model = model
         model.set_attn_implementation(SLOT_ATTENTION)
         held = self._exchange_linears(model, store, layout)
-        for module_name, module in model.named_modules():
-            for attribute in list(module._parameters):
-                name = store.name(f"{module_name}.{attribute}")
-                if module._parameters[attribute] is not None and f"{module_name}.{attribute}" not in held:
-                    store.attach(Parameter(name, _setter(module._parameters, attribute)))
+        attach_parameters(model, store, held)
 
     @staticmethod
     def _exchange_linears(model: PreTrainedModel, store: WeightStore, layout: Layout) -> set[str]:
@@ -235,20 +237,13 @@ class GenericDecoder:
         return self._call(token_ids, positions, step, torch.arange(len(token_ids), device=token_ids.device))
 
     def _call(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep, keep: Tensor) -> Tensor:
+        ids = token_ids.unsqueeze(0)
         output = self._model(
-            input_ids=token_ids.unsqueeze(0),
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),  # without it transformers guesses where sequences begin
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             logits_to_keep=keep,
             steersman_step=step,
         )
         return output.logits[0]
-
-
-def _setter(parameters: dict[str, nn.Parameter | None], attribute: str) -> Callable[[Tensor], object]:
-    def place(tensor: Tensor) -> object:
-        old = parameters[attribute]
-        parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
-        return old
-
-    return place

@@ -55,6 +55,8 @@ class FewRows:
 
     def fits(self, step: DecodeStep) -> bool:
         rows = len(step.positions)
+        if len(step.cache.layers) < len(self._layers):
+            return False  # nothing was stored yet: the first prompt has one token
         return rows <= self._most_rows and rows * step.longest * self._query_width <= MOST_SCORES
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: DecodeStep) -> Tensor:

@@ -19,7 +19,7 @@ def row_capacity(tokens: int) -> int:
 
 @dataclass(slots=True)
 class LayerCache:
-    """Storage of one layer, [rows, kv heads, capacity, head dim].
+    """Storage of one layer, keys [rows, kv heads, capacity, head dim], values [..., value dim].
 
     With `transposed`, keys are [rows, kv heads, head dim, capacity]: the float32 products of a few query rows with
     row-major keys run at a third of the speed on CPU.
@@ -61,7 +61,7 @@ class KVCache:
         """Gives every row `capacity` tokens; keeps the first `used_tokens` of the first `used_rows` rows."""
         self.rows, self.capacity = self.rows_for(capacity), capacity
         for index, old in self.layers.items():
-            new = self._allocate(old.values, old.transposed)
+            new = self._allocate(old.keys.shape[2] if old.transposed else old.keys.shape[3], old.values, old.transposed)
             new.values[:used_rows, :, :used_tokens] = old.values[:used_rows, :, :used_tokens]
             if old.transposed:
                 new.keys[:used_rows, :, :, :used_tokens] = old.keys[:used_rows, :, :, :used_tokens]
@@ -69,21 +69,21 @@ class KVCache:
                 new.keys[:used_rows, :, :used_tokens] = old.keys[:used_rows, :, :used_tokens]
             self.layers[index] = new
 
-    def layer(self, index: int, like: Tensor) -> LayerCache:
-        """The storage of a layer; `like` is [tokens, kv heads, head dim]."""
+    def layer(self, index: int, keys: Tensor, values: Tensor) -> LayerCache:
+        """The storage of a layer that holds what looks like these, [tokens, kv heads, head dim or value dim]."""
         found = self.layers.get(index)
         if found is None:
-            transposed = like.device.type == "cpu" and like.dtype == torch.float32
-            shape = like.new_empty((0, like.shape[1], 0, like.shape[2]))
-            found = self.layers[index] = self._allocate(shape, transposed)
+            transposed = keys.device.type == "cpu" and keys.dtype == torch.float32
+            shape = values.new_empty((0, values.shape[1], 0, values.shape[2]))
+            found = self.layers[index] = self._allocate(keys.shape[2], shape, transposed)
         return found
 
-    def _allocate(self, like: Tensor, transposed: bool) -> LayerCache:
-        heads, dim = like.shape[1], like.shape[3]
+    def _allocate(self, dim: int, like: Tensor, transposed: bool) -> LayerCache:
+        heads = like.shape[1]
         key_shape = (self.rows, heads, dim, self.capacity) if transposed else (self.rows, heads, self.capacity, dim)
         return LayerCache(
             keys=_zeros(key_shape, like),
-            values=_zeros((self.rows, heads, self.capacity, dim), like),
+            values=_zeros((self.rows, heads, self.capacity, like.shape[3]), like),
             transposed=transposed,
         )
 

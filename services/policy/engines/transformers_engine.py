@@ -20,17 +20,18 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from services.policy.engines.attention import DecodeStep, PrefillStep, Span
-from services.policy.engines.decoder import build_decoder
+from services.policy.engines.choice import choose_decoder
+from services.policy.engines.decoder import DecoderName, build_decoder
 from services.policy.engines.hardware import Precision, resolve_device, resolve_dtype, weight_layout
 from services.policy.engines.kv_cache import KVCache, row_capacity
+from services.policy.engines.plain import RowCache
 from services.policy.engines.sampling import Drawn, draw, end_tokens, stream_key
 from services.policy.engines.transformers_samples import ConstraintError, DrawPlan, Sample, deliver, report
 from services.policy.engines.weights import Place
 from steersman.errors import (
-    ConfigError,
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
@@ -46,6 +47,7 @@ from steersman.generation import (
     TokenEvent,
     WeightsUpdate,
 )
+from steersman.nn.load import context_of, load_causal_lm
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,8 @@ class TransformersEngine:
         max_rows: int = 64,
         kv_cache_tokens: int = 16_384,
         prefill_tokens: int = 2_048,
+        decoder: DecoderName | None = None,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -86,6 +90,8 @@ class TransformersEngine:
             kv_cache_tokens: tokens that the cache holds for all running samples; it bounds the memory.
             prefill_tokens: prompt tokens computed between two decode steps; it bounds how long running samples
                 stand still for new ones.
+            decoder: None: the fastest that is right for the model, which is found by computing.
+            on_death: called from the engine's thread when that ends without `close`.
         """
         self._model: Path | PreTrainedModel | None = model
         self._name = name
@@ -95,6 +101,8 @@ class TransformersEngine:
         self._max_context = max_context
         self._cache = KVCache(kv_cache_tokens, max_rows)
         self._prefill_tokens = prefill_tokens
+        self._decoder_name = decoder
+        self._on_death = on_death
         self._wake = threading.Condition()
         self._open = False
         self._thread: threading.Thread | None = None
@@ -117,16 +125,23 @@ class TransformersEngine:
         dtype = resolve_dtype(self._precision, device)
         if self._threads:
             torch.set_num_threads(self._threads)
-        model = _load(self._model) if isinstance(self._model, Path) else self._model
+        model = load_causal_lm(self._model, dtype="auto") if isinstance(self._model, Path) else self._model
         self._model = None
-        text = model.config.get_text_config()
+        text = model.config.get_text_config(decoder=True)
+        name, context = self._decoder_name, context_of(text)
+        if name is None:
+            name, verdict = choose_decoder(model.config)
+            context = verdict.limit or context
+        self._plain = name in ("cached", "uncached")
+        if self._plain:
+            self._cache = RowCache(self._cache.budget, self._cache.max_rows)
         self._vocab: int = text.vocab_size
-        self._context = min(self._max_context or text.max_position_embeddings, text.max_position_embeddings)
+        self._context = min(self._max_context or context, context)
         self._eos = end_tokens(model.generation_config, text)
         self._device, self._dtype = device, dtype
         model.requires_grad_(False).eval().to(device)
         with torch.no_grad():
-            self._decoder, self._store = build_decoder(model, dtype, weight_layout(device, dtype))
+            self._decoder, self._store = build_decoder(model, name, dtype, weight_layout(device, dtype))
         self._open = True
         self._thread = threading.Thread(target=self._run, name="transformers-engine", daemon=True)
         self._thread.start()
@@ -221,6 +236,26 @@ class TransformersEngine:
     # The engine's thread.
 
     def _run(self) -> None:
+        """The thread: it ends when the engine is closed, or tells everybody that it could not go on."""
+        reason = UnavailableError("the engine was closed before the request ended; send it again")
+        try:
+            self._work()
+        except BaseException as error:
+            logger.exception("the engine's thread ended")
+            reason = UnavailableError(f"the engine has stopped ({error}); send the request to another replica")
+        with self._wake:
+            died, self._open = self._open, False
+            self._waiting.extend(self._submitted)
+            self._submitted.clear()
+            swaps, self._swaps = self._swaps, deque()
+        for swap in swaps:
+            swap.end(reason)
+        self._fail({sample.handle for sample in (*self._rows, *self._waiting)}, reason)
+        self._cache.clear()
+        if died:
+            self._on_death()
+
+    def _work(self) -> None:
         if self._threads:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
@@ -235,9 +270,6 @@ class TransformersEngine:
                         error if isinstance(error, SteersmanError) else InternalError(f"generation failed: {error}")
                     )
                     self._fail({sample.handle for sample in self._rows}, failed)
-        closed = UnavailableError("the engine was closed before the request ended; send it again")
-        self._fail({sample.handle for sample in (*self._rows, *self._waiting)}, closed)
-        self._cache.clear()
 
     def _receive(self) -> bool:
         """Takes over what other threads handed in; waits when there is nothing to do. False when closed."""
@@ -254,19 +286,27 @@ class TransformersEngine:
             opened = self._open
         for swap in swaps:
             if opened:
-                start = perf_counter()
-                swap.replaced = swap.place()
-                self._version = swap.version
-                swap.seconds = perf_counter() - start
+                self._swap(swap)
             else:
-                swap.error = UnavailableError("the engine was closed before the weights were in place")
-            swap.done.set()
+                swap.end(UnavailableError("the engine was closed before the weights were in place"))
         if cancelled:
             self._finish([(row, "cancelled") for row, sample in enumerate(self._rows) if sample.handle in cancelled])
             for sample in [sample for sample in self._waiting if sample.handle in cancelled]:
                 self._waiting.remove(sample)
                 report(sample, "cancelled")
         return opened
+
+    def _swap(self, swap: _Swap) -> None:
+        """Puts weights in place. Where that fails, old and new ones may be mixed: nothing may be made with that."""
+        start = perf_counter()
+        try:
+            swap.replaced = swap.place()
+        except BaseException as error:
+            swap.end(InternalError(f"weights version {swap.version} could not be put in place ({error})"))
+            raise
+        self._version = swap.version
+        swap.seconds = perf_counter() - start
+        swap.end()
 
     def _admit(self) -> None:
         """Gives cache rows to waiting samples, first come first served, and computes their prompts."""
@@ -283,6 +323,8 @@ class TransformersEngine:
             admitted.append(span)
             self._waiting.popleft()
             sample.prompt_version = self._version
+            if isinstance(self._cache, RowCache):
+                self._cache.forget(len(self._rows))
             self._rows.append(sample)
             self._draw = None
         computed = [span for span in admitted if span.end > span.start]
@@ -310,6 +352,10 @@ class TransformersEngine:
         donor, shared = None, 0
         for row, other in enumerate(self._rows):
             if other.prompt_version != self._version:
+                continue
+            if self._plain:  # a model's own cache cannot be cut: only one that holds the prompt and nothing else
+                if other.prompt is sample.prompt and not other.token_ids:
+                    return Span(len(self._rows), end, end, row if end else None)
                 continue
             if other.prompt is sample.prompt:
                 return Span(len(self._rows), end, end, row if end else None)
@@ -408,15 +454,12 @@ class _Swap:
     seconds: float = 0.0
     error: SteersmanError | None = None
 
+    def end(self, error: SteersmanError | None = None) -> None:
+        self.error = error
+        self.done.set()
+
 
 def _common_prefix(one: np.ndarray, other: np.ndarray) -> int:
     count = min(len(one), len(other))
     different = one[:count] != other[:count]
     return int(different.argmax()) if different.any() else count
-
-
-def _load(folder: Path) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model '{folder}' cannot be loaded as a causal language model: {error}") from error

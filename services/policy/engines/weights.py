@@ -9,7 +9,7 @@ they may lie in a file that its owner takes away.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -381,6 +381,24 @@ class WeightStore:
         if not changed:
             raise InvalidArgumentError("the LoRA update holds no tensors")
         return changed
+
+
+def attach_parameters(model: nn.Module, store: WeightStore, held: Set[str]) -> None:
+    """Gives the modules of a model the store's parameters as they are, but for those that something else holds."""
+    for module_name, module in model.named_modules():
+        for attribute, value in list(module._parameters.items()):
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            if value is not None and name not in held:
+                store.attach(Parameter(store.name(name), _setter(module._parameters, attribute)))
+
+
+def _setter(parameters: dict[str, nn.Parameter | None], attribute: str) -> Callable[[Tensor], object]:
+    def place(tensor: Tensor) -> object:
+        old = parameters[attribute]
+        parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        return old
+
+    return place
 
 
 def _lora_parts(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor | None, Tensor | None, Tensor | None]]:

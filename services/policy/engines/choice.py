@@ -1,0 +1,107 @@
+"""Which decoder an architecture gets, decided by computing.
+
+A tiny random model of the same configuration generates through the whole engine with each decoder, the fastest first;
+the first whose log-probabilities are those of the model's own forward pass over prompt and answer is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import queue
+from dataclasses import replace
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from services.policy.engines.decoder import DecoderName
+from steersman.errors import ConfigError, InternalError
+from steersman.generation import Event, GenerationRequest, RequestFailed, SampleFinished, SamplingParams
+from steersman.nn.parity import NATS, SameConfig, Verdict, changes_at, example_groups, table_of
+from steersman.nn.tiny import LENGTH, tiny_model
+
+log = logging.getLogger("steersman.policy")
+
+_NEW_TOKENS = 14
+
+
+def choose_decoder(config: PreTrainedConfig) -> tuple[DecoderName, Verdict]:
+    """The decoder, and what was measured: `agrees` for those with a shared cache, `plain` for the model's own code.
+
+    Raises:
+        ConfigError: no decoder gives the model's log-probabilities; the reason is named.
+    """
+    name, verdict = engine_verdict(config)
+    if verdict.outcome == "refused":
+        raise ConfigError(f"{type(config).__name__} cannot run on the transformers engine: {verdict.reason}")
+    if verdict.outcome == "plain":
+        log.warning("%s generates in the plain way, one sample at a time: %s", type(config).__name__, verdict.reason)
+    return name, verdict
+
+
+def engine_verdict(config: PreTrainedConfig) -> tuple[DecoderName, Verdict]:
+    return _verdict(SameConfig(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _verdict(same: SameConfig) -> tuple[DecoderName, Verdict]:
+    try:
+        with torch.autocast("cpu", enabled=False):
+            model = tiny_model(AutoModelForCausalLM, same.config)
+            found = _first_that_agrees(model, None)
+            original = changes_at(same.config)
+            if original is not None and found[1].outcome != "agrees":
+                short = _first_that_agrees(model, LENGTH)
+                if short[1].outcome != "refused":
+                    reason = f"its rotations change beyond {original} tokens, so its context ends there"
+                    found = short[0], replace(short[1], limit=original, reason=reason)
+    except ConfigError as error:
+        return "uncached", Verdict("refused", float("nan"), error.message)
+    return found
+
+
+def _first_that_agrees(model: PreTrainedModel, longest: int | None) -> tuple[DecoderName, Verdict]:
+    reason, difference = "", float("nan")
+    names: tuple[DecoderName, ...] = ("llama", "generic", "cached", "uncached")
+    for name in names:
+        try:
+            difference = _difference(model, name, longest)
+        except Exception as error:  # whatever a model's own code raises for what it does not know
+            reason = reason or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+            continue
+        if difference <= NATS:
+            fast = name in ("llama", "generic")
+            return name, Verdict("agrees" if fast else "plain", difference, "" if fast else reason)
+        reason = f"its log-probabilities differ from those of single rows by {difference:.2g} nats"
+    return "uncached", Verdict("refused", difference, reason)
+
+
+def _difference(model: PreTrainedModel, name: DecoderName, longest: int | None) -> float:
+    """Largest difference in nats over prompts that share beginnings, of which one has a single token."""
+    from services.policy.engines.transformers_engine import TransformersEngine
+
+    prompts = [prompt.astype(np.int32) for prompt, _ in example_groups(longest)]
+    new = _NEW_TOKENS if longest is None else max(1, longest - max(len(prompt) for prompt in prompts))
+    params = SamplingParams(max_new_tokens=new, min_new_tokens=new, seed=1)
+    engine = TransformersEngine(copy.deepcopy(model), precision="fp32", device="cpu", decoder=name)
+    arrived: queue.Queue[Event] = queue.Queue()
+    largest = 0.0
+    try:
+        engine.start()
+        engine.submit(GenerationRequest("check", prompts, params, n=2), arrived.put)
+        for _ in range(2 * len(prompts)):
+            event = arrived.get(timeout=300)
+            if isinstance(event, RequestFailed):
+                raise event.error
+            if not isinstance(event, SampleFinished):
+                raise InternalError("the engine sent tokens that nobody asked for")
+            prompt = prompts[event.prompt_index]
+            table = table_of(model, np.concatenate([prompt, event.token_ids]))
+            rows = np.arange(len(event.token_ids)) + len(prompt) - 1
+            wanted = table[rows, event.token_ids].numpy()
+            largest = max(largest, float(np.abs(event.logprobs - wanted).max()))
+    finally:
+        engine.close()
+    return largest
