@@ -70,14 +70,14 @@ def load_causal_lm(
     *,
     dtype: torch.dtype | str = torch.float32,
     device: str = "cpu",
-    attention: str = "sdpa",
+    attention: str | None = None,
     quantization_config: object | None = None,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode with dropout off.
 
     Args:
         dtype: of the weights; `fp32`, `bf16`, a torch dtype, or `auto`: as in the folder.
-        attention: name of a transformers attention function.
+        attention: name of a transformers attention function; None: what transformers takes for the model.
         quantization_config: for QLoRA.
 
     Raises:
@@ -94,7 +94,7 @@ def load_classifier(
     num_labels: int | None = None,
     dtype: torch.dtype | str = torch.float32,
     device: str = "cpu",
-    attention: str = "sdpa",
+    attention: str | None = None,
     quantization_config: object | None = None,
 ) -> PreTrainedModel:
     """A sequence classifier (decoder with a score head, or encoder) in evaluation mode with dropout off.
@@ -181,7 +181,7 @@ def ready(model: nn.Module, device: str | None) -> PreTrainedModel:
     return model.eval()  # type: ignore[return-value]
 
 
-def _load(auto: type, folder: Path, dtype: torch.dtype | str, attention: str, **options: object) -> nn.Module:
+def _load(auto: type, folder: Path, dtype: torch.dtype | str, attention: str | None, **options: object) -> nn.Module:
     quiet_libraries()
     if not folder.is_dir():
         raise NotFoundError(f"{folder}: there is no such model folder; check the path or run the stage that writes it")

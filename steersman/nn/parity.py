@@ -230,7 +230,7 @@ def _check_causal(model: PreTrainedModel, way: Way, longest: int | None) -> floa
 
 
 def _same_numbers(what: str, found: Tensor, wanted: Tensor) -> float:
-    difference = float((found - wanted).abs().max())
+    difference = float((found - wanted).detach().abs().max())
     if not difference <= NATS:
         raise _Disagreement(what, difference, " nats")
     return difference
