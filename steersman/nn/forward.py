@@ -77,18 +77,25 @@ def way_of(model: nn.Module) -> Way:
 
 
 def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Last hidden states [T, hidden] of a packed row; the LM head is not run."""
-    return _packed(trunk_of(model), batch).last_hidden_state[0]
+    """Last hidden states [T, hidden] in the order of the packed row; the LM head is not run.
+
+    Raises:
+        InvalidArgumentError: a row is longer than the model can take rightly.
+    """
+    _check_length(model, batch.layout.longest)
+    if way_of(model) == "packed":
+        return _packed(trunk_of(model), batch).last_hidden_state[0]
+    rows, lengths, groups = rows_of(batch)
+    states = rows_apart(trunk_of(model), rows)
+    # The prompt's states are the same in every row of its group; one of them stands for all.
+    prompts = {group: one[:length] for one, length, group in zip(states, lengths, groups, strict=True)}
+    answers = [one[length:] for one, length in zip(states, lengths, strict=True)]
+    return torch.cat([*(prompts[group] for group in sorted(prompts)), *answers])
 
 
 def predicting_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Hidden states [R, hidden] that predict `batch.targets`."""
-    _check_length(model, batch.layout.longest)
-    if way_of(model) == "packed":
-        return hidden_states(model, batch)[batch.predictor]
-    rows, prompts = rows_of(batch)
-    states = rows_apart(trunk_of(model), rows)
-    return torch.cat([one[start - 1 : -1] for one, start in zip(states, prompts, strict=True)])
+    return hidden_states(model, batch)[batch.predictor]
 
 
 def rows_apart(trunk: Any, rows: Sequence[Tensor], **options: Any) -> list[Tensor]:

@@ -186,15 +186,18 @@ def _to(block: Block, device: torch.device | str) -> Block:
     return Block(*(getattr(block, name).to(device) for name in Block.__slots__))
 
 
-def rows_of(batch: PackedBatch) -> tuple[list[Tensor], list[int]]:
-    """(whole sequences int64 [L] with their prompts, prompt lengths) of the N responses."""
+def rows_of(batch: PackedBatch) -> tuple[list[Tensor], list[int], list[int]]:
+    """Whole sequences int64 [L] of the N responses, and of prompts without one; their prompts' lengths and numbers."""
     layout = batch.layout
     lengths = (~layout.prompts.padding).sum(1).tolist()
     prompts = batch.token_ids[: layout.prompt_tokens].split(lengths)
     answers = batch.token_ids[layout.prompt_tokens :].split(batch.lengths.tolist())
     groups = layout.group.tolist()
     rows = [torch.cat([prompts[group], answer]) for group, answer in zip(groups, answers, strict=True)]
-    return rows, [lengths[group] for group in groups]
+    alone = sorted(set(range(len(prompts))).difference(groups))
+    groups += alone
+    rows += [prompts[group] for group in alone]
+    return rows, [lengths[group] for group in groups], groups
 
 
 def group_rows(

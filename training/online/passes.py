@@ -93,7 +93,7 @@ class Passes:
         return old, values if self._model.value_head is not None else None
 
     def _forward(self, micro: MicroBatch, only_critic: bool = False) -> Forward:
-        return self._model(micro.packed(self._model.head_weight.device), detach_values=only_critic)
+        return self._model(micro.packed(self._model.device), detach_values=only_critic)
 
     def backward(
         self,
@@ -132,7 +132,7 @@ class Passes:
         drawn = [pairs[index] for index in picked]
         tokens = sum(len(answer) for _, answer in drawn)
         for chunk, counts in self._ranks.share(token_chunks(drawn, self._stage.micro_batch_tokens)):
-            packed = pack([(prompt, [answer]) for prompt, answer in chunk], self._model.head_weight.device)
+            packed = pack([(prompt, [answer]) for prompt, answer in chunk], self._model.device)
             loss = losses.nll_loss(self._model.logprobs(packed, temperature=1.0), denominator=tokens)
             (loss * (coefficient * self._ranks.scale if counts else 0.0)).backward()
 
