@@ -32,6 +32,7 @@ from services.gateway.tools.calls import as_calls
 from services.gateway.tools.grounding import Grounding
 from services.gateway.tracing import Tracer
 from steersman.errors import DeadlineError, NotFoundError, SteersmanError, UnavailableError
+from steersman.rpc.finish import finish_name
 from steersman.store.engine import Store
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
@@ -39,12 +40,6 @@ from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatR
 log = logging.getLogger("steersman.gateway")
 
 _MOST_STOPS, _LONGEST_STOP = 16, 256
-_OUTCOMES: dict[int, str] = {
-    common_pb2.FINISH_REASON_STOP: "stop",
-    common_pb2.FINISH_REASON_LENGTH: "length",
-    common_pb2.FINISH_REASON_CANCELLED: "cancelled",
-    common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
-}
 
 
 class Assistant:
@@ -267,7 +262,7 @@ def _newest(turns: Sequence[common_pb2.Message], places: int, chars: int) -> Seq
 
 def _outcome(answer: Answer, error: BaseException | None) -> str:
     if answer.complete:
-        return _OUTCOMES.get(answer.choices[0].finish_reason, "stop")
+        return finish_name(answer.choices[0].finish_reason)
     if isinstance(error, SteersmanError):
         return type(error).__name__
     return "cancelled"

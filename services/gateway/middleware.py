@@ -20,7 +20,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.config import Limits
-from services.gateway.errors import LargeHeadersError, LongPathError, SlowRequestError, TooLargeError, error_response
+from services.gateway.errors import (
+    LargeHeadersError,
+    LongPathError,
+    SlowRequestError,
+    TooLargeError,
+    UnsupportedMediaTypeError,
+    error_response,
+)
 from services.gateway.metrics import Metrics
 from steersman.errors import CancelledError, InternalError, SteersmanError, UnavailableError
 
@@ -77,6 +84,8 @@ class FrontMiddleware:
                 raise LargeHeadersError(f"The headers are larger than {_HEADER_BYTES} bytes; send less")
             if len(scope["raw_path"]) + len(scope["query_string"]) > _PATH_BYTES:
                 raise LongPathError(f"The path is longer than {_PATH_BYTES} bytes; shorten it")
+            if any(n == b"content-encoding" and v.lower() != b"identity" for n, v in scope["headers"]):
+                raise UnsupportedMediaTypeError("Bodies are taken unpacked; leave content-encoding out")
             limited = _LimitedBody(scope, receive, self._limits)
             endpoint = self._posts.get(scope["path"]) if scope["method"] == "POST" else None
             if endpoint is None:

@@ -27,9 +27,10 @@ from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.errors import BadRequestError, from_validation
 from services.gateway.openai.schema import ChatMessage
-from services.gateway.openai.translate import FINISH_REASONS, to_message
+from services.gateway.openai.translate import to_message
 from steersman import __version__
 from steersman.errors import FailedPreconditionError, NotFoundError, SteersmanError, UnavailableError
+from steersman.rpc.finish import openai_finish_name
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest
 
@@ -177,7 +178,7 @@ def _response(request: InferRequest, model: str, answers: Sequence[Answer]) -> I
     columns: dict[str, list[str]] = {
         "text_output": [answer.choices[0].text for answer in answers],
         "answer_id": [answer.id for answer in answers],
-        "finish_reason": [FINISH_REASONS.get(answer.choices[0].finish_reason, "stop") for answer in answers],
+        "finish_reason": [openai_finish_name(answer.choices[0].finish_reason) or "stop" for answer in answers],
     }
     shape = [len(answers)]
     # The SDK takes bytes for gRPC and text for JSON.

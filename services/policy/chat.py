@@ -14,6 +14,7 @@ import numpy as np
 from services.policy.engine import Engine, GenerationRequest, SampleFinished, TokenEvent
 from steersman.errors import DataError, FailedPreconditionError, InvalidArgumentError
 from steersman.rpc.conversation import from_message, from_tools_json
+from steersman.rpc.finish import finish_reason
 from steersman.rpc.wire import append_response
 from steersman.v1 import common_pb2
 from steersman.v1 import policy_pb2 as pb
@@ -156,7 +157,7 @@ async def answer(
 ) -> AsyncIterator[pb.PolicyServiceChatResponse]:
     """Streams the choices of one conversation."""
     from services.policy.constrain import json_constraint
-    from services.policy.servicer import FINISH_REASONS, events_of, sampling_params
+    from services.policy.servicer import events_of, sampling_params
 
     prompt = chat.encode(request)
     count = request.n or 1
@@ -204,7 +205,7 @@ async def answer(
             response = pb.PolicyServiceChatResponse(
                 choice_index=index,
                 delta=stream.finish(),
-                finish_reason=FINISH_REASONS[event.finish_reason],
+                finish_reason=finish_reason(event.finish_reason),
                 prompt_tokens=len(prompt),
                 completion_tokens=len(stream.ids),
                 weights_version=event.weights_versions[-1] if event.weights_versions else info.weights_version,

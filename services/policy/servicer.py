@@ -12,16 +12,11 @@ import numpy as np
 from services.policy.chat import ChatFormat, answer
 from services.policy.engine import Engine, Event, GenerationRequest, RequestFailed, SampleFinished, SamplingParams
 from steersman.errors import FailedPreconditionError, InvalidArgumentError
+from steersman.rpc.finish import finish_reason
 from steersman.rpc.metrics import GENERATED_TOKENS
 from steersman.rpc.wire import pack_rows, unpack_rows
 from steersman.v1 import common_pb2, policy_pb2_grpc
 from steersman.v1 import policy_pb2 as pb
-
-FINISH_REASONS = {
-    "stop": common_pb2.FINISH_REASON_STOP,
-    "length": common_pb2.FINISH_REASON_LENGTH,
-    "cancelled": common_pb2.FINISH_REASON_CANCELLED,
-}
 
 
 def sampling_params(message: common_pb2.SamplingParams, top_logprobs: int = 0) -> SamplingParams:
@@ -94,7 +89,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                     sample_index=event.sample_index,
                     token_ids=pack_rows([event.token_ids], np.int32),
                     logprobs=pack_rows([event.logprobs], np.float32),
-                    finish_reason=FINISH_REASONS[event.finish_reason],
+                    finish_reason=finish_reason(event.finish_reason),
                     weights_versions=event.weights_versions,
                 )
 

@@ -22,6 +22,7 @@ import jwt
 
 from services.gateway.auth.callers import Customer
 from services.gateway.config import IdentityConfig, JwtIssuer
+from services.gateway.fetching import fetch_json
 from steersman.errors import ConfigError, UnauthenticatedError, UnavailableError
 
 log = logging.getLogger("steersman.gateway")
@@ -146,9 +147,7 @@ class _Issuer:
         try:
             if self._config.jwks.startswith(("http://", "https://")):
                 async with httpx.AsyncClient(timeout=5.0) as client:
-                    response = await client.get(self._config.jwks)
-                    response.raise_for_status()
-                    document = response.json()
+                    document = await fetch_json(client, "GET", self._config.jwks)
             else:
                 with open(self._config.jwks, encoding="utf-8") as file:  # noqa: ASYNC230
                     document = json.load(file)

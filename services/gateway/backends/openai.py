@@ -18,6 +18,7 @@ from steersman.errors import (
     SteersmanError,
     UnavailableError,
 )
+from steersman.rpc.finish import finish_reason
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import (
     PolicyServiceChatRequest,
@@ -25,14 +26,6 @@ from steersman.v1.policy_pb2 import (
     TokenAlternative,
     TokenLogprob,
 )
-
-_FINISH: dict[str, common_pb2.FinishReason] = {
-    "stop": common_pb2.FINISH_REASON_STOP,
-    "eos_token": common_pb2.FINISH_REASON_STOP,
-    "stop_sequence": common_pb2.FINISH_REASON_STOP,
-    "length": common_pb2.FINISH_REASON_LENGTH,
-    "tool_calls": common_pb2.FINISH_REASON_TOOL_CALLS,
-}
 
 
 class OpenAIReplica:
@@ -160,7 +153,7 @@ class Translator:
             for call in delta.get("tool_calls") or []:
                 self._take_call(index, call)
             if reason := choice.get("finish_reason"):
-                self._finish[index] = _FINISH.get(reason, common_pb2.FINISH_REASON_STOP)
+                self._finish[index] = finish_reason(reason)
             if text or tokens:
                 found.append(
                     PolicyServiceChatResponse(

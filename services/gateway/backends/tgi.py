@@ -12,14 +12,9 @@ from services.gateway.backends.base import ReplicaInfo
 from services.gateway.backends.openai import Translator, request_body
 from services.gateway.errors import BadRequestError
 from steersman.errors import DeadlineError, RateLimitedError, UnavailableError
-from steersman.v1 import common_pb2
+from steersman.rpc.finish import finish_reason
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse, TokenLogprob
 
-_FINISH: dict[str, common_pb2.FinishReason] = {
-    "length": common_pb2.FINISH_REASON_LENGTH,
-    "eos_token": common_pb2.FINISH_REASON_STOP,
-    "stop_sequence": common_pb2.FINISH_REASON_STOP,
-}
 # What TGI's chat route does not know.
 _UNKNOWN = ("n", "top_k", "min_tokens")
 
@@ -99,7 +94,7 @@ class TgiReplica:
                     )
                 )
             if part.details is not None:
-                response.finish_reason = _FINISH.get(part.details.finish_reason, common_pb2.FINISH_REASON_STOP)
+                response.finish_reason = finish_reason(part.details.finish_reason)
                 response.prompt_tokens = part.details.input_length or 0
             yield response
 

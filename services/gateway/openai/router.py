@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import orjson
@@ -17,20 +17,28 @@ from services.gateway.auth.authenticator import Authenticator
 from services.gateway.bodies import plain_headers, read_body
 from services.gateway.errors import BadRequestError
 from services.gateway.openai.documentation import CHAT_DOC, COMPLETIONS_DOC, MODEL_DOC, MODELS_DOC
-from services.gateway.openai.schema import ChatCompletionRequest, CompletionRequest
-from services.gateway.openai.stream import DONE, EventStream, event, until_disconnect
-from services.gateway.openai.translate import (
-    FINISH_REASONS,
-    chat_logprobs,
-    chat_request,
-    completion_logprobs,
-    completion_request,
-    fingerprint,
-    tool_calls,
+from services.gateway.openai.objects import (
+    ChatCompletion,
+    TextChoice,
+    TextCompletion,
+    TokenInfo,
+    about,
+    chat_choice,
+    chat_chunk,
+    chat_completion,
+    text_completion,
+    text_logprobs,
+    token_infos,
     usage,
 )
+from services.gateway.openai.schema import ChatCompletionRequest, CompletionRequest
+from services.gateway.openai.stream import DONE, EventStream, event, until_disconnect
+from services.gateway.openai.translate import chat_request, completion_request
 from steersman.errors import NotFoundError
+from steersman.rpc.finish import openai_finish_name
 from steersman.v1.policy_pb2 import TokenLogprob
+
+_TOKENS_AT_ONCE = 64
 
 
 def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> APIRouter:
@@ -55,7 +63,7 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
             answer = await until_disconnect(request.receive, assistant.answer(question))
             return EventStream(_chat_events(answer, body), answer.close)
 
-        async def whole() -> dict[str, Any]:
+        async def whole() -> ChatCompletion:
             return await _chat_object(await assistant.answer(question), bool(body.logprobs))
 
         return _json(await until_disconnect(request.receive, whole()))
@@ -108,90 +116,45 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "steersman"}
 
 
-def _about(answer: Answer) -> dict[str, Any]:
-    """Our extension of OpenAI's objects."""
-    return {
-        "answer_id": answer.id,
-        "feedback_token": answer.feedback_token,
-        "weights_version": answer.weights_version,
-        "sources": [source.as_json() for source in answer.sources],
-        "unsourced": answer.unsourced,
-        "proposed_actions": [proposal.as_json() for proposal in answer.proposals],
-    }
-
-
-async def _collect(answer: Answer, tokens: dict[int, list[TokenLogprob]] | None) -> None:
-    """Reads the answer to its end; `tokens` receives the tokens of every choice."""
+async def _collect(answer: Answer, take: Callable[[int, Sequence[TokenLogprob]], None] | None = None) -> None:
+    """Reads the answer to its end; `take` receives the tokens of every choice, a few at a time."""
     try:
         async for response in answer:
-            if tokens is not None:
-                tokens.setdefault(response.choice_index, []).extend(response.tokens)
+            for begin in range(0, len(response.tokens) if take else 0, _TOKENS_AT_ONCE):
+                assert take is not None
+                take(response.choice_index, response.tokens[begin : begin + _TOKENS_AT_ONCE])
+                await asyncio.sleep(0)
     finally:
         await answer.close()
 
 
-async def _chat_object(answer: Answer, logprobs: bool) -> dict[str, Any]:
-    tokens: dict[int, list[TokenLogprob]] = {}
-    await _collect(answer, tokens if logprobs else None)
-    choices = []
-    for index, choice in enumerate(answer.choices):
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-        if choice.tool_calls:
-            message["tool_calls"] = tool_calls(choice.tool_calls, indexed=False)
-            message["content"] = message["content"] or None
-        choices.append(
-            {
-                "index": index,
-                "message": message,
-                "logprobs": chat_logprobs(tokens.get(index, ())) if logprobs else None,
-                "finish_reason": FINISH_REASONS.get(choice.finish_reason, "stop"),
-            }
-        )
-    return {
-        "id": answer.id,
-        "object": "chat.completion",
-        "created": answer.created,
-        "model": answer.model,
-        "choices": choices,
-        "usage": usage(answer),
-        "system_fingerprint": fingerprint(answer),
-        "steersman": _about(answer),
-    }
+async def _chat_object(answer: Answer, logprobs: bool) -> ChatCompletion:
+    if not logprobs:
+        await _collect(answer)
+        return chat_completion(answer, None)
+    found: dict[int, list[TokenInfo]] = {}
+    await _collect(answer, lambda index, tokens: found.setdefault(index, []).extend(token_infos(tokens)))
+    return chat_completion(answer, found)
 
 
 async def _chat_events(answer: Answer, body: ChatCompletionRequest) -> AsyncGenerator[bytes, None]:
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
-    head: dict[str, Any] = {
-        "id": answer.id,
-        "object": "chat.completion.chunk",
-        "created": answer.created,
-        "model": answer.model,
-    }
-    tail: dict[str, Any] = {"usage": None} if with_usage else {}
     begun: set[int] = set()
     async with contextlib.aclosing(aiter(answer)) as responses:
         async for response in responses:
-            index = response.choice_index
-            delta: dict[str, Any] = {}
-            if index not in begun:
-                begun.add(index)
-                delta = {"role": "assistant", "content": "", "refusal": None}
-            if response.delta:
-                delta["content"] = response.delta
-            if response.tool_calls:
-                delta["tool_calls"] = tool_calls(response.tool_calls, indexed=True)
-            finish = FINISH_REASONS.get(response.finish_reason)
-            if not delta and finish is None and not (body.logprobs and response.tokens):
+            first = response.choice_index not in begun
+            choice = chat_choice(response, first=first, logprobs=bool(body.logprobs))
+            if choice is None:
                 continue
-            choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-            if body.logprobs:
-                choice["logprobs"] = chat_logprobs(response.tokens)
-            chunk = {**head, "system_fingerprint": fingerprint(answer), "choices": [choice], **tail}
-            if finish is not None:
-                chunk["steersman"] = _about(answer)
+            begun.add(response.choice_index)
+            chunk = chat_chunk(answer, [choice])
+            if with_usage:
+                chunk["usage"] = None
+            if choice["finish_reason"] is not None:
+                chunk["steersman"] = about(answer)
             yield event(chunk)
     if with_usage:
-        yield event({**head, "system_fingerprint": fingerprint(answer), "choices": [], "usage": usage(answer)})
+        yield event({**chat_chunk(answer, []), "usage": usage([answer])})
     yield DONE
 
 
@@ -210,59 +173,47 @@ async def _answer_all(assistant: Assistant, questions: Sequence[Question]) -> li
     return answers
 
 
-async def _completion_object(answers: Sequence[Answer], body: CompletionRequest) -> dict[str, Any]:
-    per_answer: list[dict[int, list[TokenLogprob]]] = [{} for _ in answers]
-    with_logprobs = body.logprobs is not None
-    await asyncio.gather(
-        *(
-            _collect(answer, tokens if with_logprobs else None)
-            for answer, tokens in zip(answers, per_answer, strict=True)
-        )
-    )
-    choices: list[dict[str, Any]] = []
-    for answer, tokens in zip(answers, per_answer, strict=True):
+async def _completion_object(answers: Sequence[Answer], body: CompletionRequest) -> TextCompletion:
+    found: list[dict[int, list[TokenLogprob]]] = [{} for _ in answers]
+
+    async def read(answer: Answer, tokens: dict[int, list[TokenLogprob]]) -> None:
+        take = None if body.logprobs is None else lambda index, some: tokens.setdefault(index, []).extend(some)
+        await _collect(answer, take)
+
+    await asyncio.gather(*map(read, answers, found))
+    choices: list[TextChoice] = []
+    for answer, tokens in zip(answers, found, strict=True):
         for index, choice in enumerate(answer.choices):
             choices.append(
                 {
                     "index": len(choices),
                     "text": choice.text,
-                    "logprobs": completion_logprobs(tokens.get(index, ()), 0) if with_logprobs else None,
-                    "finish_reason": FINISH_REASONS.get(choice.finish_reason, "stop"),
+                    "logprobs": None if body.logprobs is None else text_logprobs(tokens.get(index, ()), 0),
+                    "finish_reason": openai_finish_name(choice.finish_reason) or "stop",
                 }
             )
-    counts = [usage(answer) for answer in answers]
-    return {
-        "id": answers[0].id,
-        "object": "text_completion",
-        "created": answers[0].created,
-        "model": answers[0].model,
-        "choices": choices,
-        "usage": {key: sum(count[key] for count in counts) for key in counts[0]},
-        "system_fingerprint": fingerprint(answers[0]),
-        "steersman": _about(answers[0]),
-    }
+    return {**text_completion(answers[0], choices), "usage": usage(answers), "steersman": about(answers[0])}
 
 
 async def _completion_events(answer: Answer, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
-    head: dict[str, Any] = {
-        "id": answer.id,
-        "object": "text_completion",
-        "created": answer.created,
-        "model": answer.model,
-    }
     offsets: dict[int, int] = {}
     async with contextlib.aclosing(aiter(answer)) as responses:
         async for response in responses:
-            index, finish = response.choice_index, FINISH_REASONS.get(response.finish_reason)
-            choice: dict[str, Any] = {"index": index, "text": response.delta, "logprobs": None, "finish_reason": finish}
+            index = response.choice_index
+            choice: TextChoice = {
+                "index": index,
+                "text": response.delta,
+                "logprobs": None,
+                "finish_reason": openai_finish_name(response.finish_reason),
+            }
             if body.logprobs is not None:
-                choice["logprobs"] = completion_logprobs(response.tokens, offsets.get(index, 0))
+                choice["logprobs"] = text_logprobs(response.tokens, offsets.get(index, 0))
                 offsets[index] = offsets.get(index, 0) + len(response.delta)
-            chunk: dict[str, Any] = {**head, "system_fingerprint": fingerprint(answer), "choices": [choice]}
+            chunk = text_completion(answer, [choice])
             if with_usage:
                 chunk["usage"] = None
             yield event(chunk)
     if with_usage:
-        yield event({**head, "choices": [], "usage": usage(answer)})
+        yield event({**text_completion(answer, []), "usage": usage([answer])})
     yield DONE

@@ -1,23 +1,15 @@
-"""From OpenAI's requests to the policy's, and from the policy's responses to OpenAI's."""
+"""From OpenAI's requests to the policy's."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from services.gateway.answer import Answer
 from services.gateway.openai.schema import ChatCompletionRequest, ChatMessage, CompletionRequest, Tool
 from steersman.v1 import common_pb2
-from steersman.v1.policy_pb2 import PolicyServiceChatRequest, TokenLogprob
-
-FINISH_REASONS: dict[int, str] = {
-    common_pb2.FINISH_REASON_STOP: "stop",
-    common_pb2.FINISH_REASON_LENGTH: "length",
-    common_pb2.FINISH_REASON_CANCELLED: "stop",
-    common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
-}
+from steersman.v1.policy_pb2 import PolicyServiceChatRequest
 
 
 def chat_request(body: ChatCompletionRequest) -> PolicyServiceChatRequest:
@@ -93,54 +85,3 @@ def _sampling(body: ChatCompletionRequest | CompletionRequest, length: int | Non
         seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
         min_new_tokens=body.min_tokens or 0,
     )
-
-
-def usage(answer: Answer) -> dict[str, int]:
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-    }
-
-
-def fingerprint(answer: Answer) -> str:
-    """Which weights answered."""
-    return f"weights-{answer.weights_version}"
-
-
-def tool_calls(calls: Iterable[common_pb2.ToolCall], *, indexed: bool) -> list[dict[str, Any]]:
-    """OpenAI's form of tool calls; in a stream each carries its index."""
-    found = []
-    for index, call in enumerate(calls):
-        function = {"name": call.name, "arguments": call.arguments}
-        item: dict[str, Any] = {"id": call.id, "type": "function", "function": function}
-        found.append({"index": index, **item} if indexed else item)
-    return found
-
-
-def chat_logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
-    content = [
-        {
-            "token": token.text,
-            "logprob": token.logprob,
-            "bytes": list(token.raw),
-            "top_logprobs": [
-                {"token": other.text, "logprob": other.logprob, "bytes": list(other.text.encode())}
-                for other in token.top
-            ],
-        }
-        for token in tokens
-    ]
-    return {"content": content, "refusal": None}
-
-
-def completion_logprobs(tokens: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
-    """The legacy form; `offset` is the number of characters before these tokens."""
-    texts, logprobs, tops, offsets = [], [], [], []
-    for token in tokens:
-        texts.append(token.text)
-        logprobs.append(token.logprob)
-        tops.append({other.text: other.logprob for other in token.top})
-        offsets.append(offset)
-        offset += len(token.text)
-    return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}

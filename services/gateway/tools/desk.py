@@ -18,6 +18,7 @@ import httpx
 import sqlalchemy as sa
 
 from services.gateway.auth.callers import Caller
+from services.gateway.fetching import fetch_json
 from services.gateway.store import ProposedAction
 from services.gateway.tools.config import HandOver
 from steersman.errors import ConfigError, ConflictError, NotFoundError, UnavailableError
@@ -26,6 +27,7 @@ from steersman.store.models import now
 
 log = logging.getLogger("steersman.gateway")
 
+_LONGEST_TICKET = 200
 ActionName = Literal["hand_over", "request_return"]
 PROPOSALS: dict[ActionName, str] = {
     "hand_over": "I can hand this conversation over to a colleague. Please confirm, and I open a ticket for you.",
@@ -132,7 +134,7 @@ class Desk:
             "idempotency-key": proposal.id,
         }
         answer = await self._send("POST", self._config.webhook.url, content=body, headers=headers)
-        return str(answer.get("ticket") or answer.get("id") or proposal.id[:8])
+        return str(answer.get("ticket") or answer.get("id") or proposal.id[:8])[:_LONGEST_TICKET]
 
     async def _create_ticket(self, caller: Caller, proposal: Proposal, transcript: list[dict[str, str]]) -> str:
         tracker = self._config.request_tracker
@@ -148,13 +150,11 @@ class Desk:
         }
         headers = {"authorization": f"token {self._token}"}
         answer = await self._send("POST", f"{tracker.url.rstrip('/')}/REST/2.0/ticket", json=body, headers=headers)
-        return str(answer.get("id", ""))
+        return str(answer.get("id", ""))[:_LONGEST_TICKET]
 
     async def _send(self, method: str, url: str, **content: Any) -> dict[str, Any]:
         try:
-            response = await self._client.request(method, url, **content)
-            response.raise_for_status()
-            answer = response.json() if response.content else {}
+            answer = await fetch_json(self._client, method, url, **content)
         except (httpx.HTTPError, ValueError) as error:
             log.warning("a ticket cannot be delivered: %s", type(error).__name__)
             raise UnavailableError("The ticket system cannot be reached; confirm again later") from None

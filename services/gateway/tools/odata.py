@@ -9,6 +9,7 @@ from urllib.parse import quote, urlencode
 
 import httpx
 
+from services.gateway.fetching import fetch_json
 from services.gateway.tools.config import Kind, ODataSystem, RecordKind
 from services.gateway.tools.records import Query
 from steersman.errors import ConfigError, UnavailableError
@@ -49,9 +50,7 @@ class OData:
         try:
             # OData wants %20 for a space, not the plus sign of forms.
             query_string = urlencode(parameters, quote_via=quote, safe="$/(),")
-            response = await self._client.get(f"{kind.entity}?{query_string}")
-            response.raise_for_status()
-            rows = response.json()["value"]
+            rows = (await fetch_json(self._client, "GET", f"{kind.entity}?{query_string}"))["value"]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise UnavailableError(f"{self.name} cannot be asked at the moment ({type(error).__name__})") from None
         if not isinstance(rows, list):

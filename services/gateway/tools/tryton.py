@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from services.gateway.fetching import fetch_json
 from services.gateway.tools.config import Kind, RecordKind, TrytonSystem
 from services.gateway.tools.records import Query
 from steersman.errors import ConfigError, UnavailableError
@@ -48,9 +49,7 @@ class Tryton:
         if self._locations:
             headers["x-tryton-context"] = _encode({"locations": self._locations})
         try:
-            response = await self._client.get(kind.entity, params=parameters, headers=headers)
-            response.raise_for_status()
-            rows = response.json()
+            rows = await fetch_json(self._client, "GET", kind.entity, params=parameters, headers=headers)
         except (httpx.HTTPError, ValueError) as error:
             raise UnavailableError(f"{self.name} cannot be asked at the moment ({type(error).__name__})") from None
         if not isinstance(rows, list):
