@@ -210,6 +210,11 @@ class McpServer(FrozenModel):
     """What is not listed here is not offered to the model."""
     tenants: list[str] = []
     seconds: Annotated[float, Field(gt=0, le=60)] = 10.0
+    """Longest wait for one call."""
+    result_chars: Annotated[int, Field(ge=200, le=100_000)] = 8000
+    """A longer result is cut there, with a mark that says so."""
+    description_chars: Annotated[int, Field(ge=20, le=10_000)] = 1000
+    """A longer description of a tool is cut there."""
 
     @model_validator(mode="after")
     def _one_transport(self) -> McpServer:

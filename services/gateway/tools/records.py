@@ -175,5 +175,10 @@ def clean(value: Any) -> Any:
         return {str(key): clean(each) for key, each in list(value.items())[:20]}
     if isinstance(value, (list, tuple)):
         return [clean(each) for each in value[:20]]
-    text = _CONTROL.sub(" ", str(value)).strip()
+    text = visible(str(value))
     return text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + "…"
+
+
+def visible(text: str) -> str:
+    """One line of text, without control and invisible characters."""
+    return _CONTROL.sub(" ", text).strip()

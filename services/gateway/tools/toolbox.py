@@ -27,7 +27,6 @@ from steersman.v1.common_pb2 import ToolCall
 log = logging.getLogger("steersman.gateway")
 
 _LONGEST_ARGUMENTS = 10_000
-_LONGEST_RESULT = 8_000
 _NUMBER_SCHEMA = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._/-]{0,39}$"}
 _FINDERS: dict[str, tuple[Kind, str, str]] = {
     "find_order": ("order", "number", "State of an order of this customer; without a number the latest orders."),
@@ -118,10 +117,10 @@ class Toolbox:
                     if tool.customer_argument is not None:
                         assert caller.customer is not None  # definitions() offers it to no one else
                         hidden[tool.customer_argument] = caller.customer.id
-                    text = await connection.call(tool.name, arguments | hidden)
-                    lines = [str(clean(line)) for line in text[:_LONGEST_RESULT].splitlines()]
-                    source = Source(connection.config.name, tool.name)
-                    return _told(name, arguments, "found", "\n".join(lines), source)
+                    text, good = await connection.call(tool.name, arguments | hidden)
+                    if not good:
+                        return _told(name, arguments, "failed", f"error: {text}")
+                    return _told(name, arguments, "found", text, Source(connection.config.name, tool.name))
         return _told(name, arguments, "refused", f"error: there is no tool {name}")
 
     def _open(self, caller: Caller) -> list[McpConnection]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import sys
 
 from mcp.server.mcpserver import MCPServer
@@ -21,6 +23,30 @@ def order_state(number: str, customer_id: str) -> str:
 def opening_hours() -> str:
     """When the shop is open."""
     return "9 to 17"
+
+
+@server.tool()
+async def sleepy(seconds: float) -> str:
+    """Takes its time."""
+    await asyncio.sleep(seconds)
+    return "awake"
+
+
+@server.tool()
+def one_line(size: int) -> str:
+    """JSON on one line."""
+    return json.dumps({"rows": "x" * size, "last": True})
+
+
+@server.tool()
+def crash() -> str:
+    """Ends the process."""
+    os._exit(1)
+
+
+@server.tool(description="Very long. " * 500)
+def long_winded() -> str:
+    return "ok"
 
 
 @server.tool()

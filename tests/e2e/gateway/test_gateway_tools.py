@@ -112,6 +112,53 @@ async def test_mcp_tools_get_the_verified_customer(identities: Identities, trans
             process.wait(10)
 
 
+async def test_a_late_or_broken_call_takes_no_tool_away() -> None:
+    tools = [
+        {"name": name, "customerArgument": None}
+        for name in ("opening_hours", "sleepy", "one_line", "crash", "long_winded")
+    ]
+    command = [sys.executable, str(HERE / "mcp_orders.py")]
+    server = {"name": "orders", "tools": tools, "seconds": 5, "command": command, "resultChars": 4000}
+    policy = FakePolicy()
+    async with serving(policy, tools={"mode": "tools", "mcpServers": [server]}) as (gateway, http):
+
+        async def call(name: str, **arguments: Any) -> str:
+            policy.reply = calling((f"orders_{name}", arguments))
+            return (await ask(http, "help", {}))["choices"][0]["message"]["content"]
+
+        # One line of JSON arrives whole, or is cut with a mark.
+        whole = await call("one_line", size=2000)
+        assert json.loads(whole) == {"rows": "x" * 2000, "last": True}
+        cut = await call("one_line", size=5000)
+        assert cut.startswith('{"rows": "xxx')
+        assert cut.endswith("[cut: the first 4000 of 5026 characters]")
+        offered = json.loads(policy.requests[-2].tools_json)
+        said = next(t["function"]["description"] for t in offered if t["function"]["name"] == "orders_long_winded")
+        assert "[cut: the first 1000 of 5500 characters]" in said
+
+        # A call that takes too long ends alone, also beside others.
+        connection = gateway.assistant.grounding.connections[0]
+        object.__setattr__(connection.config, "seconds", 0.5)
+        late = await call("sleepy", seconds=30)
+        assert "cannot be looked up" in late
+        assert await call("opening_hours") == "9 to 17"
+
+        # A server that ends is started again at once; its tools stay offered.
+        object.__setattr__(connection.config, "seconds", 5)
+        assert "cannot be looked up" in await call("crash")
+        policy.reply = calling(("orders_opening_hours", {}))
+        assert "orders_opening_hours" in {d["function"]["name"] for d in connection_tools(gateway)}
+        async with asyncio.timeout(8):
+            while await call("opening_hours") != "9 to 17":  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+
+def connection_tools(gateway: Any) -> list[dict[str, Any]]:
+    from services.gateway.auth.callers import ALL_SCOPES, Caller
+
+    return gateway.assistant.grounding.toolbox.definitions(Caller("k", "default", ALL_SCOPES))
+
+
 # --- tickets ----------------------------------------------------------------------------------------------------
 
 
