@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -15,7 +17,7 @@ from services.gateway.auth.callers import Caller
 from services.gateway.store import storable
 from services.gateway.tools.desk import Proposal
 from services.gateway.tracing import Trace
-from steersman.errors import InternalError
+from steersman.errors import DeadlineError, InternalError
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
 
@@ -37,6 +39,10 @@ class Question:
     conversation_id: str = ""
     """Continue this stored conversation; empty: none."""
     idempotency_key: str = ""
+    fingerprint: bytes = b""
+    """All that the caller sent, except how it is to be delivered: the same key with another one is a conflict."""
+    consent: bool | None = None
+    """Whether the end customer agreed to training on this; None: not said."""
     traceparent: str = ""
     """W3C trace context of the caller."""
     must_call: bool = False
@@ -148,6 +154,10 @@ class Answer:
         self.unsourced = 0
         """Sentences about records that no record supports; held back or marked."""
         self.limit_seconds = float("inf")
+        self.spent_tokens = 0
+        """Of all turns and samples, whether they are in the answer or not."""
+        self.unheard = False
+        """A turn ended before it said how many tokens it had."""
         self.prompt_tokens = 0
         self.weights_version = 0
         self.feedback_token = ""
@@ -159,6 +169,9 @@ class Answer:
         self._first: PolicyServiceChatResponse | None = None
         self._wanted = max(question.request.n, 1)
         self._finished = 0
+        self._late: DeadlineError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     @property
     def completion_tokens(self) -> int:
@@ -179,6 +192,8 @@ class Answer:
 
     async def open(self) -> None:
         """Waits for the first response, so that errors before it can still change the status."""
+        if math.isfinite(self.limit_seconds):
+            self._timer = asyncio.get_running_loop().call_later(self.seconds_left, self._expire)
         try:
             self._first = await anext(self._stream)
         except StopAsyncIteration:
@@ -199,14 +214,34 @@ class Answer:
             async for response in self._stream:
                 await self._take(response)
                 yield response
+            if self._late is not None and not self.complete:
+                raise self._late
         except Exception as error:
             await self._end(error)
             raise
 
     async def close(self) -> None:
         """Stops the generation where it is still running."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._ending is not None:
+            await asyncio.wait([self._ending])
         await self._stream.aclose()
         await self._end(None)
+
+    def _expire(self) -> None:
+        self._ending = asyncio.create_task(self._end_late())
+
+    async def _end_late(self) -> None:
+        """Gives the place back although whoever reads does not take what is there."""
+        self._late = DeadlineError(f"The answer was not taken within {self.limit_seconds:g} s; read it faster")
+        try:
+            await self._stream.aclose()
+        except RuntimeError:
+            # The model is being waited for; it has the same limit.
+            self._timer = asyncio.get_running_loop().call_later(1.0, self._expire)
+        else:
+            await self._end(self._late)
 
     async def _take(self, response: PolicyServiceChatResponse) -> None:
         while len(self.choices) <= response.choice_index:
@@ -255,6 +290,11 @@ class Answer:
         return {
             "id": self.id,
             "created": self.created,
+            "model": self.model,
+            "proposals": [
+                {"id": proposal.id, "action": proposal.action, "arguments": proposal.arguments}
+                for proposal in self.proposals
+            ],
             "prompt_tokens": self.prompt_tokens,
             "weights_version": self.weights_version,
             "lookups": [lookup.as_json() for lookup in self.lookups],
@@ -295,6 +335,8 @@ def replay(question: Question, stored: dict[str, Any]) -> Answer:
 
     answer = Answer(stored["id"], question, stream)
     answer.created = stored["created"]
+    answer.model = stored.get("model", question.model)
+    answer.proposals = [Proposal(**proposal) for proposal in stored.get("proposals", ())]
     answer.lookups = [
         Lookup(**{**lookup, "records": tuple(Source(**source) for source in lookup["records"])})
         for lookup in stored["lookups"]

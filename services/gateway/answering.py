@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -25,14 +24,14 @@ from services.gateway.errors import BadRequestError
 from services.gateway.idempotency import Claim, IdempotencyKeys
 from services.gateway.memory import Memory
 from services.gateway.metrics import Metrics
-from services.gateway.quotas import Quotas
-from services.gateway.recorder import Record, Recorder, audit_row
-from services.gateway.store import storable
+from services.gateway.quotas import Quotas, Reserved
+from services.gateway.recorder import Record, Recorder
 from services.gateway.tools.calls import as_calls
 from services.gateway.tools.grounding import Grounding
 from services.gateway.tracing import Tracer
+from services.gateway.trail import answer_line, answer_rows, outcome_of
+from steersman.background import Background
 from steersman.errors import DeadlineError, NotFoundError, SteersmanError, UnavailableError
-from steersman.rpc.finish import finish_name
 from steersman.store.engine import Store
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
@@ -49,18 +48,21 @@ class Assistant:
         self, config: GatewayConfig, pool: ReplicaPool, store: Store, tokens: FeedbackTokens, metrics: Metrics
     ) -> None:
         self.config = config
+        self.background = Background()
         self.pool = pool
         self.metrics = metrics
         limits = config.limits
         self.admission = Admission(limits.concurrent_answers, limits.queued_answers, limits.queue_seconds)
         self.recorder = Recorder(store)
-        self.quotas = Quotas(store)
+        # Nothing lasts longer than waiting for a place, answering, and waiting for the database.
+        longest = limits.queue_seconds + 2 * limits.answer_seconds + 60
+        self.quotas = Quotas(store, longest)
         self.memory = Memory(store, config.memory)
         self.grounding = Grounding(config.tools, store, metrics)
         self.tracer = Tracer(config.telemetry)
         self.draining = False
         self._tokens = tokens
-        self._idempotency = IdempotencyKeys(store)
+        self.idempotency = IdempotencyKeys(store, longest)
         metrics.gauge("running_answers", "Answers in generation.", lambda: self.admission.running)
         metrics.gauge("queued_answers", "Requests that wait for a place.", lambda: self.admission.waiting)
         metrics.gauge("unrecorded_answers", "Records that are not on disk yet.", lambda: self.recorder.backlog)
@@ -71,7 +73,12 @@ class Assistant:
     @property
     def ready(self) -> bool:
         """Whether an answer can be given."""
-        return self.pool.ready and not self.recorder.failing and not self.draining
+        return self.pool.ready and self.can_record and self.background.healthy and not self.draining
+
+    @property
+    def can_record(self) -> bool:
+        """Whether what an answer leaves behind is being stored."""
+        return not self.recorder.failing and "recorder" not in self.background.down
 
     async def answer(self, question: Question) -> Answer:
         """Returns when the first token is there.
@@ -85,31 +92,50 @@ class Assistant:
         """
         question.caller.require("chat")
         question = self.checked(question)
-        if self.recorder.failing:
+        if not self.can_record:
             raise UnavailableError("The gateway's database cannot be reached; try again later")
-        await self.quotas.admit(question.caller)
-        if not question.idempotency_key:
-            return await self._begin(question, None)
-        scope = "\n".join((question.caller.tenant, question.caller.customer_id, question.id_prefix))
-        canonical = PolicyServiceChatRequest()
-        canonical.CopyFrom(question.request)
-        canonical.sampling.ClearField("seed")
-        canonical.ClearField("whole")
-        claim = await self._idempotency.claim(
-            scope, question.idempotency_key, canonical.SerializeToString(deterministic=True)
-        )
-        if not isinstance(claim, Claim):
-            answer = replay(question, claim)
-            await answer.open()
-            return answer
+        claim = None
+        if question.idempotency_key:
+            found = await self.idempotency.claim(
+                question.caller, question.id_prefix, question.idempotency_key, question.fingerprint
+            )
+            if not isinstance(found, Claim):
+                return await self._replay(question, found)
+            claim = found
         try:
-            return await self._begin(question, claim)
+            reserved = await self.quotas.reserve(question.caller, self._most_tokens(question))
         except BaseException:
-            await self._idempotency.release(claim)
+            self._free(claim, None)
             raise
+        try:
+            question = await self._in_context(question)
+        except BaseException:
+            self._free(claim, reserved)
+            raise
+        return await self._begin(question, claim, reserved)
 
-    async def _begin(self, question: Question, claim: Claim | None) -> Answer:
-        question = await self._in_context(question)
+    async def _replay(self, question: Question, stored: dict[str, Any]) -> Answer:
+        """The answer that the first request with this key got."""
+        answer = replay(question, stored)
+        answer.feedback_token = self._tokens.issue(answer.id, question.caller.tenant)
+        await self.recorder.put(Record(answer_line(answer, "replay")))
+        await answer.open()
+        return answer
+
+    def _most_tokens(self, question: Question) -> int:
+        """What an answer may cost, about: nobody here can count the tokens of a prompt."""
+        request, best_of = question.request, self.config.policy.best_of
+        chars = len(request.prompt) + _chars(request.messages) + len(request.tools_json)
+        samples = max(request.n, 1) if best_of is None or request.n > 1 else best_of.n
+        return chars // 4 + request.sampling.max_new_tokens * samples
+
+    def _free(self, claim: Claim | None, reserved: Reserved | None) -> None:
+        """Gives back what a request held that was never begun."""
+        if claim is not None or reserved is not None:
+            with contextlib.suppress(UnavailableError):  # then both run out by themselves
+                self.recorder.put(Record(claim=claim, reserved=reserved))
+
+    async def _begin(self, question: Question, claim: Claim | None, reserved: Reserved | None) -> Answer:
         answer = Answer(f"{question.id_prefix}-{secrets.token_hex(12)}", question, self._stream)
         answer.model = question.model or self.config.model
         answer.adapter = self.pool.served
@@ -118,8 +144,8 @@ class Assistant:
         answer.feedback_token = self._tokens.issue(answer.id, question.caller.tenant)
 
         async def on_end(answer: Answer, error: BaseException | None) -> None:
-            answer.trace.end(answer, _outcome(answer, error), error)
-            await self._finish(answer, claim, error)
+            answer.trace.end(answer, outcome_of(answer, error), error)
+            await self._finish(answer, claim, reserved, error)
 
         answer.on_end = on_end
         await answer.open()
@@ -183,7 +209,7 @@ class Assistant:
 
     async def _stream(self, answer: Answer) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         def generate(request: PolicyServiceChatRequest) -> AsyncGenerator[PolicyServiceChatResponse, None]:
-            return self._generate(request, answer.seconds_left)
+            return self._generate(answer, request)
 
         grounding = self.grounding
         source = grounding.answer(answer, generate) if grounding.has_systems else generate(answer.question.request)
@@ -194,53 +220,71 @@ class Assistant:
                 yield response
 
     async def _generate(
-        self, request: PolicyServiceChatRequest, seconds: float
+        self, answer: Answer, request: PolicyServiceChatRequest
     ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
-        """One turn of the model; `seconds` are what is left of the answer's time."""
+        """One turn of the model; what it costs is counted as it comes, for it may end at any time."""
+        prompt_tokens, completion_tokens, counted = 0, dict[int, int](), 0
+        answer.unheard = True
         try:
-            if seconds <= 0:
+            if answer.seconds_left <= 0:
                 raise DeadlineError("No time is left")
-            async with contextlib.aclosing(self.pool.stream(request, seconds)) as stream:
+            async with contextlib.aclosing(self.pool.stream(request, answer.seconds_left)) as stream:
                 async for response in stream:
+                    prompt_tokens = response.prompt_tokens or prompt_tokens
+                    if response.completion_tokens:
+                        completion_tokens[response.choice_index] = response.completion_tokens
+                        answer.unheard = False
+                    total = prompt_tokens + sum(completion_tokens.values())
+                    answer.spent_tokens += total - counted
+                    counted = total
                     yield response
         except DeadlineError:
             limit = self.config.limits.answer_seconds
             raise DeadlineError(f"The answer took longer than {limit:g} s; ask for fewer tokens") from None
 
-    async def _finish(self, answer: Answer, claim: Claim | None, error: BaseException | None) -> None:
+    async def _finish(
+        self, answer: Answer, claim: Claim | None, reserved: Reserved | None, error: BaseException | None
+    ) -> None:
         """Counts and records; a complete answer is on disk before its last token is handed out."""
-        caller, metrics = answer.question.caller, self.metrics
-        outcome = _outcome(answer, error)
+        question, metrics = answer.question, self.metrics
+        outcome = outcome_of(answer, error)
         metrics.answers.labels(outcome).inc()
         metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
         metrics.tokens.labels("completion").inc(answer.completion_tokens)
         if answer.first_token_seconds:
-            if not answer.question.request.whole:
+            if not question.request.whole:
                 metrics.first_token.observe(answer.first_token_seconds)
             metrics.duration.observe(answer.seconds)
-        self.quotas.charge(caller, answer.prompt_tokens + answer.completion_tokens)
+        spent = answer.spent_tokens
+        if answer.unheard and outcome == "cancelled" and reserved is not None:
+            # Generated in one piece, and left before it came: nobody knows how much it was.
+            spent = max(spent, reserved.tokens)
         conversation = None
-        if answer.complete and answer.question.conversation_id:
+        if answer.complete and question.conversation_id:
             conversation = self.memory.row(
-                caller, answer.question.conversation_id, answer.question.request, answer.choices[0].text
+                question.caller, question.conversation_id, question.request, answer.choices[0].text
             )
-        record = Record(_audit_row(answer, outcome), tuple(_answer_rows(answer, self.config.deployment)), conversation)
+        record = Record(
+            answer_line(answer, outcome),
+            tuple(answer_rows(answer, self.config.deployment, self.config.keeping)),
+            conversation,
+            claim,
+            answer.as_json() if answer.complete and claim is not None else None,
+            reserved,
+            spent,
+        )
         if not answer.complete:
             # Nobody waits for what broke off; it is still recorded.
             try:
                 self.recorder.put(record)
             except SteersmanError:
-                log.exception("a broken answer is not recorded", extra={"request_id": answer.question.request_id})
-            if claim is not None:
-                await asyncio.shield(self._idempotency.release(claim))
+                log.exception("a broken answer is not recorded", extra={"audit": record.audit})
             return
         try:
             async with asyncio.timeout(self.config.limits.answer_seconds):
                 await self.recorder.put(record)
         except TimeoutError:
             raise UnavailableError("The gateway's database cannot be reached, the answer is not stored") from None
-        if claim is not None:
-            await self._idempotency.complete(claim, answer.as_json())
 
 
 def _chars(messages: Iterable[common_pb2.Message]) -> int:
@@ -258,52 +302,3 @@ def _newest(turns: Sequence[common_pb2.Message], places: int, chars: int) -> Seq
         places -= 1
         chars -= len(turns[first].content)
     return turns[first:]
-
-
-def _outcome(answer: Answer, error: BaseException | None) -> str:
-    if answer.complete:
-        return finish_name(answer.choices[0].finish_reason)
-    if isinstance(error, SteersmanError):
-        return type(error).__name__
-    return "cancelled"
-
-
-def _audit_row(answer: Answer, outcome: str) -> dict[str, Any]:
-    question = answer.question
-    return audit_row(
-        question.caller,
-        question.request_id,
-        "answer",
-        outcome,
-        answer.id,
-        [source.as_json() for source in answer.sources],
-        weights_version=str(answer.weights_version or ""),
-        prompt_tokens=answer.prompt_tokens,
-        completion_tokens=answer.completion_tokens,
-        milliseconds=round(answer.seconds * 1000),
-        # An answer in one piece has no first token.
-        first_token_milliseconds=0 if question.request.whole else round(answer.first_token_seconds * 1000),
-    )
-
-
-def _answer_rows(answer: Answer, deployment: str) -> list[dict[str, Any]]:
-    """Rows of `steersman.store.models.Answer`; choice 1 of an answer has the id `ID.1`."""
-    question = answer.question
-    prompt = [{"role": m.role, "content": storable(m.content)} for m in question.request.messages]
-    if question.request.prompt:
-        prompt = [{"role": "user", "content": storable(question.request.prompt)}]
-    return [
-        {
-            "id": f"{answer.id}.{index}" if index else answer.id,
-            "conversation_id": question.conversation_id or None,
-            "customer": question.caller.tenant,
-            "deployment": deployment,
-            "model": answer.model,
-            "weights_version": str(answer.weights_version or ""),
-            "prompt": prompt,
-            "answer": storable(choice.text),
-            "consent": None,
-            "created_at": dt.datetime.fromtimestamp(answer.created, dt.UTC),
-        }
-        for index, choice in enumerate(answer.choices)
-    ]

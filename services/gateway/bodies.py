@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
+import secrets
+from collections.abc import Mapping
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from services.gateway.errors import BadRequestError, UnsupportedMediaTypeError, from_validation
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -46,3 +52,28 @@ def _check_structure(body: bytes) -> None:
 
 def _values(text: bytes) -> int:
     return text.count(b",") + text.count(b"[") + text.count(b"{")
+
+
+def fingerprint_of(body: BaseModel) -> bytes:
+    """All that a caller sent, in one form; how it is to be delivered is no part of it."""
+    sent = body.model_dump(exclude_unset=True, exclude={"stream", "stream_options"}, by_alias=True)
+    return json.dumps(sent, sort_keys=True).encode()
+
+
+def consent_of(headers: Mapping[str, str], said: bool | None = None) -> bool | None:
+    """Whether the end customer agreed to training on an answer: the body's word, or the header's `x-consent`.
+
+    Raises BadRequestError for a header that is neither true nor false.
+    """
+    header = headers.get("x-consent")
+    if said is not None or header is None:
+        return said
+    if header not in ("true", "false"):
+        raise BadRequestError("x-consent must be true or false", param="x-consent")
+    return header == "true"
+
+
+def request_id_of(headers: Mapping[str, str]) -> str:
+    """What the caller calls its request (`x-request-id`), or a new name."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"

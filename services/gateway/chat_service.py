@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from services.gateway.answer import Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
+from services.gateway.auth.origin import begin_visit, headers_of, peer_address
+from services.gateway.bodies import consent_of, request_id_of
 from services.gateway.errors import BadRequestError
 from services.gateway.feedback import FeedbackDesk
+from services.gateway.refusals import Refusals
+from steersman.errors import SteersmanError
 from steersman.store.feedback import Event
 from steersman.v1 import chat_pb2, chat_pb2_grpc
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest
 
 SERVICE_NAME = "steersman.v1.ChatService"
 _ROLES = {"system", "user", "assistant", "tool"}
-_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 
 
 class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
-    def __init__(self, assistant: Assistant, auth: Authenticator, feedback: FeedbackDesk) -> None:
+    def __init__(self, assistant: Assistant, auth: Authenticator, feedback: FeedbackDesk, refusals: Refusals) -> None:
         self._assistant = assistant
         self._auth = auth
         self._feedback = feedback
+        self._refusals = refusals
 
     async def Chat(self, request: chat_pb2.ChatRequest, context: Any) -> AsyncIterator[chat_pb2.ChatResponse]:
-        headers = _headers(context)
+        with noted(self._refusals, context, "Chat") as headers:
+            async for response in self._chat(request, headers):
+                yield response
+
+    async def _chat(
+        self, request: chat_pb2.ChatRequest, headers: Mapping[str, str]
+    ) -> AsyncIterator[chat_pb2.ChatResponse]:
         caller = await self._auth.caller(headers)
         if not request.messages:
             raise BadRequestError("messages: send at least one message", param="messages")
         for index, message in enumerate(request.messages):
             if message.role not in _ROLES:
                 raise BadRequestError(f"messages.{index}.role is {message.role!r}; use one of {sorted(_ROLES)}")
+        fingerprint = request.SerializeToString(deterministic=True)
         sampling = request.sampling
         if not sampling.seed:
             sampling.seed = secrets.randbits(64)
@@ -44,12 +55,14 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             raise BadRequestError("sampling.top_p must be above 0 and at most 1", param="sampling.top_p")
         question = Question(
             caller,
-            _request_id(headers),
+            request_id_of(headers),
             PolicyServiceChatRequest(messages=request.messages, sampling=sampling, stop=request.stop, n=1),
             model=request.model,
             id_prefix="chat",
             conversation_id=request.conversation_id,
             idempotency_key=headers.get("idempotency-key", ""),
+            fingerprint=fingerprint,
+            consent=consent_of(headers),
         )
         answer = await self._assistant.answer(question)
         try:
@@ -69,7 +82,12 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def SubmitFeedback(
         self, request: chat_pb2.SubmitFeedbackRequest, context: Any
     ) -> chat_pb2.SubmitFeedbackResponse:
-        headers = _headers(context)
+        with noted(self._refusals, context, "SubmitFeedback") as headers:
+            return await self._submit(request, headers)
+
+    async def _submit(
+        self, request: chat_pb2.SubmitFeedbackRequest, headers: Mapping[str, str]
+    ) -> chat_pb2.SubmitFeedbackResponse:
         caller = await self._auth.caller(headers)
         kind = request.WhichOneof("judgement")
         if kind is None:
@@ -81,14 +99,18 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         else:
             event = Event(request.event_id, request.answer_id, "outcome", request.outcome)
         event = Event(event.event_id, event.answer_id, event.kind, event.value, request.reason)
-        created = await self._feedback.take(caller, _request_id(headers), event)
+        created = await self._feedback.take(caller, request_id_of(headers), event)
         return chat_pb2.SubmitFeedbackResponse(created=created)
 
 
-def _headers(context: Any) -> dict[str, str]:
-    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-
-
-def _request_id(headers: dict[str, str]) -> str:
-    given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.match(given) else f"req-{secrets.token_hex(12)}"
+@contextmanager
+def noted(refusals: Refusals, context: Any, method: str) -> Iterator[Mapping[str, str]]:
+    """The text metadata of a call; what is refused in the block leaves an audit line."""
+    visit = begin_visit(peer_address(context.peer()))
+    metadata = context.invocation_metadata() or ()
+    try:
+        yield headers_of(metadata)
+    except SteersmanError as error:
+        request_id = request_id_of({name: value for name, value in metadata if isinstance(value, str)})
+        refusals.note(visit, error.http_status, f"{SERVICE_NAME}/{method}", request_id)
+        raise

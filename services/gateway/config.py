@@ -88,7 +88,11 @@ class Limits(FrozenModel):
     max_tokens: Positive = 4096
     """Largest length of an answer."""
     answer_seconds: Seconds = 300.0
-    """Longest time for one answer."""
+    """Longest time for one answer, until its last byte is taken."""
+    feedback_per_minute: Positive = 120
+    """Judgements from one network address without a key."""
+    failed_logins_per_minute: Positive = 60
+    """Wrong keys, sessions and customer tokens from one network address; beyond it gets 429."""
 
 
 class MemoryConfig(FrozenModel):
@@ -98,6 +102,28 @@ class MemoryConfig(FrozenModel):
     """The oldest fall out."""
     seconds: Positive = 86_400
     """A conversation is forgotten this long after its last turn."""
+
+
+class Keeping(FrozenModel):
+    """What is kept of answers, how long, and who agreed to training on them."""
+
+    consent: bool | None = None
+    """What counts where a request says nothing (field `consent`, or header `x-consent`); None, nobody was asked, is
+    the same as no: the answer is never released as training data."""
+    tenant_consent: dict[str, bool] = {}
+    """The same for single tenants, who have their customers' agreement, or have refused it for all of them."""
+    lookup_texts: bool = False
+    """Keep what was read from business systems, too, and not only which records it was."""
+    answer_days: Positive = 365
+    """Answers and what was said about them are deleted this long after they were given."""
+    evidence_days: Positive = 90
+    """Token ids, log-probabilities and the texts of lookups are deleted this long after the answer."""
+    audit_days: Positive = 730
+    """Lines of the audit trail are deleted after this."""
+
+    def consent_of(self, tenant: str, said: bool | None) -> bool | None:
+        """What the request said, else the tenant's word, else everybody's."""
+        return said if said is not None else self.tenant_consent.get(tenant, self.consent)
 
 
 class JwtIssuer(FrozenModel):
@@ -176,6 +202,13 @@ class GatewayConfig(FrozenModel):
     """Certificate for REST and gRPC; with `clientCa` clients must show one, too (mTLS)."""
     database: str | None = None
     """URL of the database; None: a temporary SQLite file, forgotten when the gateway stops."""
+    trusted_proxies: NonNegative = 0
+    """Own proxies before the gateway that add to `x-forwarded-for`; without it every client behind one has its address,
+    and shares what one address may."""
+    allowed_hosts: list[str] | None = None
+    """Names that requests may be for (header `host`, without port; `*.example.com` for all below), so that a page
+    elsewhere cannot reach this gateway through a browser by a name of its own (DNS rebinding). None: where only this
+    machine reaches the gateway none, elsewhere any. Addresses and names without a dot are always good."""
     secret_file: Path | None = None
     """File with the secret that feedback tokens, sessions and pseudonyms are keyed with, made with mode 0600 when it is
     not there. None: beside a SQLite file, or in PostgreSQL, where whoever may read the table can forge sessions."""
@@ -187,6 +220,7 @@ class GatewayConfig(FrozenModel):
     """None: yes, unless only this machine can reach the gateway."""
     identity: IdentityConfig = IdentityConfig()
     memory: MemoryConfig = MemoryConfig()
+    keeping: Keeping = Keeping()
     tools: ToolsConfig = ToolsConfig()
     telemetry: Telemetry = Telemetry()
     drain_seconds: Seconds = 30.0
@@ -214,6 +248,13 @@ class GatewayConfig(FrozenModel):
     @property
     def auth_required(self) -> bool:
         return not is_loopback(self.host) if self.require_api_key is None else self.require_api_key
+
+    @property
+    def hosts(self) -> list[str] | None:
+        """Names that requests may be for; None: any."""
+        if self.allowed_hosts is None and is_loopback(self.host):
+            return ["*.localhost"]
+        return self.allowed_hosts
 
     @property
     def model_names(self) -> tuple[str, ...]:

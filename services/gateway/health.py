@@ -21,11 +21,14 @@ def health_router(assistant: Assistant, auth: Authenticator, metrics: Metrics) -
     @router.get(
         "/readyz",
         summary="Whether an answer can be given",
-        responses={503: {"description": "No replica is ready, or the gateway is stopping."}},
+        responses={
+            503: {"description": "No replica is ready, records cannot be stored, a task is down, or it is stopping."}
+        },
     )
     async def ready() -> JSONResponse:
         replicas = {target: info is not None for target, info in assistant.pool.infos.items()}
         body = {"ready": assistant.ready, "draining": assistant.draining, "replicas": replicas}
+        body |= {"recording": assistant.can_record, "down": sorted(assistant.background.down)}
         return JSONResponse(body, 200 if assistant.ready else 503)
 
     @router.get(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import hashlib
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
+from services.gateway.auth.callers import Caller
 from services.gateway.store import Idempotency, insert_new
 from steersman.errors import ConflictError, InvalidArgumentError
 from steersman.store.engine import Store
 from steersman.store.models import now
 
-_LIFETIME = dt.timedelta(hours=24)
-_LONGEST_RUN = dt.timedelta(minutes=15)
-"""After it a request whose gateway died may be repeated."""
+LIFETIME = dt.timedelta(hours=24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,39 +27,45 @@ class Claim:
 
     scope: str
     key: str
+    owner: str
+    """Another request may take an old claim over; then this one can neither end nor free it."""
 
 
 class IdempotencyKeys:
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, longest_seconds: float) -> None:
+        """`longest_seconds`: no request runs longer; after it one whose gateway died may be repeated."""
         self._store = store
+        self._longest = dt.timedelta(seconds=longest_seconds)
 
-    async def claim(self, scope: str, key: str, request: bytes) -> Claim | dict[str, Any]:
-        """The right to carry out the request, or the result that it had.
+    async def claim(self, caller: Caller, route: str, key: str, request: bytes) -> Claim | dict[str, Any]:
+        """The right to carry out the request, or the result that it had. The recorder ends it.
 
         Raises:
             ConflictError: the first request still runs, or was another one.
         """
         if not 1 <= len(key) <= 255 or not key.isprintable():
             raise InvalidArgumentError("Idempotency-Key must have 1 to 255 printable characters")
-        digest = hashlib.sha256(request).hexdigest()
-        return await asyncio.to_thread(self._claim, Claim(scope, key), digest)
+        parts = [part.encode() for part in (caller.tenant, caller.customer_id, route)]
+        scope = hashlib.sha256(b"".join(len(part).to_bytes(4, "big") + part for part in parts)).hexdigest()
+        claim = Claim(scope, key, secrets.token_hex(8))
+        return await asyncio.to_thread(self._claim, claim, caller, hashlib.sha256(request).hexdigest())
 
-    async def complete(self, claim: Claim, result: dict[str, Any]) -> None:
-        await asyncio.to_thread(self._complete, claim, result)
+    async def forget_expired(self) -> None:
+        await asyncio.to_thread(self._forget_expired)
 
-    async def release(self, claim: Claim) -> None:
-        """The request failed and may be sent again."""
-        await asyncio.to_thread(self._release, claim)
-
-    def _claim(self, claim: Claim, digest: str) -> Claim | dict[str, Any]:
+    def _claim(self, claim: Claim, caller: Caller, digest: str) -> Claim | dict[str, Any]:
+        mine = sa.and_(Idempotency.scope == claim.scope, Idempotency.key == claim.key)
         with self._store.transaction() as session:
-            session.execute(sa.delete(Idempotency).where(Idempotency.expires_at < now()))
+            session.execute(sa.delete(Idempotency).where(mine, Idempotency.expires_at < now()))
             row = {
                 "scope": claim.scope,
                 "key": claim.key,
                 "request_digest": digest,
                 "result": None,
-                "expires_at": now() + _LONGEST_RUN,
+                "owner": claim.owner,
+                "tenant": caller.tenant,
+                "customer": caller.customer_id,
+                "expires_at": now() + self._longest,
             }
             if insert_new(session, Idempotency, row):
                 return claim
@@ -69,17 +76,20 @@ class IdempotencyKeys:
                 raise ConflictError("The request with this Idempotency-Key is still running; try again later")
             return found.result
 
-    def _complete(self, claim: Claim, result: dict[str, Any]) -> None:
+    def _forget_expired(self) -> None:
         with self._store.transaction() as session:
-            found = session.get(Idempotency, (claim.scope, claim.key))
-            if found is not None:
-                found.result = result
-                found.expires_at = now() + _LIFETIME
+            session.execute(sa.delete(Idempotency).where(Idempotency.expires_at < now()))
 
-    def _release(self, claim: Claim) -> None:
-        with self._store.transaction() as session:
-            session.execute(
-                sa.delete(Idempotency).where(
-                    Idempotency.scope == claim.scope, Idempotency.key == claim.key, Idempotency.result.is_(None)
-                )
-            )
+
+def end_claim(session: Session, claim: Claim, result: dict[str, Any] | None) -> None:
+    """Keeps the result for the next one with this key, or, without one, frees the key."""
+    mine = (
+        Idempotency.scope == claim.scope,
+        Idempotency.key == claim.key,
+        Idempotency.owner == claim.owner,
+        Idempotency.result.is_(None),
+    )
+    if result is None:
+        session.execute(sa.delete(Idempotency).where(*mine))
+    else:
+        session.execute(sa.update(Idempotency).where(*mine).values(result=result, expires_at=now() + LIFETIME))

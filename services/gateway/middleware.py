@@ -7,20 +7,22 @@ of the framework would cost those more than the gateway's own work.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
-import re
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
-import sqlalchemy as sa
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway.config import Limits
+from services.gateway.auth.origin import address_of, begin_visit, once
+from services.gateway.bodies import request_id_of
+from services.gateway.config import GatewayConfig, Limits
 from services.gateway.errors import (
+    BadRequestError,
     LargeHeadersError,
     LongPathError,
     SlowRequestError,
@@ -29,23 +31,26 @@ from services.gateway.errors import (
     error_response,
 )
 from services.gateway.metrics import Metrics
-from steersman.errors import CancelledError, InternalError, SteersmanError, UnavailableError
+from services.gateway.refusals import Refusals
+from steersman.errors import CancelledError, InternalError, SteersmanError
 
 log = logging.getLogger("steersman.gateway")
 
 _HEADER_BYTES = 32_768
 _PATH_BYTES = 8192
 _LOGGED_PATH = 200
-_REQUEST_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
 
 _SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
+    (b"referrer-policy", b"same-origin"),
     (b"x-frame-options", b"DENY"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
     # Pages bring their own script and style files; nothing inline, nothing from elsewhere.
     (
         b"content-security-policy",
-        b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+        b"default-src 'self'; object-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     ),
 )
 
@@ -55,12 +60,22 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 class FrontMiddleware:
     """Outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, posts: Mapping[str, Endpoint]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: GatewayConfig,
+        metrics: Metrics,
+        refusals: Refusals,
+        posts: Mapping[str, Endpoint],
+    ) -> None:
         """`posts` are the endpoints of POST routes, by path, that are called without the framework."""
         self._app = app
         self._posts = posts
-        self._limits = limits
+        self._limits = config.limits
         self._metrics = metrics
+        self._refusals = refusals
+        self._proxies = config.trusted_proxies
+        self._hosts = config.hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,6 +85,10 @@ class FrontMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
         endpoint: Endpoint | None = None
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        forwarded = [value for name, value in headers if name == "x-forwarded-for"] if self._proxies else []
+        peer = scope["client"][0] if scope.get("client") else ""
+        visit = begin_visit(address_of(peer, forwarded, self._proxies))
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -86,6 +105,8 @@ class FrontMiddleware:
                 raise LongPathError(f"The path is longer than {_PATH_BYTES} bytes; shorten it")
             if any(n == b"content-encoding" and v.lower() != b"identity" for n, v in scope["headers"]):
                 raise UnsupportedMediaTypeError("Bodies are taken unpacked; leave content-encoding out")
+            once(headers)
+            _check_host(headers, self._hosts)
             limited = _LimitedBody(scope, receive, self._limits)
             endpoint = self._posts.get(scope["path"]) if scope["method"] == "POST" else None
             if endpoint is None:
@@ -96,10 +117,7 @@ class FrontMiddleware:
         except (ClientDisconnect, CancelledError):
             status = status or CancelledError.http_status
         except Exception as error:
-            if isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError)):
-                log.exception("the database failed", extra={"request_id": request_id})
-                error = UnavailableError("The gateway's database cannot be reached; try again later")
-            elif not isinstance(error, SteersmanError):
+            if not isinstance(error, SteersmanError):
                 log.exception("request failed", extra={"request_id": request_id})
                 error = InternalError(f"An internal error; the gateway's log has the cause under {request_id}")
             if status:
@@ -114,15 +132,38 @@ class FrontMiddleware:
                 "milliseconds": round((time.perf_counter() - start) * 1000, 1),
             }
             log.info("request", extra=record)
+            self._refusals.note(visit, status, scope["path"], request_id)
             route = scope["path"] if endpoint else getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
 
 
+def _check_host(headers: Sequence[tuple[str, str]], allowed: Sequence[str] | None) -> None:
+    """Raises BadRequestError for a name that is not ours."""
+    named = [value for name, value in headers if name == "host"]
+    if len(named) > 1:
+        raise BadRequestError("host was sent twice; send it once", param="host")
+    if allowed is None or not named:
+        return
+    host = urlsplit(f"//{named[0]}").hostname or ""
+    # A name without a dot is no page's elsewhere.
+    good = "." not in host or any(
+        host == name or (name.startswith("*.") and host.endswith(name[1:])) for name in allowed
+    )
+    if not good and not _is_address(host):
+        raise BadRequestError(f"This gateway is not called {host[:100]!r}; allowedHosts names what it is called")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.match(value):
-            return value.decode()
-    return f"req-{secrets.token_hex(12)}"
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return request_id_of({"x-request-id": given.decode("latin-1")})
 
 
 class _LimitedBody:

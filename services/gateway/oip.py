@@ -25,6 +25,8 @@ from pydantic import TypeAdapter, ValidationError
 from services.gateway.answer import Answer, Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
+from services.gateway.auth.origin import begin_visit, headers_of, peer_address
+from services.gateway.bodies import consent_of, request_id_of
 from services.gateway.errors import BadRequestError, from_validation
 from services.gateway.openai.schema import ChatMessage
 from services.gateway.openai.translate import to_message
@@ -87,7 +89,7 @@ class AssistantModel(kserve.Model):
         headers = {name.lower(): value for name, value in (headers or {}).items()}
         caller = await self._auth.caller(headers)
         sampling = _sampling(payload.parameters or {})
-        request_id = headers.get("x-request-id") or f"req-{secrets.token_hex(12)}"
+        request_id = request_id_of(headers)
         questions = [
             Question(
                 caller,
@@ -95,6 +97,7 @@ class AssistantModel(kserve.Model):
                 PolicyServiceChatRequest(messages=messages, sampling=sampling, n=1, whole=True),
                 model=self.name,
                 id_prefix="infer",
+                consent=consent_of(headers),
             )
             for messages in _conversations(payload.inputs)
         ]
@@ -230,6 +233,8 @@ class _Servicer(InferenceServicer):
     """The SDK's servicer with errors of the tree."""
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
+        begin_visit(peer_address(context.peer()))
+        headers_of(context.invocation_metadata() or ())
         return await _translated(self._infer(request, context))
 
     async def _infer(self, request: Any, context: Any) -> Any:

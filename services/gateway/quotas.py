@@ -1,123 +1,111 @@
-"""Rate limits and quotas of keys.
+"""Rate limits and quotas of keys, counted in the database over all gateways.
 
-Buckets live in this process: with r gateway replicas a key gets up to r times its rate. The daily quota is counted in
-the database, over all replicas.
+What an answer may cost is reserved before it begins and settled by what it did cost, in the transaction that records
+it. A key is refused while what it used and reserved has reached its limit, so at most the quota and one answer pass.
+A minute begins with a key's first request in it; when it is over the key is usable again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import time
-from dataclasses import dataclass, field
+import secrets
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from services.gateway.auth.callers import Caller
-from services.gateway.store import KeyUse
+from services.gateway.store import KeyUse, KeyWindow, Reservation, insert_new
 from steersman.errors import RateLimitedError
 from steersman.store.engine import Store
+from steersman.store.models import now
 
-_REFRESH_SECONDS = 10.0
-_MOST_BUCKETS = 50_000
-
-
-@dataclass(slots=True)
-class _Bucket:
-    """Holds at most one minute's worth; may be overdrawn by an answer that was already given."""
-
-    per_minute: int
-    level: float = field(init=False)
-    updated: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.level = self.per_minute
-
-    def take(self, amount: float) -> None:
-        """Takes what was used."""
-        self._fill()
-        self.level -= amount
-
-    def wait(self, amount: float) -> float:
-        """Seconds until `amount` is there; 0 now."""
-        self._fill()
-        return max(0.0, (amount - self.level) * 60 / self.per_minute)
-
-    def _fill(self) -> None:
-        now = time.monotonic()
-        self.level = min(self.per_minute, self.level + (now - self.updated) * self.per_minute / 60)
-        self.updated = now
+_MINUTE = dt.timedelta(minutes=1)
 
 
-@dataclass(slots=True)
-class _Day:
-    day: dt.date
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Tokens that are set aside for a running answer."""
+
+    id: str
+    key_id: str
     tokens: int
-    checked: float
 
 
 class Quotas:
-    def __init__(self, store: Store | None) -> None:
+    def __init__(self, store: Store, longest_seconds: float) -> None:
+        """`longest_seconds`: no answer runs longer; after it the reservation of a gateway that died is void."""
         self._store = store
-        self._requests: dict[str, _Bucket] = {}
-        self._tokens: dict[str, _Bucket] = {}
-        self._days: dict[str, _Day] = {}
+        self._longest = dt.timedelta(seconds=longest_seconds)
 
-    async def admit(self, caller: Caller) -> None:
-        """Counts a request.
+    async def reserve(self, caller: Caller, tokens: int) -> Reserved | None:
+        """Counts a request and sets aside what it may cost; None for a key without limits.
 
         Raises:
             RateLimitedError: past a limit, with the seconds to wait.
         """
-        if caller.requests_per_minute:
-            bucket = _bucket(self._requests, caller.key_id, caller.requests_per_minute)
-            _refuse(bucket.wait(1), f"This key may make {caller.requests_per_minute} requests a minute")
-            bucket.take(1)
-        if caller.tokens_per_minute:
-            bucket = _bucket(self._tokens, caller.key_id, caller.tokens_per_minute)
-            _refuse(bucket.wait(1), f"This key may use {caller.tokens_per_minute} tokens a minute")
-        if caller.tokens_per_day:
-            used = await self._used_today(caller.key_id)
-            if used >= caller.tokens_per_day:
-                midnight = dt.datetime.combine(_today() + dt.timedelta(days=1), dt.time(), dt.UTC)
-                seconds = (midnight - dt.datetime.now(dt.UTC)).total_seconds()
-                _refuse(seconds, f"This key may use {caller.tokens_per_day} tokens a day")
+        limits = (caller.requests_per_minute, caller.tokens_per_minute, caller.tokens_per_day, caller.concurrent)
+        if not any(limits):
+            return None
+        return await asyncio.to_thread(self._reserve, caller, tokens)
 
-    def charge(self, caller: Caller, tokens: int) -> None:
-        """Counts the tokens of an answer."""
-        if caller.tokens_per_minute:
-            _bucket(self._tokens, caller.key_id, caller.tokens_per_minute).take(tokens)
-        day = self._days.get(caller.key_id)
-        if day is not None:
-            day.tokens += tokens
+    def _reserve(self, caller: Caller, tokens: int) -> Reserved:
+        reserved = Reserved(secrets.token_hex(16), caller.key_id, tokens)
+        with self._store.transaction() as session:
+            window = _window(session, caller.key_id)
+            session.execute(
+                sa.delete(Reservation).where(Reservation.key_id == caller.key_id, Reservation.expires_at < now())
+            )
+            running, held = session.execute(
+                sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(Reservation.tokens), 0)).where(
+                    Reservation.key_id == caller.key_id
+                )
+            ).one()
+            left = (window.began_at + _MINUTE - now()).total_seconds()
+            if caller.concurrent and running >= caller.concurrent:
+                _refuse(1.0, f"This key may have {caller.concurrent} answers at once")
+            if caller.requests_per_minute and window.requests >= caller.requests_per_minute:
+                _refuse(left, f"This key may make {caller.requests_per_minute} requests a minute")
+            if caller.tokens_per_minute and window.tokens + held >= caller.tokens_per_minute:
+                wait = left if window.tokens >= caller.tokens_per_minute else min(left, 5.0)
+                _refuse(wait, f"This key may use {caller.tokens_per_minute} tokens a minute")
+            if caller.tokens_per_day:
+                use = session.get(KeyUse, (caller.key_id, now().date()))
+                used = use.tokens if use is not None else 0
+                if used + held >= caller.tokens_per_day:
+                    midnight = dt.datetime.combine(now().date() + dt.timedelta(days=1), dt.time(), dt.UTC)
+                    wait = (midnight - now()).total_seconds() if used >= caller.tokens_per_day else 5.0
+                    _refuse(wait, f"This key may use {caller.tokens_per_day} tokens a day")
+            window.requests += 1
+            session.add(
+                Reservation(id=reserved.id, key_id=reserved.key_id, tokens=tokens, expires_at=now() + self._longest)
+            )
+        return reserved
 
-    async def _used_today(self, key_id: str) -> int:
-        today, day = _today(), self._days.get(key_id)
-        if day is None or day.day != today or day.checked < time.monotonic() - _REFRESH_SECONDS:
-            stored = await asyncio.to_thread(self._load, key_id, today)
-            known = day.tokens if day is not None and day.day == today else 0
-            day = self._days[key_id] = _Day(today, max(stored, known), time.monotonic())
-        return day.tokens
 
-    def _load(self, key_id: str, day: dt.date) -> int:
-        if self._store is None:
-            return 0
-        with self._store.reading() as session:
-            use = session.get(KeyUse, (key_id, day))
-            return use.tokens if use else 0
+def settle(session: Session, settled: Sequence[tuple[Reserved, int]]) -> None:
+    """Puts what answers did cost in place of what was set aside for them."""
+    spent: dict[str, int] = defaultdict(int)
+    for reserved, tokens in settled:
+        spent[reserved.key_id] += tokens
+    for key_id in sorted(spent):
+        _window(session, key_id).tokens += spent[key_id]
+    if settled:
+        session.execute(sa.delete(Reservation).where(Reservation.id.in_([reserved.id for reserved, _ in settled])))
 
 
-def _bucket(buckets: dict[str, _Bucket], key_id: str, per_minute: int) -> _Bucket:
-    bucket = buckets.get(key_id)
-    if bucket is None or bucket.per_minute != per_minute:
-        if len(buckets) >= _MOST_BUCKETS:
-            buckets.clear()
-        bucket = buckets[key_id] = _Bucket(per_minute)
-    return bucket
+def _window(session: Session, key_id: str) -> KeyWindow:
+    """The key's running minute, held against all others who count for the key."""
+    insert_new(session, KeyWindow, {"key_id": key_id, "began_at": now(), "requests": 0, "tokens": 0})
+    window = session.get_one(KeyWindow, key_id, with_for_update=True, populate_existing=True)
+    if window.began_at + _MINUTE <= now():
+        window.began_at, window.requests, window.tokens = now(), 0, 0
+    return window
 
 
 def _refuse(seconds: float, rule: str) -> None:
-    if seconds > 0:
-        raise RateLimitedError(f"{rule}; try again in {max(1, round(seconds))} s", retry_after=seconds)
-
-
-def _today() -> dt.date:
-    return dt.datetime.now(dt.UTC).date()
+    seconds = max(seconds, 1.0)
+    raise RateLimitedError(f"{rule}; try again in {round(seconds)} s", retry_after=seconds)

@@ -7,7 +7,9 @@ from functools import lru_cache
 
 _PATTERNS = [
     (re.compile(r"sk-[0-9a-f]{12}-[A-Za-z0-9_-]+"), "[key]"),
-    (re.compile(r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"), "[token]"),
+    # Possessive: what is no token after all is looked at once, not from each of its characters.
+    (re.compile(r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{5,}+\.[A-Za-z0-9_-]++\.[A-Za-z0-9_-]*+"), "[token]"),
+    (re.compile(r"(?<=://)[^/\s@]{1,200}@"), "[credentials]@"),
     (re.compile(r"[\w.+-]{1,64}(?:@|%40)[\w-]+(?:\.[\w-]+)+"), "[e-mail]"),
     (re.compile(r"\b[A-Z]{2}\d{2}(?:[ ]?[A-Z0-9]{4}){2,7}[ ]?[A-Z0-9]{0,4}\b"), "[iban]"),
     (re.compile(r"(?<![\w.-])(?:\d[ -]?){13,19}(?![\w.-])"), "[card]"),

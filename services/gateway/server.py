@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import signal
 import socket
@@ -13,7 +12,6 @@ import tempfile
 from collections.abc import Awaitable
 
 import uvicorn
-from sqlalchemy.exc import SQLAlchemyError
 
 from services.gateway.answering import Assistant
 from services.gateway.app import create_app
@@ -26,19 +24,23 @@ from services.gateway.chat_service import SERVICE_NAME as CHAT_SERVICE
 from services.gateway.chat_service import ChatServicer
 from services.gateway.config import GatewayConfig
 from services.gateway.feedback import FeedbackDesk
+from services.gateway.keeping import forget_old
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import FrontMiddleware
 from services.gateway.oip import OipServer
 from services.gateway.protocol import guarded_protocol
+from services.gateway.refusals import Refusals
 from services.gateway.store import open_store
-from steersman.errors import ConfigError
+from steersman.errors import ConfigError, InternalError, UnavailableError
 from steersman.rpc.metrics import serve_metrics
 from steersman.rpc.server import Server, ServerConfig
 from steersman.store.secret import read_secret
 from steersman.v1.chat_pb2_grpc import add_ChatServiceServicer_to_server
 
 _TICK_SECONDS = 0.25
-_FORGET_EVERY = 240
+_FORGET_SECONDS = 60.0
+_LAST_WRITE_SECONDS = 10.0
+"""How long the end waits for a database that is away."""
 
 log = logging.getLogger("steersman.gateway")
 
@@ -69,22 +71,24 @@ class Gateway:
         self.pool = build_pool(config)
         tokens = FeedbackTokens(secret)
         self.assistant = Assistant(config, self.pool, self.store, tokens, self.metrics)
-        self.feedback = FeedbackDesk(self.store, self.assistant.recorder, tokens, self.metrics)
+        self.feedback = FeedbackDesk(self.store, self.assistant.recorder, tokens, self.metrics, config, secret)
         keys, customers = KeyRing(self.store), CustomerVerifier(config.identity)
-        self.authenticator = Authenticator(config, keys, Sessions(secret), customers)
+        self.authenticator = Authenticator(config, keys, Sessions(secret), customers, secret)
+        self.background = self.assistant.background
+        self.refusals = Refusals(self.assistant.recorder, secret)
         self._uvicorn: _Uvicorn | None = None
-        self._serving: asyncio.Task[None] | None = None
         self._oip = OipServer(self.assistant, self.authenticator)
         self._grpc: Server | None = None
-        self._chores: asyncio.Task[None] | None = None
+        self._listener: socket.socket | None = None
 
     async def start(self) -> None:
         """Listens. Readiness depends on the replicas, so a gateway may be started before them."""
         config = self.config
-        await self.pool.start()
-        self.assistant.recorder.start()
-        await self.assistant.grounding.start()
-        servicer = ChatServicer(self.assistant, self.authenticator, self.feedback)
+        await self.background.start()
+        await self.pool.start(self.background)
+        self.background.add("recorder", self.assistant.recorder.run)
+        await self.assistant.grounding.start(self.background)
+        servicer = ChatServicer(self.assistant, self.authenticator, self.feedback, self.refusals)
         self._grpc = Server(
             ServerConfig(
                 host=config.host,
@@ -98,11 +102,11 @@ class Gateway:
         self.grpc_port = self._grpc.ports[0]
         if config.metrics_port is not None:
             serve_metrics(config.host, config.metrics_port, self.metrics.registry)
-        listener = _listen(config.host, config.port)
+        listener = _listen(config.host, config.port, config.limits.answer_seconds)
         self.port = listener.getsockname()[1]
         app, posts = create_app(self.assistant, self.authenticator, self.feedback, self.metrics, self.store)
         self._oip.mount(app)
-        front = FrontMiddleware(app, config.limits, self.metrics, posts)
+        front = FrontMiddleware(app, config, self.metrics, self.refusals, posts)
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 front,
@@ -121,67 +125,94 @@ class Gateway:
                 ssl_cert_reqs=ssl.CERT_REQUIRED if config.tls and config.tls.client_ca else ssl.CERT_NONE,
             )
         )
-        self._serving = asyncio.create_task(self._uvicorn.serve([listener]))
+        self._listener = listener
+        self.background.add("http", self._serve, restart=False)
         while not self._uvicorn.started:
-            if self._serving.done():
-                await self._serving
+            if self.background.failed.is_set():
                 raise ConfigError(f"{config.host}:{self.port} cannot be served; the log has the cause")
             await asyncio.sleep(0.01)
-        self._chores = asyncio.create_task(self._do_chores())
+        self.background.add("health", self._follow_readiness)
+        self.background.add("chores", self._do_chores)
+        self.background.add("refusals", self.refusals.run)
         log.info("listening", extra={"host": config.host, "port": self.port, "grpc_port": self.grpc_port})
 
-    async def _do_chores(self) -> None:
-        """Keeps gRPC health true to readiness, and forgets what has expired."""
+    async def _serve(self) -> None:
+        assert self._uvicorn is not None
+        assert self._listener is not None
+        await self._uvicorn.serve([self._listener])
+        if not self._uvicorn.should_exit:
+            raise InternalError("The HTTP server ended by itself")
+
+    async def _follow_readiness(self) -> None:
+        """Keeps gRPC health true to readiness."""
         assert self._grpc is not None
-        was_ready = False
-        for tick in itertools.count():
+        was_ready: bool | None = None
+        while True:
             if self.assistant.ready != was_ready:
                 was_ready = self.assistant.ready
                 await self._grpc.set_serving(was_ready)
-            if tick % _FORGET_EVERY == 0:
-                try:
-                    await self.assistant.memory.forget_expired()
-                except SQLAlchemyError:
-                    log.exception("expired conversations cannot be forgotten, trying again later")
             await asyncio.sleep(_TICK_SECONDS)
+
+    async def _do_chores(self) -> None:
+        """Forgets what has expired."""
+        while True:
+            try:
+                await self.assistant.memory.forget_expired()
+                await self.assistant.idempotency.forget_expired()
+                await asyncio.to_thread(forget_old, self.store, self.config.keeping)
+            except UnavailableError as error:
+                log.warning("what has expired cannot be forgotten now, trying again later: %s", error)
+            await asyncio.sleep(_FORGET_SECONDS)
 
     @property
     def url(self) -> str:
         return f"{'https' if self.config.tls else 'http'}://{self.config.host}:{self.port}"
 
     async def run_until_signal(self) -> None:
-        """Waits for SIGTERM or SIGINT, then drains."""
+        """Waits for SIGTERM or SIGINT, then drains.
+
+        Raises InternalError when the gateway ended because it could not go on.
+        """
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await stop.wait()
+        waits = [asyncio.create_task(event.wait()) for event in (stop, self.background.failed)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
         await self.drain()
+        if self.background.failed.is_set():
+            raise InternalError(f"The gateway cannot go on: {'; '.join(self.background.down.values())}")
 
     async def drain(self) -> None:
         """Not ready any more; running streams end within `drainSeconds`; then everything closes."""
         self.assistant.draining = True
-        if self._chores is not None:
-            self._chores.cancel()
         ends: list[Awaitable[None]] = []
-        if self._uvicorn is not None and self._serving is not None:
+        if self._uvicorn is not None:
             self._uvicorn.should_exit = True
-            ends.append(self._serving)
+            ends.append(self.background.finished("http"))
         if self._grpc is not None:
             ends.append(self._grpc.drain())
         await asyncio.gather(*ends)
-        await self.assistant.recorder.close()
+        self.refusals.flush()
+        await self.assistant.recorder.close(_LAST_WRITE_SECONDS)
         await self.assistant.grounding.close()
         await asyncio.to_thread(self.assistant.tracer.close)
+        await self.background.close()
         await self.pool.close()
         self.store.close()
         if self._scratch is not None:
             self._scratch.cleanup()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, unread_seconds: float) -> socket.socket:
+    """`unread_seconds`: a connection whose other end takes nothing for so long is cut by the kernel."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise ConfigError(f"port: {host}:{port} cannot be listened on ({error.strerror}); choose another") from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_seconds * 1000))
+    return listener

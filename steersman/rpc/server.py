@@ -174,7 +174,12 @@ class Server:
         for port, services in listeners:
             server = grpc.aio.server(
                 interceptors=[ErrorInterceptor(), *([TokenCheck(token)] if token else [])],
-                options=[*channel_options(config.max_message_bytes), ("grpc.so_reuseport", 0)],
+                options=[
+                    *channel_options(config.max_message_bytes),
+                    ("grpc.so_reuseport", 0),
+                    # Only identity: the limit of a message is looked at after it was unpacked.
+                    ("grpc.compression_enabled_algorithms_bitset", 1),
+                ],
             )
             names = [name for _, _, name in services]
             for register, servicer, _ in services:

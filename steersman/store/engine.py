@@ -13,9 +13,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from steersman.errors import ConfigError, StorageError, UnavailableError
+from steersman.store.failures import decide
 from steersman.store.models import Base
 
 _BUSY_SECONDS = 30
+_AWAY = "The database cannot be reached or written; try again later"
 
 
 class Store:
@@ -47,7 +49,9 @@ class Store:
         if migrate:
             try:
                 store.migrate()
-            except sa.exc.OperationalError as error:
+            except sa.exc.DBAPIError as error:
+                if decide(error) == "refuse":
+                    raise
                 shown = parsed.render_as_string(hide_password=True)
                 raise UnavailableError(f"store {shown}: cannot be opened ({error.orig})") from error
         return store
@@ -73,7 +77,7 @@ class Store:
     def transaction(self) -> Iterator[Session]:
         """A session that commits at the end of the block: when the block is left, the data is on disk."""
         engine = self.engine.execution_options(steersman_write=True)
-        with Session(engine, expire_on_commit=False) as session, session.begin():
+        with self._translated(), Session(engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
@@ -82,8 +86,31 @@ class Store:
         engine = self.engine
         if engine.dialect.name == "postgresql":
             engine = engine.execution_options(isolation_level="REPEATABLE READ")
-        with Session(engine, expire_on_commit=False) as session:
+        with self._translated(), Session(engine, expire_on_commit=False) as session:
             yield session
+
+    def check_writable(self) -> None:
+        """Raises UnavailableError while nothing can be stored."""
+        with self.transaction() as session:
+            if (
+                self.engine.dialect.name == "postgresql"
+                and session.scalar(sa.text("SHOW transaction_read_only")) == "on"
+            ):
+                self.engine.dispose()
+                raise UnavailableError(f"{_AWAY} (it is read-only)")
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Errors that pass by themselves become UnavailableError; what the database refuses stays as it is."""
+        try:
+            yield
+        except (sa.exc.SQLAlchemyError, OSError) as error:
+            if decide(error) == "refuse":
+                raise
+            if getattr(getattr(error, "orig", None), "sqlstate", None) == "25006":
+                # Connections to a server that was demoted stay open; a new one finds the new primary.
+                self.engine.dispose()
+            raise UnavailableError(f"{_AWAY} ({type(error).__name__})") from error
 
     def close(self) -> None:
         self.engine.dispose()

@@ -288,7 +288,7 @@ class Answer(Base):
     answer: Mapped[str] = mapped_column(sa.Text)
     lookups: Mapped[list[Any]] = mapped_column(default=list)
     """Reads of business systems and tool calls, by reference: [{"tool", "arguments", "outcome", "records"}]; with
-    "text", what was read, only where the gateway was told to keep it."""
+    "text_read" only where the gateway was told to keep it."""
     tool_calls: Mapped[list[Any]] = mapped_column(default=list)
     """Calls that were left to the caller: [{"id", "name", "arguments"}]."""
     sampling: Mapped[dict[str, Any]] = mapped_column(default=dict)

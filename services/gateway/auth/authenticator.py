@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from http.cookies import CookieError, SimpleCookie
 
 from services.gateway.auth.callers import ALL_SCOPES, ANONYMOUS, Caller
 from services.gateway.auth.identity import CustomerVerifier
 from services.gateway.auth.keys import KeyRing
+from services.gateway.auth.origin import Attempts, current_visit
 from services.gateway.auth.tokens import Sessions
 from services.gateway.config import GatewayConfig
 from steersman.errors import UnauthenticatedError
+from steersman.store.secret import pseudonym
 
 SESSION_COOKIE = "steersman_session"
+_CREDENTIALS = ("authorization", "cookie", "x-customer-token", "x-customer", "x-customer-signature")
 _BY_NAME = "name-"
 _OPEN = Caller(ANONYMOUS, "default", ALL_SCOPES)
 
@@ -21,7 +25,17 @@ _OPEN = Caller(ANONYMOUS, "default", ALL_SCOPES)
 class Authenticator:
     """REST headers and gRPC metadata alike: lower-case names."""
 
-    def __init__(self, config: GatewayConfig, keys: KeyRing, sessions: Sessions, customers: CustomerVerifier) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        keys: KeyRing,
+        sessions: Sessions,
+        customers: CustomerVerifier,
+        secret: bytes,
+    ) -> None:
+        """`secret`: what pseudonyms are made with."""
+        self._secret = secret
+        self._failures = Attempts(config.limits.failed_logins_per_minute, "failed logins")
         self._required = config.auth_required
         self._keys = keys
         self._sessions = sessions
@@ -37,9 +51,31 @@ class Authenticator:
         A wrong customer token is refused even where the question could do without it: silently answering as nobody
         would hide a forgery.
         """
-        caller = await self._application(headers)
-        customer = await self._customers.verify(headers, caller.tenant)
-        return replace(caller, customer=customer) if customer is not None else caller
+        visit = current_visit()
+        with self._counted(headers):
+            caller = visit.caller = await self._application(headers)
+            customer = await self._customers.verify(headers, caller.tenant)
+        if customer is not None:
+            name = pseudonym(self._secret, caller.tenant, customer.id)
+            caller = visit.caller = replace(caller, customer=replace(customer, pseudonym=name))
+        return caller
+
+    def origin(self) -> str:
+        """Pseudonym of the address that the request at hand comes from; empty: unknown."""
+        address = current_visit().address
+        return pseudonym(self._secret, "address", address) if address else ""
+
+    @contextmanager
+    def _counted(self, headers: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Counts credentials that are wrong; too many from one address, and nothing more is looked at for a while."""
+        address = current_visit().address
+        self._failures.check(address)
+        try:
+            yield
+        except UnauthenticatedError:
+            if headers is None or any(name in headers for name in _CREDENTIALS):
+                self._failures.count(address)
+            raise
 
     async def begin_session(self, key: str, name: str) -> str:
         """The cookie of a browser session: of a key, or, where no key is needed, of a person's name.
@@ -48,7 +84,8 @@ class Authenticator:
             UnauthenticatedError: the key is not valid.
         """
         if self._required or key:
-            return self._sessions.issue((await self._keys.verify(key)).key_id)
+            with self._counted():
+                return self._sessions.issue((await self._keys.verify(key)).key_id)
         name = name.strip()
         if not 1 <= len(name) <= 60 or not name.isprintable():
             raise UnauthenticatedError("Say your name in 1 to 60 characters")
@@ -63,7 +100,7 @@ class Authenticator:
         if (cookie := _cookie(headers)) is not None:
             subject = self._sessions.verify(cookie)
             if not subject.startswith(_BY_NAME):
-                return await self._keys.by_id(subject)
+                return replace(await self._keys.by_id(subject), by_session=True)
             if not self._required:
                 return replace(_OPEN, name=bytes.fromhex(subject.removeprefix(_BY_NAME)).decode())
         if not self._required:

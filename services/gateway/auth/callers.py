@@ -23,6 +23,8 @@ class Customer:
     """Key of the customer in the business systems."""
     issuer: str
     """Who vouches for it."""
+    pseudonym: str = ""
+    """What stands for him beside texts; see `steersman.store.secret.pseudonym`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,12 @@ class Caller:
     name: str = ANONYMOUS
     """Whose key it is; the name of a labeler."""
     customer: Customer | None = None
+    by_session: bool = False
+    """A person who logged in at a page, not an application."""
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     tokens_per_day: int | None = None
+    concurrent: int | None = None
 
     def require(self, scope: Scope) -> None:
         """Raises PermissionDeniedError without the scope."""
@@ -47,3 +52,7 @@ class Caller:
     @property
     def customer_id(self) -> str:
         return self.customer.id if self.customer else ""
+
+    @property
+    def pseudonym(self) -> str:
+        return self.customer.pseudonym if self.customer else ""

@@ -1,7 +1,9 @@
 """Which end customer is asking: from a verified JWT, or from a trusted back end's signed header. From nothing else.
 
 X-Customer-Token: <JWT>
-X-Customer: <id>  and  X-Customer-Signature: t=<unix seconds>,v1=<HMAC-SHA256 hex of "t.tenant.id">
+X-Customer: <id>  and  X-Customer-Signature: t=<unix seconds>,v2=<HMAC-SHA256 hex of "t\\ntenant\\nid">
+
+`v1`, of "t.tenant.id", is taken where neither tenant nor id has a dot: elsewhere it would be good for others, too.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,15 +26,19 @@ import jwt
 from services.gateway.auth.callers import Customer
 from services.gateway.config import IdentityConfig, JwtIssuer
 from services.gateway.fetching import fetch_json
-from steersman.errors import ConfigError, UnauthenticatedError, UnavailableError
+from steersman.errors import ConfigError, SteersmanError, UnauthenticatedError, UnavailableError
+from steersman.net import guarded_client
 
 log = logging.getLogger("steersman.gateway")
 
 TOKEN_HEADER = "x-customer-token"
 CUSTOMER_HEADER = "x-customer"
 SIGNATURE_HEADER = "x-customer-signature"
-_CUSTOMER_ID = re.compile(r"^[^\x00-\x1f\x7f]{1,200}$")
-_SIGNATURE = re.compile(r"^t=(\d{1,12}),v1=([0-9a-f]{64})$")
+# No control characters, which would be borders in what is signed, and no halves of characters, which nothing stores.
+_CUSTOMER_ID = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,200}")
+_SIGNATURE = re.compile(r"t=([0-9]{1,12}),v([12])=([0-9a-f]{64})")
+_LARGEST_KEY_SET = 1024 * 1024
+_LONGEST_PAUSE = 60.0
 _LONGEST_TOKEN = 8192
 
 
@@ -82,11 +89,15 @@ class CustomerVerifier:
         return await issuer.verify(token, header, refusal)
 
     def _from_header(self, customer: str, signature: str, tenant: str) -> Customer:
-        match = _SIGNATURE.match(signature)
-        if not self._secret or match is None or not _CUSTOMER_ID.match(customer):
+        match = _SIGNATURE.fullmatch(signature)
+        if not self._secret or match is None or not _CUSTOMER_ID.fullmatch(customer):
             raise UnauthenticatedError(f"{CUSTOMER_HEADER} is not signed in a way that is trusted here")
-        moment, given = match.groups()
-        if not hmac.compare_digest(given, sign_customer(self._secret, customer, tenant, int(moment))):
+        moment, version, given = match.groups()
+        about = (self._secret, customer, tenant, int(moment))
+        good = hmac.compare_digest(given, sign_customer(*about))
+        if version == "1" and "." not in tenant + customer:
+            good |= hmac.compare_digest(given, _sign_customer_v1(*about))
+        if not good:
             raise UnauthenticatedError(f"{CUSTOMER_HEADER} is not signed in a way that is trusted here")
         if abs(time.time() - int(moment)) > self._max_age:
             raise UnauthenticatedError(f"{SIGNATURE_HEADER} is too old; sign every request anew")
@@ -94,7 +105,12 @@ class CustomerVerifier:
 
 
 def sign_customer(secret: bytes, customer: str, tenant: str, moment: int) -> str:
-    """What a trusted back end puts into `v1=`."""
+    """What a trusted back end puts into `v2=`; neither name holds a line end, so the borders are clear."""
+    return hmac.new(secret, f"{moment}\n{tenant}\n{customer}".encode(), hashlib.sha256).hexdigest()
+
+
+def _sign_customer_v1(secret: bytes, customer: str, tenant: str, moment: int) -> str:
+    """What older back ends put into `v1=`."""
     return hmac.new(secret, f"{moment}.{tenant}.{customer}".encode(), hashlib.sha256).hexdigest()
 
 
@@ -105,7 +121,10 @@ class _Issuer:
         self._config = config
         self._keys: dict[str, jwt.PyJWK] = {}
         self._fetched = float("-inf")
-        self._lock = asyncio.Lock()
+        self._failed = float("-inf")
+        self._pause = 0.0
+        """After a failure nobody asks again for so long."""
+        self._fetching: asyncio.Task[None] | None = None
 
     def serves(self, tenant: str) -> bool:
         return not self._config.tenants or tenant in self._config.tenants
@@ -130,7 +149,7 @@ class _Issuer:
         except (jwt.PyJWTError, ValueError, TypeError):
             raise refusal from None
         customer = claims.get(config.customer_claim)
-        if not isinstance(customer, str) or not _CUSTOMER_ID.match(customer):
+        if not isinstance(customer, str) or not _CUSTOMER_ID.fullmatch(customer):
             raise refusal
         return Customer(customer, config.issuer)
 
@@ -138,25 +157,45 @@ class _Issuer:
         """A key by its id; an unknown id makes us look for rotated keys, but not more often than allowed."""
         age = time.monotonic() - self._fetched
         if age > self._config.refresh_seconds or (key_id not in self._keys and age > self._config.lookup_seconds):
-            async with self._lock:
-                if time.monotonic() - self._fetched >= age:
-                    await self._fetch()
+            if time.monotonic() - self._failed >= self._pause:
+                await self._fetch_once()
+            if not self._keys:
+                raise UnavailableError(f"The keys of {self._config.issuer} cannot be read; try again later")
         return self._keys.get(key_id)
+
+    async def _fetch_once(self) -> None:
+        """Fetches, together with all who want the same at this moment."""
+        if self._fetching is None:
+            self._fetching = asyncio.create_task(self._fetch())
+            self._fetching.add_done_callback(self._fetched_once)
+        await asyncio.shield(self._fetching)
+
+    def _fetched_once(self, task: asyncio.Task[None]) -> None:
+        self._fetching = None
 
     async def _fetch(self) -> None:
         try:
-            if self._config.jwks.startswith(("http://", "https://")):
-                async with httpx.AsyncClient(timeout=5.0) as client:
-                    document = await fetch_json(client, "GET", self._config.jwks)
-            else:
-                with open(self._config.jwks, encoding="utf-8") as file:  # noqa: ASYNC230
-                    document = json.load(file)
+            document = await self._read()
             keys = jwt.PyJWKSet.from_dict(document).keys
-        except (httpx.HTTPError, OSError, ValueError, jwt.PyJWTError) as error:
-            if not self._keys:
-                raise UnavailableError(f"The keys of {self._config.issuer} cannot be read; try again later") from error
-            log.warning("keys of an issuer cannot be read, the known ones stay: %s", error)
-            self._fetched = time.monotonic()
+        except (
+            httpx.HTTPError,
+            OSError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            jwt.PyJWTError,
+            SteersmanError,
+        ) as error:
+            log.warning("the keys of an issuer cannot be read: %s", error, extra={"issuer": self._config.issuer})
+            self._failed = time.monotonic()
+            self._pause = min(max(2 * self._pause, 1.0), _LONGEST_PAUSE)
             return
         self._keys = {key.key_id: key for key in keys if key.key_id and key.key_type != "oct"}
-        self._fetched = time.monotonic()
+        self._fetched, self._pause = time.monotonic(), 0.0
+
+    async def _read(self) -> Any:
+        source = self._config.jwks
+        if not source.startswith(("http://", "https://")):
+            return json.loads(await asyncio.to_thread(Path(source).read_bytes))
+        async with guarded_client(timeout=5.0) as client:
+            return await fetch_json(client, "GET", source, largest=_LARGEST_KEY_SET)

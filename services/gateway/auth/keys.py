@@ -17,22 +17,30 @@ import re
 import secrets
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Iterable
+from typing import TypeVar
 
 import sqlalchemy as sa
 
 from services.gateway.auth.callers import ALL_SCOPES, Caller
+from services.gateway.auth.origin import Attempts
 from services.gateway.store import ApiKey, open_store
 from steersman.errors import InvalidArgumentError, NotFoundError, SteersmanError, UnauthenticatedError
 from steersman.store.engine import Store
 from steersman.store.models import now
 
-_FORMAT = re.compile(r"^sk-([0-9a-f]{12})-([A-Za-z0-9_-]{43})$")
+_FORMAT = re.compile(r"sk-([0-9a-f]{12})-([A-Za-z0-9_-]{43})")
+_TENANT = re.compile("[^\\x00-\\x1f\\x7f-\\x9f\\ud800-\\udfff]{1,200}")
+_NO_DIGEST = "0" * 64
 DATABASE_ENV = "STEERSMAN_DATABASE"
 """As the chart sets it: the URL holds a password, which arguments would show to everybody on the machine."""
 _CACHE_SECONDS = 10.0
 """A revoked key works at most this much longer."""
 _CACHE_SIZE = 10_000
+V = TypeVar("V")
+_MISSES_PER_MINUTE = 3000
+"""Unknown key ids that are looked for in the database, of all callers together."""
 
 
 def create_key(
@@ -45,11 +53,23 @@ def create_key(
     requests_per_minute: int | None = None,
     tokens_per_minute: int | None = None,
     tokens_per_day: int | None = None,
+    concurrent: int | None = None,
 ) -> str:
     """Stores a new key and returns it: the only time that it is seen."""
-    unknown = set(scopes) - ALL_SCOPES
-    if unknown or not tenant:
+    scopes = set(scopes)
+    unknown = scopes - ALL_SCOPES
+    if unknown or not scopes:
         raise InvalidArgumentError(f"scope: {sorted(unknown)} unknown; choose from {', '.join(sorted(ALL_SCOPES))}")
+    if not _TENANT.fullmatch(tenant):
+        raise InvalidArgumentError("tenant: give 1 to 200 printable characters")
+    for name, limit in (
+        ("requests_per_minute", requests_per_minute),
+        ("tokens_per_minute", tokens_per_minute),
+        ("tokens_per_day", tokens_per_day),
+        ("concurrent", concurrent),
+    ):
+        if limit is not None and not 0 < limit < 2**31:
+            raise InvalidArgumentError(f"{name}: must be between 1 and {2**31 - 1}; leave it out for no limit")
     key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     with store.transaction() as session:
         session.add(
@@ -62,6 +82,7 @@ def create_key(
                 requests_per_minute=requests_per_minute,
                 tokens_per_minute=tokens_per_minute,
                 tokens_per_day=tokens_per_day,
+                concurrent=concurrent,
                 expires_at=now() + dt.timedelta(days=days) if days else None,
             )
         )
@@ -78,30 +99,44 @@ def revoke_key(store: Store, key_id: str) -> None:
 
 
 class KeyRing:
-    """Verifies keys; remembers them for some seconds."""
+    """Verifies keys; remembers them for some seconds.
+
+    Ids that nobody has are remembered apart, so that guesses push no real key out, and only so many are looked for.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._cache: dict[str, tuple[float, str, Caller | None]] = {}
+        self._known: OrderedDict[str, tuple[float, str, Caller]] = OrderedDict()
+        self._unknown: OrderedDict[str, float] = OrderedDict()
+        self._misses = Attempts(_MISSES_PER_MINUTE, "unknown keys")
 
     async def verify(self, key: str) -> Caller:
         """Raises UnauthenticatedError; the message does not say which part is wrong."""
-        match = _FORMAT.match(key)
-        caller, digest = None, ""
-        if match:
-            key_id, secret = match.groups()
-            cached = self._cache.get(key_id)
-            if cached is None or cached[0] < time.monotonic():
-                if len(self._cache) >= _CACHE_SIZE:
-                    self._cache.clear()
-                found = await asyncio.to_thread(self._load, key_id)
-                cached = self._cache[key_id] = (time.monotonic() + _CACHE_SECONDS, *found)
-            _, digest, caller = cached
-            if not hmac.compare_digest(digest, _digest(secret)):
-                caller = None
-        if caller is None:
+        match = _FORMAT.fullmatch(key)
+        digest, caller = await self._find(match.group(1)) if match else ("", None)
+        # Compared in any case, so that the time does not tell whether the id exists.
+        same = hmac.compare_digest(digest or _NO_DIGEST, _digest(match.group(2) if match else ""))
+        if caller is None or not same:
             raise UnauthenticatedError("The API key is not valid, has expired or was revoked; use another key")
         return caller
+
+    async def _find(self, key_id: str) -> tuple[str, Caller | None]:
+        moment = time.monotonic()
+        cached = self._known.get(key_id)
+        if cached is not None and cached[0] > moment:
+            return cached[1], cached[2]
+        if self._unknown.get(key_id, 0.0) > moment:
+            return "", None
+        if cached is None:
+            self._misses.check("")
+        digest, caller = await asyncio.to_thread(self._load, key_id)
+        if caller is None:
+            self._known.pop(key_id, None)
+            self._misses.count("")
+            _remember(self._unknown, key_id, moment + _CACHE_SECONDS)
+        else:
+            _remember(self._known, key_id, (moment + _CACHE_SECONDS, digest, caller))
+        return digest, caller
 
     async def by_id(self, key_id: str) -> Caller:
         """The caller of a session that was begun with a key; the same errors."""
@@ -123,8 +158,16 @@ class KeyRing:
             requests_per_minute=key.requests_per_minute,
             tokens_per_minute=key.tokens_per_minute,
             tokens_per_day=key.tokens_per_day,
+            concurrent=key.concurrent,
         )
         return key.digest, caller
+
+
+def _remember(cache: OrderedDict[str, V], key_id: str, value: V) -> None:
+    cache[key_id] = value
+    cache.move_to_end(key_id)
+    if len(cache) > _CACHE_SIZE:
+        cache.popitem(last=False)
 
 
 def _digest(secret: str) -> str:
@@ -143,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     create.add_argument("--requests-per-minute", type=int)
     create.add_argument("--tokens-per-minute", type=int)
     create.add_argument("--tokens-per-day", type=int)
+    create.add_argument("--concurrent", type=int, help="answers at once")
     commands.add_parser("list", help="show all keys")
     commands.add_parser("revoke", help="end a key").add_argument("id")
     options = vars(parser.parse_args(arguments))

@@ -74,8 +74,12 @@ class BestOfReplica:
         async for response in _closing(self._inner.stream(several, seconds)):
             choices[response.choice_index].append(response)
         texts = ["".join(response.delta for response in choice) for choice in choices]
+        # All samples were generated, so all of them are used, although one is given.
+        tokens = sum(max((r.completion_tokens for r in choice), default=0) for choice in choices)
         for response in choices[best(await self._judge.rewards(request, texts), choices)]:
             response.choice_index = 0
+            if response.finish_reason:
+                response.completion_tokens = tokens
             yield response
 
     async def probe(self) -> ReplicaInfo:

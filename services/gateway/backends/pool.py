@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from services.gateway.backends.base import Replica, ReplicaInfo
 from services.gateway.backends.policy import PolicyReplica
 from services.gateway.config import GatewayConfig
+from steersman.background import Background
 from steersman.errors import ConfigError, InternalError, RateLimitedError, SteersmanError, UnavailableError
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
 
@@ -35,7 +35,6 @@ class ReplicaPool:
     def __init__(self, replicas: Sequence[Replica], probe_seconds: float) -> None:
         self._members = [_Member(replica) for replica in replicas]
         self._probe_seconds = probe_seconds
-        self._task: asyncio.Task[None] | None = None
         self.retries = 0
 
     @property
@@ -57,15 +56,11 @@ class ReplicaPool:
         """The model or adapter that the replicas say they serve; empty while none is ready."""
         return next((member.info.model for member in self._members if member.info), "")
 
-    async def start(self) -> None:
+    async def start(self, background: Background) -> None:
         await self._probe_all()
-        self._task = asyncio.create_task(self._probe_forever())
+        background.add("probes", self._probe_forever)
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
         await asyncio.gather(*(member.replica.close() for member in self._members))
 
     async def stream(
@@ -117,7 +112,9 @@ class ReplicaPool:
     async def _probe(self, member: _Member) -> None:
         try:
             info = await member.replica.probe()
-        except SteersmanError as error:
+        except Exception as error:
+            if not isinstance(error, SteersmanError):
+                log.exception("a probe failed", extra={"replica": member.replica.target})
             member.missed += 1
             # One late answer is a busy replica, two in a row are none.
             if member.info is not None and member.missed > 1:

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from services.gateway.answer import Answer, Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
-from services.gateway.bodies import plain_headers, read_body
+from services.gateway.bodies import consent_of, fingerprint_of, plain_headers, read_body
 from services.gateway.errors import BadRequestError
 from services.gateway.openai.documentation import CHAT_DOC, COMPLETIONS_DOC, MODEL_DOC, MODELS_DOC
 from services.gateway.openai.objects import (
@@ -56,6 +56,8 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
             model=body.model,
             conversation_id=body.conversation_id or "",
             idempotency_key=headers.get("idempotency-key", ""),
+            fingerprint=fingerprint_of(body),
+            consent=consent_of(headers, body.consent),
             traceparent=headers.get("traceparent", ""),
             must_call=body.must_call,
         )
@@ -82,6 +84,8 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
                 model=body.model,
                 id_prefix="cmpl",
                 idempotency_key=_numbered(request.headers.get("idempotency-key", ""), index),
+                fingerprint=fingerprint_of(body),
+                consent=consent_of(request.headers, body.consent),
             )
             for index, prompt in enumerate(body.prompts)
         ]

@@ -193,6 +193,9 @@ class _Sampling(Wire):
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     """Accepted, without effect: who is asking comes only from a verified token."""
+    consent: bool | None = None
+    """Whether the end customer agreed to training on this answer; without it the tenant's setting counts, and without
+    that it is no. Not in OpenAI's API."""
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     """Only 0."""
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None

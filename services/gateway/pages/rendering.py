@@ -40,8 +40,10 @@ async def form_of(request: Request) -> dict[str, str]:
     Raises:
         PermissionDeniedError: it came from a page of another site.
     """
-    origin = request.headers.get("origin")
-    if origin not in (None, "null") and urlsplit(origin or "").netloc != request.headers.get("host"):
+    # Our own pages name themselves (referrer-policy: same-origin); "null" is a page that hides where it comes from.
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
+    elsewhere = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+    if elsewhere or site not in ("same-origin", "none"):
         raise PermissionDeniedError("The form was sent from another site; open the page here and try again")
     if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
         raise UnsupportedMediaTypeError("The form must be sent as application/x-www-form-urlencoded")

@@ -24,6 +24,7 @@ from services.gateway.tools.reading import Wish
 from services.gateway.tools.records import Records, System
 from services.gateway.tools.toolbox import Toolbox
 from services.gateway.tools.tryton import Tryton
+from steersman.background import Background
 from steersman.errors import DeadlineError, NotFoundError, UnavailableError
 from steersman.store.engine import Store
 from steersman.v1 import common_pb2
@@ -52,13 +53,11 @@ class Grounding:
         self._claims = Claims(config, metrics)
         self.has_systems = bool(systems or self.connections or self.desk)
 
-    async def start(self) -> None:
+    async def start(self, background: Background) -> None:
         for connection in self.connections:
-            await connection.start()
+            await connection.start(background)
 
     async def close(self) -> None:
-        for connection in self.connections:
-            await connection.close()
         await self.records.close()
         if self.desk is not None:
             await self.desk.close()

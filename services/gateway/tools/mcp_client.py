@@ -19,6 +19,7 @@ from mcp_types import CONNECTION_CLOSED
 
 from services.gateway.tools.config import McpServer, McpTool
 from services.gateway.tools.records import visible
+from steersman.background import Background
 from steersman.errors import ConfigError, UnavailableError
 
 log = logging.getLogger("steersman.gateway")
@@ -44,21 +45,15 @@ class McpConnection:
         self._late = 0
         self._broken = asyncio.Event()
         self._connected = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
+    async def start(self, background: Background) -> None:
         """Connects in the background; waits a moment, so that tools are there for the first question."""
-        self._task = asyncio.create_task(self._run())
+        background.add(f"mcp {self.config.name}", self._run)
         try:
             async with asyncio.timeout(self.config.seconds):
                 await self._connected.wait()
         except TimeoutError:
             log.warning("an MCP server is not reachable yet", extra={"server": self.config.name})
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
 
     async def call(self, name: str, arguments: dict[str, Any]) -> tuple[str, bool]:
         """The tool's text, within `resultChars`, and whether it is a result rather than an error of the tool.

@@ -330,19 +330,19 @@ async def test_without_its_database_the_gateway_is_not_ready_and_recovers(
 ) -> None:
     async with serving(policy) as (gateway, http):
         recorder = gateway.assistant.recorder
-        store_batch = recorder._store_batch
+        insert = recorder._insert
 
-        def broken(records: Any) -> None:
+        def broken(session: Any, records: Any) -> None:
             raise sa.exc.OperationalError("insert", {}, Exception("the disk is gone"))
 
-        monkeypatch.setattr(recorder, "_store_batch", broken)
+        monkeypatch.setattr(recorder, "_insert", broken)
         waiting = asyncio.create_task(http.post(CHAT, json=BODY))
         await until(lambda: recorder.failing)
         assert (await http.get("/readyz")).status_code == 503
         refused = await http.post(CHAT, json=BODY)
         assert (refused.status_code, "database" in refused.text) == (503, True)
         assert not waiting.done()
-        monkeypatch.setattr(recorder, "_store_batch", store_batch)
+        monkeypatch.setattr(recorder, "_insert", insert)
         assert (await waiting).status_code == 200
         assert (await http.get("/readyz")).status_code == 200
         with gateway.store.reading() as session:
