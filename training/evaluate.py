@@ -24,7 +24,7 @@ from steersman.rewards import Reward, build_reward
 from training.context import StageContext
 from training.online.connect import Services
 from training.online.publication import WeightsPayload
-from training.online.rollout import Prompt, Scored, reward_of
+from training.online.rollout import Prompt, Scored, reward_of, warn_of_cut_answers
 
 
 def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
@@ -75,6 +75,7 @@ def _answer(
             for index, item in enumerate(items)
         )
         seconds[name] = time.monotonic() - start
+        warn_of_cut_answers([item for items in scored for item in items], spec.generation, context.reporter)
         rewards = [sample.reward for sample in results[name] if sample.reward is not None]
         context.reporter.step(number, len(models), reward=sum(rewards) / max(len(rewards), 1))
     return results, seconds

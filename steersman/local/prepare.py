@@ -16,6 +16,7 @@ from steersman.config.manifest import AlignmentRun, load_manifest
 from steersman.config.stages import data_files
 from steersman.data.records import file_digest
 from steersman.errors import ConfigError, DataError, SteersmanError
+from steersman.local.lengths import check_prompts_leave_room
 from steersman.progress import ConsoleReporter
 
 
@@ -44,6 +45,7 @@ def prepare(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> None
     model = run.spec.model
     cache_dir = ServerConfig().cache_dir
     base = resolve_model(model.base, cache_dir, model.revision, note=reporter.note)
+    check_prompts_leave_room(run, run_dir, base, reporter)
     device = pick_device(model.device)
     precision = pick_precision(model.precision, device)
     decided = ", as measured on this machine" if (model.precision, device) == ("auto", "cpu") else ""
@@ -91,11 +93,15 @@ def check_rows_fit_stages(run: AlignmentRun, run_dir: Path) -> None:
     """Finds before the first stage what a later one would refuse when its turn comes.
 
     Raises:
-        DataError: an aspect that nobody rated, a comparison without its margin, or thumbs that all point one way.
+        DataError: an aspect that nobody rated, a comparison without its margin, thumbs that all point one way, or two
+            prompts with one id.
     """
-    from steersman.data.records import Aspects, Feedback, Preference, read_jsonl
+    from steersman.data.records import Aspects, Feedback, Preference, keyed_prompts, numbered_rows, read_jsonl
 
     files = data_files(run, run_dir)
+    for path in files.get("prompts", {}).values():
+        for _ in keyed_prompts(path):
+            pass  # it refuses ids that repeat
     for name, stage in zip(run.stage_names(), run.spec.stages, strict=True):
         reward = stage.reward_model
         if reward is not None and reward.objective == "aspects":
@@ -111,10 +117,11 @@ def check_rows_fit_stages(run: AlignmentRun, run_dir: Path) -> None:
             for path in (
                 files["preferences"][split] for split in ("train", "validation") if split in files["preferences"]
             ):
-                for number, row in enumerate(read_jsonl(path, Preference), start=1):
+                for where, row in numbered_rows(path, Preference):
                     if row.margin is None:
+                        line = where.rpartition(":")[2]
                         raise DataError(
-                            f"{path.name}: row {number} has no margin; add it, or set margin: false in stage {name}"
+                            f"{path.name}: row {line} has no margin; add it, or set margin: false in stage {name}"
                         )
         elif stage.kto is not None:
             path = files["feedback"]["train"]

@@ -64,7 +64,7 @@ def run_dpo(spec: DpoStage, ctx: StageContext) -> dict[str, Path]:
         processing_class=start.tokenizer,
         callbacks=[Progress(ctx)],
     )
-    train(trainer, ctx)
+    train(trainer, spec, ctx)
     del trainer, reference
     return finish_causal(start, spec, ctx)
 

@@ -66,7 +66,7 @@ def run_kto(spec: KtoStage, ctx: StageContext) -> dict[str, Path]:
         processing_class=start.tokenizer,
         callbacks=[Progress(ctx)],
     )
-    train(trainer, ctx)
+    train(trainer, spec, ctx)
     del trainer, reference
     return finish_causal(start, spec, ctx)
 

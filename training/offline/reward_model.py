@@ -208,7 +208,7 @@ def train_member(
     files = ctx.files("aspects" if spec.objective == "aspects" else "preferences")
     make = _pairwise_trainer if spec.objective == "pairwise" else _pointwise_trainer
     trainer = make(spec, trained, arguments, data, files, settings, Progress(ctx))
-    train(trainer, ctx, folder=checkpoints)
+    train(trainer, spec, ctx, folder=checkpoints)
     ranks = Ranks.join(ctx.device)
     trained = gathered(trained, lambda: _member(spec, ctx, base, data, settings, seed), ranks)
     if ranks.is_first:

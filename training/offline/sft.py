@@ -59,7 +59,7 @@ def run_sft(spec: SftStage, ctx: StageContext, generated: Sequence[LabelledToken
         processing_class=start.tokenizer,
         callbacks=[Progress(ctx)],
     )
-    train(trainer, ctx)
+    train(trainer, spec, ctx)
     del trainer
     return finish_causal(start, spec, ctx)
 

@@ -7,17 +7,21 @@ all.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import trl.trainer.utils
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from steersman.artifacts import storage_errors
@@ -30,9 +34,14 @@ from steersman.nn.prepare import check_tokenizer_matches
 from steersman.nn.tokens import stop_ids
 from training.context import StageContext
 from training.parallel import Ranks, whole
+from training.schedule import factor_of_step
 
 CHECKPOINT_SECONDS = 30.0
 """Least time between two checkpoints."""
+FEW_STEPS = 5
+"""A stage of fewer optimizer steps says so."""
+FLAT_SHARE = 0.005
+"""Share by which the loss must fall between the first and the last quarter of the steps."""
 CHECKPOINT_SHARE = 0.05
 """Of the time that may go into writing them: with a large model they become rarer."""
 
@@ -92,7 +101,6 @@ def options(spec: SupervisedStage, ctx: StageContext, seed: int | None = None) -
     micro = min(spec.micro_batch_size, share)
     if share % micro:
         micro = math.gcd(share, micro)
-    schedule = {"constant": "constant_with_warmup"}.get(spec.optimizer.schedule, spec.optimizer.schedule)
     return {
         "output_dir": str(ctx.checkpoints),
         "per_device_train_batch_size": micro,
@@ -101,8 +109,7 @@ def options(spec: SupervisedStage, ctx: StageContext, seed: int | None = None) -
         "num_train_epochs": spec.epochs,
         "max_steps": spec.max_steps or -1,
         "learning_rate": spec.optimizer.learning_rate,
-        "lr_scheduler_type": schedule,
-        "warmup_steps": min(spec.optimizer.warmup_ratio, 1 - 1e-9),
+        "lr_scheduler_type": "constant",  # `train` replaces it
         "weight_decay": spec.optimizer.weight_decay,
         "max_grad_norm": spec.optimizer.max_grad_norm,
         # fused: one kernel for all parameters; it takes no sharded ones.
@@ -179,16 +186,70 @@ class Progress(TrainerCallback):
         self._reporter.step(state.global_step, state.max_steps, **metrics)
 
 
-def train(trainer: Trainer, ctx: StageContext, *, folder: Path | None = None) -> dict[str, float]:
-    """Trains to the end, from the newest complete checkpoint where there is one, and measures the validation loss."""
+def train(
+    trainer: Trainer, spec: SupervisedStage, ctx: StageContext, *, folder: Path | None = None
+) -> dict[str, float]:
+    """Trains to the end, from the newest complete checkpoint where there is one, and measures the validation loss.
+
+    Raises:
+        FailedPreconditionError: no weight has changed.
+    """
     trainer.remove_callback(PrinterCallback)
     folder = folder or ctx.checkpoints
     newest = newest_checkpoint(folder)
     if newest is not None:
         ctx.reporter.note(f"continuing from {newest.name}")
+    trainer.create_scheduler = functools.partial(_create_scheduler, trainer, spec)  # type: ignore[method-assign]
+    before = fingerprint(trainer.model)
     with storage_errors(folder):
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if Ranks.join(ctx.device).all(fingerprint(trainer.model) == before):
+        raise FailedPreconditionError(
+            f"stage {ctx.name} has changed no weight: every gradient was 0, or the learning rate is too small for the "
+            "weights' precision; look at the data and raise optimizer.learningRate"
+        )
+    rows = len(trainer.train_dataset)  # type: ignore[arg-type]
+    for warning in what_was_not_learned(trainer.state.log_history, rows):
+        ctx.reporter.note(f"warning: {warning}")
     return trainer.evaluate() if trainer.eval_dataset is not None else {}
+
+
+def _create_scheduler(trainer: Trainer, spec: SupervisedStage, num_training_steps: int, optimizer: Any = None) -> Any:
+    """In place of the Trainer's, whose warm-up begins with a step at rate 0."""
+    trainer.lr_scheduler = LambdaLR(
+        optimizer or trainer.optimizer, lambda step: factor_of_step(spec.optimizer, step, num_training_steps)
+    )
+    return trainer.lr_scheduler
+
+
+@torch.no_grad()
+def fingerprint(model: Any) -> list[tuple[float, float]]:
+    """Two sums of every trained parameter, this rank's part of it; they differ when any of them has changed."""
+    found = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            values = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).double()
+            found.append((float(values.sum()), float(values.square().sum())))
+    return found
+
+
+def what_was_not_learned(log: Sequence[Mapping[str, Any]], rows: int) -> list[str]:
+    """Sentences about a stage that ran through and yet learned little."""
+    losses = [float(entry["loss"]) for entry in log if "loss" in entry]
+    steps = len(losses)
+    if 0 < steps < FEW_STEPS:
+        return [
+            f"{rows} rows made {steps} optimizer step{'s' if steps > 1 else ''}, too few to learn much from; raise "
+            "epochs, lower batchSize or bring more rows"
+        ]
+    share = max(1, steps // 4)
+    first, last = sum(losses[:share]) / share, sum(losses[-share:]) / share
+    if steps and last > first - FLAT_SHARE * abs(first):
+        return [
+            f"the loss did not fall ({first:.4g} at the start, {last:.4g} at the end); look at the data, or change "
+            "optimizer.learningRate"
+        ]
+    return []
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -11,6 +11,7 @@ from steersman.config.algorithms import Critic
 from steersman.config.manifest import Optimizer
 from training.online.policy_model import PolicyModel
 from training.parallel import Ranks, sharded_like, whole
+from training.schedule import learning_rate_factor
 
 
 class PolicyOptimizer:
@@ -77,15 +78,3 @@ class PolicyOptimizer:
         for saved, own in zip(state["param_groups"], self._adam.param_groups, strict=True):
             saved.update(fused=own["fused"], foreach=own["foreach"])
         self._adam.load_state_dict(state)
-
-
-def learning_rate_factor(options: Optimizer, progress: float) -> float:
-    """Factor of the peak rate after a share of the stage: linear warm-up, then constant, linear or cosine decay."""
-    if progress < options.warmup_ratio:
-        return progress / options.warmup_ratio
-    decayed = (progress - options.warmup_ratio) / (1.0 - options.warmup_ratio) if options.warmup_ratio < 1.0 else 0.0
-    if options.schedule == "linear":
-        return 1.0 - decayed
-    if options.schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * decayed))
-    return 1.0

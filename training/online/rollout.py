@@ -27,12 +27,15 @@ from steersman.errors import FailedPreconditionError, InvalidArgumentError
 from steersman.rpc.conversation import to_message
 from steersman.rpc.wire import pack_rows
 from steersman.v1 import common_pb2, reward_pb2
+from training.context import Reporter
 from training.mathematics.rewards import present
 from training.online.batch import SampleBatch
 from training.online.clients import ReferenceClient, RewardClient, Sample, Score
 from training.online.pool import Lost, PolicyPool
 from training.online.remote import background
 
+CUT_SHARE = 0.5
+"""Share of answers at the token limit from which on it is said."""
 BLOCKS = 4
 """Scoring calls a batch, at most."""
 
@@ -323,6 +326,16 @@ def check_share(failed: int, total: int, reasons: Iterable[str], max_share: floa
         raise FailedPreconditionError(
             f"{failed} of {total} samples have no reward ({'; '.join(sorted(set(reasons)))[:300]}); the run pauses "
             "here: mend what is named and start the run again, it continues at this step"
+        )
+
+
+def warn_of_cut_answers(items: Sequence[Scored], generation: Generation, reporter: Reporter) -> None:
+    """Says so when most answers reach the token limit: what is rewarded and compared are then beginnings of answers."""
+    cut = sum(not item.sample.ended for item in items)
+    if cut > CUT_SHARE * len(items):
+        reporter.note(
+            f"warning: {cut} of {len(items)} answers were cut short at generation.maxNewTokens "
+            f"{generation.max_new_tokens}; raise it, or train SFT until answers end"
         )
 
 
