@@ -6,6 +6,7 @@ as full weights; the reward service scores; the reference gives the KL; exact ch
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -24,7 +25,7 @@ from steersman.rewards import Reward, build_reward
 from training.context import StageContext
 from training.online.connect import Services
 from training.online.publication import WeightsPayload
-from training.online.rollout import Prompt, Scored, reward_of, warn_of_cut_answers
+from training.online.rollout import Prompt, Scored, cut_share, reward_of, warn_of_cut_answers
 
 
 def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
@@ -75,7 +76,7 @@ def _answer(
             for index, item in enumerate(items)
         )
         seconds[name] = time.monotonic() - start
-        warn_of_cut_answers([item for items in scored for item in items], spec.generation, context.reporter)
+        warn_of_cut_answers(cut_share(itertools.chain(*scored)), spec.generation, context.reporter)
         rewards = [sample.reward for sample in results[name] if sample.reward is not None]
         context.reporter.step(number, len(models), reward=sum(rewards) / max(len(rewards), 1))
     return results, seconds

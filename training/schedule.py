@@ -10,7 +10,7 @@ from steersman.config.manifest import Optimizer
 def factor_of_step(options: Optimizer, step: int, steps: int) -> float:
     """Factor of the peak rate for one of `steps` optimizer steps, counted from 0; never 0.
 
-    A step takes the rate at its middle, so that the first one of a warm-up and the last one of a decay move the weights.
+    A step takes the rate at its middle, so that the first one of a warm-up and the last one of a decay move weights.
     """
     return learning_rate_factor(options, (min(step, steps - 1) + 0.5) / steps)
 

@@ -217,7 +217,8 @@ def train(
 def _create_scheduler(trainer: Trainer, spec: SupervisedStage, num_training_steps: int, optimizer: Any = None) -> Any:
     """In place of the Trainer's, whose warm-up begins with a step at rate 0."""
     trainer.lr_scheduler = LambdaLR(
-        optimizer or trainer.optimizer, lambda step: factor_of_step(spec.optimizer, step, num_training_steps)
+        optimizer or trainer.optimizer,  # type: ignore[arg-type]
+        lambda step: factor_of_step(spec.optimizer, step, num_training_steps),
     )
     return trainer.lr_scheduler
 

@@ -38,7 +38,7 @@ from training.online.optimizer import PolicyOptimizer
 from training.online.passes import Pair, Passes
 from training.online.policy_model import PolicyModel
 from training.online.pool import PolicyPool
-from training.online.rollout import Prompt, Rollouts
+from training.online.rollout import Prompt, Rollouts, warn_of_cut_answers
 from training.parallel import Ranks
 
 
@@ -113,6 +113,8 @@ class Trainer:
                 if keep:
                     self.save(step + 1, row, begun)
                 self.reporter.step(step + 1, self.spec.steps, **row)
+                if step == 0:
+                    warn_of_cut_answers(row.get("no_eos", 0.0), self.spec.generation, self.reporter)
 
     # -- update ----------------------------------------------------------------------------------
 

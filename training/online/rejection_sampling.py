@@ -6,6 +6,7 @@ Each round: n samples a prompt -> the best by reward -> fine-tune on the winners
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -23,7 +24,7 @@ from training.evaluate import read_weights
 from training.offline.sft import run_sft
 from training.online.connect import Services
 from training.online.publication import WeightsPayload
-from training.online.rollout import Prompt, Scored, count_failed, reward_of, warn_of_cut_answers
+from training.online.rollout import Prompt, Scored, count_failed, cut_share, reward_of, warn_of_cut_answers
 
 
 def run_rejection_sampling(spec: RejectionSamplingStage, context: StageContext) -> None:
@@ -57,7 +58,7 @@ def _write_winners(
     rollouts = services.rollouts(spec.generation)
     scored, timing = rollouts.collect(chosen, spec.samples_per_prompt, (context.seed << 32) + number)
     count_failed(scored, spec.max_failed_share)
-    warn_of_cut_answers([item for items in scored for item in items], spec.generation, context.reporter)
+    warn_of_cut_answers(cut_share(itertools.chain(*scored)), spec.generation, context.reporter)
     found = [winner_row(prompt, items) for prompt, items in zip(chosen, scored, strict=True)]
     earlier = _earlier_winners(context, number) if spec.keep_earlier_winners else {}
     rows = merge_winners([row for row in found if row is not None], earlier)

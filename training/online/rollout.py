@@ -329,14 +329,19 @@ def check_share(failed: int, total: int, reasons: Iterable[str], max_share: floa
         )
 
 
-def warn_of_cut_answers(items: Sequence[Scored], generation: Generation, reporter: Reporter) -> None:
+def warn_of_cut_answers(share: float, generation: Generation, reporter: Reporter) -> None:
     """Says so when most answers reach the token limit: what is rewarded and compared are then beginnings of answers."""
-    cut = sum(not item.sample.ended for item in items)
-    if cut > CUT_SHARE * len(items):
+    if share > CUT_SHARE:
         reporter.note(
-            f"warning: {cut} of {len(items)} answers were cut short at generation.maxNewTokens "
+            f"warning: {share:.0%} of the answers were cut short at generation.maxNewTokens "
             f"{generation.max_new_tokens}; raise it, or train SFT until answers end"
         )
+
+
+def cut_share(items: Iterable[Scored]) -> float:
+    """Share of answers that did not end by themselves."""
+    ended = [item.sample.ended for item in items]
+    return 1.0 - sum(ended) / max(1, len(ended))
 
 
 def count_failed(scored: Sequence[Sequence[Scored]], max_share: float) -> int:
