@@ -42,17 +42,24 @@ def pairwise_loss(
     denominator: float,
     margin: Tensor | None = None,
     centering: float = 0.0,
+    soft_label: Tensor | None = None,
 ) -> tuple[Tensor, RewardStats]:
     """Bradley-Terry ranking loss (Llama 2, eq. 1; with `margin`, eq. 2), summed over pairs / global pairs.
 
         -log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2
+
+    With `soft_label` s [P], the share of people who preferred `chosen`, the first term is s times that of the pair plus
+    1 - s times that of the pair turned around; at 1/2, a tie, equal rewards are best.
 
     chosen, rejected and margin are fp32 [P]. Llama 2's margin grows with the annotator's rating, such as 3, 2, 1, 0
     from "significantly" to "negligibly better". The second term keeps rewards around 0 (Eisenstein et al. 2023, eq. 2;
     TRL's `center_rewards_coefficient`, 0.01 recommended there).
     """
     difference = chosen - rejected
-    terms = -F.logsigmoid(difference if margin is None else difference - margin)
+    needed = 0.0 if margin is None else margin
+    terms = -F.logsigmoid(difference - needed)
+    if soft_label is not None:
+        terms = soft_label * terms - (1 - soft_label) * F.logsigmoid(-difference - needed)
     if centering:
         terms = terms + centering * (chosen + rejected).square()
     sums = to_floats(sum_of(terms), sum_of(_heaviside(difference)), sum_of(difference))
@@ -60,9 +67,13 @@ def pairwise_loss(
 
 
 def binary_loss(logits: Tensor, preferred: Tensor, *, denominator: float) -> tuple[Tensor, RewardStats]:
-    """Binary cross-entropy of preferred (bool [N] True) against not preferred, on logits fp32 [N] / global samples."""
-    sign = torch.where(preferred, 1.0, -1.0).to(logits.dtype)
-    terms = -F.logsigmoid(sign * logits)
+    """Binary cross-entropy on logits fp32 [N] / global samples.
+
+    `preferred` [N] is True where an answer is preferred, or the share of people who did.
+    """
+    share = preferred.to(logits.dtype)
+    terms = F.binary_cross_entropy_with_logits(logits, share, reduction="none")
+    sign = torch.sign(share - 0.5)
     sums = to_floats(sum_of(terms), sum_of(_heaviside(sign * logits)), sum_of(logits))
     return divide(terms, denominator), RewardStats(float(logits.numel()), *sums)
 

@@ -4,9 +4,10 @@
     binary    L = -log sigmoid(+r) for preferred answers, -log sigmoid(-r) for the others
     aspects   L = sum_a (output_a - (rating_a - mean_a) / std_a)^2 over the ratings that exist
 
-TRL's RewardTrainer computes the first (margin: Llama 2, equation 2; c: Eisenstein et al. 2023); the others, which TRL
-lacks, are a small transformers Trainer over `training.mathematics.reward_losses`. A decoder's score is read at the
-token that ends the answer. In the end every member is a plain folder, its mean and spread on a reference set stand in
+TRL's RewardTrainer trains the first (margin: Llama 2, equation 2; c: Eisenstein et al. 2023), the others a small
+transformers Trainer; the losses are those of `training.mathematics.reward_losses`. Where people disagreed (`soft_label`
+s of a row), a pair counts s times as it stands and 1 - s times turned around. A decoder's score is read at the token
+that ends the answer. In the end every member is a plain folder, its mean and spread on a reference set stand in
 `reward.json`, and what it is worth on held-out comparisons in `evaluation.json`.
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from steersman.artifacts import atomic_dir
 from steersman.config.manifest import RewardModelStage
@@ -48,7 +50,7 @@ from steersman.nn.reward import (
 )
 from steersman.nn.tokens import IGNORE, conversation_parts, distinct_pad_token
 from training.context import DataFiles, StageContext
-from training.mathematics.reward_losses import aspect_loss, binary_loss
+from training.mathematics.reward_losses import aspect_loss, binary_loss, pairwise_loss
 from training.offline.reward_evaluation import ScoredPair, evaluate_pairs, evaluate_ratings
 from training.offline.trl_setup import (
     Progress,
@@ -139,12 +141,13 @@ class RewardData:
         return before + after, len(after) or len(self.tokenizer(said, add_special_tokens=False)["input_ids"])
 
     def pairs(self, path: Path) -> Dataset:
-        """`chosen_ids`, `rejected_ids` and, where the stage asks for it, `margin`."""
+        """`chosen_ids`, `rejected_ids`, `soft_label` and, where the stage asks for it, `margin`."""
         rows = []
         for where, row in numbered_rows(path, Preference):
             pair: dict[str, Any] = {
                 "chosen_ids": self.tokens(row, row.chosen, where)[0],
                 "rejected_ids": self.tokens(row, row.rejected, where)[0],
+                "soft_label": 1.0 if row.soft_label is None else row.soft_label,
             }
             if self._spec.margin:
                 if row.margin is None:
@@ -154,11 +157,11 @@ class RewardData:
         return Dataset.from_list(rows)
 
     def judged(self, path: Path) -> Dataset:
-        """`input_ids` and `labels` [1]: 1 for chosen answers, 0 for rejected ones."""
+        """`input_ids` and `labels` [1]: the share of people who preferred the answer, 1 or 0 where all agree."""
         rows = []
         for pair in self.pairs(path):
-            rows.append({"input_ids": pair["chosen_ids"], "labels": [1.0]})
-            rows.append({"input_ids": pair["rejected_ids"], "labels": [0.0]})
+            rows.append({"input_ids": pair["chosen_ids"], "labels": [pair["soft_label"]]})
+            rows.append({"input_ids": pair["rejected_ids"], "labels": [1.0 - pair["soft_label"]]})
         return Dataset.from_list(rows)
 
     def rated(self, path: Path, scales: dict[str, Aspect]) -> Dataset:
@@ -269,7 +272,8 @@ def _pairwise_trainer(
     settings: RewardSettings,
     progress: Progress,
 ) -> Trainer:
-    return RewardTrainer(
+    return PairwiseTrainer(
+        spec=spec,
         model=model,
         args=RewardConfig(
             **arguments,
@@ -312,6 +316,51 @@ def _pointwise_trainer(
     )
 
 
+class PairwiseTrainer(RewardTrainer):
+    """TRL's trainer with a loss that knows soft labels."""
+
+    def __init__(self, *, spec: RewardModelStage, processing_class: PreTrainedTokenizerBase, **options: Any) -> None:
+        pad_id = processing_class.pad_token_id
+        assert isinstance(pad_id, int)
+        collate = DataCollatorForPreference(pad_token_id=pad_id)
+        super().__init__(
+            processing_class=processing_class,
+            data_collator=lambda rows: {**collate(rows), "soft_label": torch.tensor([r["soft_label"] for r in rows])},
+            **options,
+        )
+        self._spec = spec
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset  # the rows hold token ids already
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        chosen, rejected = outputs.logits.float().squeeze(-1).chunk(2)
+        loss, stats = pairwise_loss(
+            chosen,
+            rejected,
+            denominator=len(chosen),
+            margin=inputs.get("margin"),
+            centering=self._spec.center_rewards,
+            soft_label=inputs["soft_label"],
+        )
+        mode = "train" if model.training else "eval"
+        if mode == "train":
+            self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        means = stats.means()
+        for name, value in (
+            ("accuracy", means["accuracy"]),
+            ("margin", means["reward"]),
+            ("mean_reward", outputs.logits.detach().float().mean().item()),
+        ):
+            gathered_value = self.accelerator.gather(torch.tensor(value, device=loss.device))
+            self._metrics[mode][name].append(gathered_value.mean().item())
+        return (loss, outputs) if return_outputs else loss
+
+
 class PointwiseTrainer(Trainer):
     """Judges answers one by one. The loss is normalised by the labels of the whole optimizer step."""
 
@@ -336,7 +385,7 @@ class PointwiseTrainer(Trainer):
         logits = outputs.logits.float()
         count = num_items_in_batch or int((labels != IGNORE).sum())
         if self._binary:
-            loss, _ = binary_loss(logits[:, 0], labels[:, 0] > 0.5, denominator=count)
+            loss, _ = binary_loss(logits[:, 0], labels[:, 0], denominator=count)
         else:
             loss, _ = aspect_loss(logits, labels.masked_fill(labels == IGNORE, torch.nan), denominator=count)
         return (loss, outputs) if return_outputs else loss
@@ -395,8 +444,9 @@ def _evaluate(model: RewardModel, data: RewardData, ctx: StageContext) -> tuple[
 
     preferences = ctx.data.get("preferences")
     path = preferences and (preferences.heldout or preferences.validation)
-    if path:
-        rows = list(numbered_rows(path, Preference))
+    read = numbered_rows(path, Preference) if path else ()
+    rows = [(where, row) for where, row in read if row.soft_label != 0.5]  # a tie has no right side
+    if rows:
         chosen = [data.tokens(row, row.chosen, where) for where, row in rows]
         rejected = [data.tokens(row, row.rejected, where) for where, row in rows]
         scores = score([ids for ids, _ in chosen + rejected])

@@ -187,9 +187,12 @@ class Progress(TrainerCallback):
 
 
 def train(
-    trainer: Trainer, spec: SupervisedStage, ctx: StageContext, *, folder: Path | None = None
+    trainer: Trainer, spec: SupervisedStage, ctx: StageContext, *, folder: Path | None = None, may_stay: bool = False
 ) -> dict[str, float]:
     """Trains to the end, from the newest complete checkpoint where there is one, and measures the validation loss.
+
+    Args:
+        may_stay: the data may ask for no change.
 
     Raises:
         FailedPreconditionError: no weight has changed.
@@ -203,7 +206,10 @@ def train(
     before = fingerprint(trainer.model)
     with storage_errors(folder):
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    if Ranks.join(ctx.device).all(fingerprint(trainer.model) == before):
+    unchanged = Ranks.join(ctx.device).all(fingerprint(trainer.model) == before)
+    if unchanged and may_stay:
+        ctx.reporter.note(f"warning: stage {ctx.name} has changed no weight; the data asks for no change")
+    elif unchanged:
         raise FailedPreconditionError(
             f"stage {ctx.name} has changed no weight: every gradient was 0, or the learning rate is too small for the "
             "weights' precision; look at the data and raise optimizer.learningRate"

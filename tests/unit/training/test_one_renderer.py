@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from training.context import StageContext
 from training.offline.dpo import preference_dataset
 from training.offline.reward_model import RewardData
 from training.offline.sft import labelled_dataset
-from training.online.clients import Sample
+from training.online.clients import Sample, Score
 from training.online.prompts import load_answers, load_prompts
 from training.online.rejection_sampling import labelled_winners, winner_row
 from training.online.rollout import Rollouts, Scored, score_item
@@ -106,7 +106,7 @@ def test_rejection_sampling_trains_what_was_sampled_and_nothing_earlier(tmp_path
     (prompt,) = load_prompts(written(tmp_path / "q.jsonl", {"prompt": turns}), tokenizer, 1000)
     ids = np.array([68, 66, 2], np.int32)
     sample = Sample(0, 0, ids, np.zeros(3, np.float32), True, (1,))
-    row = winner_row(prompt, [Scored(sample, reward_pb2.ItemScore(reward=1.0), None, "text as decoded")])
+    row = winner_row(prompt, [Scored(sample, Score(1.0), None, "text as decoded")])
     assert row is not None
     (example,) = labelled_winners(written(tmp_path / "winners.jsonl", row))
     assert example.token_ids == prompt.ids.tolist() + ids.tolist()
@@ -116,14 +116,14 @@ def test_rejection_sampling_trains_what_was_sampled_and_nothing_earlier(tmp_path
 class Listening:
     """A pool of replicas that remembers the sampling parameters."""
 
-    def generate(self, prompts: Any, n: int, sampling: Any, *, in_flight: bool) -> Iterator[Sample]:
+    async def samples(self, prompts: Any, n: int, sampling: Any, **options: Any) -> AsyncIterator[Sample]:
         self.sampling = sampling
         yield Sample(0, 0, np.array([2], np.int32), np.zeros(1, np.float32), True, (1,))
 
 
 class Judge:
-    def score(self, items: list[Any]) -> list[Any]:
-        return [reward_pb2.ItemScore(reward=1.0) for _ in items]
+    async def score(self, items: list[Any]) -> list[Score]:
+        return [Score(1.0) for _ in items]
 
 
 def test_the_ends_of_an_answer_are_sent_with_every_request(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def stage(**values) -> RewardModelStage:
 @pytest.mark.parametrize("lora", [Lora(rank=4), None], ids=["lora", "full"])
 def test_learns_the_preference(make_context, objective, lora):
     context = make_context("preferences", pairs(64, 1), validation=pairs(16, 2), heldout=pairs(32, 3))
-    spec = stage(objective=objective, lora=lora, margin=objective == "pairwise", max_steps=60)
+    rate = Optimizer(learning_rate=5e-3)
+    spec = stage(objective=objective, lora=lora, margin=objective == "pairwise", max_steps=60, optimizer=rate)
     artifacts = run_reward_model(spec, context)
     evaluation = json.loads(artifacts["evaluation"].read_text())
     assert evaluation["accuracy"][0] == 1.0
