@@ -270,6 +270,8 @@ class Generation(FrozenModel):
     """Nucleus sampling. The losses need 1."""
     top_k: NonNegative = 0
     """Top-k sampling; 0: off. The losses need 0."""
+    stop: list[str] = []
+    """Texts of one token each that end an answer, beside the model's own ends; they are part of it."""
 
 
 class KlController(FrozenModel):
@@ -332,7 +334,9 @@ class RlStage(ChosenMethod):
     whiten_scores: bool = False
     """Scores get zero mean and unit variance over the batch."""
     missing_eos_penalty: NonNegativeFloat = 1.0
-    """Subtracted from the score of a sample that did not end by itself."""
+    """What the score of a sample that did not end by itself loses, or becomes below 0 (`missingEos`)."""
+    missing_eos: Literal["subtract", "replace"] = "subtract"
+    """`subtract` the penalty, or `replace` the score by it, negative: a reward only where an answer ends."""
     mismatch_cap: PositiveFloat = 2.0
     """Cap of the truncated importance weight between engine and trainer."""
     stop_kl: PositiveFloat | None = None

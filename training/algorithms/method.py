@@ -165,7 +165,7 @@ class Base:
         if stage.score_clip is not None:
             parts = {name: batch.parts[name] for name in batch.standardised}
             scores = rewards.clip_parts(scores, parts, batch.standardised, stage.score_clip)
-        scores = rewards.penalize_missing_eos(scores, batch.ended, stage.missing_eos_penalty)
+        scores = rewards.penalize_missing_eos(scores, batch.ended, stage.missing_eos_penalty, stage.missing_eos)
         return whiten(scores) if stage.whiten_scores else scores
 
     def outcomes(self, batch: SampleBatch, kl: Tensor, beta: float) -> Tensor:

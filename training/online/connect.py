@@ -87,6 +87,18 @@ class Services:
             raise ConfigError(f"data.prompts.{kind} is missing; add the file")
         return load_prompts(path, self.tokenizer, self.max_context - generation.max_new_tokens)
 
+    def ids_of_stops(self, generation: Generation) -> list[int]:
+        """Token ids of `generation.stop`; ConfigError where a text is not one token."""
+        found = []
+        for text in generation.stop:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1:
+                raise ConfigError(
+                    f"generation.stop: {text!r} is {len(ids)} tokens of this model; give texts of one token"
+                )
+            found += ids
+        return found
+
     def decode(self, token_ids: np.ndarray) -> str:
         """Text of an answer without special tokens and without its end."""
         said = [token for token in token_ids.tolist() if token not in self.stop_ids]
@@ -99,7 +111,7 @@ class Services:
             self.reference,
             self.decode,
             generation,
-            self.stop_ids,
+            [*self.stop_ids, *self.ids_of_stops(generation)],
             self.context.reporter.activity,
             standardised=self.reward[0].standardised(),
             deterministic=deterministic,

@@ -27,9 +27,12 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from training.mathematics import (
     KlTerm,
     PolicyStats,
+    cispo_loss,
     grpo,
     grpo_loss,
+    gspo_loss,
     k1,
+    preference_loss,
     present,
     rloo,
     rloo_loss,
@@ -219,6 +222,122 @@ def test_grpo(tmp_path: Path, loss_type: str, correction: bool) -> None:
     )
     assert 0 < stats.clipped < stats.count
     frozen.agrees(loss)
+
+
+def test_dapo_clips_higher(tmp_path: Path) -> None:
+    frozen = Frozen(tmp_path, "grpo", loss_type="dapo", epsilon_high=0.28, use_bias_correction_kl=False)
+    advantages = grpo(frozen.scores, frozen.group)
+    loss, stats = grpo_loss(
+        frozen.logprobs(frozen.policy),
+        frozen.old,
+        advantages,
+        frozen.lengths,
+        denominator=int(frozen.lengths.sum()),
+        clip_high=0.28,
+        kl=KlTerm(frozen.ref, BETA, correction=False),
+    )
+    assert 0 < stats.clipped < stats.count
+    frozen.agrees(loss)
+
+
+@pytest.mark.parametrize("correction", [True, False])
+def test_gspo(tmp_path: Path, correction: bool) -> None:
+    frozen = Frozen(
+        tmp_path,
+        "grpo",
+        loss_type="grpo",
+        importance_sampling_level="sequence",
+        epsilon=0.02,
+        epsilon_high=0.03,
+        use_bias_correction_kl=correction,
+    )
+    loss, stats = gspo_loss(
+        frozen.logprobs(frozen.policy),
+        frozen.old,
+        grpo(frozen.scores, frozen.group),
+        frozen.lengths,
+        denominator=len(frozen.lengths),
+        clip_low=0.02,
+        clip_high=0.03,
+        kl=KlTerm(frozen.ref, BETA, correction=correction),
+    )
+    assert 0 < stats.clipped < stats.count
+    frozen.agrees(loss)
+
+
+def test_cispo(tmp_path: Path) -> None:
+    frozen = Frozen(tmp_path, "grpo", loss_type="cispo", epsilon_high=1.05, use_bias_correction_kl=False)
+    loss, stats = cispo_loss(
+        frozen.logprobs(frozen.policy),
+        frozen.old,
+        grpo(frozen.scores, frozen.group).repeat_interleave(frozen.lengths),
+        denominator=int(frozen.lengths.sum()),
+        weight_cap=1.05,
+        kl=KlTerm(frozen.ref, BETA, correction=False),
+    )
+    assert 0 < stats.clipped < stats.count
+    frozen.agrees(loss)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_online_dpo(tmp_path: Path, loss_type: str) -> None:
+    """TRL's step on two answers a prompt: its loss, and the gradient that it leaves in the parameters."""
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    trainer = OnlineDPOTrainer(
+        model=saved_model(tmp_path / "base"),
+        reward_funcs=reward,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=tokenizer(),
+        args=OnlineDPOConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            beta=0.2,
+            loss_type=loss_type,
+            max_new_tokens=12,
+            per_device_train_batch_size=len(PROMPTS),
+            gradient_checkpointing=False,
+        ),
+    )
+    policy = trainer.model.train()
+    move(policy, seed=1)
+    made: list[tuple[Tensor, ...]] = []
+    generate = trainer._generate
+
+    def remembered(*arguments: Any) -> Any:
+        found = generate(*arguments)
+        made.append(found[:4])
+        return found
+
+    trainer._generate = remembered
+    torch.manual_seed(2)
+    theirs = trainer.training_step(policy, {"prompt": PROMPTS}).item()
+    (prompt_ids, prompt_mask, completion_ids, completion_mask) = made[0]
+    mask = completion_mask.bool()
+    attention = torch.cat([prompt_mask, completion_mask], 1)
+
+    def answers(model: LlamaForCausalLM) -> Tensor:
+        ids = torch.cat([prompt_ids, completion_ids], 1)
+        logits = model(ids, attention_mask=attention).logits[:, prompt_ids.shape[1] - 1 : -1]
+        found = logits.log_softmax(-1).gather(2, completion_ids[:, :, None])[:, :, 0]
+        return (found * mask).sum(1)
+
+    with torch.no_grad():
+        ref = answers(trainer.ref_model)
+    ratio = answers(policy) - ref
+    ids = [row.tolist() for row in completion_ids]
+    scores = torch.tensor(reward(completion_ids=ids)).view(2, -1)
+    better = (scores[0] >= scores[1]).long()
+    first, second = ratio.view(2, -1)
+    chosen, rejected = torch.where(better == 1, first, second), torch.where(better == 1, second, first)
+    loss = preference_loss(chosen, rejected, denominator=len(PROMPTS), beta=0.2, kind=loss_type)  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(theirs, abs=TOLERANCE * max(1.0, abs(theirs)))
+    ours = torch.autograd.grad(loss, list(policy.parameters()))
+    for gradient, parameter in zip(ours, policy.parameters(), strict=True):
+        largest = max(1.0, float(parameter.grad.abs().max()))
+        assert (gradient - parameter.grad).abs().max() <= 2 * TOLERANCE * largest
 
 
 def test_grpo_differs_in_micro_batches(tmp_path: Path) -> None:

@@ -20,6 +20,11 @@ CASES: dict[str, tuple[str, Lora | None]] = {
     "grpo-full": ("grpo", None),
     "dr-grpo-lora": ("dr-grpo", Lora(rank=4)),
     "reinforce-full": ("reinforce", None),
+    "dapo-full": ("dapo", None),
+    "gspo-full": ("gspo", None),
+    "cispo-full": ("cispo", None),
+    "reinforce-plus-plus-full": ("reinforce-plus-plus", None),
+    "online-dpo-lora": ("online-dpo", Lora(rank=4)),
 }
 
 

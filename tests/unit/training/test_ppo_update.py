@@ -160,7 +160,7 @@ def test_gradient_checkpointing_changes_nothing(lora: Lora | None, tiny_model: P
     assert_same(*results)
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_same_seed_gives_the_same_weights(algorithm: str, tiny_model: Path, tmp_path: Path) -> None:
     hashes, rows = set(), []
     for _ in range(2):
