@@ -107,6 +107,10 @@ proto: $(READY) ## Generate the stubs in steersman/v1 from proto/.
 bench-vllm-engine: $(VLLM_READY) ## Run benchmarks/vllm_engine.py in .venv-vllm (ARGS="...").
 	$(VLLM_VENV)/bin/python -m benchmarks.vllm_engine $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(READY) ## Throw a million hostile inputs at everything that reads (INPUTS=1000000 FUZZ_SEED=1); the last line is JSON.
+	@PYTHONPATH=tests $(BIN)/python -m fuzz --inputs $(or $(INPUTS),1000000) --seed $(or $(FUZZ_SEED),1)
+
 .PHONY: docs
 docs: $(READY) ## Build the documentation site in build/docs; any warning fails it.
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs

@@ -138,14 +138,26 @@ class Translator:
         self._tokens: dict[int, int] = {}
         self._prompt_tokens = 0
 
-    def take(self, chunk: Mapping[str, Any]) -> list[PolicyServiceChatResponse]:
+    def take(self, chunk: Any) -> list[PolicyServiceChatResponse]:
+        """What a chunk brings.
+
+        Raises:
+            InternalError: the engine broke off.
+            UnavailableError: it sent something else than a chunk.
+        """
+        try:
+            return self._read(chunk)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UnavailableError(f"The engine sent no chunk of a completion ({type(error).__name__})") from None
+
+    def _read(self, chunk: Mapping[str, Any]) -> list[PolicyServiceChatResponse]:
         if error := chunk.get("error"):
             raise InternalError(f"The engine broke off: {_message(json.dumps({'error': error}).encode())}")
         usage = chunk.get("usage") or {}
-        self._prompt_tokens = usage.get("prompt_tokens") or self._prompt_tokens
+        self._prompt_tokens = _count(usage.get("prompt_tokens") or self._prompt_tokens)
         found = []
         for choice in chunk.get("choices") or []:
-            index = choice.get("index") or 0
+            index = _count(choice.get("index") or 0)
             delta = choice.get("delta") or {}
             text = (delta.get("content") if delta else choice.get("text")) or ""
             tokens = _tokens(choice.get("logprobs"))
@@ -179,9 +191,16 @@ class Translator:
         calls = self._calls.setdefault(choice, {})
         known = calls.setdefault(call.get("index") or 0, {"id": "", "name": "", "arguments": ""})
         function = call.get("function") or {}
-        known["id"] = call.get("id") or known["id"]
-        known["name"] = function.get("name") or known["name"]
+        known["id"] = str(call.get("id") or known["id"])
+        known["name"] = str(function.get("name") or known["name"])
         known["arguments"] += function.get("arguments") or ""
+
+
+def _count(value: Any) -> int:
+    """A number that the contract can carry; ValueError for anything else."""
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def _tokens(logprobs: Mapping[str, Any] | None) -> list[TokenLogprob]:
