@@ -136,7 +136,7 @@ class CancelledError(SteersmanError):
 
 
 class StorageError(SteersmanError):
-    grpc_code = "RESOURCE_EXHAUSTED"
+    grpc_code = "FAILED_PRECONDITION"  # RESOURCE_EXHAUSTED says: too much at once, try again
     http_status = 507
     exit_code = 11
 
@@ -165,11 +165,46 @@ _FROM_GRPC: dict[str, type[SteersmanError]] = {
 }
 
 
+ERROR_DOMAIN = "steersman.dev"
+"""Of the `ErrorInfo` in a status; its reason is the name of the class."""
+
+
 def from_grpc(error: grpc.RpcError, service: str) -> SteersmanError:
-    """Turns a client-side gRPC error into the error of the tree, naming the service."""
+    """Turns a client-side gRPC error into the error of the tree, naming the service.
+
+    A server of ours says which one it was, and when to try again; of any other the code decides.
+    """
     code = error.code().name
+    message, details = f"{service}: {error.details() or code}", {"grpc_code": code, "service": service}
+    reason, retry_after = _rich(error)
     cls = _FROM_GRPC.get(code, InternalError)
-    return cls(f"{service}: {error.details() or code}", details={"grpc_code": code, "service": service})
+    named = {known.__name__: known for known in all_error_types() if known.grpc_code == code}
+    cls = named.get(reason, cls)
+    if issubclass(cls, RateLimitedError):
+        return cls(message, retry_after=1.0 if retry_after is None else retry_after, details=details)
+    return cls(message, details=details)
+
+
+def _rich(error: grpc.RpcError) -> tuple[str, float | None]:
+    """Class name and seconds to wait out of the status's details; empty and None where there are none."""
+    from google.rpc import error_details_pb2, status_pb2
+
+    reason, seconds = "", None
+    metadata = getattr(error, "trailing_metadata", lambda: None)() or ()
+    packed = next((value for key, value in metadata if key == "grpc-status-details-bin"), None)
+    if packed is None:
+        return reason, seconds
+    try:
+        status = status_pb2.Status.FromString(packed)
+        for detail in status.details:
+            info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+            if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+                reason = info.reason
+            elif detail.Unpack(retry):
+                seconds = retry.retry_delay.ToTimedelta().total_seconds()
+    except ValueError:  # DecodeError is one: what another server put there
+        return "", None
+    return reason, seconds
 
 
 def all_error_types() -> list[type[SteersmanError]]:

@@ -9,11 +9,11 @@ import asyncio
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import grpc
-from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -22,7 +22,7 @@ from pydantic import Field
 
 from steersman.config.base import FrozenModel
 from steersman.config.tls import Tls
-from steersman.errors import ConfigError, SteersmanError
+from steersman.errors import ERROR_DOMAIN, ConfigError, RateLimitedError, SteersmanError
 from steersman.rpc.metrics import serve_metrics, track
 from steersman.rpc.tls import server_credentials
 from steersman.rpc.token import TokenCheck, read_token
@@ -30,7 +30,6 @@ from steersman.rpc.token import TokenCheck, read_token
 log = logging.getLogger("steersman.rpc")
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-ERROR_DOMAIN = "steersman.dev"
 
 
 class ServerConfig(FrozenModel):
@@ -48,6 +47,8 @@ class ServerConfig(FrozenModel):
     """How long running calls may still take after SIGTERM."""
     max_message_bytes: int = MAX_MESSAGE_BYTES
     """Larger messages are refused with RESOURCE_EXHAUSTED."""
+    max_concurrent_calls: Annotated[int, Field(gt=0)] = 1024
+    """Calls of a listener at the same time; the next is refused with RESOURCE_EXHAUSTED."""
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -70,17 +71,19 @@ def address_of(host: str, port: int) -> str:
 
 
 def to_status(error: SteersmanError) -> grpc.Status:
-    """The rich gRPC status of an error: code, sentence, and an ErrorInfo with the details."""
+    """The rich gRPC status of an error: code, sentence, an ErrorInfo with the details, and when to try again."""
     info = error_details_pb2.ErrorInfo(
         reason=type(error).__name__,
         domain=ERROR_DOMAIN,
         metadata={key: str(value) for key, value in error.details.items()},
     )
-    detail = any_pb2.Any()
-    detail.Pack(info)
-    return rpc_status.to_status(
-        status_pb2.Status(code=grpc.StatusCode[error.grpc_code].value[0], message=error.message, details=[detail])
-    )
+    status = status_pb2.Status(code=grpc.StatusCode[error.grpc_code].value[0], message=error.message)
+    status.details.add().Pack(info)
+    if isinstance(error, RateLimitedError):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromTimedelta(timedelta(seconds=error.retry_after))
+        status.details.add().Pack(retry)
+    return rpc_status.to_status(status)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -180,6 +183,7 @@ class Server:
                     # Only identity: the limit of a message is looked at after it was unpacked.
                     ("grpc.compression_enabled_algorithms_bitset", 1),
                 ],
+                maximum_concurrent_rpcs=config.max_concurrent_calls,
             )
             names = [name for _, _, name in services]
             for register, servicer, _ in services:
