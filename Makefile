@@ -93,6 +93,7 @@ lint: $(READY) ## Format, lint, types, layers, contract.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/contract.binpb
 
 .PHONY: format
 format: $(READY) ## Format and mend what can be mended by machine.
@@ -102,6 +103,10 @@ format: $(READY) ## Format and mend what can be mended by machine.
 .PHONY: proto
 proto: $(READY) ## Generate the stubs in steersman/v1 from proto/.
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/steersman/v1/*.proto
+
+.PHONY: contract
+contract: $(READY) ## At a release: make its contract the one that `make lint` compares with.
+	$(BIN)/buf build proto -o proto/contract.binpb --exclude-source-info
 
 .PHONY: bench-vllm-engine
 bench-vllm-engine: $(VLLM_READY) ## Run benchmarks/vllm_engine.py in .venv-vllm (ARGS="...").

@@ -193,7 +193,7 @@ class OverGrpc:
 
     def score(self, rows: Rows) -> None:
         items = [
-            reward_pb2.ScoreItem(token_ids=pack_rows([np.concatenate(row)]), prompt_length=len(row[0])) for row in rows
+            reward_pb2.ScoreItem(token_ids=pack_rows([np.concatenate(row)])) for row in rows
         ]
         _spread(self.reward, items, lambda client, part: background().run(client.score(part)))
 

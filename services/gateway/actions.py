@@ -7,10 +7,30 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from services.gateway.auth.authenticator import Authenticator
+from services.gateway.auth.callers import Caller
 from services.gateway.openai.documentation import error_responses
 from services.gateway.recorder import Record, Recorder, audit_row
 from services.gateway.tools.desk import DONE, Desk
 from steersman.errors import NotFoundError
+
+
+async def confirm(
+    desk: Desk | None, recorder: Recorder, caller: Caller, action_id: str, request_id: str
+) -> dict[str, str]:
+    """Carries out a proposed action and records it: id, action, ticket and what to tell the customer.
+
+    Raises:
+        PermissionDeniedError: without the scope `act`.
+        NotFoundError: no such proposal, or actions are switched off.
+    """
+    caller.require("act")
+    if desk is None:
+        raise NotFoundError("There is no such proposed action; actions are switched off")
+    proposal, ticket = await desk.confirm(caller, action_id)
+    records = [{"system": "desk", "record": ticket}]
+    await recorder.put(Record(audit_row(caller, request_id, "act", proposal.action, records=records)))
+    text = DONE[proposal.action].format(ticket=ticket, **proposal.arguments)
+    return {"id": proposal.id, "action": proposal.action, "ticket": ticket, "text": text}
 
 
 def actions_router(desk: Desk | None, auth: Authenticator, recorder: Recorder) -> APIRouter:
@@ -25,19 +45,9 @@ def actions_router(desk: Desk | None, auth: Authenticator, recorder: Recorder) -
             **error_responses(400, 401, 403, 404, 408, 409, 413, 429, 500, 503),
         },
     )
-    async def confirm(request: Request, action_id: str) -> Response:
+    async def confirm_action(request: Request, action_id: str) -> Response:
         caller = await auth.caller(request.headers)
-        caller.require("act")
-        if desk is None:
-            raise NotFoundError("There is no such proposed action; actions are switched off")
-        proposal, ticket = await desk.confirm(caller, action_id)
-        text = DONE[proposal.action].format(ticket=ticket, **proposal.arguments)
-        records = [{"system": "desk", "record": ticket}]
-        row = audit_row(caller, request.state.request_id, "act", proposal.action, records=records)
-        await recorder.put(Record(row))
-        return Response(
-            orjson.dumps({"id": proposal.id, "action": proposal.action, "ticket": ticket, "text": text}),
-            media_type="application/json",
-        )
+        done = await confirm(desk, recorder, caller, action_id, request.state.request_id)
+        return Response(orjson.dumps(done), media_type="application/json")
 
     return router

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from services.gateway.actions import confirm
 from services.gateway.answer import Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
@@ -15,6 +17,7 @@ from services.gateway.bodies import consent_of, request_id_of
 from services.gateway.errors import BadRequestError
 from services.gateway.feedback import FeedbackDesk
 from services.gateway.refusals import Refusals
+from services.gateway.tools.desk import Proposal
 from steersman.errors import SteersmanError
 from steersman.store.feedback import Event
 from steersman.v1 import chat_pb2, chat_pb2_grpc
@@ -47,7 +50,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                 raise BadRequestError(f"messages.{index}.role is {message.role!r}; use one of {sorted(_ROLES)}")
         fingerprint = request.SerializeToString(deterministic=True)
         sampling = request.sampling
-        if not sampling.seed:
+        if not sampling.HasField("seed"):
             sampling.seed = secrets.randbits(64)
         if sampling.HasField("temperature") and not 0 <= sampling.temperature <= 2:
             raise BadRequestError("sampling.temperature must be between 0 and 2", param="sampling.temperature")
@@ -72,12 +75,24 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                     response.finish_reason = part.finish_reason
                     response.prompt_tokens = answer.prompt_tokens
                     response.completion_tokens = answer.completion_tokens
-                    response.weights_version = str(answer.weights_version or "")
+                    response.weights_version = answer.weights_version or 0
+                    response.feedback_token = answer.feedback_token
+                    response.proposed_actions.extend(_proposed(proposal) for proposal in answer.proposals)
                     for source in answer.sources:
                         response.sources.add(system=source.system, record=source.record)
                 yield response
         finally:
             await answer.close()
+
+    async def ConfirmAction(
+        self, request: chat_pb2.ConfirmActionRequest, context: Any
+    ) -> chat_pb2.ConfirmActionResponse:
+        with noted(self._refusals, context, "ConfirmAction") as headers:
+            caller = await self._auth.caller(headers)
+            desk, recorder = self._assistant.grounding.desk, self._assistant.recorder
+            return chat_pb2.ConfirmActionResponse(
+                **await confirm(desk, recorder, caller, request.id, request_id_of(headers))
+            )
 
     async def SubmitFeedback(
         self, request: chat_pb2.SubmitFeedbackRequest, context: Any
@@ -114,3 +129,12 @@ def noted(refusals: Refusals, context: Any, method: str) -> Iterator[Mapping[str
         request_id = request_id_of({name: value for name, value in metadata if isinstance(value, str)})
         refusals.note(visit, error.http_status, f"{SERVICE_NAME}/{method}", request_id)
         raise
+
+
+def _proposed(proposal: Proposal) -> chat_pb2.ProposedAction:
+    return chat_pb2.ProposedAction(
+        id=proposal.id,
+        action=proposal.action,
+        arguments_json=json.dumps(proposal.arguments),
+        text=proposal.text,
+    )

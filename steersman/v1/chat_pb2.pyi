@@ -22,7 +22,7 @@ class ChatRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_common_pb2.Message, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., conversation_id: _Optional[str] = ...) -> None: ...
 
 class ChatResponse(_message.Message):
-    __slots__ = ("answer_id", "delta", "finish_reason", "prompt_tokens", "completion_tokens", "weights_version", "sources")
+    __slots__ = ("answer_id", "delta", "finish_reason", "prompt_tokens", "completion_tokens", "weights_version", "sources", "feedback_token", "proposed_actions")
     ANSWER_ID_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
@@ -30,14 +30,48 @@ class ChatResponse(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PROPOSED_ACTIONS_FIELD_NUMBER: _ClassVar[int]
     answer_id: str
     delta: str
     finish_reason: _common_pb2.FinishReason
     prompt_tokens: int
     completion_tokens: int
-    weights_version: str
+    weights_version: int
     sources: _containers.RepeatedCompositeFieldContainer[Source]
-    def __init__(self, answer_id: _Optional[str] = ..., delta: _Optional[str] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., weights_version: _Optional[str] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ...) -> None: ...
+    feedback_token: str
+    proposed_actions: _containers.RepeatedCompositeFieldContainer[ProposedAction]
+    def __init__(self, answer_id: _Optional[str] = ..., delta: _Optional[str] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., weights_version: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., feedback_token: _Optional[str] = ..., proposed_actions: _Optional[_Iterable[_Union[ProposedAction, _Mapping]]] = ...) -> None: ...
+
+class ProposedAction(_message.Message):
+    __slots__ = ("id", "action", "arguments_json", "text")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_JSON_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    action: str
+    arguments_json: str
+    text: str
+    def __init__(self, id: _Optional[str] = ..., action: _Optional[str] = ..., arguments_json: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+
+class ConfirmActionRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class ConfirmActionResponse(_message.Message):
+    __slots__ = ("id", "action", "ticket", "text")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    action: str
+    ticket: str
+    text: str
+    def __init__(self, id: _Optional[str] = ..., action: _Optional[str] = ..., ticket: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Source(_message.Message):
     __slots__ = ("system", "record")

@@ -45,6 +45,11 @@ class ChatServiceStub(object):
                 request_serializer=steersman_dot_v1_dot_chat__pb2.SubmitFeedbackRequest.SerializeToString,
                 response_deserializer=steersman_dot_v1_dot_chat__pb2.SubmitFeedbackResponse.FromString,
                 _registered_method=True)
+        self.ConfirmAction = channel.unary_unary(
+                '/steersman.v1.ChatService/ConfirmAction',
+                request_serializer=steersman_dot_v1_dot_chat__pb2.ConfirmActionRequest.SerializeToString,
+                response_deserializer=steersman_dot_v1_dot_chat__pb2.ConfirmActionResponse.FromString,
+                _registered_method=True)
 
 
 class ChatServiceServicer(object):
@@ -65,6 +70,13 @@ class ChatServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ConfirmAction(self, request, context):
+        """Carries out what an answer proposed; needs the scope "act".
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ChatServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_ChatServiceServicer_to_server(servicer, server):
                     servicer.SubmitFeedback,
                     request_deserializer=steersman_dot_v1_dot_chat__pb2.SubmitFeedbackRequest.FromString,
                     response_serializer=steersman_dot_v1_dot_chat__pb2.SubmitFeedbackResponse.SerializeToString,
+            ),
+            'ConfirmAction': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmAction,
+                    request_deserializer=steersman_dot_v1_dot_chat__pb2.ConfirmActionRequest.FromString,
+                    response_serializer=steersman_dot_v1_dot_chat__pb2.ConfirmActionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class ChatService(object):
             '/steersman.v1.ChatService/SubmitFeedback',
             steersman_dot_v1_dot_chat__pb2.SubmitFeedbackRequest.SerializeToString,
             steersman_dot_v1_dot_chat__pb2.SubmitFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmAction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steersman.v1.ChatService/ConfirmAction',
+            steersman_dot_v1_dot_chat__pb2.ConfirmActionRequest.SerializeToString,
+            steersman_dot_v1_dot_chat__pb2.ConfirmActionResponse.FromString,
             options,
             channel_credentials,
             insecure,

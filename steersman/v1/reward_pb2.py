@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from steersman.v1 import common_pb2 as steersman_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/reward.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"U\n\x0cScoreRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ScoreItem\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\"\xa2\x01\n\tScoreItem\x12-\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\x15\n\rprompt_length\x18\x02 \x01(\r\x12\'\n\x08messages\x18\x03 \x03(\x0b\x32\x15.steersman.v1.Message\x12\x12\n\nfacts_json\x18\x04 \x01(\t\x12\x12\n\ntools_json\x18\x05 \x01(\t\"8\n\rScoreResponse\x12\'\n\x06scores\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ItemScore\"c\n\tItemScore\x12\x13\n\x06reward\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\'\n\x05parts\x18\x02 \x03(\x0b\x32\x18.steersman.v1.RewardPart\x12\r\n\x05\x65rror\x18\x03 \x01(\tB\t\n\x07_reward\"\xbf\x01\n\nRewardPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05value\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12\x36\n\x07\x61spects\x18\x04 \x03(\x0b\x32%.steersman.v1.RewardPart.AspectsEntry\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x1a.\n\x0c\x41spectsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_value\"\x16\n\x14GetRewardInfoRequest\"B\n\x15GetRewardInfoResponse\x12)\n\x07scorers\x18\x01 \x03(\x0b\x32\x18.steersman.v1.ScorerInfo\"{\n\nScorerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12&\n\x05model\x18\x04 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x0c\n\x04mean\x18\x05 \x01(\x02\x12\x0b\n\x03std\x18\x06 \x01(\x02\x32\xab\x01\n\rRewardService\x12@\n\x05Score\x12\x1a.steersman.v1.ScoreRequest\x1a\x1b.steersman.v1.ScoreResponse\x12X\n\rGetRewardInfo\x12\".steersman.v1.GetRewardInfoRequest\x1a#.steersman.v1.GetRewardInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/reward.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"U\n\x0cScoreRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ScoreItem\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\"\xa0\x01\n\tScoreItem\x12-\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\'\n\x08messages\x18\x03 \x03(\x0b\x32\x15.steersman.v1.Message\x12\x12\n\nfacts_json\x18\x04 \x01(\t\x12\x12\n\ntools_json\x18\x05 \x01(\tJ\x04\x08\x02\x10\x03R\rprompt_length\"8\n\rScoreResponse\x12\'\n\x06scores\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ItemScore\"c\n\tItemScore\x12\x13\n\x06reward\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\'\n\x05parts\x18\x02 \x03(\x0b\x32\x18.steersman.v1.RewardPart\x12\r\n\x05\x65rror\x18\x03 \x01(\tB\t\n\x07_reward\"\xbf\x01\n\nRewardPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05value\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12\x36\n\x07\x61spects\x18\x04 \x03(\x0b\x32%.steersman.v1.RewardPart.AspectsEntry\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x1a.\n\x0c\x41spectsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_value\"\x16\n\x14GetRewardInfoRequest\"B\n\x15GetRewardInfoResponse\x12)\n\x07scorers\x18\x01 \x03(\x0b\x32\x18.steersman.v1.ScorerInfo\"{\n\nScorerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12&\n\x05model\x18\x04 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x0c\n\x04mean\x18\x05 \x01(\x02\x12\x0b\n\x03std\x18\x06 \x01(\x02\x32\xab\x01\n\rRewardService\x12@\n\x05Score\x12\x1a.steersman.v1.ScoreRequest\x1a\x1b.steersman.v1.ScoreResponse\x12X\n\rGetRewardInfo\x12\".steersman.v1.GetRewardInfoRequest\x1a#.steersman.v1.GetRewardInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,21 +37,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCOREREQUEST']._serialized_start=70
   _globals['_SCOREREQUEST']._serialized_end=155
   _globals['_SCOREITEM']._serialized_start=158
-  _globals['_SCOREITEM']._serialized_end=320
-  _globals['_SCORERESPONSE']._serialized_start=322
-  _globals['_SCORERESPONSE']._serialized_end=378
-  _globals['_ITEMSCORE']._serialized_start=380
-  _globals['_ITEMSCORE']._serialized_end=479
-  _globals['_REWARDPART']._serialized_start=482
-  _globals['_REWARDPART']._serialized_end=673
-  _globals['_REWARDPART_ASPECTSENTRY']._serialized_start=617
-  _globals['_REWARDPART_ASPECTSENTRY']._serialized_end=663
-  _globals['_GETREWARDINFOREQUEST']._serialized_start=675
-  _globals['_GETREWARDINFOREQUEST']._serialized_end=697
-  _globals['_GETREWARDINFORESPONSE']._serialized_start=699
-  _globals['_GETREWARDINFORESPONSE']._serialized_end=765
-  _globals['_SCORERINFO']._serialized_start=767
-  _globals['_SCORERINFO']._serialized_end=890
-  _globals['_REWARDSERVICE']._serialized_start=893
-  _globals['_REWARDSERVICE']._serialized_end=1064
+  _globals['_SCOREITEM']._serialized_end=318
+  _globals['_SCORERESPONSE']._serialized_start=320
+  _globals['_SCORERESPONSE']._serialized_end=376
+  _globals['_ITEMSCORE']._serialized_start=378
+  _globals['_ITEMSCORE']._serialized_end=477
+  _globals['_REWARDPART']._serialized_start=480
+  _globals['_REWARDPART']._serialized_end=671
+  _globals['_REWARDPART_ASPECTSENTRY']._serialized_start=615
+  _globals['_REWARDPART_ASPECTSENTRY']._serialized_end=661
+  _globals['_GETREWARDINFOREQUEST']._serialized_start=673
+  _globals['_GETREWARDINFOREQUEST']._serialized_end=695
+  _globals['_GETREWARDINFORESPONSE']._serialized_start=697
+  _globals['_GETREWARDINFORESPONSE']._serialized_end=763
+  _globals['_SCORERINFO']._serialized_start=765
+  _globals['_SCORERINFO']._serialized_end=888
+  _globals['_REWARDSERVICE']._serialized_start=891
+  _globals['_REWARDSERVICE']._serialized_end=1062
 # @@protoc_insertion_point(module_scope)

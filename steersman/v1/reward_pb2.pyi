@@ -16,18 +16,16 @@ class ScoreRequest(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
 
 class ScoreItem(_message.Message):
-    __slots__ = ("token_ids", "prompt_length", "messages", "facts_json", "tools_json")
+    __slots__ = ("token_ids", "messages", "facts_json", "tools_json")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
-    PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     FACTS_JSON_FIELD_NUMBER: _ClassVar[int]
     TOOLS_JSON_FIELD_NUMBER: _ClassVar[int]
     token_ids: _common_pb2.RaggedTensor
-    prompt_length: int
     messages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Message]
     facts_json: str
     tools_json: str
-    def __init__(self, token_ids: _Optional[_Union[_common_pb2.RaggedTensor, _Mapping]] = ..., prompt_length: _Optional[int] = ..., messages: _Optional[_Iterable[_Union[_common_pb2.Message, _Mapping]]] = ..., facts_json: _Optional[str] = ..., tools_json: _Optional[str] = ...) -> None: ...
+    def __init__(self, token_ids: _Optional[_Union[_common_pb2.RaggedTensor, _Mapping]] = ..., messages: _Optional[_Iterable[_Union[_common_pb2.Message, _Mapping]]] = ..., facts_json: _Optional[str] = ..., tools_json: _Optional[str] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("scores",)

@@ -357,7 +357,7 @@ def test_reward_parts_are_weighted_and_failures_stay_apart(stubs: Stubs) -> None
     items = [
         reward_pb2.ScoreItem(messages=conversation("yes")),
         reward_pb2.ScoreItem(messages=conversation("no")),
-        reward_pb2.ScoreItem(token_ids=pack_rows([np.arange(4, 8)]), prompt_length=2),
+        reward_pb2.ScoreItem(token_ids=pack_rows([np.arange(4, 8)])),
     ]
     yes, no, tokens_only = stubs.reward.Score(reward_pb2.ScoreRequest(items=items)).scores
     assert (yes.reward, no.reward) == (2.0, 0.0)

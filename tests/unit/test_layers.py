@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,19 @@ def run(*command: str, cwd: Path) -> str:
 
 def test_layers_hold(repo_root: Path) -> None:
     assert "0 broken" in run(str(BIN / "lint-imports"), "--no-cache", cwd=repo_root)
+
+
+def test_the_contract_keeps_what_was_released(repo_root: Path, tmp_path: Path) -> None:
+    """`make lint` compares with `proto/contract.binpb`; a field that goes is found."""
+    released = str(repo_root / "proto/contract.binpb")
+    run(str(BIN / "buf"), "breaking", "proto", "--against", released, cwd=repo_root)
+    shutil.copytree(repo_root / "proto", tmp_path / "proto")
+    chat = tmp_path / "proto/steersman/v1/chat.proto"
+    chat.write_text(chat.read_text().replace("  string answer_id = 1;\n", "", 1))
+    command = [str(BIN / "buf"), "breaking", "proto", "--against", released]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode != 0
+    assert "answer_id" in found.stdout
 
 
 @pytest.mark.parametrize(

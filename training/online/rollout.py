@@ -234,7 +234,6 @@ def score_item(prompt: Prompt, token_ids: np.ndarray, text: str) -> reward_pb2.S
     """What the reward service needs of one answer."""
     return reward_pb2.ScoreItem(
         token_ids=pack_rows([np.concatenate([prompt.ids, token_ids])]),
-        prompt_length=len(prompt.ids),
         messages=[*map(to_message, prompt.messages), common_pb2.Message(role="assistant", content=text)],
         facts_json=prompt.facts_json,
         tools_json=json.dumps(prompt.tools) if prompt.tools else "",

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 from gateway_erp import Identities
@@ -25,7 +26,7 @@ from services.gateway.auth.keys import create_key
 from services.gateway.store import open_store
 from services.gateway.testing import free_port, gateway_config, running_gateway, serve_app, until, wait_for_port
 from steersman.testing.fake_policy import FakePolicy, serve_policy
-from steersman.v1 import common_pb2, policy_pb2
+from steersman.v1 import chat_pb2, chat_pb2_grpc, common_pb2, policy_pb2
 
 HERE = Path(__file__).resolve().parent
 TOOLS = [
@@ -229,6 +230,32 @@ async def test_a_conversation_is_handed_over_once_after_confirmation(
     else:
         assert request.headers["authorization"] == "token rt-token"
         assert json.loads(body)["Queue"] == "Support"
+
+
+async def test_an_action_is_proposed_and_confirmed_over_grpc(identities: Identities, desk: TicketSystem) -> None:
+    """The same desk as over REST: once, for the customer whom it was proposed to."""
+    async with serve_app(desk.app) as url:
+        tools = {"handOver": {"webhook": {"url": f"{url}/hook", "secretEnv": "TEST_HOOK_SECRET"}}}
+        async with (
+            serving(FakePolicy(), identity=identities.config, tools=tools) as (gateway, _),
+            grpc.aio.insecure_channel(f"127.0.0.1:{gateway.grpc_port}") as channel,
+        ):
+            stub = chat_pb2_grpc.ChatServiceStub(channel)
+            mine, other = ([("x-customer-token", identities.token(name))] for name in ("C-A", "C-B"))
+            question = common_pb2.Message(role="user", content="I want to talk to a human, please")
+            parts = [part async for part in stub.Chat(chat_pb2.ChatRequest(messages=[question]), metadata=mine)]
+            (proposal,) = parts[-1].proposed_actions
+            assert proposal.text
+            assert json.loads(proposal.arguments_json) == {}
+            assert parts[-1].feedback_token
+            request = chat_pb2.ConfirmActionRequest(id=proposal.id)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.ConfirmAction(request, metadata=other)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            done = [await stub.ConfirmAction(request, metadata=mine) for _ in range(2)]
+            assert [answer.ticket for answer in done] == ["41", "41"]
+            assert done[0].text == "I have handed this conversation over to a colleague: ticket 41."
+    assert len(desk.requests) == 1
 
 
 async def test_writes_need_the_scope_and_are_off_by_default(
