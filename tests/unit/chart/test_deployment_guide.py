@@ -70,7 +70,7 @@ def test_the_chart_takes_the_values_of_each_installation(helm, chart, words) -> 
 
 
 def test_there_are_installations_to_check() -> None:
-    assert len(INSTALLS) == 4
+    assert len(INSTALLS) == 5
 
 
 @pytest.mark.parametrize("flags", re.findall(r"`((?:policy|gateway|monitoring|crds|networkPolicy)\.[A-Za-z.]+)", TEXT))
