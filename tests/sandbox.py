@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = "/opt/code"
-SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "etc")
+SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64")
 IMAGE_ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
     "PYTHONPATH": CODE,
@@ -67,6 +67,9 @@ def _script(root: Path, mounts: list[Mount], uid: int, workdir: str) -> str:
     places = {str(Path(place).resolve()) for place in (sys.prefix, sys.base_prefix)}
     fixed += [Mount(Path(place), place, True) for place in sorted(places | {sys.prefix, sys.base_prefix})]
     fixed += [Mount(ROOT, CODE, True), Mount(Path("/proc"), "/proc"), Mount(Path("/dev"), "/dev")]
+    # /etc by links, so that files and folders can be mounted into it.
+    lines += ['mkdir -p "$root/etc" "$root/.etc"; mount --rbind -o ro /etc "$root/.etc"']
+    lines += ['for entry in /etc/*; do ln -s "/.$entry" "$root$entry"; done']
     lines += ['mkdir -p "$root/tmp"', 'mount -t tmpfs -o mode=1777 tmp "$root/tmp"']
     for mount in fixed + mounts:
         source, target = shlex.quote(str(mount.source)), f'"$root"{shlex.quote(mount.path)}'
@@ -74,6 +77,7 @@ def _script(root: Path, mounts: list[Mount], uid: int, workdir: str) -> str:
             lines.append(f"[ -e {target} ] || cp -a {source} {target}")
             continue
         make = f"mkdir -p {target}" if mount.source.is_dir() else f"mkdir -p $(dirname {target}); touch {target}"
+        make = f"[ ! -L {target} ] || rm {target}; {make}"
         lines += [f"{make}; mount --rbind{' -o ro' if mount.read_only else ''} {source} {target}"]
     enter = f"--user --map-user={uid} --map-group={uid}"
     lines += ['mount -o remount,ro "$root"', f'exec unshare --root="$root" --wd={shlex.quote(workdir)} {enter} "$@"']

@@ -119,7 +119,7 @@ class ApiServer(kmock.KubernetesScaffold):
     async def _fetch(self, request: kmock.Request, kind: str) -> Any:
         if request.subresource == "log":
             text = await self.kube.pod_log(request.namespace or "", request.name, int(request.params["tailLines"]))
-            return kmock.Response(payload=text.encode(), headers={"Content-Type": "text/plain"})
+            return text.encode()  # headers of a response would stay for those that come after it
         found = await self.kube.get(kind, request.namespace or "", request.name)
         if found is None:
             raise ApiException(status=404, reason="Not Found")
@@ -174,5 +174,5 @@ class ApiServer(kmock.KubernetesScaffold):
         seen["metadata"]["resourceVersion"] = str(len(self._history) + 1)
         event = {"type": change, "object": seen}
         self._history.append((kind, event))
-        for queue in self._watches[kind]:
+        for queue in self._watches.get(kind, ()):
             queue.put_nowait(event)
