@@ -60,7 +60,7 @@ class ControllerConfig(FrozenModel):
     gpu_resource: str = "nvidia.com/gpu"
     """Name of a GPU as a resource of this cluster's nodes."""
     host: str = "0.0.0.0"
-    """Address that metrics listen on; `::` for IPv6."""
+    """Address that metrics and health listen on; `::` for IPv6 (and IPv4 where the machine has both)."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Prometheus metrics; None: none."""
     health_port: Annotated[int, Field(ge=0, le=65535)] | None = None

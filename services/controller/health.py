@@ -163,8 +163,11 @@ class Probes:
         writer.close()
 
     @contextlib.asynccontextmanager
-    async def on(self, port: int | None) -> AsyncIterator[None]:
-        """Listens on all addresses, those of IPv6 included, also in a replica that waits for the Lease; None: nowhere.
+    async def on(self, port: int | None, host: str | None = None) -> AsyncIterator[None]:
+        """Listens, also in a replica that waits for the Lease; None: nowhere.
+
+        Args:
+            host: address; None: all, those of IPv6 included.
 
         Raises:
             ConfigError: the port is taken.
@@ -173,7 +176,7 @@ class Probes:
             yield
             return
         try:
-            server = await asyncio.start_server(self.serve, None, port)
+            server = await asyncio.start_server(self.serve, host, port)
         except OSError as error:
             raise ConfigError(f"healthPort: {port} cannot be listened on ({error.strerror}); choose another") from None
         async with server:

@@ -184,7 +184,7 @@ async def serve(config: ControllerConfig) -> None:
         health = Health(kube, config)
         probes = Probes(health, lambda: dry_look(kube, settings, config.namespaces))
         try:
-            async with probes.on(config.health_port):
+            async with probes.on(config.health_port, config.host):
                 await lead(
                     client,
                     config.leader_election,

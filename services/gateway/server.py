@@ -34,6 +34,7 @@ from services.gateway.store import open_store
 from steersman.errors import ConfigError, InternalError, UnavailableError
 from steersman.rpc.metrics import serve_metrics
 from steersman.rpc.server import Server, ServerConfig
+from steersman.rpc.tls import follow_files
 from steersman.store.secret import read_secret
 from steersman.v1.chat_pb2_grpc import add_ChatServiceServicer_to_server
 
@@ -134,6 +135,8 @@ class Gateway:
         self.background.add("health", self._follow_readiness)
         self.background.add("chores", self._do_chores)
         self.background.add("refusals", self.refusals.run)
+        if config.tls is not None:
+            self.background.add("certificates", self._follow_certificates)
         log.info("listening", extra={"host": config.host, "port": self.port, "grpc_port": self.grpc_port})
 
     async def _serve(self) -> None:
@@ -152,6 +155,12 @@ class Gateway:
                 was_ready = self.assistant.ready
                 await self._grpc.set_serving(was_ready)
             await asyncio.sleep(_TICK_SECONDS)
+
+    async def _follow_certificates(self) -> None:
+        assert self._uvicorn is not None
+        assert self.config.tls is not None
+        assert self._uvicorn.config.ssl is not None
+        await follow_files(self._uvicorn.config.ssl, self.config.tls)
 
     async def _do_chores(self) -> None:
         """Forgets what has expired."""
@@ -210,7 +219,8 @@ def _listen(host: str, port: int, unread_seconds: float) -> socket.socket:
     """`unread_seconds`: a connection whose other end takes nothing for so long is cut by the kernel."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        both = host == "::" and socket.has_dualstack_ipv6()
+        listener = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
         raise ConfigError(f"port: {host}:{port} cannot be listened on ({error.strerror}); choose another") from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):

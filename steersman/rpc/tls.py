@@ -6,6 +6,7 @@ at its files at each handshake, a client before a call; connections that are ope
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 import threading
@@ -93,6 +94,28 @@ def _server_files(tls: Tls) -> grpc.ServerCertificateConfiguration:
         [(_read(tls.key, "tls.key"), _read(tls.cert, "tls.cert"))],
         root_certificates=_read(tls.client_ca, "tls.clientCa") if tls.client_ca else None,
     )
+
+
+async def follow_files(context: ssl.SSLContext, tls: Tls) -> None:
+    """Keeps the context of a server that is not gRPC's up to date; new connections show the new certificate.
+
+    An authority that was trusted stays so until the process ends: a context forgets none.
+    """
+    files = Files([path for path in (tls.cert, tls.key, tls.client_ca) if path is not None])
+    files.changed()
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        if not files.changed():
+            continue
+        try:
+            check_pair(tls.cert, tls.key, "tls")
+            context.load_cert_chain(tls.cert, tls.key)
+            if tls.client_ca is not None:
+                context.load_verify_locations(tls.client_ca)
+        except (ConfigError, OSError) as error:
+            log.warning("the certificate stays as it is: %s", error)
+        else:
+            log.info("a new certificate is in use: %s", tls.cert)
 
 
 def channel_credentials(tls: ClientTls) -> grpc.ChannelCredentials:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import socket
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.gateway.testing import gateway_config, running_gateway
 from steersman.candidates import Sampling, generate
 from steersman.config.tls import ClientTls
 from steersman.data.records import Prompt, Row
@@ -21,6 +24,7 @@ from steersman.rpc import probe, tls
 from steersman.rpc.client import open_aio_channel, open_channel
 from steersman.rpc.server import Server, ServerConfig
 from steersman.testing.certificates import Authority
+from steersman.testing.fake_policy import FakePolicy, serve_policy
 from steersman.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_pb2_grpc
 
 PROMPTS = ["one", "two", "three", "four"]
@@ -190,6 +194,37 @@ async def test_new_certificates_are_taken_without_a_restart(
         assert refusal(lambda: ask(target, old, token)) == grpc.StatusCode.UNAVAILABLE
     else:
         assert ask(target, old, token)
+
+
+async def test_the_gateways_rest_port_takes_a_new_certificate(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "LOOK_SECONDS", 0.05)
+    folder = authority.issue(tmp_path / "rest", "127.0.0.1")
+    files = {"cert": str(folder / "tls.crt"), "key": str(folder / "tls.key")}
+    trusting = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+
+    def shown(port: int) -> int:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+            trusting.wrap_socket(plain, server_hostname="127.0.0.1") as secure,
+        ):
+            return int(secure.getpeercert()["serialNumber"], 16)  # type: ignore[index, arg-type]
+
+    async with (
+        serve_policy(FakePolicy()) as endpoint,
+        running_gateway(gateway_config(endpoint, tls=files)) as gateway,
+    ):
+        before = await asyncio.to_thread(shown, gateway.port)
+        (folder / "tls.key").write_text("half of a renewal")
+        await asyncio.sleep(0.3)
+        assert await asyncio.to_thread(shown, gateway.port) == before
+        authority.issue(folder, "127.0.0.1")
+        for _ in range(200):
+            await asyncio.sleep(0.05)
+            if await asyncio.to_thread(shown, gateway.port) != before:
+                break
+        assert await asyncio.to_thread(shown, gateway.port) != before
 
 
 def test_files_that_do_not_fit_together_are_refused(tmp_path: Path, authority: Authority) -> None:

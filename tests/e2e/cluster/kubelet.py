@@ -59,6 +59,16 @@ class Running:
     failures: int = 0
     """Probes in a row that said no."""
     restart_at: float | None = None
+    asked_at: dict[str, float] = field(default_factory=dict)
+
+    def due(self, kind: str, probe: Json) -> bool:
+        """Whether it is time for a probe: sooner than in a cluster, but a command costs a process."""
+        pause = min(float(probe.get("periodSeconds", 10)), 3.0 if kind == "startupProbe" else 10.0)
+        pause = pause if "exec" in probe else 0.3
+        if time.monotonic() - self.asked_at.get(kind, -pause) < pause:
+            return False
+        self.asked_at[kind] = time.monotonic()
+        return True
 
     def status(self) -> Json:
         return {
@@ -279,7 +289,7 @@ class Pod:
         for container in running:
             container.process.signal(signal.SIGTERM)  # type: ignore[union-attr]
         grace = float(self.body["spec"].get("terminationGracePeriodSeconds", 30))
-        while any(item.process.poll() is None for item in running) and time.monotonic() - begin < grace:  # type: ignore[union-attr]
+        while any(item.process.poll() is None for item in running) and time.monotonic() - begin < grace:  # type: ignore[union-attr]  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         for container in running:
             killed = container.process.poll() is None  # type: ignore[union-attr]
@@ -323,6 +333,7 @@ class Pod:
             )
         container.begun = time.monotonic()
         container.started = container.ready = False
+        container.asked_at = {}
         container.failures = 0
         container.restart_at = None
         container.state = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
@@ -395,16 +406,20 @@ class Pod:
         spec = container.spec
         if not container.started:
             probe = spec.get("startupProbe")
-            container.started = probe is None or await self._ask(probe, container)
+            if probe is None or (container.due("startupProbe", probe) and await self._ask(probe, container)):
+                container.started = True
             limit = probe["failureThreshold"] * probe.get("periodSeconds", 10) if probe else 0
             if not container.started:
                 if time.monotonic() - container.begun > limit:
                     container.process.kill()  # type: ignore[union-attr]
                 return
         readiness = spec.get("readinessProbe")
-        container.ready = readiness is None or await self._ask(readiness, container)
+        if readiness is None:
+            container.ready = True
+        elif container.due("readinessProbe", readiness):
+            container.ready = await self._ask(readiness, container)
         liveness = spec.get("livenessProbe")
-        if liveness is not None:
+        if liveness is not None and container.due("livenessProbe", liveness):
             container.failures = 0 if await self._ask(liveness, container) else container.failures + 1
             if container.failures >= liveness.get("failureThreshold", 3):
                 container.process.signal(signal.SIGTERM)  # type: ignore[union-attr]
@@ -420,23 +435,28 @@ class Pod:
                     url = f"http://{self.address}:{named.get(port, port)}{probe['httpGet']['path']}"
                     return (await http.get(url)).is_success
             return False
-        return await self._execute(probe["exec"]["command"], container)
+        return (await self._execute(probe["exec"]["command"], container))[0] == 0
 
-    async def _execute(self, command: list[str], container: Running) -> bool:
+    async def execute(self, name: str, *command: str) -> tuple[int, str]:
+        """`kubectl exec`: exit code and output of a command in a container."""
+        return await self._execute(list(command), next(item for item in self.containers if item.spec["name"] == name))
+
+    async def _execute(self, command: list[str], container: Running) -> tuple[int, str]:
         """In the namespaces of the container, as the container runtime does."""
         pid = container.process.pid if container.process else None
         if pid is None:
-            return False
+            return 1, ""
         enter = ["nsenter", "--target", str(pid), "--user", "--mount", "--root", "--wd", "--preserve-credentials"]
         environment = {**IMAGE_ENVIRONMENT, **self._environment(container.spec)}
         process = await asyncio.create_subprocess_exec(
             *enter,
             *command,
             env=environment,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
         )
-        return await process.wait() == 0
+        output, _ = await process.communicate()
+        return process.returncode or 0, output.decode(errors="replace")
 
     def _tell(self) -> None:
         """Writes the status where it has changed."""

@@ -8,19 +8,21 @@ import importlib.util
 import json
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import kmock
 import pytest
 import yaml
 from api_server import ApiServer
 from fake_kube import Json, inference_service
-from kubelet import Kubelet
+from kubelet import NODE, Kubelet
 from sandbox import Mount
 from workloads import Workloads
 
+from steersman.testing.certificates import Authority
 from steersman.testing.models import save_model_folder, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,6 +53,9 @@ RUN: Json = {
     },
 }
 
+SMALL = ("policy.enabled=false", "gateway.enabled=false")
+"""The services are those of the run."""
+
 pytestmark = pytest.mark.timeout(1500)
 
 
@@ -70,11 +75,15 @@ def kube_tools() -> Path:
 class Cluster:
     """What a test sees: the API server's state, the node, kubectl."""
 
-    def __init__(self, api: ApiServer, node: Kubelet, workloads: Workloads, artifacts: Path, tools: Path) -> None:
+    def __init__(
+        self, api: ApiServer, node: Kubelet, workloads: Workloads, artifacts: Path, tools: Path, hook: Json
+    ) -> None:
         self.api = api
         self.kube = api.kube
         self.node = node
         self.artifacts = artifacts
+        self.hook = hook
+        """The pod of `helm test`."""
         self._workloads = workloads
         self._kubectl = tools / "kubectl"
 
@@ -117,9 +126,8 @@ class Cluster:
         return "\n".join(lines)
 
 
-def render(tools: Path, *sets: str) -> list[Json]:
-    """The chart's small profile, its controller alone: the services are those of the run."""
-    values = ["policy.enabled=false", "gateway.enabled=false", *sets]
+def render(tools: Path, *values: str) -> list[Json]:
+    """The chart's small profile."""
     command = [
         str(tools / "helm"),
         "template",
@@ -138,8 +146,8 @@ def render(tools: Path, *sets: str) -> list[Json]:
 
 
 @contextlib.asynccontextmanager
-async def cluster_in(folder: Path, *sets: str) -> AsyncIterator[Cluster]:
-    """The chart's objects on the API server, and everything that acts on them."""
+async def cluster_in(folder: Path, *values: str, objects: Sequence[Json] = ()) -> AsyncIterator[Cluster]:
+    """The chart's objects on the API server, some more, and everything that acts on them."""
     tools = kube_tools()
     artifacts = folder / "artifacts"
     save_model_folder(artifacts / "models" / "base", tiny_llama())
@@ -156,39 +164,80 @@ async def cluster_in(folder: Path, *sets: str) -> AsyncIterator[Cluster]:
                 "users": [{"name": "pod", "user": {"token": "none"}}],
             })
         )  # fmt: skip
-        claims = {"steersman-artifacts": artifacts}
+        (folder / "database").mkdir()
+        claims = {"steersman-artifacts": artifacts, "steersman-database": folder / "database"}
         mounts = [Mount(account, "/etc/kubeconfig", read_only=True)]
-        for body in render(tools, *sets):
+        rendered = render(tools, *values)
+        for body in [*objects, *rendered]:
             if body["kind"] in ("ConfigMap", "Deployment", "Secret"):
                 for container in body.get("spec", {}).get("template", {}).get("spec", {}).get("containers", []):
                     container["env"].append({"name": "KUBECONFIG", "value": "/etc/kubeconfig"})
                 await api.kube.create(body["kind"], "ml", body)
         async with Workloads(api.kube) as workloads, Kubelet(api.kube, folder / "node", claims, mounts) as node:
-            yield Cluster(api, node, workloads, artifacts, tools)
+            hook = next(item for item in rendered if item["kind"] == "Pod")
+            yield Cluster(api, node, workloads, artifacts, tools, hook)
+
+
+def is_ready(cluster: Cluster, pod: str) -> bool:
+    return cluster.pod(pod)["status"]["conditions"][0]["status"] == "True"
 
 
 async def test_a_run_goes_from_kubectl_apply_to_released(tmp_path: Path) -> None:
-    async with cluster_in(tmp_path) as cluster:
-        ready = lambda: cluster.pod("steersman-controller-0")["status"]["conditions"][0]["status"] == "True"  # noqa: E731
-        await cluster.until(ready, "the controller is not ready")
+    """Under an uid that nobody knows (OpenShift), with mTLS and a token between trainer and services."""
+    certificate = Authority().issue(tmp_path / "certificate", "localhost", "*.ml.svc")
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "certs", "namespace": "ml"}}
+    secret["stringData"] = {file.name: file.read_text() for file in certificate.iterdir()}
+    values = ("tls.secretName=certs", *SMALL, *(f"security.{name}=1000710000" for name in ("runAsUser", "runAsGroup")))
+    async with cluster_in(tmp_path, *values, objects=[secret]) as cluster:
+        await cluster.until(lambda: is_ready(cluster, "steersman-controller-0"), "the controller is not ready")
         cluster.kube.put(inference_service(uri="pvc://steersman-artifacts/models/base"))
         await cluster.kubectl("apply", "--validate=false", "-f", "-", text=yaml.safe_dump(RUN))
-        await cluster.until(
-            lambda: cluster.run()["phase"] in ("Succeeded", "Failed", "RolledBack"), "the run did not end"
-        )
+        over = ("Succeeded", "Failed", "RolledBack")
+        await cluster.until(lambda: cluster.run()["phase"] in over, "the run did not end")
         status = cluster.run()
         assert status["phase"] == "Succeeded", cluster.story()
         released = next(item for item in status["conditions"] if item["type"] == "Released")
         assert (released["status"], released["reason"]) == ("True", "Promoted")
+        assert [stage["phase"] for stage in status["stages"]] == ["Succeeded", "Succeeded"]
+        assert all(stage["attempts"] == 0 for stage in status["stages"])
         served = cluster.kube.objects["InferenceService", "ml", "chat"]["spec"]["predictor"]["model"]["storageUri"]
         assert served == "pvc://steersman-artifacts/runs/ml/tiny/release/model"
-        model = cluster.artifacts / "runs/ml/tiny/release/model"
-        assert (model / "model.safetensors").is_file()
-        assert [stage["phase"] for stage in status["stages"]] == ["Succeeded", "Succeeded"]
-        # Services have gone, and every process that was told to stop did so by itself.
-        await cluster.until(
-            lambda: len([key for key in cluster.kube.objects if key[0] == "Pod" and "policy" in key[2]]) == 0, "?"
-        )
-        await cluster.until(lambda: len(cluster.node.endings) >= 3, "services end")
-        assert {ending.pod for ending in cluster.node.endings} == {"tiny-policy-0", "tiny-reward-0", "tiny-reference-0"}
-        assert [ending for ending in cluster.node.endings if ending.killed or ending.code not in (0, 143)] == []
+        assert (cluster.artifacts / "runs/ml/tiny/release/model/model.safetensors").is_file()
+        # Services are told to stop when they are not needed any more, and leave by themselves.
+        services = {f"tiny-{name}-0" for name in ("policy", "reward", "reference")}
+        await cluster.until(lambda: {ending.pod for ending in cluster.node.endings} >= services, "a service stays")
+        assert [ending for ending in cluster.node.endings if ending.killed or ending.code] == []
+
+
+async def test_an_installation_answers_and_passes_its_own_test(tmp_path: Path) -> None:
+    """The chart's small profile as it is installed: uid 10001, SQLite, policy service and gateway; then `helm test`."""
+    values = ("policy.config.model=/artifacts/models/base", "policy.config.precision=fp32")
+    async with cluster_in(tmp_path, *values) as cluster:
+        names = [f"steersman-{name}-0" for name in ("policy", "gateway", "controller")]
+        await cluster.until(lambda: all(is_ready(cluster, name) for name in names), "not everything is ready")
+        gateway = cluster.node.pod("steersman-gateway-0")
+        create = ("python", "-m", "services.gateway.auth.keys", "create", "--tenant", "first", "--scope", "chat")
+        code, key = await gateway.execute("gateway", *create)
+        assert code == 0, key
+        body = {"model": "steersman", "max_tokens": 4, "messages": [{"role": "user", "content": "hello"}]}
+        async with httpx.AsyncClient(timeout=60) as http:
+            url = f"http://{gateway.address}:8080/v1/chat/completions"
+            assert (await http.post(url, json=body)).status_code == 401
+            answer = await http.post(url, json=body, headers={"authorization": f"Bearer {key.strip()}"})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] > 0
+        await cluster.kube.create("Pod", "ml", cluster.hook | {"spec": {**cluster.hook["spec"], "nodeName": NODE}})
+        phase = lambda: cluster.pod("steersman-test")["status"]["phase"]  # noqa: E731
+        await cluster.until(lambda: phase() in ("Succeeded", "Failed"), "helm test does not end")
+        said = cluster.node.log("steersman-test")
+        assert phase() == "Succeeded", said
+        assert "leads" in said
+        assert "Job ml/steersman-dry-look-sft: accepted" in said
+        # Killed from outside, a container comes back; told to stop, it leaves.
+        cluster.node.pod("steersman-policy-0").crash("policy")
+        restarts = lambda: cluster.pod("steersman-policy-0")["status"]["containerStatuses"][0]["restartCount"]  # noqa: E731
+        await cluster.until(lambda: restarts() == 1 and is_ready(cluster, "steersman-policy-0"), "it stays away")
+        for name in names:
+            await cluster.kube.delete("Deployment", "ml", name.removesuffix("-0"))
+        await cluster.until(lambda: {ending.pod for ending in cluster.node.endings} >= set(names), "a pod stays")
+        assert [ending for ending in cluster.node.endings if ending.killed or ending.code] == []
