@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,7 +88,25 @@ def to_status(error: SteersmanError) -> grpc.Status:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns errors of the tree into their status; everything else into INTERNAL without a stack trace."""
+    """Turns errors of the tree into their status; everything else into INTERNAL without a stack trace.
+
+    It also bounds the calls that run at the same time. Health and reflection are not counted: a busy server lives.
+    """
+
+    def __init__(self, most_calls: int = 1024) -> None:
+        self._most_calls = most_calls
+        self._running = 0
+
+    @contextmanager
+    def _counted(self, method: str) -> Iterator[None]:
+        if self._running >= self._most_calls:
+            raise RateLimitedError(f"{self._running} calls run already; try again in a second")
+        self._running += 1
+        try:
+            with track(method):
+                yield
+        finally:
+            self._running -= 1
 
     async def intercept_service(
         self,
@@ -109,7 +128,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         def unary(function: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
-                    with track(method):
+                    with self._counted(method):
                         return await function(request, context)
                 except (asyncio.CancelledError, grpc.aio.AbortError):
                     raise
@@ -121,7 +140,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         def stream(function: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
-                    with track(method):
+                    with self._counted(method):
                         async for response in function(request, context):
                             yield response
                 except (asyncio.CancelledError, grpc.aio.AbortError):
@@ -176,14 +195,13 @@ class Server:
         token = read_token(config.token_env, "tokenEnv")
         for port, services in listeners:
             server = grpc.aio.server(
-                interceptors=[ErrorInterceptor(), *([TokenCheck(token)] if token else [])],
+                interceptors=[ErrorInterceptor(config.max_concurrent_calls), *([TokenCheck(token)] if token else [])],
                 options=[
                     *channel_options(config.max_message_bytes),
                     ("grpc.so_reuseport", 0),
                     # Only identity: the limit of a message is looked at after it was unpacked.
                     ("grpc.compression_enabled_algorithms_bitset", 1),
                 ],
-                maximum_concurrent_rpcs=config.max_concurrent_calls,
             )
             names = [name for _, _, name in services]
             for register, servicer, _ in services:

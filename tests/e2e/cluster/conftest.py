@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("unit/controller", "unit/chart")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "unit/controller"))
 
 import sandbox  # noqa: E402
 

@@ -24,7 +24,7 @@ from services.reference.config import ReferenceConfig
 from services.reward.config import RewardConfig
 from steersman.config.base import apply_overrides, load_model
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "controller"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests/unit/controller"))
 from fake_kube import alignment_run
 
 MODELS = {
