@@ -187,6 +187,7 @@ def from_grpc(error: grpc.RpcError, service: str) -> SteersmanError:
 
 def _rich(error: grpc.RpcError) -> tuple[str, float | None]:
     """Class name and seconds to wait out of the status's details; empty and None where there are none."""
+    from google.protobuf.message import DecodeError
     from google.rpc import error_details_pb2, status_pb2
 
     reason, seconds = "", None
@@ -202,7 +203,7 @@ def _rich(error: grpc.RpcError) -> tuple[str, float | None]:
                 reason = info.reason
             elif detail.Unpack(retry):
                 seconds = retry.retry_delay.ToTimedelta().total_seconds()
-    except ValueError:  # DecodeError is one: what another server put there
+    except (DecodeError, ValueError):  # what another server put there
         return "", None
     return reason, seconds
 

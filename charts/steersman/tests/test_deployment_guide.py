@@ -92,9 +92,11 @@ def test_every_command_of_steersman_exists() -> None:
         assert {word for word in words[1:] if word.startswith("-")} <= options, words
 
 
-def test_keys_are_made_as_the_guide_says(tmp_path, capsys) -> None:
+def test_keys_are_made_as_the_guide_says(tmp_path, capsys, monkeypatch) -> None:
+    """In the gateway's pod, where the database's URL is in the environment."""
     (line,) = re.findall(r"python -m services\.gateway\.auth\.keys ([^']*)'", SHELL)
-    assert keys.main(shlex.split(line.replace("$STEERSMAN_DATABASE", f"sqlite:///{tmp_path}/gateway.db"))) == 0
+    monkeypatch.setenv("STEERSMAN_DATABASE", f"sqlite:///{tmp_path}/gateway.db")
+    assert keys.main(shlex.split(line)) == 0
     assert len(capsys.readouterr().out.split()) == 1, "the key alone, so that the shell can keep it"
 
 

@@ -246,7 +246,7 @@ async def test_an_action_is_proposed_and_confirmed_over_grpc(identities: Identit
             parts = [part async for part in stub.Chat(chat_pb2.ChatRequest(messages=[question]), metadata=mine)]
             (proposal,) = parts[-1].proposed_actions
             assert proposal.text
-            assert json.loads(proposal.arguments_json) == {}
+            assert json.loads(proposal.arguments_json) == {"reason": "I want to talk to a human, please"}
             assert parts[-1].feedback_token
             request = chat_pb2.ConfirmActionRequest(id=proposal.id)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
