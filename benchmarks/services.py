@@ -192,9 +192,7 @@ class OverGrpc:
         _spread(self.reference, rows, lambda client, part: background().run(client.logprobs(part, 1.0)))
 
     def score(self, rows: Rows) -> None:
-        items = [
-            reward_pb2.ScoreItem(token_ids=pack_rows([np.concatenate(row)])) for row in rows
-        ]
+        items = [reward_pb2.ScoreItem(token_ids=pack_rows([np.concatenate(row)])) for row in rows]
         _spread(self.reward, items, lambda client, part: background().run(client.score(part)))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "unit/controller"))
 
-import sandbox  # noqa: E402
+import sandbox
 
 
 def pytest_runtest_setup() -> None:
