@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -221,6 +221,20 @@ def label_studio_config(
     typer.echo(config(ROW_TYPES[rows], aspect))
 
 
+def read_thresholds(values: list[str]) -> dict[str, Any]:
+    """`--threshold NAME=NUMBER` options, checked; only what was given."""
+    from pydantic import ValidationError
+
+    from steersman.data.agreement import Thresholds
+    from steersman.data.records import describe_validation_error
+    from steersman.errors import ConfigError
+
+    try:
+        return Thresholds.model_validate(parse_pairs(values, "--threshold")).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise ConfigError(f"--threshold {describe_validation_error(error)}") from None
+
+
 @app.command()
 def create_project(
     name: str,
@@ -230,20 +244,12 @@ def create_project(
     overlap: Annotated[int, typer.Option(help="Labelers for each item.")] = 3,
     honeypot_every: Annotated[int, typer.Option(help="Every n-th task has a known answer; 0 never.")] = 0,
     threshold: Annotated[list[str], typer.Option(help="As min_alpha=0.6; blocks releases.")] = [],  # noqa: B006
+    customer: Annotated[str, typer.Option(help="The tenant whose labelers see it, with all its items.")] = "",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Makes a labelling project."""
-    from pydantic import ValidationError
-
-    from steersman.data.agreement import Thresholds
-    from steersman.data.records import describe_validation_error
-    from steersman.errors import ConfigError
+    """Makes a labelling project; one of no tenant is shared, each labeler sees the items of the own tenant."""
     from steersman.store import Store, judging
 
-    try:
-        thresholds = Thresholds.model_validate(parse_pairs(threshold, "--threshold"))
-    except ValidationError as error:
-        raise ConfigError(f"--threshold {describe_validation_error(error)}") from None
     with Store.open(store).transaction() as session:
         judging.create_project(
             session,
@@ -253,7 +259,8 @@ def create_project(
             aspects=aspect,
             overlap=overlap,
             honeypot_every=honeypot_every,
-            thresholds=thresholds.model_dump(exclude_none=True),
+            thresholds=read_thresholds(threshold),
+            customer=customer,
         )
     typer.echo(f"project {name} made")
 
@@ -557,3 +564,126 @@ def allow_customer(
     with Store.open(store).transaction() as session:
         allow(session, customer)
     typer.echo(f"rows of {customer} may be released again; what was deleted stays deleted")
+
+
+@app.command()
+def import_judgements(
+    project: str,
+    files: Annotated[list[str], typer.Argument(help="JSON lines or CSV: item, labeler, value, time.")],
+    column: Annotated[list[str], typer.Option(help="PART=COLUMN, where the file has other names.")] = [],  # noqa: B006
+    value: Annotated[list[str], typer.Option(help="a=..., b=..., tie=...: what the file calls them.")] = [],  # noqa: B006
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Takes over judgements that were given elsewhere, each with its labeler and time; equal votes are all kept."""
+    from steersman.data.opening import expand
+    from steersman.data.sources import read_records
+    from steersman.errors import DataError
+    from steersman.store import Store
+    from steersman.store.interchange import import_judgements as take
+    from steersman.store.judging import get_project
+
+    broken: list[DataError] = []
+
+    def records() -> Iterator[dict[str, Any]]:
+        for file in expand(files):
+            for record in read_records(file):
+                if isinstance(record.data, DataError):
+                    broken.append(record.data)
+                else:
+                    yield record.data
+
+    with Store.open(store).transaction() as session:
+        target = get_project(session, project)
+        taken = take(session, target, records(), parse_pairs(column, "--column"), parse_pairs(value, "--value"))
+    typer.echo(f"{taken.new:,} judgements added to {project}, {taken.there_already:,} were there already")
+    for reason, count in taken.left_out.items():
+        typer.echo(f"  left out: {count:,} x {reason}")
+    for error in broken:
+        typer.echo(f"  left out: {error.message}")
+    if not taken.new and not taken.there_already:
+        raise DataError(f"no judgement of {', '.join(files)} could be taken over")
+
+
+@app.command()
+def export_judgements(
+    project: str,
+    target: Annotated[Path, typer.Argument(help="File to write: .csv, or JSON lines.")],
+    undone: Annotated[bool, typer.Option(help="Also those that were taken back, marked.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Writes every single judgement of a project: item, labeler, value, time."""
+    from steersman.store import Store
+    from steersman.store.interchange import export_judgements as rows
+    from steersman.store.interchange import write_judgements
+    from steersman.store.judging import get_project
+
+    with Store.open(store).reading() as session:
+        found = get_project(session, project)
+        count = write_judgements(rows(session, found, undone=undone), target, found.aspects)
+    typer.echo(f"{count:,} judgements written to {target}")
+
+
+@app.command()
+def edit_project(
+    project: str,
+    guidelines: Annotated[Path | None, typer.Option(help="Markdown file, shown beside the task.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Labelers for each item.")] = None,
+    honeypot_every: Annotated[int | None, typer.Option(help="Every n-th task has a known answer; 0 never.")] = None,
+    threshold: Annotated[list[str], typer.Option(help="As min_alpha=0.6; blocks releases.")] = [],  # noqa: B006
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Changes a project's settings; earlier ones stay on record, and every judgement says under which it was given."""
+    import getpass
+
+    from steersman.store import Store
+    from steersman.store.judging import get_project
+    from steersman.store.managing import edit_project as edit
+
+    changes: dict[str, object] = {"overlap": overlap, "honeypot_every": honeypot_every}
+    changes["guidelines"] = guidelines.read_text() if guidelines else None
+    changes["thresholds"] = read_thresholds(threshold) if threshold else None
+    given = {name: value for name, value in changes.items() if value is not None}
+    with Store.open(store).transaction() as session:
+        version = edit(session, get_project(session, project), getpass.getuser(), **given)
+    typer.echo(f"{project}: settings are version {version}")
+
+
+@app.command()
+def assign(
+    project: str,
+    labeler: Annotated[str, typer.Argument(help="Who gets the items.")],
+    search: Annotated[str, typer.Option(help="Items with this in their key or conversation.")] = "",
+    state: Annotated[str, typer.Option(help="open, judged, disputed, resolved or all.")] = "open",
+    limit: Annotated[int, typer.Option(help="At most so many.")] = 100,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Gives items to one person, who gets them next and keeps them."""
+    from steersman.errors import ConfigError
+    from steersman.store import Store
+    from steersman.store.judging import ensure_labeler, get_project
+    from steersman.store.managing import STATES, find_items
+    from steersman.store.managing import assign as give
+
+    if state not in STATES:
+        raise ConfigError(f"--state {state!r}: expected one of {', '.join(STATES)}")
+    with Store.open(store).transaction() as session:
+        target = get_project(session, project)
+        items = find_items(session, target, text=search, state=state, limit=limit)
+        given = give(session, target, ensure_labeler(session, labeler), [item.id for item in items])
+    typer.echo(f"{given:,} items of {project} given to {labeler}")
+
+
+@app.command()
+def retire_labeler(
+    labeler: str,
+    forget: Annotated[bool, typer.Option(help="Take back all that they judged, and hand it out again.")] = False,
+    customer: Annotated[str | None, typer.Option(help="Tenant, where several have a labeler of this name.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Ends a labeler's work; what is in their hands goes to others."""
+    from steersman.store import Store
+    from steersman.store.managing import get_labeler, retire
+
+    with Store.open(store).transaction() as session:
+        taken_back = retire(session, get_labeler(session, labeler, customer), forget=forget)
+    typer.echo(f"{labeler} is retired; {taken_back:,} verdicts taken back")

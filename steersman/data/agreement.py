@@ -179,8 +179,9 @@ class Thresholds(BaseModel):
     """Distance from one half of the share that the answer shown first wins."""
     min_judgements: int | None = Field(default=None, ge=0)
     """Judgements in the project, skipped ones left out."""
-    min_common_items: int = Field(default=10, ge=1)
-    """Items with two votes that every other demand on agreement or order needs; below it the figure is unknown."""
+    min_common_items: int = Field(default=5, ge=1)
+    """Items with two votes that a demand on agreement needs; below it the figure is unknown. The least that shows
+    anything: ask for more where much depends on it."""
     min_labelers: int = Field(default=2, ge=2)
     """Labelers with items in common that a demand on agreement needs."""
     min_honeypots: int = Field(default=5, ge=1)

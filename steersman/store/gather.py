@@ -107,6 +107,8 @@ def _judged_items(session: Session, project: Project, options: ReleaseOptions) -
 
 
 def _usable(item: Item, verdicts: list[dict[str, Any]], options: ReleaseOptions) -> Judged | Skip:
+    if item.resolution is not None:  # decided: that verdict alone holds
+        return Skip("flagged unsafe") if item.resolution.get("unsafe") else (item, [item.resolution])
     if any(verdict.get("unsafe") for verdict in verdicts):
         return Skip("flagged unsafe")
     if sum(not verdict.get("skip") for verdict in verdicts) < options.min_judgements:

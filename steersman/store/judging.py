@@ -93,6 +93,7 @@ def create_project(
     overlap: int = 3,
     honeypot_every: int = 0,
     thresholds: dict[str, Any] | None = None,
+    customer: str = "",
 ) -> Project:
     """Makes a project. Raises ConflictError when the name is taken, InvalidArgumentError for a wrong setting."""
     if kind not in KINDS:
@@ -111,10 +112,22 @@ def create_project(
         overlap=overlap,
         honeypot_every=honeypot_every,
         thresholds=thresholds or {},
+        customer=customer,
     )
     session.add(project)
     session.flush()
     return project
+
+
+def visible(project: Project, tenant: str | None) -> sa.ColumnElement[bool]:
+    """Which items of a project a tenant's people may see: in a project of their own all, in a shared one those of their
+    tenant and of none. None: somebody of no tenant, who sees all."""
+    of_project = Item.project_id == project.id
+    if tenant is None or project.customer == tenant:
+        return of_project
+    if project.customer:
+        return sa.false()
+    return sa.and_(of_project, sa.or_(Item.customer.is_(None), Item.customer.in_(["", tenant])))
 
 
 def get_project(session: Session, name: str) -> Project:
@@ -274,8 +287,15 @@ def _item_row(project: Project, item: NewItem) -> dict[str, Any]:
     }
 
 
-def next_task(session: Session, project: Project, labeler: Labeler, draw: random.Random | None = None) -> Task | None:
-    """The labeler's open task, or a new one; None when nothing is left.
+def next_task(
+    session: Session,
+    project: Project,
+    labeler: Labeler,
+    draw: random.Random | None = None,
+    *,
+    tenant: str | None = None,
+) -> Task | None:
+    """The labeler's open task, or a new one of those that the tenant may see; None when nothing is left.
 
     Items that others have begun come first, so that items complete; the order of the answers is drawn at random and
     recorded with the assignment.
@@ -293,10 +313,10 @@ def next_task(session: Session, project: Project, labeler: Labeler, draw: random
         return Task(open_task.Item, list(open_task.Assignment.shown))
     item = None
     if project.honeypot_every and _honeypot_is_due(project, labeler, _done(session, project, labeler)):
-        item = _pick(session, project, labeler, honeypot=True)
-    item = item or _pick(session, project, labeler, honeypot=False)
+        item = _pick(session, project, labeler, tenant, honeypot=True)
+    item = item or _pick(session, project, labeler, tenant, honeypot=False)
     if item is None and release_stale(session, project):
-        item = _pick(session, project, labeler, honeypot=False)
+        item = _pick(session, project, labeler, tenant, honeypot=False)
     if item is None:
         return None
     shown = list(range(len(item.candidates)))
@@ -313,11 +333,17 @@ def _honeypot_is_due(project: Project, labeler: Labeler, done: int) -> bool:
     return place == random.Random(f"{project.id}:{labeler.id}:{round_}").randrange(project.honeypot_every)
 
 
-def _pick(session: Session, project: Project, labeler: Labeler, *, honeypot: bool) -> Item | None:
+def _pick(session: Session, project: Project, labeler: Labeler, tenant: str | None, *, honeypot: bool) -> Item | None:
     mine = sa.select(Assignment.item_id).where(Assignment.item_id == Item.id, Assignment.labeler_id == labeler.id)
     return session.scalar(
         sa.select(Item)
-        .where(Item.project_id == project.id, Item.honeypot == honeypot, Item.open_slots > 0, ~mine.exists())
+        .where(
+            visible(project, tenant),
+            Item.honeypot == honeypot,
+            Item.open_slots > 0,
+            Item.resolved_at.is_(None),
+            ~mine.exists(),
+        )
         .order_by(Item.open_slots, Item.place, Item.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -388,7 +414,7 @@ def _record_chunk(session: Session, project: Project, chunk: list[NewJudgement])
         judgement.verdict.check(project, len(item.candidates))
         earlier = current[item.id].pop(judgement.labeler_id, None)
         if earlier is not None:
-            _take_back(session, tallies, item, earlier, current[item.id].values())
+            _take_back(session, tallies, item, earlier, current[item.id].values(), "replaced")
             session.flush()  # the unique index allows one current judgement
         assignment = assignments.get((item.id, judgement.labeler_id))
         stored, assignments[item.id, judgement.labeler_id] = _store(
@@ -467,8 +493,10 @@ def _store(
     return row, assignment
 
 
-def _take_back(session: Session, tallies: Tallies, item: Item, row: Judgement, others: Iterable[Judgement]) -> None:
-    row.undone_at = now()
+def _take_back(
+    session: Session, tallies: Tallies, item: Item, row: Judgement, others: Iterable[Judgement], why: str
+) -> None:
+    row.undone_at, row.undone_why = now(), why
     if not row.verdict.get("skip"):
         item.judgements -= 1
     tallies.change(_judged(row), [_judged(other) for other in others], item.expected if item.honeypot else None, -1)
@@ -503,32 +531,32 @@ def undo(session: Session, project: Project, labeler: Labeler) -> Task | None:
         session.delete(later)
     assignment.state = "open"
     tallies = Tallies(project.id)
-    _take_back(session, tallies, item, row, others)
+    _take_back(session, tallies, item, row, others, "undone")
     item.disagreement = disagreement(_judged(other) for other in others)
     session.flush()
     tallies.write(session)
     return Task(item, list(assignment.shown))
 
 
-def disputed(project: Project, limit: int) -> sa.Select[Any]:
-    """Query for the items on which labelers disagree most; honeypots are none of them."""
+def disputed(project: Project, limit: int, tenant: str | None = None) -> sa.Select[Any]:
+    """Query for the items on which labelers disagree most; honeypots and what was decided are none of them."""
     return (
         sa.select(Item)
-        .where(Item.project_id == project.id, Item.disagreement > 0, Item.honeypot.is_(False))
+        .where(visible(project, tenant), Item.disagreement > 0, Item.honeypot.is_(False), Item.resolved_at.is_(None))
         .order_by(Item.disagreement.desc(), Item.id)
         .limit(limit)
     )
 
 
-def reopen_disputed(session: Session, project: Project, limit: int = 1000) -> int:
+def reopen_disputed(session: Session, project: Project, limit: int = 1000, tenant: str | None = None) -> int:
     """Asks anew about the items on which labelers disagree most; returns how many.
 
     Their verdicts count no longer and stay in the table as undone; anybody may judge the items again, those who judged
     before included. Honeypots and items without disagreement stay as they are.
     """
-    items = session.scalars(disputed(project, limit).with_for_update()).all()
+    items = session.scalars(disputed(project, limit, tenant).with_for_update()).all()
     for item in items:
-        _forget(session, item)
+        _forget(session, item, "reopened")
         session.execute(sa.delete(Assignment).where(Assignment.item_id == item.id))
         item.disagreement = None
         item.open_slots = project.overlap
@@ -536,41 +564,61 @@ def reopen_disputed(session: Session, project: Project, limit: int = 1000) -> in
     return len(items)
 
 
-def _forget(session: Session, item: Item) -> None:
+def forget_labeler(session: Session, labeler: Labeler) -> int:
+    """Takes every verdict of a labeler out of the counts and hands the items out again; returns how many."""
+    mine = sa.select(Judgement).where(Judgement.labeler_id == labeler.id, Judgement.undone_at.is_(None))
+    rows = session.scalars(mine.order_by(Judgement.item_id)).all()
+    for row in rows:
+        item = session.scalars(sa.select(Item).where(Item.id == row.item_id).with_for_update()).one()
+        others = session.scalars(
+            sa.select(Judgement).where(
+                Judgement.item_id == item.id, Judgement.undone_at.is_(None), Judgement.id != row.id
+            )
+        ).all()
+        tallies = Tallies(item.project_id)
+        _take_back(session, tallies, item, row, others, "retired")
+        item.open_slots += not (item.honeypot or row.verdict.get("skip"))
+        item.disagreement = disagreement(_judged(other) for other in others)
+        session.flush()
+        tallies.write(session)
+    return len(rows)
+
+
+def _forget(session: Session, item: Item, why: str) -> None:
     """Takes every current verdict on an item out of the counts."""
     tallies = Tallies(item.project_id)
     current = sa.select(Judgement).where(Judgement.item_id == item.id, Judgement.undone_at.is_(None))
     rows = list(session.scalars(current))
     while rows:
         row = rows.pop()
-        _take_back(session, tallies, item, row, rows)
+        _take_back(session, tallies, item, row, rows, why)
     tallies.write(session)
     session.flush()
 
 
-def progress(session: Session, project: Project, labeler: Labeler) -> Progress:
+def progress(session: Session, project: Project, labeler: Labeler, tenant: str | None = None) -> Progress:
     """Counts over indexes, because asking of each open item whether the labeler had it takes seconds.
 
     Honeypots to come are among the tasks left, so that the figures move alike for every task.
     """
-    open_items = sa.select(sa.func.count(Item.id)).where(
-        Item.project_id == project.id, Item.honeypot == sa.false(), Item.open_slots > 0
-    )
+    seen = visible(project, tenant)
+    to_judge = (seen, Item.honeypot == sa.false(), Item.open_slots > 0, Item.resolved_at.is_(None))
+    open_items = sa.select(sa.func.count(Item.id)).where(*to_judge)
     mine = sa.select(sa.func.count(Assignment.item_id)).where(
         Assignment.labeler_id == labeler.id, Assignment.project_id == project.id
     )
     with_item = mine.join(Item, Item.id == Assignment.item_id)
-    had = with_item.where(Item.honeypot == sa.false(), Item.open_slots > 0)
+    had = with_item.where(*to_judge)
     held = with_item.where(Item.honeypot == sa.false(), Assignment.state == "open")
     free, taken, open_now = (session.scalar(count) or 0 for count in (open_items, had, held))
     done = _done(session, project, labeler)
     items = free - taken + open_now
     if not project.honeypot_every:
         return Progress(done, items)
-    honeypots = sa.select(sa.func.count(Item.id)).where(Item.project_id == project.id, Item.honeypot == sa.true())
+    honeypots = sa.select(sa.func.count(Item.id)).where(seen, Item.honeypot == sa.true())
     judged = with_item.where(Item.honeypot == sa.true(), Assignment.state != "open")
-    known, seen = (session.scalar(count) or 0 for count in (honeypots, judged))
-    return Progress(done, items + min(_honeypots_ahead(project, labeler, done, items), known - seen))
+    known, used = (session.scalar(count) or 0 for count in (honeypots, judged))
+    return Progress(done, items + min(_honeypots_ahead(project, labeler, done, items), known - used))
 
 
 def _honeypots_ahead(project: Project, labeler: Labeler, done: int, items: int) -> int:
@@ -618,7 +666,7 @@ def withdraw_items(session: Session, customer: str, end_customer: str = "") -> i
     if end_customer:
         items = items.where(Item.meta["end_customer"].as_string() == end_customer)
     for item in session.scalars(items).all():
-        _forget(session, item)
+        _forget(session, item, "withdrawn")
         session.execute(sa.delete(Item).where(Item.id == item.id))
         count += 1
     return count

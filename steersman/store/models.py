@@ -194,7 +194,7 @@ class Judgement(Base):
     project_version: Mapped[int] = mapped_column(default=1, server_default="1")
     """The settings under which it was given."""
     undone_why: Mapped[str | None] = mapped_column(sa.String(16))
-    """undone by the labeler, replaced, reopened, retired."""
+    """undone (by the labeler), replaced, reopened, retired or withdrawn."""
 
 
 class UnitPattern(Base):

@@ -29,9 +29,18 @@ from steersman.store.models import AgreementDay, Item, Labeler, LabelerDay, Proj
 from steersman.store.tallies import decode_pattern
 
 
-def agreement_report(session: Session, project: Project) -> AgreementReport:
-    """All figures of a project. Preferences are nominal, ratings ordinal."""
-    names = {row.id: row.name for row in session.execute(sa.select(Labeler.id, Labeler.name))}
+def agreement_report(session: Session, project: Project, tenant: str | None = None) -> AgreementReport:
+    """All figures of a project. Preferences are nominal, ratings ordinal.
+
+    Args:
+        session: A reading session.
+        project: Whose figures.
+        tenant: Who looks: the names of other tenants' labelers are not shown.
+    """
+    names = {
+        id: name if tenant in (None, customer) or not customer else f"somebody else {id}"
+        for id, name, customer in session.execute(sa.select(Labeler.id, Labeler.name, Labeler.customer))
+    }
     confusion: Confusion = defaultdict(dict)
     pairs = sa.select(
         VotePair.question, VotePair.labeler_a, VotePair.labeler_b, VotePair.value_a, VotePair.value_b, VotePair.n
@@ -71,9 +80,9 @@ def agreement_report(session: Session, project: Project) -> AgreementReport:
     )
 
 
-def disputed_items(session: Session, project: Project, limit: int = 20) -> list[Item]:
-    """The items on which labelers disagree most."""
-    return list(session.scalars(disputed(project, limit)))
+def disputed_items(session: Session, project: Project, limit: int = 20, tenant: str | None = None) -> list[Item]:
+    """The items on which labelers disagree most, of those that the tenant may see."""
+    return list(session.scalars(disputed(project, limit, tenant)))
 
 
 Confusion = dict[tuple[str, int, int], dict[tuple[float, float], int]]
