@@ -156,14 +156,13 @@ def label_studio_task(row: Row) -> dict[str, Any]:
         swap = encode(data)[1] % 2 == 1
         better, worse = data.pop("chosen"), data.pop("rejected")
         data["answer_1"], data["answer_2"] = (worse, better) if swap else (better, worse)
-        results.append(
-            _result("preference", "answer_1,answer_2", "pairwise", {"selected": "right" if swap else "left"})
-        )
+        results.append(_result("preference", "answer_1", "pairwise", {"selected": "right" if swap else "left"}))
     if "label" in data:
         choice = "good" if data.pop("label") else "bad"
         results.append(_result("label", "completion", "choices", {"choices": [choice]}))
-    for aspect, value in data.pop("aspects", {}).items():
-        results.append(_result(aspect, "completion", "rating", {"rating": value}))
+    # The exact ratings stay in the data: stars are whole.
+    for aspect, value in data.get("aspects", {}).items():
+        results.append(_result(aspect, "completion", "rating", {"rating": round(value)}))
     return {"data": data, "annotations": [{"result": results}] if results else []}
 
 

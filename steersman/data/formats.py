@@ -396,7 +396,7 @@ FORMATS: dict[str, Format] = {
         Format("helpsteer", Aspects, helpsteer, "CC-BY-4.0", "NVIDIA HelpSteer"),
         Format("ultrafeedback", Aspects, ultrafeedback, "MIT", "OpenBMB UltraFeedback"),
         Format("usr", Aspects, usr, "MIT", "USR ratings of Topical-Chat"),
-        Format("label-studio", None, label_studio, None, "Label Studio tasks with annotations"),
+        Format("label-studio", None, label_studio, None, "Label Studio tasks with annotations", votes=True),
         Format("oasst", Preference, oasst, "Apache-2.0", "OpenAssistant trees, ranks to pairs"),
         Format("oasst-demonstrations", Demonstration, oasst_demonstrations, "Apache-2.0", "OpenAssistant best paths"),
     )

@@ -141,18 +141,25 @@ def write_judgements(rows: Iterable[dict[str, Any]], target: Path, aspects: Iter
     count = 0
     with storage_errors(target), open(target, "w", newline="") as sink:
         if target.suffix.lower() == ".csv":
-            parts = [part for part in PARTS if part != "verdict"]
-            names = [*parts, *(f"aspects.{aspect}" for aspect in aspects), "settings", "undone"]
-            writer = csv.DictWriter(sink, names, extrasaction="ignore")
+            writer = csv.DictWriter(sink, csv_columns(aspects), extrasaction="ignore")
             writer.writeheader()
             for row in rows:
-                writer.writerow({name: _harmless(value) for name, value in row.items()})
+                writer.writerow(csv_row(row))
                 count += 1
         else:
             for row in rows:
                 sink.write(orjson.dumps(row).decode() + "\n")
                 count += 1
     return count
+
+
+def csv_columns(aspects: Iterable[str]) -> list[str]:
+    parts = [part for part in PARTS if part != "verdict"]
+    return [*parts, *(f"aspects.{aspect}" for aspect in aspects), "settings", "undone"]
+
+
+def csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _harmless(value) for name, value in row.items()}
 
 
 def _harmless(value: Any) -> Any:

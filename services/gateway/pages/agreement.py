@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 
+import sqlalchemy as sa
 from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
 from sqlalchemy.orm import Session
 
 from services.gateway.auth.authenticator import Authenticator
+from services.gateway.auth.callers import Caller
 from services.gateway.pages.rendering import form_of, render
-from steersman.data.agreement import Thresholds
+from steersman.data.agreement import AgreementReport, Thresholds
 from steersman.errors import NotFoundError
 from steersman.store.engine import Store
 from steersman.store.judging import reopen_disputed
-from steersman.store.models import Project
+from steersman.store.models import Item, Project
 from steersman.store.statistics import agreement_report, disputed_items
 
 LARGEST_ID = 2**31 - 1
@@ -26,39 +28,52 @@ _DAYS = 60
 def agreement_router(store: Store, auth: Authenticator) -> APIRouter:
     router = APIRouter(prefix="/label")
 
-    @router.get("/{project_id:int}/agreement")
-    async def agreement(request: Request, project_id: int) -> Response:
-        (await auth.caller(request.headers)).require("operate")
-        return await asyncio.to_thread(_page, store, project_id)
+    @router.get("/{project}/agreement")
+    async def agreement(request: Request, project: str) -> Response:
+        caller = await auth.caller(request.headers)
+        caller.require("operate")
+        return await asyncio.to_thread(_page, store, project, tenant_of(auth, caller))
 
-    @router.post("/{project_id:int}/reopen")
-    async def reopen(request: Request, project_id: int) -> Response:
-        (await auth.caller(request.headers)).require("operate")
+    @router.post("/{project}/reopen")
+    async def reopen(request: Request, project: str) -> Response:
+        caller = await auth.caller(request.headers)
+        caller.require("operate")
         await form_of(request)
+        tenant = tenant_of(auth, caller)
 
-        def work() -> None:
+        def work() -> int:
             with store.transaction() as session:
-                reopen_disputed(session, find_project(session, project_id))
+                found = find_project(session, project, tenant)
+                reopen_disputed(session, found, tenant=tenant)
+                return found.id
 
-        await asyncio.to_thread(work)
-        return RedirectResponse(f"/label/{project_id}/agreement", 303)
+        return RedirectResponse(f"/label/{await asyncio.to_thread(work)}/agreement", 303)
 
     return router
 
 
-def find_project(session: Session, project_id: int) -> Project:
-    """Raises NotFoundError where there is none; databases refuse larger integers with an error of their own."""
-    project = session.get(Project, project_id) if project_id <= LARGEST_ID else None
+def tenant_of(auth: Authenticator, caller: Caller) -> str | None:
+    """Whose projects and items a caller sees; None, where no key is asked for: all."""
+    return caller.tenant if auth.required else None
+
+
+def find_project(session: Session, name: str, tenant: str | None) -> Project:
+    """A project by its number or its name. Raises NotFoundError where there is none that the tenant may see."""
+    seen = sa.true() if tenant is None else Project.customer.in_(["", tenant])
+    project = session.scalar(sa.select(Project).where(Project.name == name, seen))
+    if project is None and name.isascii() and name.isdigit() and int(name) <= LARGEST_ID:
+        project = session.scalar(sa.select(Project).where(Project.id == int(name), seen))
     if project is None:
         raise NotFoundError("There is no such project")
     return project
 
 
-def _page(store: Store, project_id: int) -> Response:
+def _page(store: Store, name: str, tenant: str | None) -> Response:
     with store.reading() as session:
-        project = find_project(session, project_id)
-        report = agreement_report(session, project)
-        disputed = disputed_items(session, project)
+        project = find_project(session, name, tenant)
+        report = agreement_report(session, project, tenant)
+        disputed = disputed_items(session, project, tenant=tenant)
+        missing = _missing(session, project, report)
     days: dict[str, list[object]] = {}
     for day in report.days:
         days.setdefault(day.question, []).append(day)
@@ -66,8 +81,27 @@ def _page(store: Store, project_id: int) -> Response:
         "agreement.html",
         project=project,
         report=report,
+        missing=missing,
         failures=report.failures(Thresholds.model_validate(project.thresholds)),
         pairs=sorted(report.pairs, key=lambda pair: 1.0 if pair.kappa is None else pair.kappa)[:_PAIRS],
         days={question: found[-_DAYS:] for question, found in days.items()},
         disputed=disputed,
     )
+
+
+def _missing(session: Session, project: Project, report: AgreementReport) -> list[str]:
+    """What is not there yet: without it, that nothing blocks a release says little."""
+    items = sa.select(sa.func.count(Item.id)).where(Item.project_id == project.id, Item.honeypot.is_(False))
+    waiting = items.where(Item.open_slots > 0, Item.resolved_at.is_(None))
+    total, open_now = (session.scalar(count) or 0 for count in (items, waiting))
+    found = []
+    if not total:
+        found.append(f"The project has no items: steersman data add {project.name} FILE")
+    elif open_now:
+        found.append(f"{open_now:,} of {total:,} items wait for more labelers (of {project.overlap} each)")
+    if not report.questions and project.kind != "edit":
+        found.append("No item has two votes, so agreement is unknown")
+    demands = [name for name in project.thresholds if name not in ("min_common_items", "min_labelers", "min_honeypots")]
+    if not demands:
+        found.append("No threshold is set, so nothing could block: set some under Settings")
+    return found

@@ -16,7 +16,7 @@ from services.gateway.errors import BadRequestError, UnsupportedMediaTypeError
 from steersman.errors import PermissionDeniedError
 
 HERE = Path(__file__).resolve().parent
-_markdown = MarkdownIt("commonmark", {"html": False})
+_markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
 
 
 def _rendered(text: str) -> Markup:
@@ -49,6 +49,9 @@ async def form_of(request: Request) -> dict[str, str]:
         raise UnsupportedMediaTypeError("The form must be sent as application/x-www-form-urlencoded")
     try:
         text = (await request.body()).decode()
-        return dict(parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=200))
+        fields = dict(parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=200))
     except (UnicodeDecodeError, ValueError):
         raise BadRequestError("The form cannot be read; go back and try again") from None
+    if any("\0" in name or "\0" in value for name, value in fields.items()):
+        raise BadRequestError("The form holds a NUL character, which no database keeps; leave it out")
+    return fields

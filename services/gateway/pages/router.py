@@ -15,6 +15,7 @@ from services.gateway.auth.tokens import SESSION_SECONDS
 from services.gateway.pages.agreement import agreement_router
 from services.gateway.pages.labelling import labelling_router
 from services.gateway.pages.operator import operator_router
+from services.gateway.pages.projects import projects_router
 from services.gateway.pages.rendering import HERE, form_of, render
 from steersman.errors import NotFoundError, SteersmanError, UnauthenticatedError
 from steersman.store.engine import Store
@@ -104,8 +105,10 @@ def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> API
         response.delete_cookie(SESSION_COOKIE)
         return response
 
-    router.include_router(labelling_router(store, auth))
+    # Before the labelers' own pages, whose paths are more general.
     router.include_router(agreement_router(store, auth))
+    router.include_router(projects_router(store, auth))
+    router.include_router(labelling_router(store, auth, lasting=assistant.config.database is not None))
     router.include_router(operator_router(assistant, store, auth))
     return router
 

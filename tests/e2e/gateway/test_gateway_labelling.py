@@ -71,6 +71,9 @@ async def test_comparing_by_keyboard_with_skip_flag_and_undo() -> None:
         await shoot(page, "compare-dark")
         await page.set_viewport_size(PHONE)
         assert await fits(page)
+        await accessible(page)
+        await shoot(page, "compare-phone-dark")
+        await page.emulate_media(color_scheme="light")
         await shoot(page, "compare-phone")
         shown = [await page.inner_text(f".answer:nth-child({n}) .text") for n in (1, 2)]
         await page.keyboard.press("2")
@@ -183,6 +186,136 @@ async def test_agreement_is_for_operators(tmp_path: Path) -> None:
             again = await page.request.post(f"{url}/label/{project}/reopen", form={}, max_redirects=0)
             assert again.status == (403 if status == 403 else 303)
         assert (await page.request.get(f"{url}/label/99999999999/agreement")).status == 404
+
+
+LOOKED_UP = [
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "orders", "arguments": '{"id": 5}'}}],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": '{"state": "sent"}'},
+    {"role": "assistant", "content": "It is on its way."},
+]
+
+
+def _looked_up(store: Store, overlap: int = 2) -> int:
+    """Two answers that say the same; one of them was looked up."""
+    with store.transaction() as session:
+        guidelines = "Look at **what was done**.\n\n| said | done |\n|---|---|\n| right | looked up |"
+        project = create_project(session, "shop answers", "compare", guidelines=guidelines, overlap=overlap)
+        said = {"messages": [{"role": "assistant", "content": "It is on its way."}]}
+        question = [{"role": "user", "content": "Where is order 5?"}]
+        add_items(session, project, [NewItem("five", question, [said, {"messages": LOOKED_UP}])])
+        return project.id
+
+
+async def test_tool_calls_are_seen_and_a_dispute_is_decided() -> None:
+    async with browsing() as (page, gateway, _, url):
+        project = _looked_up(gateway.store)
+        for name, key in (("Lena", "1"), ("Max", "7")):
+            await page.goto(f"{url}/login?next=/label/shop%20answers")
+            await page.fill("#name", name)
+            await page.keyboard.press("Enter")
+            await page.wait_for_selector("#task")
+            answers = await page.inner_text(".answers")
+            for seen in ("calls orders", '"id": 5', "result of orders", '"state": "sent"'):
+                assert seen in answers
+            assert await page.locator("aside table").count() == 1
+            # The answer that looked it up is A for the one and may be B for the other: choose by what is shown.
+            first_did = "calls orders" in await page.inner_text(".answer:nth-child(1)")
+            await page.keyboard.press("1" if first_did == (key == "1") else "7")
+            await page.wait_for_selector("text=Nothing is left for you")
+        await accessible(page)
+        await page.goto(f"{url}/label/shop%20answers/me")
+        assert await page.inner_text("#judged") == "1"
+        await accessible(page)
+        await shoot(page, "own")
+        await page.goto(f"{url}/label/shop%20answers/agreement")
+        assert "No threshold is set" in await page.inner_text("section[aria-label=Missing]")
+        await page.click("text=five")
+        await page.wait_for_selector("text=What labelers said")
+        assert "Max" in await page.inner_text("table")
+        await accessible(page)
+        await shoot(page, "item")
+        await page.set_viewport_size(PHONE)
+        assert await fits(page)
+        await shoot(page, "item-phone")
+        await page.get_by_role("button", name="B is clearly better").click()
+        await page.wait_for_selector("text=decided: B > A")
+        with gateway.store.reading() as session:
+            item = session.scalars(sa.select(Item)).one()
+        assert (item.resolution, item.resolved_by) == ({"ranking": [[1], [0]], "strength": 2}, "Max")
+        await page.click("text=Take the decision back")
+        await page.wait_for_selector("text=whatever the labelers said")
+        answer = await page.request.get(f"{url}/label/{project}/judgements.csv")
+        assert [line.split(",")[1] for line in (await answer.text()).splitlines()] == ["labeler", "Lena", "Max"]
+
+
+async def test_settings_items_and_assignment() -> None:
+    async with browsing() as (page, gateway, _, url):
+        project = _project(gateway.store, "compare", 3)
+        await _log_in(page, url, project)
+        await page.goto(f"{url}/label/{project}/settings")
+        await page.fill("#guidelines", "Be brief.")
+        await page.fill("#thresholds", "min_alpha=0.7")
+        await page.set_viewport_size(PHONE)
+        assert await fits(page)
+        await accessible(page)
+        await shoot(page, "settings-phone")
+        await page.click("text=Save as version 2")
+        await page.wait_for_selector("text=Save as version 3")
+        form = {"overlap": "3", "honeypot_every": "0", "thresholds": "min_alpha=high"}
+        refused = await page.request.post(f"{url}/label/{project}/settings", form=form)
+        assert refused.status == 400
+        assert "Thresholds: min_alpha" in await refused.text()
+        await page.goto(f"{url}/label/{project}/items")
+        await page.fill("#q", "answer 1-")
+        await page.click("text=Find")
+        await page.wait_for_selector("text=Give the first 1 to")
+        await page.set_viewport_size({"width": 1280, "height": 800})
+        await accessible(page)
+        await shoot(page, "items")
+        await page.fill("#labeler", "Nele")
+        await page.click("text=Assign")
+        await page.wait_for_selector("text=1 items given to Nele")
+        other = await new_page(page)
+        await other.goto(f"{url}/login?next=/label/{project}")
+        await other.fill("#name", "Nele")
+        await other.keyboard.press("Enter")
+        await other.wait_for_selector("text=question 1")
+        answer = await page.request.get(f"{url}/label/{project}/items?state=none")
+        assert answer.status == 400
+
+
+async def test_tenants_see_neither_each_others_items_nor_projects(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/g.db"
+    store = open_store(database)
+    keys = {tenant: create_key(store, tenant, ["operate", "label"], note="boss") for tenant in ("acme", "bolt")}
+    async with browsing(database=database, requireApiKey=True) as (page, gateway, _, url):
+        with gateway.store.transaction() as session:
+            shared = create_project(session, "shared", "compare")
+            answers = [{"messages": [{"role": "assistant", "content": text}]} for text in "ab"]
+            for tenant in ("acme", "bolt"):
+                question = [{"role": "user", "content": f"secret of {tenant}"}]
+                add_items(session, shared, [NewItem(tenant, question, answers, customer=tenant)])
+            create_project(session, "only acme", "compare", customer="acme")
+        for tenant, other in (("acme", "bolt"), ("bolt", "acme")):
+            mine = await new_page(page)
+            await mine.goto(f"{url}/login?next=/label")
+            await mine.fill("#key", keys[tenant])
+            await mine.keyboard.press("Enter")
+            await mine.wait_for_selector("text=shared")
+            assert await mine.locator("text=only acme").count() == (tenant == "acme")
+            for path in ("shared", "shared/items", "shared/agreement"):
+                await mine.goto(f"{url}/label/{path}")
+                text = await mine.inner_text("main")
+                assert f"secret of {other}" not in text, path
+                assert f"secret of {tenant}" in text or path.endswith("agreement"), path
+            with gateway.store.reading() as session:
+                theirs = session.scalars(sa.select(Item.id).where(Item.customer == other)).one()
+            for path, status in ((f"shared/items/{theirs}", 404), ("only%20acme", 200 if tenant == "acme" else 404)):
+                assert (await mine.request.get(f"{url}/label/{path}")).status == status
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------

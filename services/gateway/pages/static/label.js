@@ -40,3 +40,7 @@ document.querySelector("#task")?.addEventListener("submit", (event) => {
   if (event.target.dataset.sent) event.preventDefault();
   event.target.dataset.sent = "1";
 });
+
+// Beside the task where there is room, a tap away where there is none.
+const guidelines = document.querySelector(".guidelines");
+if (guidelines && matchMedia("(min-width: 60rem)").matches) guidelines.open = true;
