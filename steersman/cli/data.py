@@ -687,3 +687,17 @@ def retire_labeler(
     with Store.open(store).transaction() as session:
         taken_back = retire(session, get_labeler(session, labeler, customer), forget=forget)
     typer.echo(f"{labeler} is retired; {taken_back:,} verdicts taken back")
+
+
+@app.command()
+def order(
+    project: str,
+    reward: Annotated[str, typer.Option(help="host:port of a reward service.")],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Hands out first what a reward model is least sure of; what it thinks is shown to nobody."""
+    from steersman.ordering import order_by_reward
+    from steersman.store import Store
+
+    ordered, left = order_by_reward(Store.open(store), project, reward)
+    typer.echo(f"{ordered:,} items of {project} ordered, {left:,} left as they are (an answer has no reward)")
