@@ -208,6 +208,29 @@ def _rich(error: grpc.RpcError) -> tuple[str, float | None]:
     return reason, seconds
 
 
+_FROM_HTTP: dict[int, type[SteersmanError]] = {
+    400: InvalidArgumentError,
+    401: UnauthenticatedError,
+    403: PermissionDeniedError,
+    404: NotFoundError,
+    409: ConflictError,
+    429: RateLimitedError,
+    499: CancelledError,
+    503: UnavailableError,
+    504: DeadlineError,
+    507: StorageError,
+}
+
+
+def from_http(status: int, message: str, *, retry_after: str | None = None) -> SteersmanError:
+    """The error of the tree for an HTTP status: other 4xx are wrong requests, other 5xx internal errors."""
+    cls = _FROM_HTTP.get(status, InvalidArgumentError if status < 500 else InternalError)
+    if cls is RateLimitedError:
+        seconds = float(retry_after) if retry_after and retry_after.replace(".", "", 1).isdigit() else 1.0
+        return RateLimitedError(message, retry_after=seconds, details={"http_status": status})
+    return cls(message, details={"http_status": status})
+
+
 def all_error_types() -> list[type[SteersmanError]]:
     """Every class of the tree, for tests that walk the mappings."""
     found: list[type[SteersmanError]] = []
