@@ -64,6 +64,7 @@ class Gateway:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         database = config.database_url
         if database is None:
+            log.warning("no database is configured: judgements, feedback and projects are gone when the gateway stops")
             self._scratch = tempfile.TemporaryDirectory(prefix="steersman-gateway-")
             database = f"sqlite:///{self._scratch.name}/gateway.db"
         self.store = open_store(database)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from steersman.data.format import Converted, ImportOptions, Skip, message, tool_call
+from steersman.data.format import Converted, ImportOptions, Skip, message, offered_tools, tool_call
 from steersman.data.transcripts import hh_common_prefix, hh_turns
 from steersman.errors import DataError
 
@@ -16,7 +16,7 @@ def trl(record: dict[str, Any], options: ImportOptions) -> Converted:
 
     UltraFeedback-binarized is one of them; its scores become the margin.
     """
-    row = dict(record)
+    row = dict(record) | offered_tools(record)
     if "prompt_id" in row and row.get("id") is None:
         row["id"] = row.pop("prompt_id")
     if "chosen" in row and "rejected" in row:

@@ -57,3 +57,13 @@ def tool_call(id: str, name: str, arguments: Any) -> dict[str, Any]:
     """OpenAI's form of a call; arguments as JSON text."""
     text = arguments if isinstance(arguments, str) else orjson.dumps(arguments).decode()
     return {"id": id, "type": "function", "function": {"name": name, "arguments": text}}
+
+
+def offered_tools(record: dict[str, Any]) -> dict[str, Any]:
+    """`tools` of a record in OpenAI's form, where it has some; others write JSON text, or leave the wrapping out."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        tools = orjson.loads(tools) if tools.strip() else None
+    if not tools:
+        return {}
+    return {"tools": [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]}

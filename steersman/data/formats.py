@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from steersman.data import chat_formats
-from steersman.data.format import Converted, Format, ImportOptions, Skip, message, tool_call
+from steersman.data.format import Converted, Format, ImportOptions, Skip, message, offered_tools, tool_call
 from steersman.data.label_studio import label_studio
 from steersman.data.records import Aspects, Demonstration, Feedback, Preference
 from steersman.data.transcripts import hh_common_prefix, hh_last_turn, hh_turns
@@ -110,7 +110,7 @@ def sharegpt(record: dict[str, Any], options: ImportOptions) -> Converted:
         return
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()  # shared conversations often end with a question that nobody answered
-    yield {"messages": turns} | _tools(record)
+    yield {"messages": turns} | offered_tools(record)
 
 
 def sharegpt_dpo(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -121,7 +121,7 @@ def sharegpt_dpo(record: dict[str, Any], options: ImportOptions) -> Converted:
     answers = [record[side] for side in ("chosen", "rejected")]
     chosen, rejected = (answer if isinstance(answer, str) else answer["value"] for answer in answers)
     pair = {"prompt": turns, "chosen": [message("assistant", chosen)], "rejected": [message("assistant", rejected)]}
-    yield pair | _tools(record)
+    yield pair | offered_tools(record)
 
 
 def kto(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -130,15 +130,7 @@ def kto(record: dict[str, Any], options: ImportOptions) -> Converted:
     if isinstance(turns, Skip):
         yield turns
         return
-    yield {"prompt": turns[:-1], "completion": turns[-1:], "label": record["label"]} | _tools(record)
-
-
-def _tools(record: dict[str, Any]) -> dict[str, Any]:
-    """The tools that were on offer; LLaMA-Factory has them as JSON text."""
-    tools = record.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = orjson.loads(tools)
-    return {"tools": tools} if tools else {}
+    yield {"prompt": turns[:-1], "completion": turns[-1:], "label": record["label"]} | offered_tools(record)
 
 
 def _sharegpt_turns(record: dict[str, Any]) -> list[dict[str, Any]] | Skip:

@@ -442,7 +442,7 @@ def test_llama_factorys_system_history_tools_and_function_calls() -> None:
     call, result = row["messages"][1]["tool_calls"][0], row["messages"][2]
     assert json.loads(call["function"]["arguments"]) == {"city": "Bonn"}
     assert result == {"role": "tool", "content": "sunny", "tool_call_id": call["id"]}
-    assert row["tools"] == [{"name": "weather"}]
+    assert row["tools"] == [{"type": "function", "function": {"name": "weather"}}]
 
 
 def test_dialogues_of_agents(shared_data: Path) -> None:

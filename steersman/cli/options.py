@@ -1,0 +1,23 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+DEFAULT_STORE = "sqlite:///steersman.db"
+StoreOption = Annotated[str, typer.Option(envvar="STEERSMAN_STORE", help="Database URL.")]
+
+
+def parse_pairs(values: list[str], option: str) -> dict[str, str]:
+    """NAME=VALUE options as a dictionary."""
+    from steersman.errors import ConfigError
+
+    pairs = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{option} {value!r}: expected NAME=VALUE")
+        pairs[name.strip()] = rest.strip().strip('"').replace("\\n", "\n")
+    return pairs
