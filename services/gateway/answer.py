@@ -47,6 +47,8 @@ class Question:
     """W3C trace context of the caller."""
     must_call: bool = False
     """The answer is constrained to a tool call, see `services.gateway.openai.translate.call_schema`."""
+    single_call: bool = False
+    """A turn makes at most one tool call; further ones of the model's are left out."""
 
     def draft(self) -> PolicyServiceChatRequest:
         """A copy of the request, to be changed."""

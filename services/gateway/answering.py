@@ -26,7 +26,7 @@ from services.gateway.memory import Memory
 from services.gateway.metrics import Metrics
 from services.gateway.quotas import Quotas, Reserved
 from services.gateway.recorder import Record, Recorder
-from services.gateway.tools.calls import as_calls
+from services.gateway.tools.calls import as_calls, one_call
 from services.gateway.tools.grounding import Grounding
 from services.gateway.tracing import Tracer
 from services.gateway.trail import answer_line, answer_rows, outcome_of
@@ -215,6 +215,8 @@ class Assistant:
         source = grounding.answer(answer, generate) if grounding.has_systems else generate(answer.question.request)
         if answer.question.must_call:
             source = as_calls(source)
+        if answer.question.single_call:
+            source = one_call(source)
         async with self.admission.place(), contextlib.aclosing(source) as stream:
             async for response in stream:
                 yield response

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import re
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from services.policy.constrain import json_constraint
 from services.policy.engine import Engine, GenerationRequest, SampleFinished, TokenEvent
+from services.policy.requests import events_of, sampling_params
+from services.policy.token_bytes import TokenBytes
 from steersman.errors import DataError, FailedPreconditionError, InvalidArgumentError
 from steersman.rpc.conversation import from_message, from_tools_json
 from steersman.rpc.finish import finish_reason
@@ -19,7 +24,9 @@ from steersman.rpc.wire import append_response
 from steersman.v1 import common_pb2
 from steersman.v1 import policy_pb2 as pb
 
-_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ChatFormat:
@@ -34,6 +41,14 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.stop_ids = tuple(stop_ids)
+        self.bytes_of = TokenBytes(tokenizer)
+        self._knows_tools: bool | None = None
+        # One thread: a tokenizer is not made for several that change its settings.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat-format")
+
+    async def beside_the_loop(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Renders, tokenizes or compiles without holding up the streams of others."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *args, **kwargs))
 
     def check_fingerprint(self, theirs: str) -> None:
         """Refuses a caller with another vocabulary; an empty fingerprint is not checked."""
@@ -57,11 +72,28 @@ class ChatFormat:
         if self.tokenizer.chat_template is None:
             raise FailedPreconditionError("the model has no chat template; use the completions API or another model")
         tools = from_tools_json(request.tools_json)
+        # A schema has its effect without being shown.
+        if tools and not request.json_schema and not self.knows_tools():
+            raise InvalidArgumentError(
+                "tools: the model's chat template does not show them to the model; leave them out or use another model",
+                details={"param": "tools", "code": "unsupported"},
+            )
         try:
             ids = prompt_ids(self.tokenizer, list(map(from_message, request.messages)), tools)
         except DataError as error:
             raise InvalidArgumentError(f"messages do not fit the model's chat template: {error.message}") from None
         return np.asarray(ids, dtype=np.int32)
+
+    def knows_tools(self) -> bool:
+        """Whether the chat template writes tools into the prompt."""
+        from steersman.nn.render import prompt_ids
+
+        if self._knows_tools is None:
+            asked = [{"role": "user", "content": "x"}]
+            function = {"name": "probe", "description": "probe", "parameters": {"type": "object", "properties": {}}}
+            with_tools = prompt_ids(self.tokenizer, asked, [{"type": "function", "function": function}])
+            self._knows_tools = list(with_tools) != list(prompt_ids(self.tokenizer, asked))
+        return self._knows_tools
 
     def text_of(self, token_id: int) -> str:
         return self.tokenizer.decode([token_id])
@@ -139,12 +171,12 @@ def _overlap(text: str, stop: str) -> int:
 def parse_tool_calls(text: str) -> list[common_pb2.ToolCall]:
     """Calls in the `<tool_call>{"name":..., "arguments":{...}}</tool_call>` form; malformed ones are left as text."""
     calls = []
-    for match in _TOOL_CALL.finditer(text):
+    for begin, end in _call_spans(text):
         try:
-            data = json.loads(match.group(1))
+            data = json.loads(text[begin + len(_OPEN) : end - len(_CLOSE)])
             arguments = data.get("arguments", {})
             name = data["name"]
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, RecursionError):
             continue
         calls.append(
             common_pb2.ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", name=str(name), arguments=json.dumps(arguments))
@@ -152,17 +184,35 @@ def parse_tool_calls(text: str) -> list[common_pb2.ToolCall]:
     return calls
 
 
+def without_tool_calls(text: str) -> str:
+    kept, last = [], 0
+    for begin, end in _call_spans(text):
+        kept.append(text[last:begin])
+        last = end
+    return "".join([*kept, text[last:]]).rstrip()
+
+
+def _call_spans(text: str) -> Iterator[tuple[int, int]]:
+    """From each opening mark to the next closing one; linear, whatever a model writes."""
+    end = 0
+    while (begin := text.find(_OPEN, end)) >= 0 and (close := text.find(_CLOSE, begin)) >= 0:
+        end = close + len(_CLOSE)
+        # An opening mark that nothing closed is text before the call.
+        yield text.rfind(_OPEN, begin, close), end
+
+
 async def answer(
     engine: Engine, chat: ChatFormat, request: pb.PolicyServiceChatRequest
 ) -> AsyncIterator[pb.PolicyServiceChatResponse]:
     """Streams the choices of one conversation."""
-    from services.policy.constrain import json_constraint
-    from services.policy.servicer import events_of, sampling_params
-
-    prompt = chat.encode(request)
+    if any(not stop for stop in request.stop):
+        raise InvalidArgumentError("stop holds an empty text, which would end every answer at once; leave it out")
+    prompt = await chat.beside_the_loop(chat.encode, request)
     count = request.n or 1
     info = engine.info()
-    constraint = json_constraint(chat.tokenizer, request.json_schema, info) if request.json_schema else None
+    constraint = None
+    if request.json_schema:
+        constraint = await chat.beside_the_loop(json_constraint, chat.tokenizer, request.json_schema, info)
     params = sampling_params(request.sampling, request.top_logprobs)
     if request.messages:  # a turn ends as the template ends it; a text that is continued has no turns
         params = replace(params, stop_token_ids=tuple({*params.stop_token_ids, *chat.stop_ids}))
@@ -175,7 +225,7 @@ async def answer(
         constraint=constraint,
     )
     # What may become a tool call is no text of the answer.
-    hold = "<tool_call>" if request.tools_json else ""
+    hold = _OPEN if request.tools_json else ""
     streams = [TextStream(chat.tokenizer, tuple(request.stop), hold, chat.stop_ids) for _ in range(count)]
     held: dict[int, pb.PolicyServiceChatResponse] = {}
     ended: set[int] = set()
@@ -214,7 +264,7 @@ async def answer(
                 response.finish_reason = common_pb2.FINISH_REASON_STOP
         if request.tools_json and (calls := parse_tool_calls(stream.text)):
             response.tool_calls.extend(calls)
-            response.delta = _TOOL_CALL.sub("", response.delta).rstrip()
+            response.delta = without_tool_calls(response.delta)
             response.finish_reason = common_pb2.FINISH_REASON_TOOL_CALLS
         ended.add(index)
         yield append_response(held.pop(index, None), response)
@@ -228,9 +278,9 @@ def _token(chat: ChatFormat, event: TokenEvent) -> pb.TokenLogprob:
         token_id=event.token_id,
         text=text,
         logprob=event.logprob,
-        raw=text.encode(),
+        raw=chat.bytes_of(event.token_id),
         top=[
-            pb.TokenAlternative(token_id=token, text=chat.text_of(token), logprob=logprob)
+            pb.TokenAlternative(token_id=token, text=chat.text_of(token), logprob=logprob, raw=chat.bytes_of(token))
             for token, logprob in event.top_logprobs
         ],
     )

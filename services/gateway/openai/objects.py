@@ -169,7 +169,7 @@ def token_infos(tokens: Iterable[TokenLogprob]) -> list[TokenInfo]:
             "logprob": token.logprob,
             "bytes": list(token.raw),
             "top_logprobs": [
-                {"token": other.text, "logprob": other.logprob, "bytes": list(other.text.encode())}
+                {"token": other.text, "logprob": other.logprob, "bytes": list(other.raw or other.text.encode())}
                 for other in token.top
             ],
         }

@@ -60,6 +60,7 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
             consent=consent_of(headers, body.consent),
             traceparent=headers.get("traceparent", ""),
             must_call=body.must_call,
+            single_call=body.parallel_tool_calls is False,
         )
         if body.stream:
             answer = await until_disconnect(request.receive, assistant.answer(question))

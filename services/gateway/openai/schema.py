@@ -227,7 +227,7 @@ class ChatCompletionRequest(_Sampling):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     """`required` or a named function: the answer is constrained to one call of an offered tool."""
     parallel_tool_calls: bool | None = None
-    """Accepted, without effect."""
+    """false: at most one call a turn; further ones of the model's are left out."""
     response_format: Annotated[TextFormat | JsonSchemaFormat, Field(discriminator="type")] | None = None
     """Constrains the answer to JSON."""
     conversation_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None

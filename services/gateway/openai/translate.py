@@ -7,12 +7,15 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from services.gateway.openai.schema import ChatCompletionRequest, ChatMessage, CompletionRequest, Tool
+from services.gateway.openai.references import check_references, moved
+from services.gateway.openai.schema import ChatCompletionRequest, ChatMessage, CompletionRequest, JsonSchemaFormat, Tool
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest
 
 
 def chat_request(body: ChatCompletionRequest) -> PolicyServiceChatRequest:
+    if isinstance(body.response_format, JsonSchemaFormat):
+        check_references(body.response_format.json_schema.schema_, "response_format.json_schema.schema")
     tools = [tool.model_dump(exclude_none=True) for tool in body.offered_tools]
     return PolicyServiceChatRequest(
         messages=[to_message(message) for message in body.messages],
@@ -34,19 +37,22 @@ def call_schema(tools: Sequence[Tool]) -> str:
     calls, shared = [], {}
     for index, tool in enumerate(tools):
         parameters = tool.function.parameters or {"type": "object", "additionalProperties": False}
-        # References are from the root, so definitions move there, each tool's under names of its own.
-        parameters = json.loads(json.dumps(parameters).replace('"#/$defs/', f'"#/$defs/{index}_'))
-        shared.update({f"{index}_{name}": schema for name, schema in parameters.pop("$defs", {}).items()})
+        # References are from the root, and every tool's own go with it.
+        check_references(parameters, f"tools.{index}.function.parameters")
+        shared[str(index)] = moved(parameters, f"/$defs/{index}")
         calls.append(
             {
                 "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": parameters},
+                "properties": {
+                    "name": {"const": tool.function.name},
+                    "arguments": {"$ref": f"#/$defs/{index}"},
+                },
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
         )
     schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return json.dumps(schema | ({"$defs": shared} if shared else {}))
+    return json.dumps(schema | {"$defs": shared})
 
 
 def completion_request(body: CompletionRequest, prompt: str) -> PolicyServiceChatRequest:

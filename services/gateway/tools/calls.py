@@ -1,4 +1,4 @@
-"""Answers that are constrained to a tool call: their text becomes the call."""
+"""Answers that are tool calls: a constrained text becomes one, and where one is wanted there is one."""
 
 from __future__ import annotations
 
@@ -27,6 +27,19 @@ async def as_calls(
                 response.ClearField("delta")
             if response.finish_reason:
                 _finish(response, "".join(said))
+            yield response
+
+
+async def one_call(
+    stream: AsyncGenerator[PolicyServiceChatResponse, None],
+) -> AsyncGenerator[PolicyServiceChatResponse, None]:
+    """The stream with the first tool call of every choice only."""
+    called: set[int] = set()
+    async with contextlib.aclosing(stream) as responses:
+        async for response in responses:
+            if response.tool_calls:
+                del response.tool_calls[0 if response.choice_index in called else 1 :]
+                called.add(response.choice_index)
             yield response
 
 

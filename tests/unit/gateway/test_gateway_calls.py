@@ -6,11 +6,13 @@ import json
 from collections.abc import AsyncGenerator, Sequence
 
 import jsonschema
+import llguidance
 import pytest
 
+from services.gateway.errors import BadRequestError
 from services.gateway.openai.schema import Tool
 from services.gateway.openai.translate import call_schema
-from services.gateway.tools.calls import as_calls
+from services.gateway.tools.calls import as_calls, one_call
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatResponse
 
@@ -80,3 +82,66 @@ async def test_a_call_that_was_cut_off_stays_text() -> None:
     got = await _calls([(0, '{"name": "a", ', 0), (0, '"argu', LENGTH)])
     assert (got[-1].delta, list(got[-1].tool_calls)) == ('{"name": "a", "argu', [])
     assert got[-1].finish_reason == LENGTH
+
+
+CITY = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "good", "bad"),
+    [
+        (
+            {"type": "object", "properties": {"c": {"$ref": "#/definitions/city"}}, "definitions": {"city": CITY}},
+            {"c": {"name": "Rome"}},
+            {"c": {"name": 1}},
+        ),
+        (
+            {"type": "object", "properties": {"v": {"type": "integer"}, "next": {"$ref": "#"}}},
+            {"v": 1, "next": {"v": 2, "next": {"v": 3}}},
+            {"next": {"next": {"v": "x"}}},
+        ),
+        (
+            {"type": "object", "properties": {"a": CITY, "b": {"$ref": "#/properties/a"}}},
+            {"b": {"name": "x"}},
+            {"b": {"name": 2}},
+        ),
+        (
+            {"type": "object", "properties": {"$ref": {"const": {"$ref": "#/x"}}}},
+            {"$ref": {"$ref": "#/x"}},
+            {"$ref": 1},
+        ),
+    ],
+)
+def test_references_go_where_the_schema_goes(parameters: dict, good: dict, bad: dict) -> None:
+    schema = json.loads(call_schema([tool("f", parameters), tool("g", parameters)]))
+    validator = jsonschema.Draft202012Validator(schema)
+    for name in ("f", "g"):
+        assert validator.is_valid({"name": name, "arguments": good})
+        assert not validator.is_valid({"name": name, "arguments": bad})
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    assert llguidance.LLMatcher.validate_grammar(grammar, None) == ""
+
+
+@pytest.mark.parametrize("ref", ["http://127.0.0.1:9/x", "#/$defs/none", "#anchor", "other.json"])
+def test_references_that_lead_nowhere_are_refused_by_name(ref: str) -> None:
+    parameters = {"type": "object", "properties": {"a": {"$ref": ref}}}
+    with pytest.raises(BadRequestError, match=r"\$ref") as caught:
+        call_schema([tool("f", parameters)])
+    assert caught.value.details["param"] == "tools.0.function.parameters"
+
+
+async def test_one_call_a_turn() -> None:
+    calls = [common_pb2.ToolCall(id=str(i), name="f", arguments="{}") for i in range(3)]
+
+    async def stream() -> AsyncGenerator[PolicyServiceChatResponse, None]:
+        yield PolicyServiceChatResponse(tool_calls=calls[:2])
+        yield PolicyServiceChatResponse(choice_index=1, tool_calls=calls, finish_reason=STOP)
+        yield PolicyServiceChatResponse(tool_calls=calls[2:], finish_reason=STOP)
+
+    kept = [[call.id for call in response.tool_calls] async for response in one_call(stream())]
+    assert kept == [["0"], ["0"], []]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from services.policy.chat import ChatFormat, TextStream, answer
+from services.policy.chat import ChatFormat, TextStream, answer, parse_tool_calls, without_tool_calls
 from services.policy.engine import Event, GenerationRequest, SampleFinished, TokenEvent
+from steersman.errors import InvalidArgumentError
 from steersman.generation import EngineInfo
 from steersman.v1 import common_pb2
 from steersman.v1 import policy_pb2 as pb
@@ -97,3 +99,17 @@ def test_text_behind_the_mark_is_held_back() -> None:
     sent = [stream.push(ord(character)) for character in "ab<y><x>cd"]
     assert "".join(sent) == "ab<y>"
     assert stream.finish() == "<x>cd"
+
+
+async def test_an_empty_stop_text_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="stop"):
+        await responses("hello", stop=[""])
+
+
+def test_tool_calls_are_found_in_linear_time() -> None:
+    hostile = "<tool_call>{" * 200_000
+    start = time.thread_time()
+    assert parse_tool_calls(hostile) == []
+    assert without_tool_calls(hostile) == hostile
+    assert parse_tool_calls(hostile + CALL)[0].name == "f"
+    assert time.thread_time() - start < 0.5

@@ -1,0 +1,52 @@
+"""From the contract's requests to the engine's, and from the engine's thread to an async stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from services.policy.engine import Engine, Event, GenerationRequest, RequestFailed, SampleFinished, SamplingParams
+from steersman.errors import InvalidArgumentError
+from steersman.rpc.metrics import GENERATED_TOKENS
+from steersman.v1 import common_pb2
+
+
+def sampling_params(message: common_pb2.SamplingParams, top_logprobs: int = 0) -> SamplingParams:
+    """Domain type of the wire message, its defaults filled in."""
+    if not message.max_new_tokens:
+        raise InvalidArgumentError("sampling.max_new_tokens is 0; set the token limit of an answer")
+    return SamplingParams(
+        max_new_tokens=message.max_new_tokens,
+        temperature=message.temperature if message.HasField("temperature") else 1.0,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        top_k=message.top_k,
+        seed=message.seed,
+        stop_token_ids=tuple(message.stop_token_ids),
+        min_new_tokens=message.min_new_tokens,
+        top_logprobs=top_logprobs,
+    )
+
+
+async def events_of(engine: Engine, request: GenerationRequest) -> AsyncIterator[Event]:
+    """The engine's events of one request as an async stream; leaving it early cancels the request."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[Event] = asyncio.Queue()
+
+    def deliver(event: Event) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    handle = engine.submit(request, deliver)
+    unfinished = len(request.prompts) * request.n
+    try:
+        while unfinished:
+            event = await queue.get()
+            if isinstance(event, RequestFailed):
+                unfinished = 0
+                raise event.error
+            if isinstance(event, SampleFinished):
+                unfinished -= 1
+                GENERATED_TOKENS.inc(len(event.token_ids))
+            yield event
+    finally:
+        if unfinished:
+            engine.cancel(handle)
