@@ -219,7 +219,7 @@ def example_groups(longest: int | None = None, seed: int = 0) -> list[Group]:
 def _check_causal(model: PreTrainedModel, way: Way, longest: int | None) -> float:
     """Largest difference in nats; raises _Disagreement."""
     groups = example_groups(longest)
-    wanted, slopes = _alone(model, groups)
+    wanted, slopes = alone(model, groups)
     found, found_slopes = _together(model, groups, way)
     difference = _same_numbers("its log-probabilities", found, wanted)
     _same_slopes(found_slopes, slopes)
@@ -251,7 +251,7 @@ def table_of(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
         return model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0].log_softmax(-1)
 
 
-def _alone(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+def alone(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probabilities of all answers and gradients of their weighted sum, row by row through the model itself."""
     model.zero_grad(set_to_none=True)
     parts = []
@@ -277,6 +277,11 @@ def _together(model: PreTrainedModel, groups: Sequence[Group], way: Way) -> tupl
 def _in_padded_batch(model: PreTrainedModel, groups: Sequence[Group], way: Way) -> Tensor:
     trained = _as_trained(model)
     run_without_padding(trained, way)
+    return of_padded_batch(trained, groups)
+
+
+def of_padded_batch(trained: nn.Module, groups: Sequence[Group]) -> Tensor:
+    """Log-probabilities of all answers from one padded batch."""
     rows = [(prompt, answer) for prompt, answers in groups for answer in answers]
     ids, mask = _padded([np.concatenate(row) for row in rows])
     with torch.no_grad():
@@ -302,15 +307,23 @@ def _same_balance_loss(model: PreTrainedModel, groups: Sequence[Group], way: Way
 
 
 def _check_scores(model: PreTrainedModel, way: Way, longest: int | None) -> float:
+    def ready(trained: nn.Module) -> None:
+        if is_decoder(trained):
+            run_without_padding(trained, way)
+
+    return score_difference(model, example_groups(longest), ready)
+
+
+def score_difference(model: PreTrainedModel, groups: Sequence[Group], ready: Callable[[nn.Module], object]) -> float:
+    """Largest difference between scores of a padded batch, after `ready`, and of single rows; raises _Disagreement."""
     from steersman.nn.reward import head_outputs
 
-    rows = [np.concatenate([prompt, answer]) for prompt, answers in example_groups(longest) for answer in answers]
+    rows = [np.concatenate([prompt, answer]) for prompt, answers in groups for answer in answers]
     model.zero_grad(set_to_none=True)
     wanted = torch.cat([model(input_ids=torch.from_numpy(row)[None]).logits for row in rows])
     slopes = _slopes(model, wanted.flatten())
     trained = _as_trained(model)
-    if is_decoder(trained):
-        run_without_padding(trained, way)
+    ready(trained)
     found = head_outputs(trained, *_padded(rows))
     found_slopes = _slopes(trained, found.flatten())
     difference = _same_numbers("its scores", found, wanted)

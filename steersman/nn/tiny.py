@@ -31,7 +31,7 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads",
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "num_query_groups")
 _COUNTS = re.compile(
     r"^(swa_)?(num_|n_)?(attention_heads|attn_heads|key_value_heads|kv_heads|heads?|query_groups|head_kv|head)$"
-    r"|^(en|de)coder_attention_heads$|^mamba_(n|num)_heads$|^n_mamba_heads$|^linear_num_(key|value)_heads$"
+    r"|^(en|de)coder_attention_heads$|^mamba_(n|num)_heads$|^n_mamba_heads$|^linear_num_((key|value)_)?heads$"
     r"|^(global_)?num_(global_)?(attention|key_value)_heads$|^index_n_heads$|^num_heads$"
 )
 _WIDTHS = re.compile(
@@ -41,7 +41,7 @@ _WIDTHS = re.compile(
     r"|hidden_size_per_layer_input|pooler_hidden_size|block_dim|emb_dim|moe_ffn_hidden_size|expert_ffn_hidden_size)$"
 )
 _HEAD_WIDTHS = re.compile(
-    r"^((global_|swa_|v_|qk_|attention_)?head_dim|kv_channels|qk_(nope|rope)_head_dim|linear_(key|value)_head_dim"
+    r"^((global_|swa_|v_|qk_|attention_)?head_dim|kv_channels|qk_(nope|rope)_head_dim|linear_((key|value)_)?head_dim|index_head_dim"
     r"|mamba_d_head|mamba_head_?dim|rotary_dim|d_kv|dim_head|swa_v_head_dim|qk_head_dim)$"
 )
 _LAYERS = re.compile(r"^(num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers|num_decoder_layers)$")

@@ -67,7 +67,7 @@ def _first_that_agrees(model: PreTrainedModel, longest: int | None) -> tuple[Dec
     names: tuple[DecoderName, ...] = ("llama", "generic", "cached", "uncached")
     for name in names:
         try:
-            difference = _difference(model, name, longest)
+            difference = difference_of(model, name, longest)
         except Exception as error:  # whatever a model's own code raises for what it does not know
             reason = reason or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             continue
@@ -78,13 +78,13 @@ def _first_that_agrees(model: PreTrainedModel, longest: int | None) -> tuple[Dec
     return "uncached", Verdict("refused", difference, reason)
 
 
-def _difference(model: PreTrainedModel, name: DecoderName, longest: int | None) -> float:
+def difference_of(model: PreTrainedModel, name: DecoderName, longest: int | None, seed: int = 0) -> float:
     """Largest difference in nats over prompts that share beginnings, of which one has a single token."""
     from services.policy.engines.transformers_engine import TransformersEngine
 
-    prompts = [prompt.astype(np.int32) for prompt, _ in example_groups(longest)]
+    prompts = [prompt.astype(np.int32) for prompt, _ in example_groups(longest, seed)]
     new = _NEW_TOKENS if longest is None else max(1, longest - max(len(prompt) for prompt in prompts))
-    params = SamplingParams(max_new_tokens=new, min_new_tokens=new, seed=1)
+    params = SamplingParams(max_new_tokens=new, min_new_tokens=new, seed=seed + 1)
     engine = TransformersEngine(copy.deepcopy(model), precision="fp32", device="cpu", decoder=name)
     arrived: queue.Queue[Event] = queue.Queue()
     largest = 0.0

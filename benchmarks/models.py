@@ -1,0 +1,309 @@
+"""Which architecture goes through which path: every causal and encoder configuration that transformers offers.
+
+    python -m benchmarks.models [--only llama gemma2 ...] [--docs docs/models.md] [--workers 2] [--seconds 120]
+
+For each configuration a tiny random model with the same layer kinds is built, and every path takes its verdict by
+computing, as `prepare` and the services do. Then the path runs again on another random model and other rows, and is
+compared with the model's own forward pass of each row: an accepted path that differs there is `silently_wrong`.
+Writes build/bench/models.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import math
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from benchmarks.report import heading, table, write
+from services.policy.engines.choice import difference_of, engine_verdict
+from steersman.config.manifest import Lora
+from steersman.nn import parity
+from steersman.nn.forward import is_decoder, predicting_states, unwrapped
+from steersman.nn.head import OutputHead
+from steersman.nn.load import load_causal_lm, quiet_libraries
+from steersman.nn.lora import attach_lora, merge_to_folder, save_adapter
+from steersman.nn.packed import pack
+from steersman.nn.parity import Verdict, causal_verdict, choose_forward, example_groups, score_verdict, skip_padding
+from steersman.nn.tiny import LENGTH, tiny_model
+from steersman.testing.models import save_model_folder
+
+CAUSAL_PATHS = ("sft", "dpo", "rlFull", "rlLora", "reference", "engine", "merge")
+SCORE_PATHS = ("rewardModel", "reward")
+PATHS = (*CAUSAL_PATHS, *SCORE_PATHS)
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "short_factor": [1.0] * 48,
+    "long_factor": [1.0 + index / 4 for index in range(48)],
+    "original_max_position_embeddings": 4096,
+    "factor": 32.0,
+}
+HYBRID = ["mamba", "attention", "mamba"]
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2 (window)": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+    "mistral (no window)": ("mistral", {"sliding_window": None}),
+    "phi3 (longrope)": ("phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 131072}),
+    "lfm2 (convolutions)": ("lfm2", {"full_attn_idxs": [2, 5, 8], "num_hidden_layers": 9}),
+    "granitemoehybrid (attention, Mamba)": ("granitemoehybrid", {"layer_types": HYBRID, "num_hidden_layers": 3}),
+    "granite (logit scale)": ("granite", {"logits_scaling": 8.0}),
+    "nemotron (grouped queries)": ("nemotron", {"num_key_value_heads": 8}),
+    "hunyuan_v1_dense (head width)": ("hunyuan_v1_dense", {"head_dim": 128}),
+    "ministral (head width)": ("ministral", {"head_dim": 128}),
+}
+"""Configurations that the defaults of their class do not show, or that its defaults leave incomplete."""
+INDEPENDENT_SEED = 11
+MARKS = {"agrees": "agrees", "plain": "plain", "refused": "–"}
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError(f"the check takes longer than {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    family, changes = VARIANTS.get(name, (name, {}))
+    config: PreTrainedConfig = CONFIG_MAPPING[family](**changes)
+    return config
+
+
+def measure(name: str, seconds: int) -> dict[str, Any]:
+    """Outcome, largest difference, reason, and what the second look found, by path."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    quiet_libraries()
+    torch.set_num_threads(1)
+    started, paths = time.monotonic(), {}
+    family = VARIANTS.get(name, (name, {}))[0]
+    offered = (CAUSAL_PATHS if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ()) + (
+        SCORE_PATHS if family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES else ()
+    )
+    for path in offered:
+        try:
+            with at_most(seconds):
+                paths[path] = _path(path, config_of(name))
+        except Exception as error:  # whatever a model's own code raises
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+            paths[path] = {"outcome": "refused", "difference": None, "reason": reason}
+    return {"architecture": name, "seconds": round(time.monotonic() - started, 1), "paths": paths}
+
+
+def _path(path: str, config: PreTrainedConfig) -> dict[str, Any]:
+    if path == "engine":
+        decoder, verdict = engine_verdict(config)
+    else:
+        decoder, verdict = None, (score_verdict if path in SCORE_PATHS else causal_verdict)(config)
+    found: dict[str, Any] = {"outcome": verdict.outcome, "difference": _number(verdict.difference)}
+    if verdict.outcome != "agrees" or verdict.limit:
+        found["reason"] = verdict.reason
+    if verdict.limit:
+        found["limit"] = verdict.limit
+    if decoder is not None and verdict.outcome != "refused":
+        found["decoder"] = decoder
+    if verdict.outcome == "refused":
+        return found
+    again = _again(path, config, verdict, decoder)
+    found["difference"] = max(found["difference"], again)
+    found["wrong"] = not again <= parity.NATS
+    return found
+
+
+def _again(path: str, config: PreTrainedConfig, verdict: Verdict, decoder: Any) -> float:
+    """Largest difference on another random model and other rows, through the functions that the path calls."""
+    auto = AutoModelForSequenceClassification if path in SCORE_PATHS else AutoModelForCausalLM
+    model = tiny_model(auto, config, seed=INDEPENDENT_SEED)
+    longest = LENGTH if verdict.limit else None
+    if path == "engine":
+        return difference_of(model, decoder, longest, seed=INDEPENDENT_SEED)
+    groups = example_groups(longest, seed=INDEPENDENT_SEED)
+    look: dict[str, Callable[[PreTrainedModel, list[parity.Group]], float]] = {
+        "sft": _padded_difference,
+        "dpo": _padded_difference,
+        "rlFull": _packed_difference,
+        "reference": _packed_difference,
+        "rlLora": _adapter_difference,
+        "merge": _merge_difference,
+        "rewardModel": _score_difference,
+        "reward": _score_difference,
+    }
+    return look[path](model, groups)
+
+
+def _own(model: Any, groups: list[parity.Group]) -> Tensor:
+    return parity.alone(model, groups)[0]
+
+
+def _padded_difference(model: PreTrainedModel, groups: list[parity.Group]) -> float:
+    trained = copy.deepcopy(model)
+    skip_padding(trained)
+    return _largest(parity.of_padded_batch(trained, groups), _own(model, groups))
+
+
+def _packed_difference(model: PreTrainedModel, groups: list[parity.Group]) -> float:
+    trained = copy.deepcopy(model)
+    return _largest(_logprobs(trained, groups), _own(model, groups))
+
+
+def _adapted(model: PreTrainedModel) -> Any:
+    adapted = attach_lora(copy.deepcopy(model), Lora(rank=4))
+    generator = torch.Generator().manual_seed(INDEPENDENT_SEED)
+    with torch.no_grad():
+        for name, one in adapted.named_parameters():
+            if "lora_B" in name:
+                one.add_(0.05 * torch.randn(one.shape, generator=generator))
+    return adapted.eval()
+
+
+def _adapter_difference(model: PreTrainedModel, groups: list[parity.Group]) -> float:
+    adapted = _adapted(model)
+    own = _own(copy.deepcopy(adapted), groups)
+    return _largest(_logprobs(adapted, groups), own)
+
+
+def _merge_difference(model: PreTrainedModel, groups: list[parity.Group]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        base = save_model_folder(Path(folder) / "base", model)
+        adapted = _adapted(load_causal_lm(base))
+        save_adapter(adapted, Path(folder) / "adapter")
+        merge_to_folder(base, Path(folder) / "adapter", Path(folder) / "merged")
+        return _largest(_own(load_causal_lm(Path(folder) / "merged"), groups), _own(adapted, groups))
+
+
+def _score_difference(model: PreTrainedModel, groups: list[parity.Group]) -> float:
+    return parity.score_difference(model, groups, lambda one: skip_padding(one))
+
+
+def _logprobs(model: Any, groups: list[parity.Group]) -> Tensor:
+    choose_forward(model)
+    assert is_decoder(unwrapped(model))
+    batch = pack(groups)
+    with torch.no_grad():
+        return OutputHead(model).token_logprobs(predicting_states(model, batch), batch.targets)[0]
+
+
+def _largest(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().abs().max())
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+_PAGE = """\
+An architecture is accepted by computing, not by a list: `steersman validate`, `prepare` and every service build a tiny
+random model of the same configuration (layers cut, every layer kind kept, windows and chunks shorter than the rows), run
+it through the functions that they will use, and compare with the model's own forward pass of each row alone, gradients
+included.
+
+- **agrees**: without padding, prompts shared between answers, sliding windows past their end; the engine has a cache of
+  its own with continuous batching.
+- **plain**: the model's own code on rows of equal length (the engine: one sample at a time). Slower, announced, and
+  right. Recurrent and convolution layers, ALiBi, and masks that a model makes itself end here.
+- **–**: refused with the measured reason, which is in `build/bench/models.json`: an output layer that is more than one
+  linear layer (language-model heads of encoders), a training mode that computes something else than evaluation mode
+  (Phi-3.5 MoE draws its experts), LoRA on a weight that the model reads past its layer (Mamba's `dt_proj` under
+  `all-linear`; name `lora.targetModules`), or a default configuration that cannot be built.
+- `limit`: rotations that depend on the longest row of a batch (longrope, dynamic NTK) bound rows and context to the
+  length up to which they do not.
+
+Paths: SFT and DPO on padded batches, RL with all weights and with LoRA (`all-linear`), reference service, transformers
+engine, merging an adapter, training a reward model, reward service. Numbers are the largest difference of a
+log-probability in nats (of a score), over two random models in fp32. vLLM has its own list of architectures
+(`vllm.ModelRegistry.get_supported_archs()`) and is not measured here; the guard of the RL loop compares its
+log-probabilities with the trainer's in the first step of every run.
+"""
+
+
+def documented(results: list[dict[str, Any]], counts: dict[str, dict[str, int]], wrong: int) -> str:
+    """The page docs/models.md."""
+    lines = [
+        "# Models",
+        "",
+        f"Generated by `make bench-models ARGS='--docs docs/models.md'`, transformers {transformers.__version__}.",
+        "",
+        _PAGE,
+        f"Silently wrong: {wrong} of {sum(sum(one.values()) for one in counts.values())} (architecture, path).",
+        "",
+        "| path | " + " | ".join(MARKS) + " |",
+        "|---|" + "---|" * len(MARKS),
+        *(f"| {path} | " + " | ".join(str(counts[path].get(mark, 0)) for mark in MARKS) + " |" for path in PATHS),
+        "",
+        "| architecture | " + " | ".join(PATHS) + " | largest difference | limit |",
+        "|---|" + "---|" * (len(PATHS) + 2),
+    ]
+    for result in results:
+        paths = result["paths"]
+        cells = [MARKS[paths[path]["outcome"]] if path in paths else "" for path in PATHS]
+        accepted = [one for one in paths.values() if one["outcome"] != "refused" and one["difference"] is not None]
+        largest = max((one["difference"] for one in accepted), default=None)
+        limit = next((str(one["limit"]) for one in paths.values() if "limit" in one), "")
+        shown = "" if largest is None else f"{largest:.1e}"
+        lines.append(f"| {result['architecture']} | " + " | ".join(cells) + f" | {shown} | {limit} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="architectures by their model_type; default: all")
+    parser.add_argument("--docs", type=Path, help="write the page of the matrix there")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=int, default=120, help="of one path of one architecture")
+    arguments = parser.parse_args()
+    everything = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, *VARIANTS]
+    names = arguments.only or sorted(set(everything))
+    results: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn"), max_tasks_per_child=25) as pool:
+        for result in pool.map(measure, names, [arguments.seconds] * len(names)):
+            results.append(result)
+            outcomes = " ".join(f"{path}={found['outcome']}" for path, found in result["paths"].items())
+            print(
+                f"{len(results)}/{len(names)} {result['architecture']} ({result['seconds']} s) {outcomes}", flush=True
+            )
+    counts: dict[str, dict[str, int]] = {path: {} for path in PATHS}
+    for result in results:
+        for path, found in result["paths"].items():
+            counts[path][found["outcome"]] = counts[path].get(found["outcome"], 0) + 1
+    wrong = sum(bool(found.get("wrong")) for result in results for found in result["paths"].values())
+    table(["path", *MARKS], [[path, *(counts[path].get(mark, 0) for mark in MARKS)] for path in PATHS])
+    print(f"silently wrong: {wrong}")
+    models = {result["architecture"]: result["paths"] for result in results}
+    report = {**heading(1), "silently_wrong": wrong, "counts": counts, "architectures": models}
+    write(report, Path("build/bench/models.json"))
+    if arguments.docs:
+        arguments.docs.write_text(documented(results, counts, wrong))
+    if wrong:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
