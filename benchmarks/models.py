@@ -221,8 +221,8 @@ def _number(value: float) -> float | None:
 
 _PAGE = """\
 An architecture is accepted by computing, not by a list: `steersman validate`, `prepare` and every service build a tiny
-random model of the same configuration (layers cut, every layer kind kept, windows and chunks shorter than the rows), run
-it through the functions that they will use, and compare with the model's own forward pass of each row alone, gradients
+random model of the same configuration (layers cut, every layer kind kept, windows and chunks shorter than the rows),
+run it through the functions that they will use, and compare with the model's own forward pass of each row, gradients
 included.
 
 - **agrees**: without padding, prompts shared between answers, sliding windows past their end; the engine has a cache of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from steersman.artifacts import refusal
-from steersman.cli import cluster, data, doctor, init, runs
+from steersman.cli import cluster, data, doctor, init, runs, validate
 
 if TYPE_CHECKING:
     from steersman.config.manifest import AlignmentRun
@@ -25,7 +25,7 @@ model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 app.add_typer(data.app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(cluster.app)
-for command in (init.init, doctor.doctor, runs.runs):
+for command in (init.init, doctor.doctor, runs.runs, validate.validate):
     app.command()(command)
 
 STOPPED = 130

@@ -194,6 +194,15 @@ def run_child(
         raise StageFailed(words if known else f"{name} failed ({words}); {log} has the whole story", code)
 
 
+def validate_run(run: AlignmentRun, run_dir: Path) -> None:
+    """Does what a run does before its first stage, in a folder of its own; errors are those of the run."""
+    data_digests(run, run_dir)
+    folder.write_manifest(run, run_dir)
+    log = run_dir / "logs" / "prepare.log"
+    manifest = folder.manifest_path(run_dir)
+    run_child("prepare", "steersman.local.prepare", [str(manifest)], log, _environment(run))
+
+
 def _prepare(run: AlignmentRun, run_dir: Path) -> tuple[AlignmentRun, Path]:
     """Base model, data, device and precision; what was decided once stays for the run's life."""
     path = run_dir / "prepared.json"

@@ -38,6 +38,7 @@ def prepare(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> None
     checked = _check_rows(run, run_dir, reporter)
     _check_own_code(run)
     reporter.activity("loading libraries")
+    from steersman.local.architecture import check_architectures
     from steersman.nn.hardware import pick_device, pick_precision
     from steersman.nn.prepare import resolve_model
     from steersman.rpc.server import ServerConfig
@@ -46,6 +47,7 @@ def prepare(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> None
     cache_dir = ServerConfig().cache_dir
     base = resolve_model(model.base, cache_dir, model.revision, note=reporter.note)
     check_prompts_leave_room(run, run_dir, base, reporter)
+    check_architectures(run, base, cache_dir, reporter)
     device = pick_device(model.device)
     precision = pick_precision(model.precision, device)
     decided = ", as measured on this machine" if (model.precision, device) == ("auto", "cpu") else ""

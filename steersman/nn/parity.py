@@ -118,13 +118,13 @@ class SameConfig:
             "quantization_config",
         )
         values = {name: value for name, value in config.to_dict().items() if name not in ignored}
-        self._key = type(config).__name__ + repr(sorted(values.items(), key=lambda item: item[0]))
+        self.key = type(config).__name__ + repr(sorted(values.items(), key=lambda item: item[0]))
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self.key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, SameConfig) and other._key == self._key
+        return isinstance(other, SameConfig) and other.key == self.key
 
 
 @functools.lru_cache(maxsize=64)

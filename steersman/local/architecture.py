@@ -1,0 +1,97 @@
+"""Whether the models of a run can go through its stages and services, decided by computing before anything is spent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from steersman.config.manifest import AlignmentRun
+from steersman.errors import ConfigError
+from steersman.nn.load import quiet_libraries
+from steersman.nn.parity import SameConfig, Verdict, causal_verdict, describe, score_verdict
+from steersman.progress import ConsoleReporter
+
+_GENERATING = ("rl", "rejection_sampling", "evaluate")
+_ENGINE_SECONDS = 600
+
+
+def check_architectures(run: AlignmentRun, base: Path, cache_dir: Path, reporter: ConsoleReporter) -> None:
+    """Says how the models will run; what was found once for a configuration is kept in the cache.
+
+    Args:
+        base: folder of the base model.
+
+    Raises:
+        ConfigError: a model that a stage or the engine would compute wrongly, or not at all.
+    """
+    quiet_libraries()
+    config = AutoConfig.from_pretrained(base)
+    name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    known = _Known(cache_dir / "architectures.json")
+    stages = run.spec.stages
+    reporter.activity(f"checking {name} on a small random model")
+    causal = known.verdict("causal", config, lambda: causal_verdict(config))
+    _note(causal, name, "spec.model.base", reporter)
+    if any(stage.reward_model is not None and stage.reward_model.base is None for stage in stages):
+        scores = known.verdict("score", config, lambda: score_verdict(config))
+        _note(scores, f"{name} as a reward model", "spec.model.base", reporter, quiet=scores.outcome == causal.outcome)
+    policy = run.spec.services.policy
+    generates = any(getattr(stage, kind, None) is not None for stage in stages for kind in _GENERATING)
+    if generates and policy.engine == "transformers" and not policy.endpoints:
+        reporter.activity(f"checking {name} in the generation engine")
+        engine = known.verdict("engine", config, lambda: _asked_engine(base))
+        _note(engine, f"{name} in the engine", "spec.model.base", reporter, quiet=engine.outcome == causal.outcome)
+
+
+def _note(verdict: Verdict, name: str, field: str, reporter: ConsoleReporter, *, quiet: bool = False) -> None:
+    if verdict.outcome == "refused":
+        raise ConfigError(f"{field}: {describe(verdict, name)}")
+    if not quiet or verdict.limit:
+        reporter.note(describe(verdict, name))
+
+
+def _asked_engine(base: Path) -> Verdict:
+    """What the engine says of a model; services are asked as processes, never imported."""
+    command = [sys.executable, "-m", "services.policy.check", str(base)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_ENGINE_SECONDS, check=False)
+    if done.returncode:
+        words = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
+        raise ConfigError(f"spec.model.base: the generation engine cannot be asked about the model ({words})")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found.pop("decoder")
+    return Verdict(**{**found, "difference": float("nan") if found["difference"] is None else found["difference"]})
+
+
+class _Known:
+    """Verdicts of this machine by kind, configuration and versions."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):  # a torn or foreign file is as good as none
+            found = json.loads(path.read_bytes())
+            self._found = found if isinstance(found, dict) else {}
+
+    def verdict(self, kind: str, config: Any, compute: Any) -> Verdict:
+        versions = [version(name) for name in ("steersman", "transformers", "torch")]
+        key = hashlib.sha256(f"{kind} {versions} {SameConfig(config).key}".encode()).hexdigest()
+        found = self._found.get(key)
+        if isinstance(found, dict):
+            return Verdict(**found)
+        verdict: Verdict = compute()
+        if verdict.outcome != "refused":
+            fields = ("outcome", "difference", "reason", "limit")
+            self._found[key] = {name: getattr(verdict, name) for name in fields}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self._found))
+            partial.replace(self._path)
+        return verdict
