@@ -18,15 +18,29 @@
     ├── StorageError              disk full, bucket refused
     └── InternalError
 
-A message is one sentence (or two): the field, file or row; the reason; the mend.
+A message is one sentence (or two): the field, file or row; the reason; the mend. Passwords in URLs are taken out of it.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import grpc
+
+
+_USER_INFO = re.compile(r"(?<=://)[^/?#@\s'\"]*@")
+_SECRET_VALUE = re.compile(
+    r"([?&][\w.-]*(?:key|token|secret|password|sig|signature|credential)=)[^&\s#'\"]+", re.IGNORECASE
+)
+
+
+def without_credentials(text: str) -> str:
+    """The text with `***` for user names, passwords and secret query values of the URLs in it."""
+    if "://" not in text:
+        return text
+    return _SECRET_VALUE.sub(r"\1***", _USER_INFO.sub("***@", text))
 
 
 class SteersmanError(Exception):
@@ -40,6 +54,7 @@ class SteersmanError(Exception):
     openai_type: ClassVar[str] = "server_error"
 
     def __init__(self, message: str, *, details: dict[str, Any] | None = None) -> None:
+        message = without_credentials(message)
         super().__init__(message)
         self.message = message
         self.details = details or {}

@@ -14,11 +14,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
-import re
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 
@@ -52,40 +50,68 @@ def refusal(address: str, *, public_only: bool = False) -> str | None:
     return None
 
 
-class Guard(httpx.AsyncBaseTransport):
-    """Looks at every address before it connects."""
+class Guard(httpx.AsyncBaseTransport, httpx.BaseTransport):
+    """Looks at every address before it connects; around a transport of httpx, of either kind, or of one like it."""
 
-    def __init__(self, inner: httpx.AsyncBaseTransport, allow: Iterable[str], public_only: bool) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        *,
+        public_only: bool = False,
+        allow: Sequence[str] = (),
+        unreachable: tuple[type[Exception], ...] = (httpx.ConnectError, httpx.ConnectTimeout),
+    ) -> None:
+        """`unreachable`: what `inner` raises when nobody answers at an address; then the name's next one is tried."""
         self._inner = inner
-        self._allow = list(allow)
         self._public_only = public_only
+        named = (name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(","))
+        self._allow = [*allow, *(name for name in named if name)]
+        self._unreachable = unreachable
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        host, url = request.url.host, request.url
-        addresses = await self._checked(host, url.port or (443 if url.scheme == "https" else 80))
-        # The name stays in the Host header and in TLS; only the way there is fixed.
-        request.extensions = {**request.extensions, "sni_hostname": host}
-        for last, address in ((address == addresses[-1], address) for address in addresses):
-            request.url = url.copy_with(host=address)
+        url, loop = request.url, asyncio.get_running_loop()
+        found = await self._resolved(loop.run_in_executor(None, _resolve, url.host, _port(url)))
+        for address in self._checked(url.host, found):
+            _direct(request, url, address)
             try:
-                response = await self._inner.handle_async_request(request)
-            except (httpx.ConnectError, httpx.ConnectTimeout):
-                if last:
+                return await self._inner.handle_async_request(request)
+            except self._unreachable:
+                if address == found[-1]:
                     raise
-            else:
+            finally:
                 request.url = url  # Redirects are relative to the name.
-                return response
+        raise AssertionError("a name has an address")
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        url = request.url
+        try:
+            found = _resolve(url.host, _port(url))
+        except (OSError, UnicodeError):
+            raise self._unreachable[0](f"the name {url.host} cannot be resolved") from None
+        for address in self._checked(url.host, found):
+            _direct(request, url, address)
+            try:
+                return self._inner.handle_request(request)
+            except self._unreachable:
+                if address == found[-1]:
+                    raise
+            finally:
+                request.url = url
         raise AssertionError("a name has an address")
 
     async def aclose(self) -> None:
         await self._inner.aclose()
 
-    async def _checked(self, host: str, port: int) -> list[str]:
+    def close(self) -> None:
+        self._inner.close()
+
+    async def _resolved(self, work: Awaitable[list[str]]) -> list[str]:
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            return await work
         except (OSError, UnicodeError):
-            raise httpx.ConnectError(f"the name {host} cannot be resolved") from None
-        addresses = [str(entry[4][0]) for entry in found]
+            raise self._unreachable[0]("the name cannot be resolved") from None
+
+    def _checked(self, host: str, addresses: list[str]) -> list[str]:
         for address in addresses:
             reason = refusal(address, public_only=self._public_only)
             if reason is not None and not _allowed(host, address, self._allow):
@@ -93,27 +119,35 @@ class Guard(httpx.AsyncBaseTransport):
                     f"{host} is {address}, which is {reason}: not connected to; if that is meant, name it in"
                     f" {ALLOW_VARIABLE}"
                 )
-        return list(dict.fromkeys(addresses))
+        return addresses
 
 
 def guarded_client(*, public_only: bool = False, allow: Sequence[str] = (), **options: Any) -> httpx.AsyncClient:
     """An HTTP client that looks at every address before it connects; it takes no proxy from the environment."""
-    allow = [*allow, *(name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",") if name.strip())]
-    transport = options.pop("transport", None) or httpx.AsyncHTTPTransport(verify=options.pop("verify", True))
-    return httpx.AsyncClient(transport=Guard(transport, allow, public_only), trust_env=False, **options)
+    inner = options.pop("transport", None) or httpx.AsyncHTTPTransport()
+    return httpx.AsyncClient(transport=Guard(inner, public_only=public_only, allow=allow), trust_env=False, **options)
 
 
-_SECRETS = re.compile(r"(?<=://)[^/?#@\s]*:[^/?#@\s]*@|(?<=://)[^/?#@\s]*@")
+def guarded_sync_client(*, public_only: bool = False, allow: Sequence[str] = (), **options: Any) -> httpx.Client:
+    """The same for threads."""
+    inner = options.pop("transport", None) or httpx.HTTPTransport()
+    return httpx.Client(transport=Guard(inner, public_only=public_only, allow=allow), trust_env=False, **options)
 
 
-def shown(text: str) -> str:
-    """A URL, or a sentence with URLs in it, without user names, passwords and query values."""
-    text = _SECRETS.sub("***@", text)
-    if not any(c.isspace() for c in text) and "://" in text:
-        parts = urlsplit(text)
-        query = "&".join(f"{pair.partition('=')[0]}=***" for pair in parts.query.split("&")) if parts.query else ""
-        return urlunsplit(parts._replace(query=query))
-    return re.sub(r"(://\S*?\?)\S*", r"\1***", text)
+def _port(url: httpx.URL) -> int:
+    return url.port or (443 if url.scheme == "https" else 80)
+
+
+def _resolve(host: str, port: int) -> list[str]:
+    """All addresses of a name, each once."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _direct(request: httpx.Request, url: httpx.URL, address: str) -> None:
+    """Sends a request to an address; the name stays in the Host header and in TLS."""
+    request.extensions = {**request.extensions, "sni_hostname": url.host}
+    request.url = url.copy_with(host=address)
 
 
 def _allowed(host: str, address: str, allow: Sequence[str]) -> bool:

@@ -8,9 +8,11 @@ whoever wants it. PyTorch's CPU tuning guide preloads it for the same reasons. S
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from importlib import metadata
+from pathlib import Path
 
 _LIBRARY = "libiomp5.so"
 _SPIN_MS = "10"
@@ -24,6 +26,7 @@ def prefer_yielding_threads() -> bool:
         Whether it is in place; false where the package `intel-openmp` is not made for this machine (only Linux on
         x86-64) or not installed: then GNU's runtime stays.
     """
+    remove_left_behind()
     try:
         files = metadata.files("intel-openmp") or []
         path = next(file.locate() for file in files if file.name == _LIBRARY)
@@ -32,3 +35,22 @@ def prefer_yielding_threads() -> bool:
     except (metadata.PackageNotFoundError, StopIteration, OSError):
         return False
     return True
+
+
+def remove_left_behind(folder: Path = Path("/dev/shm")) -> int:
+    """Removes the kilobyte of shared memory that the runtime registers itself with (`__KMP_REGISTERED_LIB_PID_UID`) of
+    our processes that were killed; returns how many."""
+    count = 0
+    for path in folder.glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
+        pid = path.name.split("_")[-2]
+        if not pid.isdigit():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                count += 1
+        except OSError:
+            continue
+    return count

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from steersman.openmp import remove_left_behind
+
 ROOT = Path("/dev/shm")
 _PREFIX = "steersman-"
 
@@ -35,6 +37,7 @@ def memory_folder(size: int, root: Path = ROOT) -> Iterator[Path | None]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            remove_left_behind()
 
 
 @contextlib.contextmanager

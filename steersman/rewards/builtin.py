@@ -62,7 +62,9 @@ def http(url: str, timeout_seconds: float = 10.0, headers: Mapping[str, str] | N
     """Asks an HTTP scorer: POST {"messages", "answer", "facts"}, answer {"reward": number, "criteria": {...}}."""
     import httpx
 
-    client = httpx.Client(timeout=timeout_seconds, headers=dict(headers or {}))
+    from steersman.net import guarded_sync_client
+
+    client = guarded_sync_client(timeout=timeout_seconds, headers=dict(headers or {}))
 
     def reward(prompt: Messages, answer: str, facts: Mapping[str, Any]) -> Verdict:
         body = {"messages": [dict(message) for message in prompt], "answer": answer, "facts": dict(facts)}

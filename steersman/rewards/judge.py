@@ -47,7 +47,7 @@ class Judge:
     def __init__(
         self, url: str, model: str, *, api_key_env: str | None, calls: int, cache: str | None, timeout_seconds: float
     ) -> None:
-        import httpx
+        from steersman.net import guarded_sync_client
 
         headers = {}
         if api_key_env is not None:
@@ -55,7 +55,7 @@ class Judge:
             if not key:
                 raise ConfigError(f"reward judge: the environment variable {api_key_env} (api_key_env) is not set")
             headers["authorization"] = f"Bearer {key}"
-        self._client = httpx.Client(base_url=url, timeout=timeout_seconds, headers=headers)
+        self._client = guarded_sync_client(base_url=url, timeout=timeout_seconds, headers=headers)
         self._model = model
         self._most = calls
         self._cache = _Cache(Path(cache)) if cache else None

@@ -22,6 +22,7 @@ from services.gateway.fetching import fetch_json
 from services.gateway.store import ProposedAction
 from services.gateway.tools.config import HandOver
 from steersman.errors import ConfigError, ConflictError, NotFoundError, UnavailableError
+from steersman.net import guarded_client
 from steersman.store.engine import Store
 from steersman.store.models import now
 
@@ -64,7 +65,7 @@ class Desk:
             self._secret = _environment(config.webhook.secret_env, 32)
         if config.request_tracker is not None:
             self._token = _environment(config.request_tracker.token_env, 1)
-        self._client = httpx.AsyncClient(timeout=config.seconds)
+        self._client = guarded_client(timeout=config.seconds)
 
     async def close(self) -> None:
         await self._client.aclose()

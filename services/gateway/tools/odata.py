@@ -13,6 +13,7 @@ from services.gateway.fetching import fetch_json
 from services.gateway.tools.config import Kind, ODataSystem, RecordKind
 from services.gateway.tools.records import Query
 from steersman.errors import ConfigError, UnavailableError
+from steersman.net import guarded_client
 
 
 class OData:
@@ -30,7 +31,7 @@ class OData:
         self.name = config.name
         self.tenants: Sequence[str] = config.tenants
         self.kinds: Mapping[Kind, RecordKind] = config.kinds
-        self._client = httpx.AsyncClient(base_url=config.url.rstrip("/") + "/", headers=headers, timeout=config.seconds)
+        self._client = guarded_client(base_url=config.url.rstrip("/") + "/", headers=headers, timeout=config.seconds)
 
     async def fetch(self, query: Query) -> list[dict[str, Any]]:
         kind = query.kind

@@ -14,6 +14,7 @@ from services.gateway.fetching import fetch_json
 from services.gateway.tools.config import Kind, RecordKind, TrytonSystem
 from services.gateway.tools.records import Query
 from steersman.errors import ConfigError, UnavailableError
+from steersman.net import guarded_client
 
 
 class Tryton:
@@ -29,7 +30,7 @@ class Tryton:
         self.tenants: Sequence[str] = config.tenants
         self.kinds: Mapping[Kind, RecordKind] = config.kinds
         self._locations = config.stock_locations
-        self._client = httpx.AsyncClient(
+        self._client = guarded_client(
             base_url=f"{config.url.rstrip('/')}/{config.database}/rest/model/",
             headers={"authorization": f"bearer {key}", "accept": "application/json"},
             timeout=config.seconds,
