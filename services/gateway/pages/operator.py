@@ -18,8 +18,10 @@ from services.gateway.pages.rendering import render
 from services.gateway.store import Audit
 from steersman.store.engine import Store
 from steersman.store.models import Answer, FeedbackEvent
+from steersman.store.units import anomalies, judged_units
 
 _HOURS = 24
+_MOST_ANOMALIES = 20
 _SAMPLE = 10_000
 """Latencies are of the latest answers, so that the page stays fast."""
 
@@ -67,6 +69,9 @@ def _figures(store: Store) -> dict[str, Any]:
             .limit(20)
         ).all()
         versions = _versions(session, since)
+        deployments = sorted({row["deployment"] for row in versions})
+        judged = judged_units(session, deployments, since) if deployments else {}
+        odd = anomalies(session, deployments, since)[:_MOST_ANOMALIES] if deployments else []
     good = [row for row in recent if row.outcome in ("stop", "length", "tool_calls")]
     hours: dict[dt.datetime, int] = defaultdict(int)
     for row in recent:
@@ -85,6 +90,8 @@ def _figures(store: Store) -> dict[str, Any]:
         "outcomes": sorted(outcomes.items(), key=lambda item: -item[1]),
         "tenants": tenants,
         "versions": versions,
+        "judged": sorted(judged.items()),
+        "anomalies": odd,
     }
 
 
@@ -106,7 +113,7 @@ def _versions(session: Session, since: dt.datetime) -> list[dict[str, Any]]:
             sa.func.count(),
         )
         .join(FeedbackEvent, FeedbackEvent.answer_id == Answer.id)
-        .where(Answer.created_at >= since)
+        .where(Answer.created_at >= since, FeedbackEvent.current)
         .group_by(Answer.deployment, Answer.weights_version, FeedbackEvent.kind, sa.literal_column("said"))
     ):
         said[deployment, version][f"{kind} {value}".strip()] = n

@@ -571,3 +571,16 @@ async def test_answers_keep_their_evidence_as_long_as_they_should(policy: FakePo
         await until(lambda: len(rows(gateway.store, Answer.id)) == 2 and not rows(gateway.store, Conversation.id))
         await until(lambda: [t for (t,) in rows(gateway.store, Answer.token_ids)].count(None) == 1)
         assert {answer_id for (answer_id,) in rows(gateway.store, Answer.id)} == {second.id, third.id}
+
+
+async def test_the_operator_sees_what_is_not_counted(policy: FakePolicy) -> None:
+    async with serving(policy, limits={"feedbackPerMinute": 100}) as (_, http):
+        for number in range(25):
+            answer = (await http.post(CHAT, json=BODY)).json()
+            token = answer["steersman"]["feedback_token"]
+            thumbs = {"event_id": f"e{number}", "answer_id": answer["id"], "thumbs": "down", "feedback_token": token}
+            assert (await http.post("/v1/feedback", json=thumbs)).status_code == 200
+        page = (await http.get("/operator")).text
+        assert "<td>20</td><td>20</td>" in page, "twenty voices of one address count"
+        assert "Not counted" in page
+        assert "<td>address</td>" in page
