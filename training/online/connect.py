@@ -17,7 +17,7 @@ from steersman.rpc.client import Access
 from training.context import StageContext
 from training.online.clients import PolicyReplica, ReferenceClient, RewardClient
 from training.online.pool import PolicyPool
-from training.online.prompts import load_prompts
+from training.online.prompts import Limit, load_prompts
 from training.online.rollout import Prompt, Rollouts
 
 
@@ -38,7 +38,7 @@ class Services:
         self.context = context
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, context.spec.model.template_options)
         self.stop_ids = stop_ids(self.tokenizer, generation_config_of(model))
-        fingerprint = tokenizer_fingerprint(self.tokenizer)
+        self._fingerprint = fingerprint = tokenizer_fingerprint(self.tokenizer)
         note, patience = context.reporter.note, spec.start_timeout_seconds
         needed = {"policy": spec.policy, "reward": spec.reward} | ({"reference": spec.reference} if reference else {})
         for name, service in needed.items():
@@ -85,7 +85,19 @@ class Services:
         path = getattr(self.context.files("prompts"), kind)
         if path is None:
             raise ConfigError(f"data.prompts.{kind} is missing; add the file")
-        return load_prompts(path, self.tokenizer, self.max_context - generation.max_new_tokens)
+        room = self.max_context - generation.max_new_tokens
+        return load_prompts(path, self.tokenizer, room, self.limits_of_rewards(generation.max_new_tokens))
+
+    def limits_of_rewards(self, room: int) -> list[Limit]:
+        """Of every reward model that reads the policy's tokens; `room` is what an answer may take."""
+        found = []
+        for scorer in self.reward[0].info().scorers:
+            model = scorer.model
+            if model.max_context and model.tokenizer_fingerprint == self._fingerprint:
+                of = f"reward model {scorer.name}, which takes {model.max_context} tokens with the answer,"
+                mend = f"or lower generation.maxNewTokens ({room}), or train the reward model with a larger maxLength"
+                found.append(Limit(model.max_context - room, of, mend))
+        return found
 
     def ids_of_stops(self, generation: Generation) -> list[int]:
         """Token ids of `generation.stop`; ConfigError where a text is not one token."""

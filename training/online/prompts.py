@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,25 @@ from steersman.nn.tokens import prompt_and_answer_ids, prompt_ids
 from training.online.rollout import Prompt
 
 
-def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Prompt]:
+@dataclass(frozen=True)
+class Limit:
+    """Longest prompt that leaves room for an answer."""
+
+    tokens: int
+    """Of the prompt."""
+    of: str
+    """Whose limit it is."""
+    mend: str
+
+
+def load_prompts(
+    path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, limits: Sequence[Limit] = ()
+) -> list[Prompt]:
     """All prompts of a file.
 
     Args:
-        max_tokens: longest prompt that leaves room for an answer.
+        max_tokens: longest prompt that leaves room for an answer in the policy's context.
+        limits: what a prompt must keep within beside.
 
     Raises:
         DataError: a malformed row, or a prompt that is too long; file and line are named.
@@ -30,11 +45,12 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
         messages = plain_messages(row.prompt)
         with at(where):
             ids = np.asarray(prompt_ids(tokenizer, messages, row.tools), dtype=np.int32)
-        if len(ids) > max_tokens:
-            raise DataError(
-                f"{where}: the prompt has {len(ids)} tokens, the context leaves room for {max_tokens}; "
-                "shorten it or lower generation.maxNewTokens"
-            )
+        for limit in (Limit(max_tokens, "the context", "or lower generation.maxNewTokens"), *limits):
+            if len(ids) > limit.tokens:
+                raise DataError(
+                    f"{where}: the prompt has {len(ids)} tokens, {limit.of} leaves room for {max(0, limit.tokens)}; "
+                    f"shorten it {limit.mend}"
+                )
         prompts.append(Prompt(ids, messages, json.dumps(row.known()) if row.known() else "", key, row.tools))
     return prompts
 

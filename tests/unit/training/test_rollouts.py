@@ -231,3 +231,23 @@ def test_what_is_not_finite_is_left_out_and_counted(tiny_model: Path, tmp_path: 
     assert bool(kept.finite().all())
     with pytest.raises(FailedPreconditionError, match=r"3 of 12 samples .*log-probabilities .* not finite.*run pauses"):
         exclude_failed(broken, [], 0.2)
+
+
+def test_prompts_beyond_the_reward_model_are_found_before_anything_is_sampled(
+    cluster: Any, tiny_model: Path, run_manifest: Any, tmp_path: Path
+) -> None:
+    """Its maximum is that of its training; the policy's context would hold more."""
+    from known_reward import write_reward_model
+
+    from steersman.errors import DataError
+    from steersman.nn.reward import read_settings, write_settings
+
+    folder = write_reward_model(tmp_path / "reward", [{"C": 1.0}], "mean", "p0")
+    settings = read_settings(folder)
+    write_settings(folder, settings.model_copy(update={"max_length": 60}))
+    cluster.start_policy(tiny_model)
+    cluster.start_reference(tiny_model)
+    cluster.start_reward([{"name": "preference", "kind": "model", "path": str(folder)}])
+    stage = {"rl": {"algorithm": "rloo", "steps": 1, "promptsPerStep": 2, "generation": {"maxNewTokens": 2}}}
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2: .* reward model preference, which takes 60 .*maxLength"):
+        run_manifest(cluster, tiny_model, stage, prompts=["p0", "p" * 60])
