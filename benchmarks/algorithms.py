@@ -1,4 +1,4 @@
-"""SFT, rejection sampling, PPO, RLOO, GRPO and DPO on the demo's task, with the same token budget and several seeds.
+"""SFT, rejection sampling, the online methods and DPO on the demo's task, with the same token budget and several seeds.
 
     python -m benchmarks.algorithms                        # everything; resumes where it was stopped
     python -m benchmarks.algorithms --methods ppo,dpo --seeds 17 --jobs 1
@@ -36,7 +36,8 @@ import yaml
 
 from benchmarks.report import heading
 
-METHODS = ("sft", "rejection-sampling", "ppo", "rloo", "grpo", "dpo")
+ONLINE = ("ppo", "rloo", "grpo", "dapo", "gspo", "cispo", "reinforce-plus-plus", "online-dpo")
+METHODS = ("sft", "rejection-sampling", *ONLINE, "dpo")
 GENERATION = {"maxNewTokens": 40, "temperature": 0.7}
 EVALUATION_SEED = 5
 EVALUATION_BATCH = 16
@@ -58,6 +59,8 @@ def stages_of(method: str, budget: int) -> list[dict[str, Any]]:
     options: dict[str, Any] = {"steps": budget // 32, "promptsPerStep": 4, "samplesPerPrompt": 4, "klCoefficient": 0.1}
     if method == "ppo":
         options["ppo"] = {"critic": {"kind": "valueHead", "learningRate": 1e-3}}
+    if method == "dapo":
+        options["dapo"] = {"maxRounds": 1}  # further rounds would pass the budget
     return [{"rl": {"algorithm": method, "optimizer": adam, "generation": GENERATION, **options}}]
 
 
