@@ -242,8 +242,9 @@ class _Planner:
             bodies = objects.service_objects(self.run, manifest, service, config, self.settings)
             wanted = bodies[-1]
             state = self.observed.services.get(service)
+            if state is None or state.spec_hash != wanted["metadata"]["annotations"][SPEC_HASH]:
+                self.actions.append(DrawToken(objects.token_secret(self.run, manifest)))  # once: an existing one stays
             if state is None:
-                self.actions.append(DrawToken(objects.token_secret(self.run, manifest)))
                 self.actions.extend(Create(body["kind"], body) for body in bodies)
                 ready = False
             elif state.spec_hash != wanted["metadata"]["annotations"][SPEC_HASH] or state.replicas == 0:

@@ -33,7 +33,7 @@ from services.gateway.refusals import Refusals
 from services.gateway.store import open_store
 from steersman.errors import ConfigError, InternalError, UnavailableError
 from steersman.rpc.metrics import serve_metrics
-from steersman.rpc.server import Server, ServerConfig
+from steersman.rpc.server import Server, ServerConfig, address_of
 from steersman.rpc.tls import follow_files
 from steersman.store.secret import read_secret
 from steersman.v1.chat_pb2_grpc import add_ChatServiceServicer_to_server
@@ -176,7 +176,7 @@ class Gateway:
 
     @property
     def url(self) -> str:
-        return f"{'https' if self.config.tls else 'http'}://{self.config.host}:{self.port}"
+        return f"{'https' if self.config.tls else 'http'}://{address_of(self.config.host, self.port)}"
 
     async def run_until_signal(self) -> None:
         """Waits for SIGTERM or SIGINT, then drains.
