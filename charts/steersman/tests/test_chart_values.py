@@ -129,13 +129,15 @@ def test_servers_listen_where_the_values_say(helm, find):
 
 
 def test_the_controller_works_in_the_namespaces_that_are_named(helm, find):
-    documents = helm.render("default", "controller.namespaces={team-a,team-b}", "controller.resyncSeconds=7")
+    documents = helm.render(
+        "default", "controller.namespaces={team-a,team-b}", "controller.resyncSeconds=7", "controller.leaseSeconds=40"
+    )
     own = [item for item in documents if item["metadata"].get("namespace", "ml") == "ml"]
     config = load_model(ControllerConfig, config_of(own, find, "controller"), "controller")
     assert config.namespaces == ["team-a", "team-b"]
     assert config.resync_seconds == 7
     assert config.leader_election is not None
-    assert config.leader_election.namespace == "ml"
+    assert (config.leader_election.namespace, config.leader_election.duration_seconds) == ("ml", 40)
     for namespace in ("team-a", "team-b"):
         mine = [item for item in documents if item["metadata"].get("namespace") == namespace]
         kinds = {(item["kind"], item["metadata"]["name"].removeprefix("steersman-")) for item in mine}

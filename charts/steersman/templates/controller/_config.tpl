@@ -21,6 +21,7 @@ registeredModel: {{ .Values.controller.registeredModel }}
 leaderElection:
   lease: {{ include "steersman.name" (dict "root" . "component" "controller") }}
   namespace: {{ .Release.Namespace }}
+  durationSeconds: {{ .Values.controller.leaseSeconds }}
 host: {{ .Values.listenAddress | quote }}
 metricsPort: 9090
 healthPort: 8080
