@@ -93,7 +93,7 @@ def test_every_piece_of_configuration_loads(page: Path, text: str) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) < 140
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
 
 
 def test_there_are_blocks_to_check() -> None:
