@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import heading, table, write
-from steersman.canary import Arm, Evidence, findings, gains
+from steersman.canary import Arm, advance, findings, tests
 from steersman.config.manifest import Canary
 
 CHAMPION = 0.2
@@ -78,9 +78,7 @@ def simulate(
     limits = limits or Canary()
     draw = np.random.default_rng(seed)
     arms = [dict.fromkeys(Arm.model_fields, np.zeros(canaries)) for _ in range(2)]
-    logs: dict[str, Any] = {
-        name: np.zeros(canaries) for name in Evidence.model_fields if name not in ("champion", "candidate")
-    }
+    logs: dict[str, Any] = {name: np.zeros(canaries) for name in tests(limits)}
     taken_back, harmless = np.full(canaries, np.inf), np.full(canaries, np.inf)
     for look in range(1, judgements // every + 1):
         judged = draw.binomial(every, share, canaries)
@@ -88,10 +86,9 @@ def simulate(
             _more(arm, number, bad, draw)
             for arm, number, bad in zip(arms, (every - judged, judged), (champion, candidate), strict=True)
         ]
-        added = gains((arms[0], arms[1]), (seen[0], seen[1]), limits)
-        logs = {name: logs[name] + added[name] for name in logs}
+        logs = advance(logs, look - 1, (arms[0], arms[1]), (seen[0], seen[1]), limits)
         arms = seen
-        found = findings(logs, limits)
+        found = findings(logs, look, limits)
         against = found["errors"] | found["latency"] | found["judgements"]
         taken_back[against & np.isinf(taken_back)] = look * every
         harmless[found["harmless"] & ~against & np.isinf(harmless)] = look * every

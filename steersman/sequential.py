@@ -89,20 +89,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Level:
-    """The null that the candidate's share of bad observations is at most `bound`, whatever the champion's is.
-
-    The alternative begins at `start`, as if seen on `weight` observations, and stays between `low` and `high`.
-    """
+    """The null that the candidate's share of bad observations is at most `bound`, whatever the champion's is."""
 
     bound: float
-    start: float
-    low: float
-    high: float
-    weight: float = 100.0
+    share: float
+    """The alternative."""
 
     def alternative(self, champion: Counts, candidate: Counts) -> Pair:
-        share = (self.weight * self.start + candidate.bad) / (self.weight + candidate.n)
-        return 0.5, np.clip(share, self.low, self.high)
+        return 0.5, self.share
 
     def nearest(self, pair: Pair, sizes: Pair) -> Pair:
         return pair[0], self.bound
@@ -131,6 +125,28 @@ def gain(test: Test, before: tuple[Counts, Counts], after: tuple[Counts, Counts]
         wanted, refuted = _inside(alternative[arm]), _inside(null[arm])
         total = total + bad[arm] * np.log(wanted / refuted) + (n[arm] - bad[arm]) * np.log((1 - wanted) / (1 - refuted))
     return total
+
+
+def restart(log_invested: Number, looks: int, gained: Number) -> Number:
+    """The e-process of something that may begin to be wrong later, as a service that breaks after a good hour.
+
+    An e-process that has lost much while all was well would need as much again. So only a part of the capital 1 is
+    invested with each look, 1/(t (t+1)) with look t, and the rest waits: a mixture over the time of the change, and a
+    martingale like its parts. `capital` adds what waits.
+
+    Args:
+        log_invested: logarithm of what is invested, after `looks` looks; anything where looks is 0.
+        gained: what this look adds to an e-process that was there before it.
+    """
+    t = looks + 1
+    fresh = -math.log(t * (t + 1))
+    invested = np.logaddexp(log_invested, fresh) if looks else np.zeros_like(np.asarray(gained, dtype=float)) + fresh
+    return invested + gained
+
+
+def capital(log_invested: Number, looks: int) -> Number:
+    """Logarithm of invested and waiting capital after `looks` looks."""
+    return np.logaddexp(log_invested, -math.log(looks + 1)) if looks else 0.0 * log_invested
 
 
 def threshold(alpha: float) -> float:

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from torch.distributed import HashStore, run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo, rendezvous_handler_registry
@@ -67,6 +68,9 @@ def main() -> None:
                 os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
         try:
             run.main(arguments)
+        except SignalException as error:
+            # The ranks were told and have left; without this it is a trace and 1.
+            raise SystemExit(128 + error.sigval) from None
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
             # A signal is negative here; a container says 128 + signal.

@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from steersman import leaving
 from steersman.artifacts import refusal, storage_errors
 from steersman.config.base import dump_yaml
 from steersman.config.manifest import AlignmentRun, load_manifest
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="spec.a.b=c", help="override; repeatable")
     arguments = parser.parse_args()
     prefer_yielding_threads()
+    leaving.listen()
     try:
         run_stage(arguments.run_dir.absolute(), arguments.stage, arguments.set)
     except (SteersmanError, OSError) as error:

@@ -57,6 +57,9 @@ class ControllerConfig(FrozenModel):
     """None: this is the only replica."""
     resync_seconds: Seconds = 15.0
     """How often every running run is looked at without an event."""
+    stuck_seconds: Seconds = 1800.0
+    """A stage that is held up for so long by what does not mend itself has failed: an image that cannot be pulled, a
+    container that crashes again and again."""
     gpu_resource: str = "nvidia.com/gpu"
     """Name of a GPU as a resource of this cluster's nodes."""
     host: str = "0.0.0.0"

@@ -140,9 +140,13 @@ def _add_rules(spec: Json) -> None:
     stage["minProperties"] = stage["maxProperties"] = 1
     stage["properties"]["release"]["x-kubernetes-validations"] = [
         _rule(
-            "!has(self.canary) || has(self.inferenceService)",
-            "canary needs inferenceService: the KServe InferenceService whose traffic is split",
-        )
+            "!has(self.canary) || has(self.inferenceService) || has(self.deployment)",
+            "canary needs inferenceService or deployment: what serves the bot, and whose traffic is split",
+        ),
+        _rule(
+            "!(has(self.inferenceService) && has(self.deployment))",
+            "a release has an inferenceService or a deployment, not both",
+        ),
     ]
     stage["properties"]["rl"]["x-kubernetes-validations"] = [_belongs_to(name) for name in blocks()]
     spec["x-kubernetes-validations"] = [_unchanged(field) for field in IMMUTABLE]

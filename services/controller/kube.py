@@ -14,6 +14,9 @@ from kubernetes.aio.dynamic.client import DynamicClient
 
 Json = dict[str, Any]
 MERGE_PATCH = "application/merge-patch+json"
+APPLY_PATCH = "application/apply-patch+yaml"
+FIELD_MANAGER = "steersman-controller"
+"""Who owns the fields that we write."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,26 @@ RESOURCES: Mapping[str, Resource] = {
     "Event": Resource("", "v1", "events"),
     "Job": Resource("batch", "v1", "jobs"),
     "StatefulSet": Resource("apps", "v1", "statefulsets"),
+    "Deployment": Resource("apps", "v1", "deployments"),
+    "Workload": Resource("kueue.x-k8s.io", "v1beta1", "workloads"),
     "InferenceService": Resource("serving.kserve.io", "v1beta1", "inferenceservices"),
 }
+
+_OPTIONAL = ("InferenceService", "Workload")
+"""Kinds of other projects, which a cluster may not have."""
 
 RIGHTS: Mapping[str, tuple[str, ...]] = {
     "AlignmentRun": ("get", "list", "watch", "patch", "delete"),
     "AlignmentRun/status": ("patch",),
-    "ConfigMap": ("get", "create"),
+    "ConfigMap": ("get", "create", "patch", "delete"),
     "Secret": ("create",),
-    "Service": ("get", "create"),
+    "Service": ("get", "create", "delete"),
     "Pod": ("get", "list", "watch"),
     "Pod/log": ("get",),
     "Event": ("list", "create"),
     "Job": ("get", "list", "watch", "create", "delete"),
-    "StatefulSet": ("get", "list", "watch", "create", "patch"),
+    "StatefulSet": ("get", "list", "watch", "create", "patch", "delete"),
+    "Deployment": ("get", "create", "patch", "delete"),
 }
 """What the controller must be allowed in every namespace of runs; a test compares the chart's Role."""
 
@@ -81,8 +90,13 @@ class Kube:
             raise
 
     async def list(self, kind: str, namespace: str, selector: str | None = None) -> list[Json]:
-        """Objects of a namespace that carry the labels of `selector`."""
-        answer = await self._json("get", RESOURCES[kind].path(namespace), label_selector=selector)
+        """Objects of a namespace that carry the labels of `selector`; none where their kind does not exist."""
+        try:
+            answer = await self._json("get", RESOURCES[kind].path(namespace), label_selector=selector)
+        except ApiException as error:
+            if error.status == HTTPStatus.NOT_FOUND and kind in _OPTIONAL:
+                return []
+            raise
         return list(answer["items"])
 
     async def create(self, kind: str, namespace: str, body: Json, *, dry_run: bool = False) -> bool:
@@ -91,7 +105,7 @@ class Kube:
         Args:
             dry_run: everything is checked, nothing is kept.
         """
-        path = RESOURCES[kind].path(namespace) + ("?dryRun=All" if dry_run else "")
+        path = f"{RESOURCES[kind].path(namespace)}?fieldManager={FIELD_MANAGER}{'&dryRun=All' if dry_run else ''}"
         try:
             await self._json("post", path, body=body)
         except ApiException as error:
@@ -102,8 +116,14 @@ class Kube:
 
     async def patch(self, kind: str, namespace: str, name: str, body: Json, subresource: str | None = None) -> Json:
         """Merge patch. A stale `metadata.resourceVersion` in it raises ApiException 409."""
-        path = RESOURCES[kind].path(namespace, name, subresource)
+        path = f"{RESOURCES[kind].path(namespace, name, subresource)}?fieldManager={FIELD_MANAGER}"
         return await self._json("patch", path, body=body, content_type=MERGE_PATCH)
+
+    async def apply(self, kind: str, namespace: str, name: str, body: Json) -> Json:
+        """Server-side apply of the fields in `body`, taken over from whoever has them; those that we applied before
+        and no longer name go. A stale `metadata.resourceVersion` raises ApiException 409."""
+        path = f"{RESOURCES[kind].path(namespace, name)}?fieldManager={FIELD_MANAGER}&force=true"
+        return await self._json("patch", path, body=body, content_type=APPLY_PATCH)
 
     async def delete(self, kind: str, namespace: str, name: str) -> None:
         """Deletes in the foreground: the object stays visible until its pods are gone."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from services.controller.config import Storage
-from services.controller.status import VariantSignals
+from services.controller.trouble import Trouble
+from services.controller.turns import Peer
+from steersman.canary import Arm
 from steersman.config.tls import ClientTls
+
+if TYPE_CHECKING:
+    from services.controller.endpoint import Endpoint
 
 Json = dict[str, Any]
 Manifest = Mapping[str, Any]
@@ -22,8 +27,12 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 APPROVE = "steersman.dev/approve"
 CANCEL = "steersman.dev/cancel"
 RETRY = "steersman.dev/retry"
+CANARY_OF = "steersman.dev/canary-of"
+"""On an InferenceService: name of the run whose canary it carries, also after that run is gone."""
 
-Kind = Literal["ConfigMap", "Service", "StatefulSet", "Job", "InferenceService", "AlignmentRun"]
+Kind = Literal[
+    "ConfigMap", "Service", "StatefulSet", "Deployment", "Job", "Workload", "InferenceService", "AlignmentRun"
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class Settings:
     gpu_resource: str = "nvidia.com/gpu"
     tls: ClientTls | None = None
     """Certificates as the pods of runs see them; None: services speak plain text."""
+    stuck_seconds: float = 1800.0
+    """A stage that is held up for so long by what does not mend itself has failed."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +73,19 @@ class JobState:
     failed: bool = False
     failed_pods: int = 0
     exit_code: int | None = None
+    pod_reason: str | None = None
+    """Why its pod was ended from outside, for example OOMKilled, Evicted or PreemptionByScheduler."""
     job_reason: str | None = None
     """Why the Job gave up: BackoffLimitExceeded, PodFailurePolicy, DeadlineExceeded."""
     log: str | None = None
     waiting: str | None = None
-    """Why no pod runs, for example `Unschedulable: 0/3 nodes are available`."""
+    """The queue that holds it."""
+    wanted: int = 1
+    """Pods that it needs at the same time."""
+    running: int = 0
+    """Pods that run."""
+    trouble: Trouble | None = None
+    """Why a pod does not run."""
     progress: Progress = Progress()
 
 
@@ -78,14 +97,30 @@ class SetState:
     replicas: int
     ready: bool
     """All replicas are ready, at the current generation."""
+    stage: str = ""
+    """The stage that gave its pods their shape."""
+    trouble: Trouble | None = None
+    """Why a pod does not run."""
 
 
 @dataclass(frozen=True)
 class Signals:
-    """Live signals of both variants since the canary step began."""
+    """What both variants did since the candidate was ready."""
 
-    champion: VariantSignals
-    candidate: VariantSignals
+    champion: Arm
+    candidate: Arm
+
+
+@dataclass(frozen=True)
+class WorkloadState:
+    """A Workload of Kueue that stands for all pods of a stage."""
+
+    stage: str
+    admitted: bool = False
+    evicted: bool = False
+    """Its quota is asked back, or was never kept."""
+    message: str = ""
+    """What the queue says."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +133,19 @@ class Observed:
     """By service: policy, reward, reference."""
     has_manifest: bool = False
     """The run's ConfigMap is there."""
-    inference_service: Manifest | None = None
+    endpoint: Endpoint | None = None
+    """What serves the bot, where the run releases to it."""
+    peers: tuple[Peer, ...] = ()
+    """The other runs that are not over."""
+    workload: WorkloadState | None = None
+    """Kueue's view of the stage, where it has a queue and services."""
     signals: Signals | None = None
     """None: not available now."""
 
 
 @dataclass(frozen=True)
 class Create:
-    """Creates an object; that it exists already is not an error."""
+    """Creates an object; that it exists already is not an error if it is this run's."""
 
     kind: Kind
     body: Json
@@ -128,6 +168,16 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Apply:
+    """Server-side apply as the owner of the fields in `body`, which it takes from whoever has them; a resourceVersion
+    in it makes the API server refuse a stale one."""
+
+    kind: Kind
+    name: str
+    body: Json
+
+
+@dataclass(frozen=True)
 class Delete:
     """Deletes an object and waits for its pods; that it is gone already is not an error."""
 
@@ -142,7 +192,7 @@ class SetAlias:
     alias: Literal["candidate", "champion"]
 
 
-Action = Create | DrawToken | Patch | Delete | SetAlias
+Action = Create | DrawToken | Patch | Apply | Delete | SetAlias
 
 
 @dataclass(frozen=True)

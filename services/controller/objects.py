@@ -33,6 +33,7 @@ from steersman.errors import (
     UnavailableError,
     all_error_types,
 )
+from steersman.leaving import LEAVE_SECONDS
 from steersman.local.services import services_of
 from steersman.rpc.token import RUN_TOKEN
 
@@ -77,6 +78,11 @@ def object_name(run: str, suffix: str) -> str:
 def run_dir(run: Manifest, storage: Storage) -> Path:
     """Folder of a run on the artifacts volume."""
     return Path(storage.root) / "runs" / run["metadata"]["namespace"] / run["metadata"]["name"]
+
+
+def model_path(run: Manifest, stage: str, storage: Storage) -> str:
+    """Folder of the released model, as pods with the artifacts volume see it."""
+    return str(run_dir(run, storage) / stage / "model")
 
 
 def model_uri(run: Manifest, stage: str, storage: Storage) -> str:
@@ -194,9 +200,9 @@ def needs(run: Manifest, manifest: AlignmentRun, index: int, storage: Storage) -
 
 
 def service_objects(
-    run: Manifest, manifest: AlignmentRun, service: str, config: Json, settings: Settings
+    run: Manifest, manifest: AlignmentRun, service: str, config: Json, settings: Settings, stage: str
 ) -> tuple[Json, Json]:
-    """Headless Service and StatefulSet of one service; the StatefulSet carries a hash of its spec."""
+    """Headless Service and StatefulSet of one service; the StatefulSet carries a hash of its spec, and the stage."""
     name = object_name(manifest.metadata.name, service)
     spec: ServiceSpec = getattr(manifest.spec.services, service)
     labels = {POOL_LABEL: manifest.metadata.name, "app.kubernetes.io/component": service}
@@ -216,7 +222,8 @@ def service_objects(
         "template": template,
     }
     metadata = owned(run, name, {"app.kubernetes.io/component": service})
-    metadata["annotations"] = {SPEC_HASH: hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+    metadata["annotations"] = {SPEC_HASH: digest, STAGE_LABEL: stage}
     ports = {"grpc": PORTS[service], **({"grpc-weights": WEIGHTS_PORT} if service == "policy" else {})}
     return (
         _headless_service(run, name, labels, ports),
@@ -239,15 +246,52 @@ def _headless_service(run: Manifest, name: str, selector: dict[str, str], ports:
     }
 
 
+# What a stage takes
+
+
+def _workers(manifest: AlignmentRun, index: int) -> int:
+    return manifest.spec.trainer.workers if manifest.spec.stages[index].kind in SEVERAL_RANKS else 1
+
+
+def takes_several_pods(run: Manifest, manifest: AlignmentRun, index: int, storage: Storage) -> bool:
+    """Whether a stage needs more than one pod at the same time, and could hold some while it waits for others."""
+    return _workers(manifest, index) > 1 or bool(needs(run, manifest, index, storage))
+
+
+def workload(run: Manifest, manifest: AlignmentRun, index: int, settings: Settings) -> Json:
+    """Kueue's Workload for all pods of a stage: its queue admits services and Job together, or not at all."""
+    stage = manifest.stage_names()[index]
+    job = stage_objects(run, manifest, index, settings, queued=False)[-1]
+    sets = [("trainer", _workers(manifest, index), job["spec"]["template"])]
+    for service, config in needs(run, manifest, index, settings.storage).items():
+        body = service_objects(run, manifest, service, config, settings, stage)[-1]["spec"]
+        sets.append((service, body["replicas"], body["template"]))
+    return {
+        "apiVersion": "kueue.x-k8s.io/v1beta1",
+        "kind": "Workload",
+        "metadata": owned(run, object_name(manifest.metadata.name, "workload"), {STAGE_LABEL: stage}),
+        "spec": {
+            "queueName": manifest.spec.trainer.queue,
+            "podSets": [{"name": name, "count": count, "template": template} for name, count, template in sets],
+        },
+    }
+
+
 # The Job of a stage
 
 
-def stage_objects(run: Manifest, manifest: AlignmentRun, index: int, settings: Settings) -> list[Json]:
-    """The Job of a stage; with several workers an Indexed Job and the headless Service of its rendezvous."""
+def stage_objects(
+    run: Manifest, manifest: AlignmentRun, index: int, settings: Settings, *, queued: bool | None = None
+) -> list[Json]:
+    """The Job of a stage; with several workers an Indexed Job and the headless Service of its rendezvous.
+
+    Args:
+        queued: Kueue admits the Job itself; None: where no Workload stands for more pods than the Job's.
+    """
     stage = manifest.stage_names()[index]
     name = object_name(manifest.metadata.name, stage)
     trainer = manifest.spec.trainer
-    workers = trainer.workers if manifest.spec.stages[index].kind in SEVERAL_RANKS else 1
+    workers = _workers(manifest, index)
     identity = {STAGE_LABEL: stage, RUN_LABEL: manifest.metadata.name}
     labels = {**identity, "app.kubernetes.io/component": "trainer"}
     template = _stage_pod(run, manifest, stage, labels, settings)
@@ -268,7 +312,9 @@ def stage_objects(run: Manifest, manifest: AlignmentRun, index: int, settings: S
             "training.stage",
         ]
     metadata = owned(run, name, labels)
-    if trainer.queue is not None:
+    if queued is None:
+        queued = not needs(run, manifest, index, settings.storage)
+    if trainer.queue is not None and queued:
         metadata["labels"][QUEUE_LABEL] = trainer.queue
     exits = {"operator": "In", "values": final_exit_codes()}  # of any container: `prepare` refuses wrong data
     spec: Json = {
@@ -296,6 +342,7 @@ def _stage_pod(run: Manifest, manifest: AlignmentRun, stage: str, labels: dict[s
     template = _pod(settings.templates["trainer"], labels, manifest.spec.trainer.resources, settings)
     pod = template["spec"]
     pod["restartPolicy"] = "Never"
+    pod["terminationGracePeriodSeconds"] = int(LEAVE_SECONDS) + 10
     folder = run_dir(run, settings.storage)
     container = pod["containers"][0]
     container["terminationMessagePolicy"] = "FallbackToLogsOnError"  # the end of the log, without a right to read logs
@@ -320,6 +367,32 @@ def _stage_pod(run: Manifest, manifest: AlignmentRun, stage: str, labels: dict[s
     container["command"] = ["python", "-m", "training.stage"]
     container["args"] = ["--run-dir", str(folder), "--stage", stage]
     return template
+
+
+TIDY = "tidy"
+"""What the Job that removes a run's files is called, where stages have their name."""
+
+
+def tidy_job(run: Manifest, manifest: AlignmentRun, settings: Settings) -> Json:
+    """A Job that leaves of the run's folder what the manifest keeps."""
+    labels = {STAGE_LABEL: TIDY, RUN_LABEL: manifest.metadata.name, "app.kubernetes.io/component": "trainer"}
+    template = _pod(settings.templates["trainer"], labels, Resources(), settings)
+    template["spec"]["restartPolicy"] = "Never"
+    container = template["spec"]["containers"][0]
+    container["terminationMessagePolicy"] = "FallbackToLogsOnError"
+    container["command"] = ["python", "-m", "steersman.local.tidy"]
+    keep = ["--keep-released"] if manifest.spec.ttl_keeps == "released" else []
+    container["args"] = [*keep, str(run_dir(run, settings.storage))]
+    for kind in ("requests", "limits"):  # it needs no accelerator
+        wanted = (container.get("resources") or {}).get(kind) or {}
+        container["resources"][kind] = {key: value for key, value in wanted.items() if "/" not in key}
+    name = object_name(manifest.metadata.name, TIDY)
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": owned(run, name, labels),
+        "spec": {"backoffLimit": 3, "template": template},
+    }
 
 
 def _pod(template: Json, labels: dict[str, str], resources: Resources, settings: Settings) -> Json:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+import logging
 from datetime import datetime
 from typing import Any
 
+from services.controller.endpoint import Endpoint
+from services.controller.kserve import KServeEndpoint
 from services.controller.kube import Kube
 from services.controller.model import (
     QUEUE_LABEL,
@@ -20,13 +22,21 @@ from services.controller.model import (
     Observed,
     Progress,
     SetState,
+    Signals,
+    WorkloadState,
 )
 from services.controller.objects import final_exit_codes, object_name
-from services.controller.plan import read_status
+from services.controller.plan import parse_run, read_status
 from services.controller.release import candidate_name
 from services.controller.signals import LiveSignals
-from services.controller.status import parse_time
-from steersman.errors import UnavailableError
+from services.controller.split import SplitEndpoint, split_name
+from services.controller.status import TERMINAL, parse_time
+from services.controller.trouble import find_trouble
+from services.controller.turns import Peer
+from steersman.config.manifest import Canary
+from steersman.errors import ConfigError, UnavailableError
+
+log = logging.getLogger("steersman.controller")
 
 LOG_LINES = 20
 """Lines of a failed pod's log that the status keeps."""
@@ -58,75 +68,162 @@ def _with_nulls(stored: Any, written: Any) -> Any:
 
 
 async def observe(kube: Kube, run: Manifest, signals: LiveSignals | None, now: datetime) -> Observed:
-    """Reads everything that belongs to a run, from the API server and not from a cache."""
+    """Reads everything that belongs to a run."""
     namespace, name = run["metadata"]["namespace"], run["metadata"]["name"]
     selector = f"{RUN_LABEL}={name}"
-    jobs, pods, sets = await asyncio.gather(
+    jobs, pods, sets, runs = await asyncio.gather(
         kube.list("Job", namespace, selector),
         kube.list("Pod", namespace, selector),
         kube.list("StatefulSet", namespace, selector),
+        kube.list("AlignmentRun", namespace),
     )
     manifest = await kube.get("ConfigMap", namespace, object_name(name, "manifest"))
-    service_name = released_service(run)
-    service = await kube.get("InferenceService", namespace, service_name) if service_name else None
+    endpoint = await _endpoint(kube, run)
+    events = await _events(kube, namespace, pods, jobs, sets)
     return Observed(
         jobs={
-            job["metadata"]["labels"][STAGE_LABEL]: await _job_state(kube, job, pods)
+            job["metadata"]["labels"][STAGE_LABEL]: await _job_state(kube, job, pods, events)
             for job in jobs
             if STAGE_LABEL in job["metadata"].get("labels", {})
         },
         services={
-            item["metadata"]["labels"]["app.kubernetes.io/component"]: set_state(item)
+            item["metadata"]["labels"]["app.kubernetes.io/component"]: set_state(item, pods, events)
             for item in sets
-            if _is_owned(item, run)
+            if is_owned(item, run)
         },
-        has_manifest=manifest is not None and _is_owned(manifest, run),
-        inference_service=service,
-        signals=await _signals(signals, run, service, now),
+        has_manifest=manifest is not None and is_owned(manifest, run),
+        endpoint=endpoint,
+        peers=_peers(run, runs),
+        workload=await _workload(kube, run),
+        signals=await _signals(signals, run, endpoint, now),
     )
 
 
-def released_service(run: Manifest) -> str | None:
-    """Name of the InferenceService of the run's release stage."""
+def _peers(run: Manifest, runs: list[Json]) -> tuple[Peer, ...]:
+    """The other runs that are not over, where they stand."""
+    found = []
+    for other in runs:
+        status = read_status(other)
+        meta = other["metadata"]
+        if meta["uid"] != run["metadata"]["uid"] and status.phase not in TERMINAL and status.turn is not None:
+            found.append(Peer(meta["name"], (status.turn_time or "", meta["uid"]), status.turn))
+    return tuple(found)
+
+
+async def _events(kube: Kube, namespace: str, pods: list[Json], *makers: list[Json]) -> list[Json]:
+    """Warnings of the namespace, where something of the run does not come up."""
+    wanted = sum(_wanted_pods(item) for items in makers for item in items)
+    running = sum((pod.get("status") or {}).get("phase") == "Running" for pod in pods)
+    if running >= wanted:
+        return []
+    events = await kube.list("Event", namespace)
+    return [event for event in events if event.get("type") == "Warning" and "involvedObject" in event]
+
+
+def _wanted_pods(item: Json) -> int:
+    spec, status = item["spec"], item.get("status") or {}
+    if any(entry["type"] in ("Complete", "Failed") for entry in status.get("conditions") or []):
+        return 0
+    return int(spec.get("parallelism") or spec.get("replicas") or 0)
+
+
+async def _endpoint(kube: Kube, run: Manifest) -> Endpoint | None:
+    """What the run's release stage names, as it is now; None: nothing, or it does not exist."""
+    namespace, name = run["metadata"]["namespace"], run["metadata"]["name"]
     for stage in run["spec"].get("stages") or []:
-        release = stage.get("release")
-        if release and release.get("inferenceService"):
-            return str(release["inferenceService"])
+        release = stage.get("release") or {}
+        if release.get("inferenceService"):
+            service = await kube.get("InferenceService", namespace, release["inferenceService"])
+            return KServeEndpoint(service, name) if service is not None else None
+        if release.get("deployment"):
+            deployment = await kube.get("Deployment", namespace, release["deployment"])
+            if deployment is None:
+                return None
+            split = await kube.get("ConfigMap", namespace, split_name(release["deployment"]))
+            candidate = await kube.get("Deployment", namespace, candidate_name(run))
+            mine = candidate if candidate is not None and is_owned(candidate, run) else None
+            return SplitEndpoint(run, deployment, split, mine)
     return None
 
 
-async def _signals(source: LiveSignals | None, run: Manifest, service: Manifest | None, now: datetime):
+async def _workload(kube: Kube, run: Manifest) -> WorkloadState | None:
+    """Kueue's view of the stage; None where the run has no queue, or nothing was asked of it."""
+    if not (run["spec"].get("trainer") or {}).get("queue"):
+        return None
+    meta = run["metadata"]
+    found = await kube.get("Workload", meta["namespace"], object_name(meta["name"], "workload"))
+    return workload_state(found) if found is not None and is_owned(found, run) else None
+
+
+def workload_state(item: Json) -> WorkloadState:
+    """The planner's view of a Workload: admission and eviction are conditions of it."""
+    conditions = {entry["type"]: entry for entry in (item.get("status") or {}).get("conditions") or []}
+    holds = {kind for kind, entry in conditions.items() if entry.get("status") == "True"}
+    return WorkloadState(
+        stage=item["metadata"].get("labels", {}).get(STAGE_LABEL, ""),
+        admitted="Admitted" in holds and "Evicted" not in holds,
+        evicted="Evicted" in holds or "deletionTimestamp" in item["metadata"],
+        message=(conditions.get("QuotaReserved") or {}).get("message", "") if "QuotaReserved" not in holds else "",
+    )
+
+
+async def _signals(
+    source: LiveSignals | None, run: Manifest, endpoint: Endpoint | None, now: datetime
+) -> Signals | None:
+    """None while they cannot be had: a release holds then, and everything else goes on."""
     release = read_status(run).release
-    if source is None or service is None or release is None or release.ready_time is None:
+    limits = _canary_limits(run)
+    if source is None or endpoint is None or release is None or release.counted_since is None or limits is None:
         return None
+    if release.decision is not None:
+        return None
+    since, ratio = parse_time(release.counted_since), limits.max_latency_ratio
     try:
-        return await source.read(service, candidate_name(run), parse_time(release.ready_time), now)
-    except UnavailableError:
+        return await source.read(endpoint, run["metadata"]["namespace"], candidate_name(run), ratio, since, now)
+    except UnavailableError as error:
+        log.warning("%s: live signals are missing (%s)", run["metadata"]["name"], error)
+    except Exception:
+        log.exception("%s: live signals cannot be read", run["metadata"]["name"])
+    return None
+
+
+def _canary_limits(run: Manifest) -> Canary | None:
+    try:
+        stages = parse_run(run).spec.stages
+    except ConfigError:
         return None
+    return next((stage.release.canary for stage in stages if stage.release is not None), None)
 
 
-async def _job_state(kube: Kube, job: Json, pods: list[Json]) -> JobState:
+async def _job_state(kube: Kube, job: Json, pods: list[Json], events: list[Json]) -> JobState:
     stage = job["metadata"]["labels"][STAGE_LABEL]
     mine = [pod for pod in pods if pod["metadata"].get("labels", {}).get(STAGE_LABEL) == stage]
     mine.sort(key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
-    failure = last_failure(mine)
-    log = failure.get("message") if failure else None
     running = [pod for pod in mine if pod.get("status", {}).get("phase") == "Running"]
     progress = Progress()
     if running:
         first = min(running, key=lambda pod: pod["metadata"]["name"])  # rank 0 reports
         text = await kube.pod_log(first["metadata"]["namespace"], first["metadata"]["name"], _PROGRESS_LINES)
         progress = read_progress(text)
-    return job_state(job, failure, log, progress, queue_reason(job) or waiting_reason(mine))
+    return job_state(job, mine, events, progress)
 
 
-def job_state(
-    job: Json, failure: Mapping[str, Any] | None, log: str | None, progress: Progress, waiting: str | None
-) -> JobState:
-    """The planner's view of a Job and the last failure among its pods."""
+def job_state(job: Json, pods: list[Json], events: list[Json], progress: Progress) -> JobState:
+    """The planner's view of a Job, the last failure among its pods and what holds them up.
+
+    Args:
+        job: the Job.
+        pods: its pods, oldest first.
+        events: warnings of the namespace.
+        progress: what the first pod says.
+    """
     status = job.get("status") or {}
     true = {item["type"]: item for item in status.get("conditions") or [] if item["status"] == "True"}
     owners = job["metadata"].get("ownerReferences") or [{}]
+    failure = last_failure(pods)
+    log = failure.get("message") if failure else None
+    queue = queue_reason(job)
+    makers = [("Job", job["metadata"]["name"])]
     return JobState(
         owner=owners[0].get("uid", ""),
         terminating="deletionTimestamp" in job["metadata"],
@@ -134,23 +231,50 @@ def job_state(
         failed="Failed" in true,
         failed_pods=status.get("failed", 0),
         exit_code=failure.get("exitCode") if failure else None,
+        pod_reason=killed_by(pods),
         job_reason=true.get("Failed", {}).get("reason"),
         log=tail(log) if log else None,
-        waiting=waiting,
+        waiting=queue,
+        wanted=job["spec"].get("parallelism") or 1,
+        running=sum((pod.get("status") or {}).get("phase") == "Running" for pod in pods),
+        trouble=None if queue else find_trouble(pods, events, makers),
         progress=progress,
     )
 
 
-def set_state(item: Json) -> SetState:
+def set_state(item: Json, pods: list[Json], events: list[Json]) -> SetState:
+    """The planner's view of a StatefulSet and of what holds its pods up."""
     meta, spec, status = item["metadata"], item["spec"], item.get("status") or {}
     replicas = spec.get("replicas", 1)
     current = status.get("observedGeneration", 0) >= meta.get("generation", 0)
     updated = status.get("updatedReplicas", 0) >= replicas
+    ready = replicas > 0 and current and updated and status.get("readyReplicas", 0) >= replicas
+    labels = spec["selector"]["matchLabels"]
+    mine = [pod for pod in pods if labels.items() <= pod["metadata"].get("labels", {}).items()]
+    annotations = meta.get("annotations") or {}
     return SetState(
-        spec_hash=(meta.get("annotations") or {}).get(SPEC_HASH, ""),
+        spec_hash=annotations.get(SPEC_HASH, ""),
         replicas=replicas,
-        ready=replicas > 0 and current and updated and status.get("readyReplicas", 0) >= replicas,
+        ready=ready,
+        stage=annotations.get(STAGE_LABEL, ""),
+        trouble=None if ready or not replicas else find_trouble(mine, events, [("StatefulSet", meta["name"])]),
     )
+
+
+def killed_by(pods: list[Json]) -> str | None:
+    """Why the newest failed pod was ended from outside: out of memory, evicted, preempted; None: by itself."""
+    for pod in reversed(pods):
+        status = pod.get("status") or {}
+        if status.get("phase") != "Failed":
+            continue
+        for container in [*(status.get("containerStatuses") or []), *(status.get("initContainerStatuses") or [])]:
+            ended = (container.get("state") or {}).get("terminated") or {}
+            if ended.get("reason") == "OOMKilled":
+                return "OOMKilled"
+        disrupted = [entry for entry in status.get("conditions") or [] if entry.get("type") == "DisruptionTarget"]
+        reasons = [entry.get("reason") for entry in disrupted if entry.get("status") == "True"]
+        return next((str(reason) for reason in [status.get("reason"), *reasons] if reason), None)
+    return None
 
 
 def last_failure(pods: list[Json]) -> Json | None:
@@ -185,22 +309,6 @@ def queue_reason(job: Manifest) -> str | None:
     return f"waiting in the queue {queue}"
 
 
-def waiting_reason(pods: list[Json]) -> str | None:
-    """Why the newest pod does not run: unschedulable, image pull, crash loop."""
-    for pod in reversed(pods):
-        status = pod.get("status") or {}
-        if status.get("phase") != "Pending":
-            continue
-        for condition in status.get("conditions") or []:
-            if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
-                return f"{condition.get('reason')}: {condition.get('message', '')}".rstrip(": ")
-        for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
-            waiting = (container.get("state") or {}).get("waiting")
-            if waiting and waiting.get("reason") not in ("PodInitializing", "ContainerCreating"):
-                return f"{waiting.get('reason')}: {waiting.get('message', '')}".rstrip(": ")
-    return None
-
-
 def read_progress(log: str) -> Progress:
     """The newest progress line; reward and KL from the newest line that has them."""
     values: dict[str, Any] = {}
@@ -229,6 +337,7 @@ def tail(text: str) -> str:
     return "\n".join(text.strip().splitlines()[-LOG_LINES:])[-_LOG_CHARS:]
 
 
-def _is_owned(item: Manifest, run: Manifest) -> bool:
+def is_owned(item: Manifest, run: Manifest) -> bool:
+    """Whether an object belongs to a run: by uid, not by name."""
     uid = run["metadata"]["uid"]
     return any(owner.get("uid") == uid for owner in item["metadata"].get("ownerReferences") or [])

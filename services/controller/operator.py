@@ -21,12 +21,13 @@ from kubernetes.aio.client import ApiClient
 from kubernetes.aio.client.exceptions import ApiException
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
+from services.controller.cache import CachedKube
 from services.controller.config import ControllerConfig, load_templates
 from services.controller.health import Health, Probes, dry_look
-from services.controller.kube import Kube, explain
+from services.controller.kube import RESOURCES, Kube, explain
 from services.controller.leader import lead
 from services.controller.model import RUN_LABEL, Settings
-from services.controller.reconcile import RETRY_SECONDS, Reconciler
+from services.controller.reconcile import Backoff, Reconciler, canary_of
 from services.controller.signals import LiveSignals
 from services.controller.status import TERMINAL
 from steersman.registry import Registry
@@ -41,11 +42,18 @@ SECONDS = Histogram("steersman_controller_reconcile_seconds", "Time of a look at
 RUNS = Gauge("steersman_controller_runs", "Runs by phase.", ["phase"])
 
 
-class Dispatcher:
-    """Looks at each run one at a time; what arrives meanwhile leads to one more look."""
+_LOOKS_AT_ONCE = 16
+_LOOK_SECONDS = 300.0
+"""No look takes so long; one that does is given up, so that the run is looked at again."""
 
-    def __init__(self, look: Callable[[str, str], Awaitable[float | None]]) -> None:
+
+class Dispatcher:
+    """Looks at each run one at a time, and at `_LOOKS_AT_ONCE` runs; what arrives meanwhile leads to one more look."""
+
+    def __init__(self, look: Callable[[str, str], Awaitable[float | None]], backoff: Backoff) -> None:
         self._look = look
+        self._backoff = backoff
+        self._places = asyncio.Semaphore(_LOOKS_AT_ONCE)
         self._timers: dict[Key, asyncio.TimerHandle] = {}
         self._busy: set[Key] = set()
         self._again: set[Key] = set()
@@ -75,12 +83,13 @@ class Dispatcher:
         delay: float | None = None
         start = time.monotonic()
         try:
-            delay = await self._look(*key)
+            async with self._places, asyncio.timeout(_LOOK_SECONDS):
+                delay = await self._look(*key)
             LOOKS.labels("ok").inc()
         except Exception:
-            log.exception("%s/%s: the look failed; trying again", *key)
+            delay = self._backoff.failed(key)
+            log.exception("%s/%s: the look failed; trying again in %g s", *key, delay)
             LOOKS.labels("error").inc()
-            delay = RETRY_SECONDS
         finally:
             SECONDS.observe(time.monotonic() - start)
             self._busy.discard(key)
@@ -110,11 +119,15 @@ async def resync(
         for namespace in namespaces:
             try:
                 runs = await kube.list("AlignmentRun", namespace)
+                services = await kube.list("InferenceService", namespace)
             except Exception as error:
                 reason = explain(error) if isinstance(error, ApiException) else error
                 log.warning("runs in %s cannot be listed (%s)", namespace, reason)
                 continue
             listed(namespace)
+            there = {run["metadata"]["name"] for run in runs}
+            for name in {canary_of(service) for service in services} - there - {None}:
+                dispatcher.add((namespace, str(name)))  # its canary is taken back
             for run in runs:
                 phase = (run.get("status") or {}).get("phase", "Pending")
                 counts[phase] = counts.get(phase, 0) + 1
@@ -127,11 +140,11 @@ async def resync(
 
 
 def build_registry(
-    kube: Kube, reconciler: Reconciler, config: ControllerConfig, health: Health
+    kube: CachedKube, reconciler: Reconciler, config: ControllerConfig, health: Health
 ) -> kopf.OperatorRegistry:
     """Handlers for the run itself and for everything that it owns."""
     registry = kopf.OperatorRegistry()
-    dispatcher = Dispatcher(reconciler.reconcile)
+    dispatcher = Dispatcher(reconciler.reconcile, reconciler.backoff)
     background: list[asyncio.Task[None]] = []
 
     @kopf.on.startup(registry=registry)
@@ -151,13 +164,20 @@ def build_registry(
 
     @kopf.on.event("steersman.dev", "v1alpha1", "alignmentruns", registry=registry)
     async def run_changed(namespace: str | None, name: str | None, **_: Any) -> None:
+        kube.changed("AlignmentRun", namespace or "")
         dispatcher.add((namespace or "", name or ""))
 
-    async def part_changed(namespace: str | None, labels: Any, **_: Any) -> None:
-        dispatcher.add((namespace or "", labels[RUN_LABEL]))
+    def watch(kind: str) -> None:
+        async def part_changed(namespace: str | None, labels: Any, **_: Any) -> None:
+            kube.changed(kind, namespace or "")
+            dispatcher.add((namespace or "", labels[RUN_LABEL]))
 
-    for group, version, plural in (("batch", "v1", "jobs"), ("apps", "v1", "statefulsets"), ("", "v1", "pods")):
-        kopf.on.event(group, version, plural, labels={RUN_LABEL: kopf.PRESENT}, registry=registry)(part_changed)
+        at = RESOURCES[kind]
+        labels = {RUN_LABEL: kopf.PRESENT}
+        kopf.on.event(at.group, at.version, at.plural, labels=labels, registry=registry)(part_changed)
+
+    for kind in ("Job", "StatefulSet", "Pod"):
+        watch(kind)
     return registry
 
 
@@ -176,9 +196,14 @@ async def serve(config: ControllerConfig) -> None:
     if config.metrics_port is not None:
         start_http_server(config.metrics_port, config.host)
     async with ApiClient() as client:
-        kube = Kube(client)
+        kube = CachedKube(Kube(client))
         settings = Settings(
-            templates, config.storage, signals is not None, gpu_resource=config.gpu_resource, tls=config.run_tls
+            templates,
+            config.storage,
+            signals is not None,
+            stuck_seconds=config.stuck_seconds,
+            gpu_resource=config.gpu_resource,
+            tls=config.run_tls,
         )
         reconciler = Reconciler(kube, settings, signals=signals, registry=model_registry)
         health = Health(kube, config)

@@ -1,47 +1,52 @@
 """Live signals of the two variants of a bot: errors and latency from Prometheus, judgements from the store.
 
 Judgements are counted where the answer was given, not where the judgement arrived: the store keeps the deployment of
-every answer, and a load balancer may send a thumb to either variant.
+every answer, and a load balancer may send a thumb to either variant. One conversation or customer counts once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import httpx
+from sqlalchemy.exc import SQLAlchemyError
 
-from services.controller.model import Manifest, Signals
-from services.controller.status import VariantSignals
-from steersman.errors import UnavailableError
+from services.controller.endpoint import Endpoint, Variant
+from services.controller.model import Signals
+from steersman.canary import OUR_FAULT, Buckets, arm_of, median
+from steersman.errors import SteersmanError, UnavailableError
 from steersman.store.engine import Store
-from steersman.store.feedback import feedback_counts
+from steersman.store.units import Units, judged_units
 
-OUR_FAULT = "InternalError|UnavailableError|DeadlineError|StorageError|SteersmanError"
-"""Outcomes of an answer that count as errors; what a caller did wrong does not."""
+READ_SECONDS = 20.0
+"""Longest time for all signals of one look."""
 
 QUERIES: Mapping[str, str] = {
-    "requests": "sum(increase(steersman_gateway_answers_total{{{pods}}}[{window}s]))",
-    "errors": 'sum(increase(steersman_gateway_answers_total{{{pods},outcome=~"' + OUR_FAULT + '"}}[{window}s]))',
-    "latency": (
-        "histogram_quantile(0.5, sum by (le) (increase(steersman_gateway_answer_seconds_bucket{{{pods}}}[{window}s])))"
-    ),
+    "requests": "sum(increase({family}s_total{{{series}}}[{window}s]))",
+    "errors": 'sum(increase({family}s_total{{{series},outcome=~"' + "|".join(OUR_FAULT) + '"}}[{window}s]))',
+    "seconds": "sum by (le) (increase({family}_seconds_bucket{{{series}}}[{window}s]))",
 }
 
 
-def component(service: Manifest, variant: str | None) -> str:
-    """Name that KServe gives the Deployment and the pods of a predictor (constants.PredictorServiceName)."""
-    name = service["metadata"]["name"]
-    return f"{name}-{variant}-predictor" if variant else f"{name}-predictor"
+def query(kind: str, namespace: str, variant: Variant, seconds: float) -> str:
+    """PromQL over one variant since `seconds` ago."""
+    matchers = f'namespace="{namespace}",{variant.series}'
+    return QUERIES[kind].format(family=variant.family, series=matchers, window=max(60, math.ceil(seconds)))
 
 
-def query(kind: str, namespace: str, workload: str, seconds: float) -> str:
-    """PromQL over the pods of one Deployment since `seconds` ago."""
-    pods = f'namespace="{namespace}",pod=~"{workload}-[a-z0-9]+-[a-z0-9]+"'
-    return QUERIES[kind].format(pods=pods, window=max(60, math.ceil(seconds)))
+@dataclass(frozen=True)
+class Measured:
+    """What Prometheus knows of one variant."""
+
+    requests: float
+    errors: float
+    times: Buckets
 
 
 class LiveSignals:
@@ -54,51 +59,67 @@ class LiveSignals:
         self._http = httpx.AsyncClient(base_url=prometheus_url, timeout=10.0, transport=transport)
         self._store = Store.open(database_url, migrate=False)
 
-    async def read(self, service: Manifest, candidate: str, since: datetime, now: datetime) -> Signals:
-        """Signals of the stable predictor and of the candidate since a time.
+    async def read(
+        self, endpoint: Endpoint, namespace: str, candidate: str, ratio: float, since: datetime, now: datetime
+    ) -> Signals:
+        """What champion and candidate did since a time.
+
+        Args:
+            ratio: an answer is slow that took longer than this many times the champion's median.
 
         Raises:
-            UnavailableError: a source does not answer, or Prometheus refuses the query.
+            UnavailableError: a source does not answer in time, refuses, or says what cannot be understood.
         """
-        stable = service["spec"]["predictor"].get("name")
-        champion, challenger = await asyncio.gather(
-            self._variant(service, stable, since, now), self._variant(service, candidate, since, now)
+        variants = endpoint.variants(candidate)
+        seconds = (now - since).total_seconds()
+        try:
+            async with asyncio.timeout(READ_SECONDS):
+                judged, *measured = await asyncio.gather(
+                    asyncio.to_thread(self._judged, [variant.deployment for variant in variants], since),
+                    self._measured(namespace, variants[0], seconds),
+                    self._measured(namespace, variants[1], seconds),
+                )
+        except TimeoutError:
+            raise UnavailableError(f"live signals: no answer within {READ_SECONDS:g} s") from None
+        usual = median(measured[0].times)
+        limit = None if usual is None else usual * ratio
+        champion, challenger = (
+            arm_of(units.judged, units.bad, numbers.requests, numbers.errors, numbers.times, limit)
+            for units, numbers in zip((judged[variant.deployment] for variant in variants), measured, strict=True)
         )
         return Signals(champion, challenger)
 
-    async def _variant(self, service: Manifest, variant: str | None, since: datetime, now: datetime) -> VariantSignals:
-        workload = component(service, variant)
-        namespace = service["metadata"]["namespace"]
-        seconds = (now - since).total_seconds()
-        requests, errors, latency = await asyncio.gather(
-            *(self._value(query(kind, namespace, workload, seconds)) for kind in ("requests", "errors", "latency"))
+    async def _measured(self, namespace: str, variant: Variant, seconds: float) -> Measured:
+        requests, errors, series = await asyncio.gather(
+            *(self._ask(query(kind, namespace, variant, seconds)) for kind in QUERIES)
         )
-        thumbs = await asyncio.to_thread(self._thumbs, f"isvc.{workload}", since)
-        judged = thumbs["up"] + thumbs["down"]
-        return VariantSignals(
-            requests=requests or 0.0,
-            error_rate=(errors or 0.0) / requests if requests else 0.0,
-            feedback=judged,
-            thumbs_down_share=thumbs["down"] / judged if judged else 0.0,
-            latency_seconds=latency,
-        )
+        buckets = sorted((float(labels.get("le", "nan")), count) for labels, count in series)
+        # Extrapolation and scrapes in between may make a bucket smaller than the one before it.
+        counts = itertools.accumulate((count for _, count in buckets), max)
+        times = list(zip((edge for edge, _ in buckets), counts, strict=True))
+        return Measured(_total(requests), _total(errors), times)
 
-    async def _value(self, expression: str) -> float | None:
-        """The single number of an instant query; None when there is no such series yet."""
+    async def _ask(self, expression: str) -> list[tuple[Mapping[str, str], float]]:
+        """Labels and value of each series of an instant query."""
         try:
             response = await self._http.get("/api/v1/query", params={"query": expression})
             answer: dict[str, Any] = response.raise_for_status().json()
-        except (httpx.HTTPError, ValueError) as error:
-            raise UnavailableError(f"Prometheus does not answer ({error}); check prometheusUrl") from None
-        results = answer["data"]["result"]
-        value = float(results[0]["value"][1]) if results else math.nan
-        return value if math.isfinite(value) else None
+            series = [(dict(item["metric"]), float(item["value"][1])) for item in answer["data"]["result"]]
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            raise UnavailableError(f"Prometheus does not answer ({error!r}); check prometheusUrl") from None
+        return [(labels, value) for labels, value in series if math.isfinite(value)]
 
-    def _thumbs(self, deployment: str, since: datetime) -> dict[str, int]:
-        with self._store.reading() as session:
-            counts = feedback_counts(session, deployment, since)
-        return {value: counts[("thumbs", value)] for value in ("up", "down")}
+    def _judged(self, deployments: Sequence[str], since: datetime) -> dict[str, Units]:
+        try:
+            with self._store.reading() as session:
+                return judged_units(session, deployments, since)
+        except (SQLAlchemyError, SteersmanError) as error:
+            raise UnavailableError(f"the gateways' database does not answer ({error!r})") from None
 
     async def close(self) -> None:
         await self._http.aclose()
         self._store.close()
+
+
+def _total(series: Sequence[tuple[Mapping[str, str], float]]) -> float:
+    return sum(value for _, value in series)

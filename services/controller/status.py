@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from services.controller.turns import Turn
+from steersman.canary import Evidence
 from steersman.config.base import FrozenModel
 
 Phase = Literal[
@@ -64,21 +66,6 @@ class StageStatus(FrozenModel):
     """Last lines of the failed pod's log."""
 
 
-class VariantSignals(FrozenModel):
-    """What one variant of the bot did since the canary step began."""
-
-    requests: float
-    """Answered requests, failed ones included."""
-    error_rate: float
-    """Share of requests that failed on our side."""
-    feedback: float
-    """Judgements of people."""
-    thumbs_down_share: float
-    """Share of thumbs down among them."""
-    latency_seconds: float | None = None
-    """Median time to a whole answer; None without requests."""
-
-
 class ReleaseStatus(FrozenModel):
     candidate: str
     """Name of the canary predictor."""
@@ -93,11 +80,13 @@ class ReleaseStatus(FrozenModel):
     step_start_time: Time | None = None
     """When the candidate was given this percentage."""
     ready_time: Time | None = None
-    """When the candidate was ready at this percentage; signals count from here."""
-    champion: VariantSignals | None = None
-    """Signals of the model that served before, as last seen with traffic."""
-    observed: VariantSignals | None = None
-    """Signals of the candidate in the running step."""
+    """When the candidate was ready at this percentage."""
+    counted_since: Time | None = None
+    """When the candidate was ready for the first time; signals count from here."""
+    evidence: Evidence = Evidence()
+    """What both variants showed since then, and what it is worth."""
+    promoting: bool = False
+    """The candidate has passed and is becoming the champion."""
     decision: Literal["Promoted", "RolledBack"] | None = None
     """How it ended."""
     reason: str | None = None
@@ -127,6 +116,16 @@ class RunStatus(FrozenModel):
     """When the run began."""
     completion_time: Time | None = None
     """When it ended."""
+    suspend_time: Time | None = None
+    """Since when it is held."""
+    suspended_seconds: int = 0
+    """How long it was held before; this time does not count for activeDeadlineSeconds."""
+    blocked_since: Time | None = None
+    """Since when the stage is held up by what does not mend itself."""
+    turn: Turn | None = None
+    """Of a stage with several pods: whether it waits for hardware, takes it, or has it; see `turns.py`."""
+    turn_time: Time | None = None
+    """When that changed."""
     retry: str | None = None
     """Value of the retry annotation that was last obeyed."""
     stages: list[StageStatus] = []

@@ -45,6 +45,8 @@ class Question:
     """Whether the end customer agreed to training on this; None: not said."""
     traceparent: str = ""
     """W3C trace context of the caller."""
+    variant: str = ""
+    """Of champion and candidate, who answered before, as the caller says; empty: unknown."""
     must_call: bool = False
     """The answer is constrained to a tool call, see `services.gateway.openai.translate.call_schema`."""
     single_call: bool = False
@@ -150,6 +152,8 @@ class Answer:
         self.model = question.model
         self.created = int(time.time())
         self.choices: list[Choice] = []
+        self.variant = ""
+        """Of champion and candidate, who answers; empty: there is one model."""
         self.adapter = ""
         self.lookups: list[Lookup] = []
         self.proposals: list[Proposal] = []

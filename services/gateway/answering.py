@@ -15,10 +15,13 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import sqlalchemy as sa
+
 from services.gateway.admission import Admission
 from services.gateway.answer import Answer, Question, replay
 from services.gateway.auth.tokens import FeedbackTokens
 from services.gateway.backends.pool import ReplicaPool
+from services.gateway.backends.split import SplitPool
 from services.gateway.config import GatewayConfig
 from services.gateway.errors import BadRequestError
 from services.gateway.idempotency import Claim, IdempotencyKeys
@@ -33,6 +36,7 @@ from services.gateway.trail import answer_line, answer_rows, outcome_of
 from steersman.background import Background
 from steersman.errors import DeadlineError, NotFoundError, SteersmanError, UnavailableError
 from steersman.store.engine import Store
+from steersman.store.models import Answer as StoredAnswer
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
 
@@ -45,7 +49,12 @@ class Assistant:
     """Answers questions."""
 
     def __init__(
-        self, config: GatewayConfig, pool: ReplicaPool, store: Store, tokens: FeedbackTokens, metrics: Metrics
+        self,
+        config: GatewayConfig,
+        pool: ReplicaPool | SplitPool,
+        store: Store,
+        tokens: FeedbackTokens,
+        metrics: Metrics,
     ) -> None:
         self.config = config
         self.background = Background()
@@ -63,6 +72,7 @@ class Assistant:
         self.draining = False
         self._tokens = tokens
         self.idempotency = IdempotencyKeys(store, longest)
+        self._store = store
         metrics.gauge("running_answers", "Answers in generation.", lambda: self.admission.running)
         metrics.gauge("queued_answers", "Requests that wait for a place.", lambda: self.admission.waiting)
         metrics.gauge("unrecorded_answers", "Records that are not on disk yet.", lambda: self.recorder.backlog)
@@ -138,7 +148,8 @@ class Assistant:
     async def _begin(self, question: Question, claim: Claim | None, reserved: Reserved | None) -> Answer:
         answer = Answer(f"{question.id_prefix}-{secrets.token_hex(12)}", question, self._stream)
         answer.model = question.model or self.config.model
-        answer.adapter = self.pool.served
+        answer.variant = await self._variant(question)
+        answer.adapter = self.pool.of(answer.variant).served
         answer.limit_seconds = self.config.limits.answer_seconds
         answer.trace = self.tracer.start(answer, answer.model)
         answer.feedback_token = self._tokens.issue(answer.id, question.caller.tenant)
@@ -207,6 +218,31 @@ class Assistant:
         request.messages.extend(messages)
         return replace(question, request=request)
 
+    async def _variant(self, question: Question) -> str:
+        """Who answers a conversation: who answered it before, else its share decides. Empty: there is one model."""
+        if not isinstance(self.pool, SplitPool):
+            return ""
+        pinned = question.variant
+        if question.conversation_id and self.pool.splits:
+            pinned = await asyncio.to_thread(self._first_variant, question) or pinned
+        said = next((message.content for message in question.request.messages if message.role == "user"), "")
+        who = (question.caller.tenant, question.caller.customer_id)
+        key = "\n".join((*who, question.conversation_id or said or question.request.prompt))
+        return self.pool.choose(key, pinned)
+
+    def _first_variant(self, question: Question) -> str:
+        first = (
+            sa.select(StoredAnswer.deployment)
+            .where(
+                StoredAnswer.conversation_id == question.conversation_id,
+                StoredAnswer.customer == question.caller.tenant,
+            )
+            .order_by(StoredAnswer.created_at)
+            .limit(1)
+        )
+        with self._store.reading() as session:
+            return session.scalar(first) or ""
+
     async def _stream(self, answer: Answer) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         def generate(request: PolicyServiceChatRequest) -> AsyncGenerator[PolicyServiceChatResponse, None]:
             return self._generate(answer, request)
@@ -230,7 +266,7 @@ class Assistant:
         try:
             if answer.seconds_left <= 0:
                 raise DeadlineError("No time is left")
-            async with contextlib.aclosing(self.pool.stream(request, answer.seconds_left)) as stream:
+            async with contextlib.aclosing(self.pool.of(answer.variant).stream(request, answer.seconds_left)) as stream:
                 async for response in stream:
                     prompt_tokens = response.prompt_tokens or prompt_tokens
                     if response.completion_tokens:
@@ -250,13 +286,18 @@ class Assistant:
         """Counts and records; a complete answer is on disk before its last token is handed out."""
         question, metrics = answer.question, self.metrics
         outcome = outcome_of(answer, error)
+        variant = answer.variant or self.config.deployment
         metrics.answers.labels(outcome).inc()
+        if answer.variant:
+            metrics.variant_answers.labels(outcome, variant).inc()
         metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
         metrics.tokens.labels("completion").inc(answer.completion_tokens)
         if answer.first_token_seconds:
             if not question.request.whole:
                 metrics.first_token.observe(answer.first_token_seconds)
             metrics.duration.observe(answer.seconds)
+            if answer.variant:
+                metrics.variant_duration.labels(variant).observe(answer.seconds)
         spent = answer.spent_tokens
         if answer.unheard and outcome == "cancelled" and reserved is not None:
             # Generated in one piece, and left before it came: nobody knows how much it was.
@@ -268,7 +309,7 @@ class Assistant:
             )
         record = Record(
             answer_line(answer, outcome),
-            tuple(answer_rows(answer, self.config.deployment, self.config.keeping)),
+            tuple(answer_rows(answer, variant, self.config.keeping)),
             conversation,
             claim,
             answer.as_json() if answer.complete and claim is not None else None,

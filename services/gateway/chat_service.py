@@ -66,6 +66,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             idempotency_key=headers.get("idempotency-key", ""),
             fingerprint=fingerprint,
             consent=consent_of(headers),
+            variant=headers.get("x-steersman-variant", ""),
         )
         answer = await self._assistant.answer(question)
         try:

@@ -51,6 +51,9 @@ class PolicyBackend(FrozenModel):
     """How often every replica is asked whether it is ready."""
     best_of: BestOf | None = None
     """None: one sample is the answer."""
+    split: Path | None = None
+    """File with a candidate and its share of the conversations, written by a controller or `steersman serve` and read
+    again when it changes; it need not exist. None: there is never a candidate."""
 
 
 class Defaults(FrozenModel):

@@ -20,12 +20,25 @@ class Metrics:
             f"{name}_requests", "HTTP requests and gRPC calls.", ["route", "status"], registry=self.registry
         )
         self.answers = Counter(f"{name}_answers", "Answers by how they ended.", ["outcome"], registry=self.registry)
+        self.variant_answers = Counter(
+            f"{name}_variant_answers",
+            "Answers of champion and candidate by how they ended.",
+            ["outcome", "variant"],
+            registry=self.registry,
+        )
         self.tokens = Counter(f"{name}_tokens", "Tokens.", ["kind"], registry=self.registry)
         self.first_token = Histogram(
             f"{name}_first_token_seconds", "Time to the first token.", buckets=_SECONDS, registry=self.registry
         )
         self.duration = Histogram(
             f"{name}_answer_seconds", "Time to the end of an answer.", buckets=_SECONDS, registry=self.registry
+        )
+        self.variant_duration = Histogram(
+            f"{name}_variant_answer_seconds",
+            "Time to the end of an answer of champion and candidate.",
+            ["variant"],
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self.feedback = Counter(f"{name}_feedback", "Judgements stored.", ["kind", "value"], registry=self.registry)
         self.lookups = Counter(

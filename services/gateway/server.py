@@ -19,7 +19,7 @@ from services.gateway.auth.authenticator import Authenticator
 from services.gateway.auth.identity import CustomerVerifier
 from services.gateway.auth.keys import KeyRing
 from services.gateway.auth.tokens import FeedbackTokens, Sessions
-from services.gateway.backends.pool import build_pool
+from services.gateway.backends.split import build_pools
 from services.gateway.chat_service import SERVICE_NAME as CHAT_SERVICE
 from services.gateway.chat_service import ChatServicer
 from services.gateway.config import GatewayConfig
@@ -70,7 +70,7 @@ class Gateway:
         self.store = open_store(database)
         secret = read_secret(self.store, config.secret_file, config.secret_env)
         self.metrics = Metrics(config.model)
-        self.pool = build_pool(config)
+        self.pool = build_pools(config)
         tokens = FeedbackTokens(secret)
         self.assistant = Assistant(config, self.pool, self.store, tokens, self.metrics)
         self.feedback = FeedbackDesk(self.store, self.assistant.recorder, tokens, self.metrics, config, secret)

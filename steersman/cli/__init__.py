@@ -174,17 +174,22 @@ def serve(
         str | None,
         typer.Option(help="SQLite file or database URL for answers and feedback; a run keeps its own, feedback.db."),
     ] = None,
+    candidate: Annotated[
+        Path | None, typer.Option(help="Another model folder or run, served beside it and judged against it.")
+    ] = None,
+    percent: Annotated[int, typer.Option(help="The candidate's share of the conversations.", min=1, max=99)] = 50,
 ) -> None:
     """Serves a model on 127.0.0.1: OpenAI-compatible API and a chat page."""
     import tempfile
 
     from steersman.local.serve import serve as serve_model
 
+    beside: dict[str, Any] = {"store": store, "candidate": candidate, "percent": percent}
     if (path / "manifest.yaml").is_file():
-        serve_model(path, path.absolute() / "services", port, grpc_port, store=store)
+        serve_model(path, path.absolute() / "services", port, grpc_port, **beside)
     else:
         with tempfile.TemporaryDirectory(prefix="steersman-serve-") as logs:
-            serve_model(path, Path(logs), port, grpc_port, store=store)
+            serve_model(path, Path(logs), port, grpc_port, **beside)
 
 
 @app.command()

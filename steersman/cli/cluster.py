@@ -112,13 +112,17 @@ class Cluster:
         pods = self.call("pods", self._core.list_namespaced_pod, self.namespace, label_selector=selector).items
         if pods:
             newest = max(pods, key=lambda pod: pod.metadata.creation_timestamp)
-            return self.call(
+            container = _container_with_log(newest)
+            answer = self.call(
                 f"log of {newest.metadata.name}",
                 self._core.read_namespaced_pod_log,
                 newest.metadata.name,
                 self.namespace,
                 tail_lines=lines,
+                _preload_content=False,  # the client's own reading fails at what is no UTF-8
+                **({"container": container} if container else {}),
             )
+            return str(answer.data.decode(errors="replace"))
         for entry in (self.get(name).get("status") or {}).get("stages", []):
             if entry["name"] == stage and entry.get("log"):
                 return str(entry["log"])
@@ -225,6 +229,10 @@ def describe(run: dict[str, Any]) -> str:
     """Everything that the status says, for people."""
     state = run.get("status") or {}
     lines = [summary(run)]
+    for condition in state.get("conditions", []):
+        held = condition["type"] == "Progressing" and condition["status"] == "False"
+        if held and state.get("phase") not in (*ENDED, "Suspended"):
+            lines.append(f"  held up since {condition['lastTransitionTime']}: {condition['reason']}")
     for stage in state.get("stages", []):
         reason = f"  {stage['reason']}, {stage.get('attempts', 0)} failed pods" if "reason" in stage else ""
         lines.append(f"  {stage['name']:<24}{stage['phase']}{reason}")
@@ -232,6 +240,14 @@ def describe(run: dict[str, Any]) -> str:
     if release:
         outcome = release.get("decision") or f"{release['percent']}% of the traffic"
         lines.append(f"  release {release['model']}: {outcome} {release.get('reason') or ''}".rstrip())
+        evidence = release.get("evidence") or {}
+        for who in ("champion", "candidate"):
+            seen = evidence.get(who) or {}
+            if seen.get("requests") or seen.get("judged"):
+                lines.append(
+                    f"    {who:<10}{seen['requests']:.0f} requests, {seen['errors']:.0f} failed, "
+                    f"{seen['slow']:.0f} slow; {seen['judged']:.0f} judged, {seen['bad']:.0f} with a thumb down"
+                )
     failed = next((stage for stage in state.get("stages", []) if stage.get("log")), None)
     if failed:
         lines += ["", f"The end of {failed['name']}'s log:", failed["log"]]
@@ -251,6 +267,17 @@ def follow(cluster: Cluster, name: str, seconds: float = 2.0) -> int:
         if phase in ENDED:
             return 0 if phase == "Succeeded" else 1
         time.sleep(seconds)
+
+
+def _container_with_log(pod: Any) -> str | None:
+    """The stage's container once it has begun, before that the one that prepares; None: the API server may choose."""
+    started = [
+        status.name
+        for statuses in (pod.status.init_container_statuses, pod.status.container_statuses)
+        for status in statuses or []
+        if status.state and (status.state.running or status.state.terminated)
+    ]
+    return started[-1] if started else None
 
 
 def _reason(error: Any) -> str:

@@ -6,6 +6,7 @@ execute the same stages as Jobs. The schema of the CRD is generated from these m
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -458,20 +459,32 @@ class EvaluateStage(FrozenModel):
 
 
 class Canary(FrozenModel):
-    steps: list[Annotated[int, Field(gt=0, le=100)]] = [10, 50, 100]
-    """Percent of the traffic, step by step."""
+    """Limits of a canary. Of candidates as good as the champion at most 5% are ever taken back, and of those worse by
+    `maxThumbsDownIncrease` at most 5% promoted, however long it is watched."""
+
+    steps: Annotated[list[Annotated[int, Field(gt=0, le=100)]], Field(min_length=1)] = [10, 50, 100]
+    """Percent of the traffic, step by step, rising."""
     minutes_per_step: PositiveFloat = 30.0
     """Time to watch before the next step."""
     min_feedback: NonNegative = 20
-    """Judgements needed before a step is left."""
-    max_thumbs_down_increase: NonNegativeFloat = 0.05
-    """Rolls back when the candidate's share of thumbs down exceeds the champion's by more."""
+    """Judged conversations of the candidate without which no step is left."""
+    max_thumbs_down_increase: Annotated[float, Field(gt=0)] = 0.05
+    """Promotes only when judgements exclude that the candidate's share of thumbs down exceeds the champion's by so
+    much; takes back when they show that it exceeds it at all. 1: judgements are not needed."""
     max_error_rate: NonNegativeFloat = 0.02
-    """Rolls back when more requests fail."""
+    """Takes back when more requests fail, and more than the champion's."""
     max_latency_ratio: PositiveFloat = 1.5
-    """Rolls back when the median latency exceeds the champion's by this factor."""
+    """Takes back when the median latency exceeds the champion's by this factor."""
     manual_approval: bool = False
     """Wait for the annotation `steersman.dev/approve: "true"` before the first step."""
+
+    @model_validator(mode="after")
+    def _steps_leave_something_to_compare(self) -> Canary:
+        if any(later <= earlier for earlier, later in itertools.pairwise(self.steps)):
+            raise ValueError(f"steps must rise, but they are {self.steps}")
+        if self.steps[0] == 100 and self.max_thumbs_down_increase < 1:
+            raise ValueError("steps: the first gives all traffic to the candidate, which leaves nothing to compare")
+        return self
 
 
 class ReleaseStage(FrozenModel):
@@ -480,7 +493,15 @@ class ReleaseStage(FrozenModel):
     canary: Canary | None = None
     """None: publish at once."""
     inference_service: str | None = None
-    """KServe InferenceService that the controller patches."""
+    """KServe InferenceService that serves the bot."""
+    deployment: str | None = None
+    """Without KServe: Deployment of the policy service behind our gateway, for example steersman-policy."""
+
+    @model_validator(mode="after")
+    def _one_endpoint(self) -> ReleaseStage:
+        if self.inference_service is not None and self.deployment is not None:
+            raise ValueError("a release has an inferenceService or a deployment, not both")
+        return self
 
 
 class Stage(FrozenModel):
@@ -625,6 +646,9 @@ class RunSpec(FrozenModel):
     """Ends the run as failed; only in a cluster."""
     ttl_seconds_after_finished: NonNegative | None = None
     """Deletes a finished run; only in a cluster."""
+    ttl_keeps: Literal["all", "released", "nothing"] = "all"
+    """What stays of the run's folder when the run is deleted by its time to live: all of it, the released model with
+    its card, reports and the manifest, or nothing."""
 
     @model_validator(mode="after")
     def _stages_have_their_inputs(self) -> RunSpec:

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from steersman import leaving
 from steersman.artifacts import atomic_dir
 from steersman.config.manifest import AlignmentRun, load_manifest
 from steersman.config.stages import data_files
@@ -21,6 +22,7 @@ from steersman.progress import ConsoleReporter
 
 
 def main() -> None:
+    leaving.listen()
     manifest = Path(sys.argv[1])
     try:
         with ConsoleReporter("prepare") as reporter:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steersman.config.manifest import Canary
 from steersman.config.stages import read_complete
 from steersman.demo.shop import gateway_options, open_shop
 from steersman.errors import ConfigError, NotFoundError
 from steersman.local import folder, process
+from steersman.local.canary import LOOK_SECONDS, UNREADABLE, SideBySide
 from steersman.local.services import DRAIN_SECONDS, GRPC_NAMES
 from steersman.local.supervisor import Service, Supervisor
 from steersman.progress import say
@@ -59,7 +61,16 @@ def store_of(path: Path, store: str | None) -> str | None:
     return store if "://" in store else f"sqlite:///{Path(store).absolute()}"
 
 
-def serve(path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT, *, store: str | None = None) -> None:
+def serve(
+    path: Path,
+    logs: Path,
+    port: int = PORT,
+    grpc_port: int = GRPC_PORT,
+    *,
+    store: str | None = None,
+    candidate: Path | None = None,
+    percent: int = 50,
+) -> None:
     """Serves until it is interrupted, which is its orderly end.
 
     Args:
@@ -67,19 +78,41 @@ def serve(path: Path, logs: Path, port: int = PORT, grpc_port: int = GRPC_PORT, 
         logs: folder for configuration and logs of the two services.
         port, grpc_port: of the gateway; the next free one where it is taken.
         store: see `store_of`.
+        candidate: another model folder or run, which answers a share of the conversations; it is taken back or gets
+            all of them when the judgements, errors and times allow to say so.
+        percent: that share.
     """
     database = store_of(path, store)
-    with serving(path, logs, {"port": port, "grpcPort": grpc_port}, database) as served:
+    if candidate is not None and database is None:
+        raise ConfigError("--candidate is decided by judgements: --store FILE keeps them")
+    ports = {"port": port, "grpcPort": grpc_port}
+    with serving(path, logs, ports, database, candidate, percent) as served:
         say("serve", f"{served.model} as '{served.name}'")
+        if served.canary is not None:
+            say("serve", f"{served.canary.state.candidate} answers {percent}% of the conversations")
         say("serve", f"answers and feedback go to {database or 'nowhere: --store FILE keeps them'}")
         say("serve", f"chat page {served.url}/  OpenAI API {served.url}/v1  Ctrl-C stops it")
+        looked = time.monotonic()
         try:
             while True:
                 for told in served.supervisor.tend():
                     say("serve", told)
+                if served.canary is not None and time.monotonic() - looked > LOOK_SECONDS:
+                    looked = time.monotonic()
+                    _look(served.canary, str(database), served.metrics_url)
                 time.sleep(0.2)
         except KeyboardInterrupt:
             say("serve", "stopping")
+
+
+def _look(canary: SideBySide, database: str, metrics_url: str) -> None:
+    """What cannot be read decides nothing and ends nothing."""
+    try:
+        told = canary.look(database, metrics_url)
+    except UNREADABLE as error:
+        told = f"the candidate cannot be judged now ({error})"
+    if told:
+        say("serve", told)
 
 
 @dataclass(frozen=True)
@@ -92,10 +125,20 @@ class Served:
     url: str
     """Of the gateway."""
     supervisor: Supervisor
+    metrics_url: str = ""
+    """Of the gateway, where a candidate is watched."""
+    canary: SideBySide | None = None
 
 
 @contextmanager
-def serving(path: Path, logs: Path, wanted: Mapping[str, int], database: str | None) -> Iterator[Served]:
+def serving(
+    path: Path,
+    logs: Path,
+    wanted: Mapping[str, int],
+    database: str | None,
+    candidate: Path | None = None,
+    percent: int = 50,
+) -> Iterator[Served]:
     """Runs the policy service and the gateway while the block lasts.
 
     Args:
@@ -103,14 +146,19 @@ def serving(path: Path, logs: Path, wanted: Mapping[str, int], database: str | N
         logs: folder for configuration and logs of the two services.
         wanted: ports by configuration key; the next free ones where they are taken. Empty: any.
         database: URL of the gateway's database; None: a temporary one.
+        candidate, percent: see `serve`.
     """
     model, name, options = find_model(path)
-    config = {"host": "127.0.0.1", "drainSeconds": DRAIN_SECONDS, "model": str(model), "modelName": name, **options}
-    config["weightsPort"] = None  # nobody publishes to it
-    policy = Service("policy", "services.policy", GRPC_NAMES["policy"], config)
+    policies = [_policy("policy", model, name, options)]
+    if candidate is not None:
+        policies.append(_policy("candidate", find_model(candidate)[0], name, options))
     environment = process.child_environment(options.get("threads", 0), offline=True)
     with Supervisor(logs, environment, start_timeout=300.0) as supervisor:
-        supervisor.ensure([policy])
+        supervisor.ensure(policies)
+        canary = None
+        if candidate is not None:
+            endpoint = f"127.0.0.1:{supervisor.port('candidate')}"
+            canary = SideBySide(logs, (model, find_model(candidate)[0]), endpoint, percent, Canary())
         ports: dict[str, int] = {}
         for key, port in wanted.items():
             ports[key] = _free_from(port, key, taken=ports.values())
@@ -119,12 +167,22 @@ def serving(path: Path, logs: Path, wanted: Mapping[str, int], database: str | N
             "drainSeconds": DRAIN_SECONDS,
             "model": name,
             "database": database,
-            "policy": {"endpoints": [f"127.0.0.1:{supervisor.port('policy')}"]},
+            "policy": {
+                "endpoints": [f"127.0.0.1:{supervisor.port('policy')}"],
+                **({"split": str(canary.split)} if canary is not None else {}),
+            },
             **_of_the_run(path, logs),
         }
         service = Service("gateway", "services.gateway", None, gateway, ("port", "grpcPort"), ports)
-        supervisor.ensure([policy, service])
-        yield Served(model, name, f"http://127.0.0.1:{supervisor.port('gateway')}", supervisor)
+        supervisor.ensure([*policies, service])
+        url = f"http://127.0.0.1:{supervisor.port('gateway')}"
+        yield Served(model, name, url, supervisor, f"{url}/metrics", canary)
+
+
+def _policy(service: str, model: Path, name: str, options: Mapping[str, Any]) -> Service:
+    config = {"host": "127.0.0.1", "drainSeconds": DRAIN_SECONDS, "model": str(model), "modelName": name, **options}
+    config["weightsPort"] = None  # nobody publishes to it
+    return Service(service, "services.policy", GRPC_NAMES["policy"], config)
 
 
 def _of_the_run(path: Path, logs: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,6 +15,10 @@ from steersman.config.base import apply_overrides, load_model, read_yaml
 from steersman.errors import SteersmanError
 from steersman.openmp import prefer_yielding_threads
 from steersman.rpc.server import ServerConfig
+
+OVERRIDES = "STEERSMAN_SET"
+"""Environment variable with a line `a.b=c` for each override of the file, weaker than `--set`: what a controller sets
+on a Deployment that somebody else made."""
 
 C = TypeVar("C", bound=ServerConfig)
 
@@ -27,7 +32,8 @@ def service_main(name: str, config_type: type[C], serve: Callable[[C], Awaitable
     prefer_yielding_threads()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
-        data = apply_overrides(read_yaml(arguments.config) if arguments.config else {}, arguments.set)
+        given = [line for line in os.environ.get(OVERRIDES, "").splitlines() if line.strip()]
+        data = apply_overrides(read_yaml(arguments.config) if arguments.config else {}, [*given, *arguments.set])
         config = load_model(config_type, data, str(arguments.config or "--set"))
         asyncio.run(serve(config))  # type: ignore[arg-type]
     except SteersmanError as error:

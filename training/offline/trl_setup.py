@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from steersman.artifacts import storage_errors
 from steersman.config.manifest import SupervisedStage
 from steersman.errors import ConfigError, DataError, FailedPreconditionError
+from steersman.leaving import asked, leave, saves_between_steps
 from steersman.nn.load import disable_dropout, load_causal_lm, load_tokenizer, quiet_libraries
 from steersman.nn.lora import attach_lora, merge_to_folder, quantization, save_adapter, save_model
 from steersman.nn.parity import skip_padding
@@ -159,6 +160,10 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == state.max_steps:
             return  # the model itself is written next
+        if not self._ranks.all(not asked()):
+            control.should_save = control.should_training_stop = True
+            self._saving = time.monotonic()
+            return
         pause = max(CHECKPOINT_SECONDS, self._cost / CHECKPOINT_SHARE)
         # Ranks save together, so one clock decides.
         if self._ranks.from_first(lambda: time.monotonic() - self._saved >= pause):
@@ -204,8 +209,10 @@ def train(
         ctx.reporter.note(f"continuing from {newest.name}")
     trainer.create_scheduler = functools.partial(_create_scheduler, trainer, spec)  # type: ignore[method-assign]
     before = fingerprint(trainer.model)
-    with storage_errors(folder):
+    with storage_errors(folder), saves_between_steps():
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if trainer.state.global_step < trainer.state.max_steps and trainer.control.should_training_stop and asked():
+        leave()
     unchanged = Ranks.join(ctx.device).all(fingerprint(trainer.model) == before)
     if unchanged and may_stay:
         ctx.reporter.note(f"warning: stage {ctx.name} has changed no weight; the data asks for no change")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from steersman.config.manifest import RlStage
+from steersman.leaving import asked, leave, saves_between_steps
 from training.algorithms import build
 from training.algorithms.method import LossStats
 from training.context import Reporter
@@ -88,7 +89,8 @@ class Trainer:
         """All steps that are not done yet."""
         done, ready = self.restore()
         self.publish(done)
-        with Ahead(self.collector.collect, range(done, self.spec.steps), self.spec.max_staleness, ready) as ahead:
+        steps = range(done, self.spec.steps)
+        with saves_between_steps(), Ahead(self.collector.collect, steps, self.spec.max_staleness, ready) as ahead:
             for step in range(done, self.spec.steps):
                 started = time.monotonic()
                 experience = self.ranks.from_first(ahead.take)
@@ -98,9 +100,10 @@ class Trainer:
                     check_same_model(metrics["mismatch_mean_abs"])
                 check_finite_weights(self.ranks.all(self.model.is_finite()), step + 1)
                 updated = time.monotonic()
-                keep = (step + 1) % self.spec.checkpoint_every == 0 or step + 1 == self.spec.steps
+                going = not self.ranks.all(not asked())
+                keep = going or (step + 1) % self.spec.checkpoint_every == 0 or step + 1 == self.spec.steps
                 begun = ahead.finished() if keep and self.ranks.is_first else []
-                publishing = self.publish(step + 1)
+                publishing = 0.0 if going else self.publish(step + 1)
                 row = {
                     **experience.metrics,
                     **metrics,
@@ -115,6 +118,8 @@ class Trainer:
                 self.reporter.step(step + 1, self.spec.steps, **row)
                 if step == 0:
                     warn_of_cut_answers(row.get("no_eos", 0.0), self.spec.generation, self.reporter)
+                if going:
+                    leave()
 
     # -- update ----------------------------------------------------------------------------------
 

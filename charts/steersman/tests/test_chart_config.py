@@ -86,7 +86,7 @@ def test_the_objects_of_a_run_are_valid_kubernetes(settings, workers, version):
     for index in range(len(manifest.spec.stages)):
         objects = stage_objects(run, manifest, index, settings)
         for service, config in needs(run, manifest, index, settings.storage).items():
-            objects += service_objects(run, manifest, service, config, settings)
+            objects += service_objects(run, manifest, service, config, settings, "rl")
         for body in objects:
             kinds.add(body["kind"])
             kubernetes_validate.validate(body, version, strict=True)
@@ -100,7 +100,7 @@ def test_the_services_of_a_run_accept_their_arguments(helm, find, settings):
     documents = helm.render("default")
     for index, service in ((2, "policy"), (2, "reward"), (2, "reference"), (3, "policy")):
         config = needs(run, manifest, index, settings.storage)[service]
-        body = service_objects(run, manifest, service, config, settings)[1]
+        body = service_objects(run, manifest, service, config, settings, "rl")[1]
         arguments = body["spec"]["template"]["spec"]["containers"][0]["args"]
         overrides = [value for flag, value in pairwise(arguments) if flag == "--set"]
         document = apply_overrides(config_of(documents, find, service), overrides)
@@ -116,14 +116,19 @@ def test_every_object_that_the_controller_touches_is_in_its_role(helm, find):
     allowed = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
     touched = {
         *((kind, "create") for kind in ("jobs", "statefulsets", "services", "configmaps", "events", "secrets")),
-        *((kind, "list") for kind in ("jobs", "statefulsets", "pods", "events", PLURAL)),
+        *((kind, "create") for kind in ("deployments", "workloads")),
+        *((kind, "list") for kind in ("jobs", "statefulsets", "pods", "events", "inferenceservices", PLURAL)),
         *((kind, "watch") for kind in ("jobs", "statefulsets", "pods", PLURAL)),
-        *((kind, "get") for kind in ("configmaps", "inferenceservices", "pods/log", PLURAL)),
+        *((kind, "get") for kind in ("configmaps", "inferenceservices", "deployments", "workloads")),
+        *((kind, "get") for kind in ("pods/log", PLURAL)),
+        *((kind, "get") for kind in ("jobs", "statefulsets", "services")),  # whose is it?
         *((kind, "patch") for kind in ("statefulsets", "inferenceservices", PLURAL, f"{PLURAL}/status")),
+        *((kind, "patch") for kind in ("deployments", "configmaps")),
         *((kind, "delete") for kind in ("jobs", PLURAL)),
+        *((kind, "delete") for kind in ("statefulsets", "services", "configmaps", "deployments", "workloads")),
         (f"{PLURAL}/finalizers", "update"),
     }
-    spare = {(kind, "get") for kind in ("jobs", "statefulsets", "pods", "services")}
+    spare = {("pods", "get")}
     assert touched <= allowed
     assert allowed - touched <= spare
 

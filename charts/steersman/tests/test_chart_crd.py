@@ -145,7 +145,7 @@ def changed(**spec: Any) -> dict[str, Any]:
         (changed(stages=[{"sft": {}, "rl": {}}]), "at most 1 properties"),
         (changed(stages=[{}]), "at least 1 properties"),
         (changed(stages=[{"sft": None, "rl": {}}]), "at most 1 properties"),
-        (changed(stages=[{"release": {"canary": {}}}]), "canary needs inferenceService"),
+        (changed(stages=[{"release": {"canary": {}}}]), "canary needs inferenceService or deployment"),
         (changed(stages=[{"rl": {"algorithm": "grpo", "ppo": {}}}]), "no meaning for this algorithm"),
         ({**RUN, "metadata": {"name": "x" * 54}}, "at most 53 characters"),
         ({**RUN, "metadata": {"name": "a.b"}}, "DNS label"),

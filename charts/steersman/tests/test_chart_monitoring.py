@@ -17,7 +17,9 @@ import yaml
 from prometheus_client import REGISTRY
 
 import services.controller.operator  # noqa: F401  registers the controller's metrics
+from services.controller.kserve import KServeEndpoint
 from services.controller.signals import QUERIES, query
+from services.controller.split import SplitEndpoint
 from services.gateway.config import GatewayConfig
 from services.gateway.server import Gateway
 from steersman.config.base import load_model
@@ -69,7 +71,10 @@ def expressions() -> list[str]:
     found = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
     groups = yaml.safe_load((files / "alerts.yaml").read_text())["groups"]
     found += [rule["expr"] for group in groups for rule in group["rules"]]
-    found += [query(kind, "ml", "chat-predictor", 600) for kind in QUERIES]
+    service = {"metadata": {"name": "chat"}, "spec": {"predictor": {}}}
+    kserve = KServeEndpoint(service, "run").variants("c1")
+    split = SplitEndpoint({}, {"metadata": {"name": "steersman-policy"}}).variants("c1")
+    found += [query(kind, "ml", variant, 600) for kind in QUERIES for variant in (*kserve, *split)]
     return [text.replace("$__rate_interval", "5m").replace("$namespace", ".*").replace("$pod", ".*") for text in found]
 
 

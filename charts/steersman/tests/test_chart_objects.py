@@ -153,7 +153,7 @@ def test_the_controllers_rights_are_just_its_calls(helm, find):
     }
     assert not any("*" in (*key, *verbs) for key, verbs in rules.items())
     assert rules["", "secrets"] == {"create"}, "it draws a token for each run, and reads none"
-    assert rules["serving.kserve.io", "inferenceservices"] == {"get", "patch"}
+    assert rules["serving.kserve.io", "inferenceservices"] == {"get", "list", "patch"}
     assert rules["steersman.dev", "alignmentruns/status"] == {"patch"}
     assert not [item for item in documents if item["kind"] == "ClusterRoleBinding"]
     for binding in (item for item in documents if item["kind"] == "RoleBinding"):

@@ -47,6 +47,15 @@ class ReplicaPool:
         return {member.replica.target: member.info for member in self._members}
 
     @property
+    def running(self) -> int:
+        """Answers in generation."""
+        return sum(member.running for member in self._members)
+
+    def of(self, variant: str) -> ReplicaPool:
+        """The pool that answers for a variant: there is one."""
+        return self
+
+    @property
     def weights_version(self) -> int:
         """The newest that a ready replica serves; 0 when none is ready."""
         return max((member.info.weights_version for member in self._members if member.info), default=0)
@@ -127,11 +136,11 @@ class ReplicaPool:
             member.info = info
 
 
-def build_pool(config: GatewayConfig) -> ReplicaPool:
-    """The replicas that the configuration names."""
+def build_pool(config: GatewayConfig, endpoints: Sequence[str] | None = None) -> ReplicaPool:
+    """The replicas that the configuration names; `endpoints`: others of the same kind."""
     policy = config.policy
     replicas: list[Replica] = []
-    for endpoint in policy.endpoints:
+    for endpoint in policy.endpoints if endpoints is None else endpoints:
         if policy.kind == "steersman":
             replicas.append(PolicyReplica(endpoint, policy.tls, policy.connect_timeout_seconds))
             continue

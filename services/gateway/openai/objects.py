@@ -61,6 +61,7 @@ class About(TypedDict):
     sources: list[dict[str, str]]
     unsourced: int
     proposed_actions: list[dict[str, Any]]
+    variant: NotRequired[str]
 
 
 class ChatMessageObject(TypedDict):
@@ -145,7 +146,7 @@ def fingerprint(answer: Answer) -> str:
 
 
 def about(answer: Answer) -> About:
-    return {
+    told: About = {
         "answer_id": answer.id,
         "feedback_token": answer.feedback_token,
         "weights_version": answer.weights_version,
@@ -153,6 +154,9 @@ def about(answer: Answer) -> About:
         "unsourced": answer.unsourced,
         "proposed_actions": [proposal.as_json() for proposal in answer.proposals],
     }
+    if answer.variant:
+        told["variant"] = answer.variant
+    return told
 
 
 def tool_calls(calls: Iterable[common_pb2.ToolCall]) -> list[ToolCall]:

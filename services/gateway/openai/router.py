@@ -59,6 +59,7 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
             fingerprint=fingerprint_of(body),
             consent=consent_of(headers, body.consent),
             traceparent=headers.get("traceparent", ""),
+            variant=headers.get("x-steersman-variant", ""),
             must_call=body.must_call,
             single_call=body.parallel_tool_calls is False,
         )

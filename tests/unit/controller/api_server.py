@@ -140,6 +140,8 @@ class ApiServer(kmock.KubernetesScaffold):
 
     async def _update(self, request: kmock.Request, kind: str) -> Json:
         if request.headers["Content-Type"] == "application/apply-patch+yaml":
+            if request.params.get("fieldManager") == "steersman-controller":
+                return await self.kube.apply(kind, request.namespace or "", request.name, request.data)
             return await self._apply(request, kind)
         if request.headers["Content-Type"] != "application/merge-patch+json":
             raise ApiException(status=415, reason="Unsupported Media Type")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from kubernetes.aio.client.exceptions import ApiException
@@ -47,6 +47,27 @@ def alignment_run(name: str = "demo", *, uid: str = "uid-1", **spec: Any) -> Jso
     }
 
 
+def deployment(name: str = "steersman-policy") -> Json:
+    """The chart's Deployment of the policy service."""
+    labels = {"app.kubernetes.io/component": "policy", "steersman.dev/pool": "shared"}
+    container = {
+        "name": "policy",
+        "image": "registry.example/steersman-gpu:1",
+        "env": [{"name": "HOME", "value": "/t"}],
+    }
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": name, "namespace": "ml", "uid": "deploy", "resourceVersion": "1", "generation": 1},
+        "spec": {
+            "replicas": 2,
+            "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}},
+        },
+        "status": {"observedGeneration": 1, "replicas": 2, "updatedReplicas": 2, "availableReplicas": 2},
+    }
+
+
 def inference_service(name: str = "chat", uri: str = "pvc://steersman-artifacts/old") -> Json:
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
@@ -77,6 +98,40 @@ def merge(target: Any, patch: Any) -> Any:
     return out
 
 
+def overlay(target: Any, fields: Any) -> Any:
+    """Server-side apply: lists of things with a name are merged by it, other lists are replaced."""
+    if isinstance(fields, dict):
+        out = dict(target) if isinstance(target, dict) else {}
+        return {**out, **{key: overlay(out.get(key), value) for key, value in fields.items()}}
+    if isinstance(fields, list) and fields and all(isinstance(item, dict) and "name" in item for item in fields):
+        mine = {item["name"]: item for item in fields}
+        others = target if isinstance(target, list) else []
+        kept = [overlay(item, mine.pop(item["name"])) if item["name"] in mine else item for item in others]
+        return [*kept, *mine.values()]
+    return copy.deepcopy(fields)
+
+
+def leaves(fields: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Paths and values of what is applied; lists without names count whole."""
+    if isinstance(fields, dict):
+        for key, value in fields.items():
+            yield from leaves(value, (*path, key))
+    elif isinstance(fields, list) and fields and all(isinstance(item, dict) and "name" in item for item in fields):
+        for item in fields:
+            yield from leaves(item, (*path, f"[{item['name']}]"))
+    else:
+        yield path, fields
+
+
+def look_up(target: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        if key.startswith("["):
+            target = next((item for item in target or [] if item.get("name") == key[1:-1]), None)
+        else:
+            target = (target or {}).get(key)
+    return target
+
+
 class FakeKube:
     """Has the interface of `services.controller.kube.Kube`."""
 
@@ -86,6 +141,8 @@ class FakeKube:
         self.writes: list[tuple[str, str, str]] = []
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with ADDED, MODIFIED or DELETED and the object, as a watch would be."""
+        self.owners: dict[tuple[str, str, str], dict[tuple[str, ...], set[str]]] = {}
+        """Managers of fields that were applied."""
         self._versions = itertools.count(100)
 
     def put(self, body: Json) -> Json:
@@ -109,8 +166,10 @@ class FakeKube:
     async def list(self, kind: str, namespace: str, selector: str | None = None) -> list[Json]:
         found = [body for (k, n, _), body in self.objects.items() if (k, n) == (kind, namespace)]
         for term in selector.split(",") if selector else ():
-            key, _, value = term.partition("=")
-            found = [body for body in found if body["metadata"].get("labels", {}).get(key) == value]
+            key, given, value = term.partition("=")
+            labels = [body["metadata"].get("labels", {}) for body in found]
+            kept = zip(found, labels, strict=True)
+            found = [body for body, mine in kept if (mine.get(key) == value if given else key in mine)]
         return copy.deepcopy(found)
 
     async def create(self, kind: str, namespace: str, body: Json) -> bool:
@@ -149,6 +208,52 @@ class FakeKube:
         if wanted["metadata"].get("deletionTimestamp") and not wanted["metadata"].get("finalizers"):
             self._remove(key)
         return copy.deepcopy(wanted)
+
+    async def apply(
+        self,
+        kind: str,
+        namespace: str,
+        name: str,
+        body: Json,
+        manager: str = "steersman-controller",
+        force: bool = True,
+    ) -> Json:
+        """Server-side apply with field owners: conflicts with others' values, and the removal of what is left out."""
+        key = (kind, namespace, name)
+        current = self.objects.get(key)
+        if current is None:
+            raise ApiException(status=404, reason="Not Found")
+        expected = body.get("metadata", {}).get("resourceVersion")
+        if expected is not None and expected != current["metadata"]["resourceVersion"]:
+            raise ApiException(status=409, reason="Conflict")
+        owners = self.owners.setdefault(key, {})
+        spec = {"spec": body.get("spec") or {}}
+        fields = dict(leaves(spec))
+        for path, value in fields.items():
+            others = owners.get(path, set()) - {manager}
+            if others and look_up(current, path) != value:
+                if not force:
+                    raise ApiException(status=409, reason=f"conflict with {sorted(others)} on {'.'.join(path)}")
+                owners[path] = set()
+        dropped = [path for path, who in owners.items() if who == {manager} and path not in fields]
+        wanted = copy.deepcopy(current)
+        for path in dropped:
+            parent = look_up(wanted, path[:-1])
+            if isinstance(parent, dict):
+                parent.pop(path[-1], None)
+            owners.pop(path)
+        wanted = overlay(wanted, spec)
+        annotations = body.get("metadata", {}).get("annotations")
+        wanted["metadata"]["annotations"] = annotations or {}
+        for path in list(fields):
+            owners.setdefault(path, set()).add(manager)
+        if wanted == {**current, "metadata": {**current["metadata"], "annotations": annotations or {}}}:
+            return copy.deepcopy(current)
+        self.writes.append(("apply", kind, name))
+        wanted["metadata"]["resourceVersion"] = str(next(self._versions))
+        if wanted["spec"] != current["spec"]:
+            wanted["metadata"]["generation"] = current["metadata"].get("generation", 0) + 1
+        return copy.deepcopy(self.put(wanted))
 
     async def replace(self, kind: str, namespace: str, name: str, body: Json) -> Json:
         current = self.objects.get((kind, namespace, name))
@@ -246,6 +351,15 @@ class FakeKube:
                     "updatedReplicas": replicas,
                     "readyReplicas": replicas,
                 }
+                self._touch(body)
+
+    def roll_out(self) -> None:
+        """Every Deployment reaches its wanted replicas with its newest pods."""
+        for (kind, _, _), body in self.objects.items():
+            if kind == "Deployment":
+                replicas, generation = body["spec"]["replicas"], body["metadata"].get("generation", 1)
+                counts = dict.fromkeys(("replicas", "updatedReplicas", "availableReplicas"), replicas)
+                body["status"] = {"observedGeneration": generation, **counts}
                 self._touch(body)
 
     def set_status(self, kind: str, name: str, status: Json) -> None:

@@ -13,6 +13,7 @@ from api_server import ApiServer
 from fake_kube import TEMPLATES
 from kubernetes.aio.client import ApiClient, Configuration
 
+from services.controller.cache import CachedKube
 from services.controller.config import ControllerConfig, LeaderElection
 from services.controller.health import Health
 from services.controller.kube import Kube
@@ -70,7 +71,7 @@ class Operator:
         config = ControllerConfig(namespaces=["ml"], resync_seconds=self._resync)
         settings = Settings(TEMPLATES, can_watch=self._signals is not None)
         async with ApiClient(Configuration(host=self._url)) as client:
-            kube = Kube(client)
+            kube = CachedKube(Kube(client))
             reconciler = Reconciler(kube, settings, signals=self._signals)
             registry = build_registry(kube, reconciler, config, Health(kube, config))
 

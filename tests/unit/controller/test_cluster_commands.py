@@ -96,7 +96,60 @@ async def test_logs_come_from_the_pod_or_from_what_the_status_kept(api, steersma
     pod = {"name": "demo-sft-x", "namespace": "ml", "labels": labels, "creationTimestamp": made}
     api.kube.put({"kind": "Pod", "metadata": pod, "spec": {"containers": []}, "status": {"phase": "Running"}})
     api.kube.logs["demo-sft-x"] = "one\ntwo\nthree"
-    assert (await steersman("logs", "demo", "--lines", 2)).output == "two\nthree\n"
+    done = await steersman("logs", "demo", "--lines", 2)
+    assert done.output == "two\nthree\n", done.exception
+
+
+async def test_logs_are_those_of_prepare_until_the_stage_begins(api, steersman):
+    """The API server refuses to show a container that waits for the one before it."""
+    api.kube.put(alignment_run())["status"] = {"stage": "sft"}
+    asked: list[str] = []
+
+    def note(request: kmock.Request) -> None:
+        if request.subresource == "log":
+            asked.append(request.params.get("container", ""))
+
+    api.intercept = note
+    labels = {"steersman.dev/run": "demo", "steersman.dev/stage": "sft"}
+    meta = {"name": "p", "namespace": "ml", "labels": labels, "creationTimestamp": "2026-01-01T00:00:00Z"}
+    status = {"restartCount": 0, "ready": False, "image": "i", "imageID": "i"}
+    running, waits = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}, {"waiting": {"reason": "PodInitializing"}}
+    for preparing, working in ((running, waits), ({"terminated": {"exitCode": 0}}, running)):
+        api.kube.put(
+            {
+                "kind": "Pod",
+                "metadata": dict(meta),
+                "spec": {"containers": []},
+                "status": {
+                    "phase": "Pending",
+                    "initContainerStatuses": [{"name": "prepare", "state": preparing, **status}],
+                    "containerStatuses": [{"name": "trainer", "state": working, **status}],
+                },
+            }
+        )
+        assert (await steersman("logs", "demo")).exit_code == 0
+    assert asked == ["prepare", "trainer"]
+
+
+async def test_status_says_what_holds_a_run_up_and_what_a_canary_has_shown(api, steersman):
+    run = api.kube.put(alignment_run())
+    held = {
+        "type": "Progressing",
+        "status": "False",
+        "reason": "ImagePullBackOff",
+        "lastTransitionTime": "2026-01-01T00:00:00Z",
+    }
+    arm = {"judged": 40, "bad": 3, "requests": 900, "errors": 2, "timed": 898, "slow": 11}
+    run["status"] = {
+        "phase": "Running",
+        "stage": "rl",
+        "message": "rl: policy: ImagePullBackOff: no such image",
+        "conditions": [held],
+        "release": {"candidate": "c1", "model": "m", "percent": 10, "evidence": {"candidate": arm}},
+    }
+    told = (await steersman("status", "demo")).output
+    assert "held up since 2026-01-01T00:00:00Z: ImagePullBackOff" in told
+    assert "candidate 900 requests, 2 failed, 11 slow; 40 judged, 3 with a thumb down" in told
 
 
 async def test_cancel_asks_the_controller(api, steersman):

@@ -17,7 +17,7 @@ from operators import Operator, until
 
 from services.controller.model import Signals
 from services.controller.release import candidate_name
-from services.controller.status import VariantSignals
+from steersman.canary import Arm
 
 TWO = [{"sft": {}}, {"rewardModel": {}}]
 
@@ -205,8 +205,8 @@ class Live:
     """Live signals of a candidate that fails too often."""
 
     async def read(self, *_: Any) -> Signals:
-        good = VariantSignals(requests=500, error_rate=0.0, feedback=40, thumbs_down_share=0.1, latency_seconds=1.0)
-        return Signals(good, good.model_copy(update={"error_rate": 0.05}))
+        good = Arm(judged=40, bad=4, requests=500)
+        return Signals(good, good.model_copy(update={"errors": 40}))
 
 
 async def test_a_bad_canary_is_rolled_back(api):
@@ -224,7 +224,9 @@ async def test_a_bad_canary_is_rolled_back(api):
     spec = api.kube.find("InferenceService", "chat")["spec"]
     assert "canary" not in spec
     assert spec["predictor"]["model"]["storageUri"] == "pvc://steersman-artifacts/old"
-    assert status(api)["release"]["reason"] == "at 10%: 5.0% of the requests failed, more than 2.0%"
+    assert status(api)["release"]["reason"] == (
+        "at 10%: 8.0% of the requests failed, more than 2.0% and than the champion's 0.0%"
+    )
     assert not api.kube.find("AlignmentRun", "demo")["metadata"].get("finalizers")
 
 

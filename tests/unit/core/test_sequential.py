@@ -14,7 +14,7 @@ from scipy import optimize, stats
 from benchmarks.canary import simulate
 from steersman.canary import FALSE_ALARMS, MISSES, Arm, Evidence, decide, weigh
 from steersman.config.manifest import Canary
-from steersman.sequential import Counts, Difference, Level, gain, threshold
+from steersman.sequential import Counts, Difference, Level, capital, gain, restart, threshold
 
 NOTHING = (Counts(), Counts())
 
@@ -36,7 +36,7 @@ def test_the_alternative_moves_to_what_was_seen():
 
 
 def test_a_level_by_hand():
-    test = Level(0.02, start=0.05, low=0.03, high=0.9, weight=100)
+    test = Level(0.02, 0.05)
     assert math.exp(gain(test, NOTHING, (Counts(), Counts(2, 1)))) == pytest.approx(0.05 / 0.02 * 0.95 / 0.98)
     assert gain(test, NOTHING, (Counts(50, 50), Counts())) == 0.0, "the champion's observations say nothing"
 
@@ -64,7 +64,7 @@ def test_the_nearest_point_of_the_null_against_a_search(ta, tb, na, nb, bound):
         (Difference(0.0, start=0.1, low=0.05, high=0.5), lambda a, b: b <= a),
         (Difference(0.05, start=0.0, low=-0.5, high=0.02), lambda a, b: b >= a + 0.05),
         (Difference(-0.1, start=0.1, low=0.0, high=0.5), lambda a, b: b <= a - 0.1),
-        (Level(0.3, start=0.6, low=0.4, high=0.9), lambda a, b: b <= 0.3),
+        (Level(0.3, 0.6), lambda a, b: b <= 0.3),
     ],
 )
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (1, 4), (3, 3), (0, 3)])
@@ -95,6 +95,26 @@ def test_a_judgement_that_was_changed_takes_its_evidence_back():
     back = weigh(worse, Arm(judged=400, bad=80), Arm(judged=400, bad=100), limits)
     assert worse.harm > clean.harm
     assert back.harm == pytest.approx(clean.harm, abs=0.7)
+
+
+def test_capital_that_waits_is_there_when_something_breaks_later():
+    """By hand: 1/2 is invested at the first look, which halves it; 1/6 joins at the second, which triples both."""
+    first = restart(0.0, 0, math.log(0.5))
+    second = restart(first, 1, math.log(3.0))
+    assert math.exp(second) == pytest.approx((0.25 + 1 / 6) * 3)
+    assert math.exp(capital(second, 2)) == pytest.approx((0.25 + 1 / 6) * 3 + 1 / 3)
+    assert capital(0.0, 0) == 0.0
+
+
+def test_a_service_that_breaks_after_a_good_day_is_found():
+    evidence, limits = Evidence(), Canary()
+    for look in range(1, 200):
+        good = Arm(requests=500 * look, errors=look, timed=500 * look, slow=50 * look)
+        evidence = weigh(evidence, good, good, limits)
+    assert decide(evidence, limits).against is None
+    candidate = good.model_copy(update={"requests": good.requests + 60, "errors": good.errors + 30})
+    champion = good.model_copy(update={"requests": good.requests + 540})
+    assert "requests failed" in str(decide(weigh(evidence, champion, candidate, limits), limits).against)
 
 
 def test_the_stated_rates_are_the_sum_of_the_parts():

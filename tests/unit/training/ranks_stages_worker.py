@@ -1,17 +1,20 @@
 """One rank of test_ranks: `torchrun ... ranks_stages_worker.py RUN_DIR STAGE...` runs stages one after the other.
 
-`STAGE@N` dies in that stage behind its N-th step, whose checkpoint is written.
+`STAGE@N` dies in that stage behind its N-th step, whose checkpoint is written; in `STAGE~N` the first rank gets SIGTERM
+there, and all ranks end and save the step that has begun.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import training.offline.trl_setup
+from steersman import leaving
 from training.stage import run_stage
 
 
@@ -27,9 +30,19 @@ def die_behind(step: int) -> None:
     training.offline.trl_setup.Progress.on_step_begin = on_step_begin  # type: ignore[method-assign]
 
 
+def leave_behind(step: int) -> None:
+    leaving.listen()
+
+    def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    training.offline.trl_setup.Progress.on_step_begin = on_step_begin  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     for stage in sys.argv[2:]:
-        name, _, last = stage.partition("@")
-        if last:
-            die_behind(int(last))
+        name, how, last = re.fullmatch(r"([^@~]+)([@~]?)(\d*)", stage).groups()  # type: ignore[union-attr]
+        if how:
+            {"@": die_behind, "~": leave_behind}[how](int(last))
         run_stage(Path(sys.argv[1]), name, [])

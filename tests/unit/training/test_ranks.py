@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,11 @@ from steersman.config.manifest import AlignmentRun
 from training.parallel import Ranks
 from training.stage import run_stage
 
+KILLED = r"Signal 9 \(SIGKILL\)"
 
-def run_on_two_ranks(worker: str, *arguments: object, killed: bool = False) -> str:
-    """What the ranks said."""
+
+def run_on_two_ranks(worker: str, *arguments: object, ends: str | None = None) -> str:
+    """What the ranks said; `ends`: how torchrun says that a rank ended early."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -31,8 +34,8 @@ def run_on_two_ranks(worker: str, *arguments: object, killed: bool = False) -> s
         env=environment,
         check=False,
     )
-    if killed:
-        assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-3000:]
+    if ends:
+        assert re.search(ends, done.stderr), done.stderr[-3000:]
     else:
         assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -96,11 +99,12 @@ def test_two_ranks_train_the_stages_of_trl_as_one_does(tiny_model: Path, tmp_pat
         (tmp_path / name / "manifest.yaml").write_text(dump_yaml(run))
     for name in run.stage_names():
         run_stage(tmp_path / "one", name, [])
-    run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", "sft@2", killed=True)
-    said = run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", "sft", "reward-model@2", killed=True)
+    run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", "sft@2", ends=KILLED)
+    stages = ("sft", "reward-model~2")
+    said = run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", *stages, ends=r"exitcode *: 143")
     assert "sft  continuing from checkpoint-2" in said
     said = run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", *run.stage_names())
-    assert "reward-model  continuing from checkpoint-2" in said
+    assert "reward-model  continuing from checkpoint-3" in said
     for name in run.stage_names():
         one, two = (
             [json.loads(line) for line in (tmp_path / folder / name / "metrics.jsonl").read_text().splitlines()]

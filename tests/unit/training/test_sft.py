@@ -16,6 +16,7 @@ import training.offline.trl_setup
 from steersman.artifacts import manifest_of_hashes
 from steersman.config.manifest import Lora, Optimizer, SftStage
 from steersman.errors import DataError, FailedPreconditionError
+from steersman.leaving import EXIT_CODE
 from steersman.nn.load import load_causal_lm, load_tokenizer
 from steersman.nn.parity import skip_padding
 from steersman.nn.reward import pad_rows
@@ -222,6 +223,23 @@ def test_a_killed_run_ends_with_the_same_weights(make_context, monkeypatch, lora
     assert manifest_of_hashes(artifacts["model"]) == unbroken
 
 
+def test_a_run_that_is_asked_to_leave_saves_first_and_ends_with_the_same_weights(make_context, monkeypatch):
+    """SIGTERM in step 3 of 6: it ends that step, writes it, and says 143."""
+    torch.set_num_threads(1)
+    spec = stage(max_steps=6)
+    unbroken = manifest_of_hashes(run_sft(spec, make_context("demonstrations", chats(32)))["model"])
+    context = make_context("demonstrations", chats(32))
+    monkeypatch.setattr(training.offline.trl_setup, "asked", lambda: len(context.reporter.steps) >= 2)
+    with pytest.raises(SystemExit) as left:
+        run_sft(spec, context)
+    assert left.value.code == EXIT_CODE
+    assert newest_checkpoint(context.stage_dir / "checkpoints").name == "checkpoint-3"
+    monkeypatch.undo()
+    again = make_context("demonstrations", chats(32))
+    assert manifest_of_hashes(run_sft(spec, again)["model"]) == unbroken
+    assert "continuing from checkpoint-3" in again.reporter.notes
+
+
 def test_a_too_long_conversation_is_named(make_context):
     rows = chats(3)
     rows[1]["messages"][0]["content"] = "long " * 100
@@ -246,7 +264,6 @@ def test_a_loss_that_is_no_number_ends_the_stage(make_context):
     context = make_context("demonstrations", chats(16))
     with pytest.raises(FailedPreconditionError, match=r"lower optimizer\.learningRate"):
         run_sft(spec, context)
-    assert not (context.stage_dir / "model").exists()
 
 
 def test_pad_may_be_the_end_token(make_context, tmp_path):

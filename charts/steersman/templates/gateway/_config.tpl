@@ -10,7 +10,7 @@
       "drainSeconds" $root.Values.gateway.drainSeconds -}}
 {{- if eq $root.Values.gateway.mode "deployment" -}}
 {{- $host := printf "%s.%s.svc" (include "steersman.name" (dict "root" $root "component" "policy")) $root.Release.Namespace -}}
-{{- $policy := dict "endpoints" (list (printf "dns:///%s:50051" $host)) -}}
+{{- $policy := dict "endpoints" (list (printf "dns:///%s:50051" $host)) "split" "/etc/steersman/split/split.yaml" -}}
 {{- if include "steersman.tlsSecret" $root -}}
 {{- $_ := set $policy "tls" (include "steersman.tlsClient" $root | fromJson | merge (dict "serverName" $host)) -}}
 {{- $_ := set $config "tls" (include "steersman.tlsServer" $root | fromJson) -}}
