@@ -5,7 +5,8 @@
 Work: 12 prompts of about 60 tokens with 4 answers each of natural lengths (median 24, at most 96 tokens); a forward
 pass, the policy loss and a backward pass, and the optimizer's step. `padded` is the usual way with transformers: one
 row a sample, padded, logits of all positions. The others are the trainer's own model. Each variant runs in a process of
-its own, so that its peak memory is its own. Prints tables and writes build/bench/train.json.
+its own, so that its peak memory is its own. Then the stages that TRL trains, before and after packing
+(`benchmarks/train_stages.py`). Prints tables and writes build/bench/train.json.
 
 `useful` are the products that the mathematics needs: 2 x parameters x tokens forward, as much again for the gradient of
 the activations and, where weights are trained, of the weights; the head only for answer tokens; no recomputation.
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import common
+from benchmarks import common, train_stages
 from benchmarks.report import heading, table, write
 from steersman.config.algorithms import Critic
 from steersman.config.manifest import Lora
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=common.CORES)
     parser.add_argument("--no-scaling", action="store_true")
+    parser.add_argument("--no-stages", action="store_true", help="leave out SFT, reward model, DPO and KTO")
     parser.add_argument("--out", type=Path, default=Path("build/bench/train.json"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -256,8 +258,12 @@ def main() -> None:
     if cases:
         print("\nlora fp32, one update:")
         table(("", "tokens", *header[1:]), [[c["case"], c["tokens"], *(c[k] for k in columns)] for c in cases])
+    stages = {} if arguments.no_stages else train_stages.measure(folder, arguments.rounds, arguments.threads)
+    if stages:
+        print("\nstages, one micro-batch:")
+        train_stages.show(stages)
     print("ceilings", limits)
-    report = {**heading(arguments.threads), "ceilings": limits, "variants": results, "scaling": cases}
+    report = {**heading(arguments.threads), "ceilings": limits, "variants": results, "scaling": cases, "stages": stages}
     write(report, arguments.out)
 
 
