@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 from steersman.config.manifest import DpoStage, Optimizer, RewardModelStage
 from steersman.nn.load import load_causal_lm, load_tokenizer
+from steersman.nn.parity import skip_padding
 from training.context import StageContext
 from training.mathematics.preference_losses import preference_loss
 from training.mathematics.reward_losses import binary_loss, pairwise_loss
@@ -99,6 +100,9 @@ def test_a_step_equals_trls_where_everybody_agrees(
         model, reference = load_causal_lm(context.policy_model), load_causal_lm(context.policy_model)
         with torch.no_grad():  # away from the reference, so that the difference is not 0
             model.lm_head.weight.add_(0.05 * torch.randn(model.lm_head.weight.shape))
+        if make is PreferenceTrainer:
+            skip_padding(model)
+            skip_padding(reference)
         trainer = make(
             model=model, ref_model=reference, args=arguments, train_dataset=data, processing_class=tokenizer, **options
         )
