@@ -12,17 +12,17 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError, RateLimitedError
-from steersman.store.models import Answer, FeedbackEvent, now
+from steersman.store.models import Answer, FeedbackChannel, FeedbackEvent, FeedbackKind, now
 from steersman.store.units import Caps, Tally, Voice
 
-Kind = Literal["thumbs", "edit", "outcome"]
+Kind = FeedbackKind
 _MAX_TEXT = 100_000
 #: Events on one answer, by whomever.
 MOST_EVENTS = 1000
@@ -65,7 +65,7 @@ class Event:
             raise InvalidArgumentError(f"{self.kind}: longer than {_MAX_TEXT:,} characters")
 
 
-Channel = Literal["browser", "application", "staff"]
+Channel = FeedbackChannel
 
 
 @dataclass(frozen=True)

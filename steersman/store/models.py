@@ -21,6 +21,8 @@ BigKey = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 ProjectKind = Literal["compare", "rank", "rate", "edit"]
 AssignmentState = Literal["open", "judged", "skipped"]
+FeedbackKind = Literal["thumbs", "edit", "outcome"]
+FeedbackChannel = Literal["browser", "application", "staff"]
 
 
 class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
@@ -315,12 +317,11 @@ class FeedbackEvent(Base):
     customer: Mapped[str] = mapped_column(sa.String(200))
     event_id: Mapped[str] = mapped_column(sa.String(128))
     answer_id: Mapped[str] = mapped_column(sa.ForeignKey("answers.id", ondelete="CASCADE"))
-    kind: Mapped[str] = mapped_column(sa.String(16))
-    """thumbs, edit or outcome."""
+    kind: Mapped[FeedbackKind] = mapped_column(sa.String(16))
     value: Mapped[str] = mapped_column(sa.Text)
     """up or down; the edited answer; the outcome's name."""
     reason: Mapped[str] = mapped_column(sa.Text, default="")
-    channel: Mapped[str] = mapped_column(sa.String(16), default="application")
+    channel: Mapped[FeedbackChannel] = mapped_column(sa.String(16), default="application")
     """browser: whoever held the answer's token; application: with an API key; staff: a person who logged in."""
     judge: Mapped[str] = mapped_column(sa.String(200), default="")
     """Who judged, as far as that is known; one judge has one current verdict on an answer."""

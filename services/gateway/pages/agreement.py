@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.auth.callers import Caller
+from services.gateway.errors import BadRequestError
 from services.gateway.pages.rendering import form_of, render
 from steersman.data.agreement import AgreementReport, Thresholds
 from steersman.errors import NotFoundError
@@ -29,10 +30,10 @@ def agreement_router(store: Store, auth: Authenticator) -> APIRouter:
     router = APIRouter(prefix="/label")
 
     @router.get("/{project}/agreement")
-    async def agreement(request: Request, project: str) -> Response:
+    async def agreement(request: Request, project: str, hourly: str = "") -> Response:
         caller = await auth.caller(request.headers)
         caller.require("operate")
-        return await asyncio.to_thread(_page, store, project, tenant_of(auth, caller))
+        return await asyncio.to_thread(_page, store, project, tenant_of(auth, caller), _cost(hourly))
 
     @router.post("/{project}/reopen")
     async def reopen(request: Request, project: str) -> Response:
@@ -68,7 +69,20 @@ def find_project(session: Session, name: str, tenant: str | None) -> Project:
     return project
 
 
-def _page(store: Store, name: str, tenant: str | None) -> Response:
+def _cost(text: str) -> float | None:
+    """What an hour of labelling costs, where somebody says so. Raises BadRequestError for what is no such number."""
+    if not text.strip():
+        return None
+    try:
+        cost = float(text)
+    except ValueError:
+        cost = -1.0
+    if not 0 <= cost <= 100_000:  # NaN, too
+        raise BadRequestError("The cost of an hour must be a number from 0 to 100,000", param="hourly")
+    return cost
+
+
+def _page(store: Store, name: str, tenant: str | None, hourly: float | None) -> Response:
     with store.reading() as session:
         project = find_project(session, name, tenant)
         report = agreement_report(session, project, tenant)
@@ -77,8 +91,14 @@ def _page(store: Store, name: str, tenant: str | None) -> Response:
     days: dict[str, list[object]] = {}
     for day in report.days:
         days.setdefault(day.question, []).append(day)
+    seconds = sum((figures.seconds_per_item or 0.0) * figures.judgements for figures in report.labelers)
+    given = sum(figures.judgements for figures in report.labelers)
     return render(
         "agreement.html",
+        hours=seconds / 3600,
+        seconds_each=seconds / given if given else None,
+        hourly=hourly,
+        cost_each=seconds / 3600 * hourly / given if given and hourly is not None else None,
         project=project,
         report=report,
         missing=missing,

@@ -406,7 +406,7 @@ def test_label_studio_tasks_show_the_better_answer_on_either_side(shared_data: P
     sides = [result["value"]["selected"] for result in results]
     assert 0.3 < sides.count("left") / len(sides) < 0.7
     assert results[0] | {"value": None} == {
-        "from_name": "preference", "to_name": "answer_1,answer_2", "type": "pairwise", "value": None,
+        "from_name": "preference", "to_name": "answer_1", "type": "pairwise", "value": None,
     }  # fmt: skip
     assert tasks[0]["data"]["prompt"][0].keys() == {"role", "content"}
     cancelled = tasks[0] | {"annotations": [tasks[0]["annotations"][0] | {"was_cancelled": True}]}
