@@ -74,7 +74,7 @@ def projects_router(store: Store, auth: Authenticator) -> APIRouter:
     @router.post("/settings")
     async def edit(request: Request, project: str) -> Response:
         form = await form_of(request)
-        return await work(request, project, lambda s, p, c, t: _edit(s, p, c, form), write=True)
+        return await work(request, project, lambda s, p, c, t: _edit(s, p, c, t, form), write=True)
 
     @router.get("/judgements.csv")
     async def judgements(request: Request, project: str) -> Response:
@@ -182,7 +182,9 @@ def _settings_page(session: Session, project: Project) -> Response:
     return render("settings.html", project=project, lines=lines, versions=managing.versions(session, project))
 
 
-def _edit(session: Session, project: Project, caller: Caller, form: dict[str, str]) -> Response:
+def _edit(session: Session, project: Project, caller: Caller, tenant: str | None, form: dict[str, str]) -> Response:
+    if tenant is not None and project.customer != tenant:
+        caller.require("admin")  # the settings of a shared project are those of other tenants, too
     pairs = [line.partition("=") for line in form.get("thresholds", "").splitlines() if line.strip()]
     try:
         given = {name.strip(): value.strip() for name, _, value in pairs}
@@ -206,13 +208,16 @@ def _edit(session: Session, project: Project, caller: Caller, form: dict[str, st
 
 def _csv(session: Session, project: Project, tenant: str | None) -> Response:
     seen = set(session.scalars(sa.select(Item.key).where(visible(project, tenant))))
+    others = sa.select(Labeler.name).where(Labeler.customer.not_in(["", tenant or ""]))
+    hidden = set(session.scalars(others)) if tenant is not None else set()
     names = interchange.csv_columns(project.aspects)
     sink = io.StringIO()
     writer = csv.DictWriter(sink, names, extrasaction="ignore")
     writer.writeheader()
     for row in interchange.export_judgements(session, project, undone=True):
         if row["item"] in seen:
-            writer.writerow(interchange.csv_row(row))
+            name = "somebody else" if row["labeler"] in hidden else row["labeler"]
+            writer.writerow(interchange.csv_row(row | {"labeler": name}))
     headers = {
         "content-disposition": f'attachment; filename="judgements-{project.id}.csv"',
         "cache-control": "no-store",

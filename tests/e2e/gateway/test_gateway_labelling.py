@@ -319,6 +319,8 @@ async def test_tenants_see_neither_each_others_items_nor_projects(tmp_path: Path
                 assert f"secret of {tenant}" in text or path.endswith("agreement"), path
             with gateway.store.reading() as session:
                 theirs = session.scalars(sa.select(Item.id).where(Item.customer == other)).one()
+            form = {"overlap": "1", "honeypot_every": "0"}
+            assert (await mine.request.post(f"{url}/label/shared/settings", form=form)).status == 403
             for path, status in ((f"shared/items/{theirs}", 404), ("only%20acme", 200 if tenant == "acme" else 404)):
                 assert (await mine.request.get(f"{url}/label/{path}")).status == status
 
