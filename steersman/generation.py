@@ -22,6 +22,13 @@ LOGPROBS_NOTE = (
 )
 
 
+MAX_SAMPLES = 16_384
+"""Of one request, over all its prompts."""
+MAX_TOP_LOGPROBS = 100
+"""Alternatives of a token."""
+MAX_STOP_TOKENS = 1_024
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of a sample are drawn.
@@ -58,7 +65,18 @@ class SamplingParams:
                 self.min_new_tokens,
                 f"between 0 and max_new_tokens ({self.max_new_tokens})",
             ),
-            (self.top_logprobs >= 0, "top_logprobs", self.top_logprobs, "0 (off) or positive"),
+            (
+                0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
+                "top_logprobs",
+                self.top_logprobs,
+                f"0 (off) to {MAX_TOP_LOGPROBS}",
+            ),
+            (
+                len(self.stop_token_ids) <= MAX_STOP_TOKENS,
+                "stop_token_ids",
+                f"a list of {len(self.stop_token_ids)}",
+                f"at most {MAX_STOP_TOKENS} tokens",
+            ),
         )
         for good, name, value, rule in checks:
             if not good:
@@ -92,6 +110,11 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise InvalidArgumentError(f"n is {self.n}, it must be at least 1")
+        if self.n * len(self.prompts) > MAX_SAMPLES:
+            raise InvalidArgumentError(
+                f"n is {self.n} for {len(self.prompts)} prompts, a request makes {MAX_SAMPLES:,} samples at most; "
+                "send several requests"
+            )
         if not self.prompts:
             raise InvalidArgumentError("prompts is empty, send at least one prompt")
 

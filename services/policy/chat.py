@@ -29,6 +29,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 512
+"""Stop texts of a request: every token of an answer is compared with them."""
+
+
 class ChatFormat:
     """The tokenizer as the service needs it."""
 
@@ -207,6 +211,12 @@ async def answer(
     """Streams the choices of one conversation."""
     if any(not stop for stop in request.stop):
         raise InvalidArgumentError("stop holds an empty text, which would end every answer at once; leave it out")
+    if len(request.stop) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in request.stop):
+        longest = max(map(len, request.stop))
+        raise InvalidArgumentError(
+            f"stop holds {len(request.stop)} texts of up to {longest} characters; at most {MAX_STOPS} texts of "
+            f"{MAX_STOP_CHARACTERS} characters are looked for"
+        )
     prompt = await chat.beside_the_loop(chat.encode, request)
     count = request.n or 1
     info = engine.info()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ from services.policy.engine import Engine, WeightsUpdate
 from steersman.errors import (
     ChecksumError,
     ConflictError,
+    DeadlineError,
     FailedPreconditionError,
     InvalidArgumentError,
     PermissionDeniedError,
@@ -33,6 +35,8 @@ from steersman.v1 import weights_pb2_grpc
 log = logging.getLogger("steersman.policy.weights")
 
 _FILE = "file://"
+CHUNK_SECONDS = 60.0
+"""Longest wait for the next chunk of an upload; the transaction stays, another call may go on with it."""
 _KINDS = {pb.WEIGHTS_KIND_FULL: "full", pb.WEIGHTS_KIND_LORA: "lora"}
 
 
@@ -106,8 +110,9 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             transaction: _Transaction | None = None
             # A chunk is stored and hashed while the next one is on its way.
             storing: asyncio.Future[None] | None = None
+            chunks = aiter(request_iterator)
             try:
-                async for chunk in request_iterator:
+                while (chunk := await self._next(chunks)) is not None:
                     if storing is not None:
                         await storing
                     transaction = self._transaction(chunk.version)
@@ -124,6 +129,16 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
                 if storing is not None:
                     await storing
             return pb.UploadChunksResponse(received=transaction.received if transaction is not None else 0)
+
+    @staticmethod
+    async def _next(chunks: AsyncIterator[pb.UploadChunksRequest]) -> pb.UploadChunksRequest | None:
+        """The next chunk; None at the end. An uploader that falls silent must not keep the others out."""
+        try:
+            return await asyncio.wait_for(anext(chunks, None), CHUNK_SECONDS)
+        except TimeoutError:
+            raise DeadlineError(
+                f"no chunk arrived for {CHUNK_SECONDS:.0f} s; begin the upload again where it stopped"
+            ) from None
 
     def _append(self, transaction: _Transaction, chunk: pb.UploadChunksRequest) -> None:
         if isal_zlib.crc32(chunk.data) != chunk.crc32:
@@ -146,12 +161,29 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             if request.version == self._loaded and self._open is None:
                 return pb.CommitUpdateResponse(version=request.version)
             transaction = self._transaction(request.version)
-            # The swap must not be torn by a caller that goes away: it runs to its end in any case.
-            pause = await asyncio.shield(asyncio.to_thread(self._apply, transaction))
-            self._loaded_digest = transaction.manifest.digest
-            self._close_transaction()
-            log.info("weights version %d loaded, generation paused for %.3f s", request.version, pause)
+            # A caller that goes away must not tear the swap: it runs to its end with the lock, and is remembered.
+            loading = asyncio.ensure_future(asyncio.to_thread(self._apply, transaction))
+            try:
+                pause = await asyncio.shield(loading)
+            except asyncio.CancelledError:
+                await self._ended(loading)
+                if loading.exception() is None:
+                    self._loaded_now(transaction, loading.result())
+                raise
+            self._loaded_now(transaction, pause)
             return pb.CommitUpdateResponse(version=request.version, pause_seconds=pause)
+
+    @staticmethod
+    async def _ended(loading: asyncio.Future[float]) -> None:
+        """Waits for the end of a load, however often the caller is cancelled."""
+        while not loading.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([loading])
+
+    def _loaded_now(self, transaction: _Transaction, pause: float) -> None:
+        self._loaded_digest = transaction.manifest.digest
+        self._close_transaction()
+        log.info("weights version %d loaded, generation paused for %.3f s", transaction.version, pause)
 
     def _apply(self, transaction: _Transaction) -> float:
         manifest = transaction.manifest

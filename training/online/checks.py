@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from steersman.errors import FailedPreconditionError
 
-OTHER_MODEL = 0.5
-"""Nats a token between engine and trainer that no rounding explains; bf16 differs by 0.04 at most."""
+OTHER_MODEL = {True: 0.01, False: 0.2}
+"""Nats a token between engine and trainer that no rounding explains, where both compute in fp32 (which differs by 1e-4
+at most), and where one of them computes in bf16 (0.04)."""
 MAX_BAD_UPDATES = 2
 """Updates in a row without a finite loss and gradient, after which the run pauses."""
 
 
-def check_same_model(difference: float) -> None:
+def check_same_model(difference: float, *, exact: bool = False) -> None:
     """Raises FailedPreconditionError unless the policy service samples from the trainer's model.
+
+    It also fires where both have the same weights and one of them computes the architecture wrongly.
 
     Args:
         difference: mean absolute difference of a token's log-probability in the first batch, for which the weights of
             both are the same, in nats.
+        exact: both compute in fp32.
     """
-    if not difference <= OTHER_MODEL:  # also where it is no number
+    if not difference <= OTHER_MODEL[exact]:  # also where it is no number
         raise FailedPreconditionError(
             f"the policy service's log-probabilities differ from the trainer's by {difference:.2f} nats a token "
-            f"(rounding explains 0.04), so it serves another model; start it with the model that this stage trains"
+            f"(rounding explains {1e-4 if exact else 0.04}), so it serves another model or computes this one otherwise; "
+            "start it with the model that this stage trains, or with the engine transformers"
         )
 
 

@@ -97,7 +97,7 @@ class Trainer:
                 collected = time.monotonic()
                 metrics = self.update(experience.batch, step)
                 if step == done and not ready:
-                    check_same_model(metrics["mismatch_mean_abs"])
+                    check_same_model(metrics["mismatch_mean_abs"], exact=self._exact())
                 check_finite_weights(self.ranks.all(self.model.is_finite()), step + 1)
                 updated = time.monotonic()
                 going = not self.ranks.all(not asked())
@@ -160,6 +160,11 @@ class Trainer:
         return {"kl_coefficient": beta, "bad_updates": bad, **metrics}
 
     # -- weights and state -----------------------------------------------------------------------
+
+    def _exact(self) -> bool:
+        """Whether trainer and engine compute in fp32."""
+        served = self.ranks.from_first(lambda: _dtype(self.policy.info().model.dtype))
+        return self.model.precision == "fp32" and served == torch.float32
 
     def publish(self, steps: int) -> float:
         """Loads the weights after `steps` steps on every policy replica; returns the seconds it took."""

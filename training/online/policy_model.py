@@ -67,7 +67,7 @@ class PolicyModel(nn.Module):
         """
         super().__init__()
         torch.manual_seed(seed)
-        self.device, self._precision, self._temperature = device, precision, temperature
+        self.device, self.precision, self._temperature = device, precision, temperature
         base = load_causal_lm(
             folder, dtype=torch.float32, device=device, quantization_config=quantization(lora, device)
         )
@@ -122,7 +122,7 @@ class PolicyModel(nn.Module):
         return self._head.token_logprobs(hidden, batch.targets, temperature=temperature or self._temperature)[0]
 
     def _autocast(self) -> Any:
-        if self._precision != "bf16":
+        if self.precision != "bf16":
             return nullcontext()
         return torch.autocast(self.device, dtype=torch.bfloat16)
 

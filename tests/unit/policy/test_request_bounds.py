@@ -1,0 +1,42 @@
+"""What a request may ask for has an end, whatever its numbers are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from services.policy.chat import MAX_STOP_CHARACTERS, MAX_STOPS, ChatFormat, answer
+from services.policy.engine import GenerationRequest, SamplingParams
+from steersman.errors import InvalidArgumentError
+from steersman.generation import MAX_SAMPLES, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
+from steersman.testing.models import tiny_tokenizer
+from steersman.v1 import policy_pb2 as pb
+
+PROMPT = np.array([4, 5], np.int32)
+
+
+@pytest.mark.parametrize(("prompts", "n"), [(1, 2**31 - 1), (2, MAX_SAMPLES // 2 + 1)])
+def test_samples(prompts: int, n: int) -> None:
+    with pytest.raises(InvalidArgumentError, match="a request makes 16,384 samples at most"):
+        GenerationRequest("r", [PROMPT] * prompts, SamplingParams(max_new_tokens=1), n=n)
+    GenerationRequest("r", [PROMPT] * 2, SamplingParams(max_new_tokens=1), n=MAX_SAMPLES // 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"top_logprobs": MAX_TOP_LOGPROBS + 1}, "top_logprobs is 101"),
+        ({"stop_token_ids": tuple(range(MAX_STOP_TOKENS + 1))}, "stop_token_ids is a list of 1025"),
+    ],
+)
+def test_sampling(options: dict, named: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=named):
+        SamplingParams(max_new_tokens=1, **options)
+
+
+@pytest.mark.parametrize("stop", [["a"] * (MAX_STOPS + 1), ["a" * (MAX_STOP_CHARACTERS + 1)]])
+async def test_stop_texts(stop: list[str]) -> None:
+    request = pb.PolicyServiceChatRequest(prompt="hello", stop=stop)
+    with pytest.raises(InvalidArgumentError, match="at most 16 texts of 512 characters"):
+        async for _ in answer(None, ChatFormat(tiny_tokenizer(), "f"), request):  # type: ignore[arg-type]
+            pass
