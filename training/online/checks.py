@@ -24,7 +24,7 @@ def check_same_model(difference: float, *, exact: bool = False) -> None:
     if not difference <= OTHER_MODEL[exact]:  # also where it is no number
         raise FailedPreconditionError(
             f"the policy service's log-probabilities differ from the trainer's by {difference:.2f} nats a token "
-            f"(rounding explains {1e-4 if exact else 0.04}), so it serves another model or computes this one otherwise; "
+            f"(rounding explains {1e-4 if exact else 0.04}), so it serves another model or computes it otherwise; "
             "start it with the model that this stage trains, or with the engine transformers"
         )
 
