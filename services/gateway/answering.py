@@ -128,7 +128,7 @@ class Assistant:
         """The answer that the first request with this key got."""
         answer = replay(question, stored)
         answer.feedback_token = self._tokens.issue(answer.id, question.caller.tenant)
-        await self.recorder.put(Record(answer_line(answer, "replay")))
+        await self.recorder.put(Record(answer_line(answer, "replay") | {"action": "replay"}))
         await answer.open()
         return answer
 

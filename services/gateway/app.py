@@ -16,6 +16,7 @@ from services.gateway.auth.authenticator import Authenticator
 from services.gateway.errors import BadRequestError, error_response
 from services.gateway.feedback import FeedbackBody, FeedbackDesk, feedback_router
 from services.gateway.health import health_router
+from services.gateway.key_admin import NewKey, Rotation, keys_router
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import Endpoint
 from services.gateway.openai.documentation import BODIES, definitions
@@ -40,6 +41,7 @@ def create_app(
     app.include_router(under_kserve, include_in_schema=False)
     app.include_router(feedback_router(feedback, auth))
     app.include_router(actions_router(assistant.grounding.desk, auth, assistant.recorder))
+    app.include_router(keys_router(store, auth, assistant.recorder))
     app.include_router(health_router(assistant, auth, metrics))
     app.include_router(pages_router(assistant, auth, store))
     _add_error_handlers(app)
@@ -101,7 +103,7 @@ def _extend_openapi(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = generate()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            schemas.update(definitions(*BODIES, FeedbackBody))
+            schemas.update(definitions(*BODIES, FeedbackBody, NewKey, Rotation))
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)
             for path, operations in document["paths"].items():

@@ -29,6 +29,8 @@ _LARGEST_BACKLOG = 20_000
 _LARGEST_BYTES = 64 * 1024 * 1024
 _RETRY_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
+_NO_USE = ("refused", "replay", "keys")
+"""Actions that are no use of a key's quota."""
 _INSERT_ANSWER = sa.insert(StoredAnswer.__table__)  # type: ignore[arg-type]
 _INSERT_AUDIT = sa.insert(Audit.__table__)  # type: ignore[arg-type]
 
@@ -209,7 +211,7 @@ class Recorder:
     def _insert(self, session: Session, records: Sequence[Record]) -> None:
         use: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0])
         for record in records:
-            if record.audit is None or record.audit["action"] == "refused":
+            if record.audit is None or record.audit["action"] in _NO_USE:
                 continue
             counts = use[record.audit["key_id"], record.audit["at"].date()]
             counts[0] += 1
