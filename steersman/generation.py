@@ -18,7 +18,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 LOGPROBS_NOTE = (
     "float32 natural logarithm of the distribution at the sampling temperature (temperature 0: of the untempered "
-    "distribution), over the whole vocabulary: before top-k, top-p, minimum length and token constraints"
+    "distribution), penalties and logit_bias included, over the whole vocabulary: before top-k, top-p, minimum length "
+    "and token constraints"
 )
 
 
@@ -51,6 +52,12 @@ class SamplingParams:
     min_new_tokens: int = 0
     top_logprobs: int = 0
     """Number of alternatives reported with every token event."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the sample already has."""
+    frequency_penalty: float = 0.0
+    """Taken off for every time that the sample already has the token."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
 
     def __post_init__(self) -> None:
         checks = (
@@ -77,6 +84,10 @@ class SamplingParams:
                 f"a list of {len(self.stop_token_ids)}",
                 f"at most {MAX_STOP_TOKENS} tokens",
             ),
+            (-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "between -2 and 2"),
+            (-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "between -2 and 2"),
+            (len(self.logit_bias) <= 1024, "logit_bias", f"{len(self.logit_bias)} entries long", "at most 1024 long"),
+            (all(-100 <= bias <= 100 for _, bias in self.logit_bias), "logit_bias", "too large", "from -100 to 100"),
         )
         for good, name, value, rule in checks:
             if not good:
@@ -136,6 +147,9 @@ class GenerationRequest:
                     f"prompts[{index}] holds token id {low if low < 0 else high}, the vocabulary has {vocab_size}; "
                     "use the tokenizer of the served model"
                 )
+        for token, _ in self.params.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise InvalidArgumentError(f"sampling.logit_bias holds {token}, the vocabulary has {vocab_size}")
         for token in self.params.stop_token_ids:
             if not 0 <= token < vocab_size:
                 raise InvalidArgumentError(f"sampling.stop_token_ids holds {token}, the vocabulary has {vocab_size}")

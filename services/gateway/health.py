@@ -14,10 +14,12 @@ from services.gateway.openai.documentation import error_responses
 def health_router(assistant: Assistant, auth: Authenticator, metrics: Metrics) -> APIRouter:
     router = APIRouter(tags=["Health"])
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", summary="Whether the process lives")
     async def live() -> JSONResponse:
         return JSONResponse({"status": "alive"})
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get(
         "/readyz",
         summary="Whether an answer can be given",

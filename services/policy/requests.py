@@ -24,6 +24,9 @@ def sampling_params(message: common_pb2.SamplingParams, top_logprobs: int = 0) -
         stop_token_ids=tuple(message.stop_token_ids),
         min_new_tokens=message.min_new_tokens,
         top_logprobs=top_logprobs,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
     )
 
 

@@ -99,6 +99,12 @@ def request_body(request: PolicyServiceChatRequest) -> dict[str, Any]:
         body["stop"] = list(request.stop)
     if sampling.top_k:
         body["top_k"] = sampling.top_k
+    if sampling.presence_penalty:
+        body["presence_penalty"] = sampling.presence_penalty
+    if sampling.frequency_penalty:
+        body["frequency_penalty"] = sampling.frequency_penalty
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     if sampling.min_new_tokens:
         body["min_tokens"] = sampling.min_new_tokens
     if request.prompt:

@@ -32,6 +32,9 @@ class TgiReplica:
     ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         if request.n > 1:
             raise BadRequestError("n: this engine gives one choice at a time", param="n", code="unsupported")
+        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+            if getattr(request.sampling, name):
+                raise BadRequestError(f"{name}: this engine cannot do it; leave it out", param=name, code="unsupported")
         client = AsyncInferenceClient(model=self.target, token=self._key, timeout=seconds)
         try:
             stream = self._complete(client, request) if request.prompt else self._chat(client, request)

@@ -39,6 +39,7 @@ from steersman.rpc.finish import openai_finish_name
 from steersman.v1.policy_pb2 import TokenLogprob
 
 _TOKENS_AT_ONCE = 64
+_PROMPTS_AT_ONCE = 4
 
 
 def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> APIRouter:
@@ -91,10 +92,10 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
             )
             for index, prompt in enumerate(body.prompts)
         ]
-        answers = await until_disconnect(request.receive, _answer_all(assistant, questions))
         if body.stream:
-            return EventStream(_completion_events(answers[0], body), answers[0].close)
-        return _json(await until_disconnect(request.receive, _completion_object(answers, body)))
+            answer = await until_disconnect(request.receive, assistant.answer(questions[0]))
+            return EventStream(_completion_events(answer, body), answer.close)
+        return _json(await until_disconnect(request.receive, _completion_object(assistant, questions, body)))
 
     @router.get("/models", **MODELS_DOC)
     async def list_models(request: Request) -> Response:
@@ -168,25 +169,29 @@ def _numbered(key: str, index: int) -> str:
     return f"{key}#{index}" if key and index else key
 
 
-async def _answer_all(assistant: Assistant, questions: Sequence[Question]) -> list[Answer]:
-    """One answer a prompt; when one fails, none goes on."""
-    results = await asyncio.gather(*(assistant.answer(question) for question in questions), return_exceptions=True)
-    failed = next((result for result in results if isinstance(result, BaseException)), None)
-    answers = [result for result in results if isinstance(result, Answer)]
-    if failed is not None:
-        await asyncio.gather(*(answer.close() for answer in answers))
-        raise failed
-    return answers
+async def _completion_object(
+    assistant: Assistant, questions: Sequence[Question], body: CompletionRequest
+) -> TextCompletion:
+    """One answer a prompt, read as soon as it begins: a few at a time, so that a batch waits for places that it holds
+    neither itself nor keeps from others. When one fails, none goes on."""
+    found: list[dict[int, list[TokenLogprob]]] = [{} for _ in questions]
+    places = asyncio.Semaphore(min(_PROMPTS_AT_ONCE, assistant.config.limits.concurrent_answers))
 
+    async def ask(question: Question, tokens: dict[int, list[TokenLogprob]]) -> Answer:
+        def take(index: int, some: Sequence[TokenLogprob]) -> None:
+            tokens.setdefault(index, []).extend(some)
 
-async def _completion_object(answers: Sequence[Answer], body: CompletionRequest) -> TextCompletion:
-    found: list[dict[int, list[TokenLogprob]]] = [{} for _ in answers]
+        async with places:
+            answer = await assistant.answer(question)
+            await _collect(answer, None if body.logprobs is None else take)
+        return answer
 
-    async def read(answer: Answer, tokens: dict[int, list[TokenLogprob]]) -> None:
-        take = None if body.logprobs is None else lambda index, some: tokens.setdefault(index, []).extend(some)
-        await _collect(answer, take)
-
-    await asyncio.gather(*map(read, answers, found))
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(ask(*each)) for each in zip(questions, found, strict=True)]
+    except BaseExceptionGroup as several:
+        raise several.exceptions[0] from None
+    answers = [task.result() for task in tasks]
     choices: list[TextChoice] = []
     for answer, tokens in zip(answers, found, strict=True):
         for index, choice in enumerate(answer.choices):

@@ -169,6 +169,9 @@ def _few(value: Any) -> Any:
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+
+
 class _Sampling(Wire):
     model: Name
     """A name that `/v1/models` lists."""
@@ -196,12 +199,17 @@ class _Sampling(Wire):
     consent: bool | None = None
     """Whether the end customer agreed to training on this answer; without it the tenant's setting counts, and without
     that it is no. Not in OpenAI's API."""
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    """Only 0."""
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    """Only 0."""
-    logit_bias: Annotated[dict[str, float], BeforeValidator(_few), Field(max_length=0)] | None = None
-    """Only empty."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Taken off the logit of every token that the answer already has."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Taken off for every time that the answer already has the token."""
+    logit_bias: (
+        Annotated[
+            dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few), Field(max_length=1024)
+        ]
+        | None
+    ) = None
+    """By token id as text: what is added to its logit."""
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> _Sampling:

@@ -90,4 +90,7 @@ def _sampling(body: ChatCompletionRequest | CompletionRequest, length: int | Non
         # A request without a seed wants another answer each time.
         seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
         min_new_tokens=body.min_tokens or 0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
     )

@@ -64,6 +64,8 @@ class Draw:
     """float32 [B, 1], 1 where greedy; None: all are 1."""
     greedy: Tensor | None = None
     """int64 rows that take the most likely token; None: none does."""
+    shifts: tuple[Tensor, Tensor, Tensor] | None = None
+    """int64 [S] rows, int64 [S] tokens and float32 [S] what is added to their logits: penalties and biases."""
     forbidden: tuple[Tensor, Tensor] | None = None
     """int64 [F] rows and int64 [F] tokens that they must not draw (each pair once)."""
     filters: Sequence[Filter] = ()
@@ -90,7 +92,11 @@ def draw(logits: Tensor, how: Draw) -> Drawn:
     The distribution function is searched in two levels, blocks and the tokens of one block, so that a step reads
     the [B, V] values a few times and never sorts or accumulates them (`torch.multinomial` does).
     """
-    scores = logits.float() if how.temperatures is None else logits.float() / how.temperatures
+    scores = logits.float()
+    if how.shifts is not None:
+        places, amounts = how.shifts[:2], how.shifts[2]
+        scores = scores.index_put(places, amounts, accumulate=True)
+    scores = scores if how.temperatures is None else scores / how.temperatures
     hidden = None
     if how.forbidden is not None:
         hidden = scores[how.forbidden]

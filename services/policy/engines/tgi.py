@@ -136,6 +136,11 @@ class TgiEngine:
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> int:
         request.check(len(self._tokenizer), self._context)
+        if request.params.presence_penalty or request.params.frequency_penalty or request.params.logit_bias:
+            raise InvalidArgumentError(
+                "the tgi engine does not know sampling.presence_penalty, frequency_penalty and logit_bias; "
+                "use the transformers engine"
+            )
         if request.constraint is not None or request.params.min_new_tokens:
             what = "a token constraint" if request.constraint is not None else "sampling.min_new_tokens"
             raise InvalidArgumentError(f"the tgi engine does not know {what}; use the transformers engine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -63,6 +64,9 @@ class DrawPlan:
             for row, (sample, one) in enumerate(zip(rows, params, strict=True))
             if sample.request.constraint is not None or (one.temperature > 0.0 and (one.top_k > 0 or one.top_p < 1.0))
         ]
+        self._shifted = [
+            row for row, one in enumerate(params) if one.presence_penalty or one.frequency_penalty or one.logit_bias
+        ]
         self._minimum = [row for row, one in enumerate(params) if one.min_new_tokens > 0]
 
     def at(self, rows: Sequence[Sample]) -> Draw:
@@ -78,13 +82,33 @@ class DrawPlan:
         if pairs:
             both = torch.tensor(pairs, device=self._device).unbind(1)
             forbidden = (both[0], both[1])
+        shifts = [(row, token, amount) for row in self._shifted for token, amount in _shifts(rows[row])]
         return Draw(
+            shifts=None if not shifts else self._triples(shifts),
             uniforms=torch.from_numpy(uniforms(self._keys, positions)).to(self._device).unsqueeze(1),
             temperatures=self._temperatures,
             greedy=self._greedy,
             forbidden=forbidden,
             filters=[_filter(row, rows[row]) for row in self._filtered],
         )
+
+    def _triples(self, shifts: Sequence[tuple[int, int, float]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows, tokens, amounts = zip(*shifts, strict=True)
+        return (
+            torch.tensor(rows, device=self._device),
+            torch.tensor(tokens, device=self._device),
+            torch.tensor(amounts, device=self._device),
+        )
+
+
+def _shifts(sample: Sample) -> list[tuple[int, float]]:
+    """What is added to the logits of which tokens, as OpenAI's API defines penalties: over the response's tokens."""
+    params = sample.request.params
+    found = list(params.logit_bias)
+    if params.presence_penalty or params.frequency_penalty:
+        counts = Counter(sample.token_ids)
+        found += [(t, -params.presence_penalty - count * params.frequency_penalty) for t, count in counts.items()]
+    return found
 
 
 class ConstraintError(Exception):

@@ -66,6 +66,9 @@ class Sample:
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=dict(params.logit_bias) or None,
             seed=int(self._key() >> np.uint64(1)),
             stop_token_ids=sorted(eos.union(params.stop_token_ids)),
             ignore_eos=True,  # they are among the stop tokens

@@ -118,7 +118,9 @@ async def test_lists_models_also_where_kserve_clients_look(client: openai.AsyncO
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "pirate", "content": "arr"}]}, "messages.0.role"),
         ({"max_tokens": 1_000_000}, "max_tokens"),
-        ({"frequency_penalty": 1}, "frequency_penalty"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"logit_bias": {"50256": 101}}, "logit_bias.50256"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content"),
         ({"extra_body": {"teleport": True}}, "teleport"),
     ],
 )
@@ -230,3 +232,39 @@ async def test_readiness_follows_the_replica(policy: FakePolicy) -> None:
     async with serve_policy(policy, port):
         await until(lambda: gateway.assistant.ready)
     await gateway.drain()
+
+
+async def test_penalties_reach_the_model(client: openai.AsyncOpenAI, policy: FakePolicy) -> None:
+    await client.chat.completions.create(
+        model="steersman", messages=HELLO, presence_penalty=0.5, frequency_penalty=-1.5, logit_bias={"7": -100}
+    )
+    sampling = policy.requests[0].sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty, dict(sampling.logit_bias)) == (0.5, -1.5, {7: -100})
+
+
+async def test_a_wrong_value_is_said_in_one_sentence(client: openai.AsyncOpenAI) -> None:
+    wrong = [{"role": "user", "content": 7}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model="steersman", messages=wrong)
+    assert caught.value.body["message"] == "messages.0.content: must be a text or a list"
+
+
+async def test_harmless_parts_are_ignored(client: openai.AsyncOpenAI) -> None:
+    part = {"type": "text", "text": "hello there", "cache_control": {"type": "ephemeral"}}
+    answer = await client.chat.completions.create(model="steersman", messages=[{"role": "user", "content": [part]}])
+    assert answer.choices[0].message.content == "You said: hello there"
+
+
+async def test_more_prompts_than_places(policy: FakePolicy) -> None:
+    limits = {"concurrentAnswers": 2, "queuedAnswers": 2, "queueSeconds": 10}
+    policy.seconds_per_token = 0.005
+    async with (
+        serve_policy(policy) as endpoint,
+        running_gateway(gateway_config(endpoint, limits=limits)) as gateway,
+        openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="any key at all", max_retries=0) as client,
+    ):
+        prompts = [f"p{i}" for i in range(64)]
+        answer = await client.completions.create(model="steersman", prompt=prompts, max_tokens=9)
+        assert [(c.index, c.text) for c in answer.choices] == [(i, f" echo p{i}") for i in range(64)]
+        async with httpx.AsyncClient(base_url=gateway.url) as http:
+            assert [(await http.head(path)).status_code for path in ("/healthz", "/readyz")] == [200, 200]

@@ -101,3 +101,16 @@ def test_random_numbers_are_uniform_and_depend_on_every_part_of_the_key() -> Non
     assert abs(np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]) < 0.02
     assert uniforms(keys[:3], np.array([4, 9, 2])).tolist() == [numbers[4, 0], numbers[9, 1], numbers[2, 2]]
     assert stream_key(1, 0, 1) != stream_key(1, 1, 0) != stream_key(2, 0, 1)
+
+
+def test_penalties_and_biases_move_logits_before_the_temperature() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+    rows, tokens = torch.tensor([0, 0, 1]), torch.tensor([2, 0, 1])
+    shifts = (rows, tokens, torch.tensor([-1.5, 100.0, -2.0]))
+    drawn = draw(
+        logits.clone(),
+        Draw(torch.zeros(2, 1, dtype=torch.float64), temperatures=torch.tensor([[0.5], [2.0]]), shifts=shifts),
+    )
+    expected = torch.log_softmax(torch.tensor([[101.0, 2.0, 1.5], [0.0, -2.0, 0.0]]) / torch.tensor([[0.5], [2.0]]), 1)
+    torch.testing.assert_close(drawn.scores - drawn.normaliser, expected)
+    assert drawn.tokens[0] == 0

@@ -93,6 +93,28 @@ def test_logprobs_equal_the_transformers_forward(build, engine_of) -> None:
         assert sample.logprobs.dtype == np.float32
 
 
+@torch.no_grad()
+def test_penalties_count_the_tokens_of_the_response(engine_of) -> None:
+    model, (prompt,) = tiny_llama(), random_prompts([6])
+    bias = ((5, 0.5), (7, -100.0))
+    params = SamplingParams(
+        max_new_tokens=16, temperature=0.0, presence_penalty=0.4, frequency_penalty=0.3, logit_bias=bias
+    )
+    sample = samples(engine_of(tiny_llama()), [prompt], params)[0, 0]
+    ids = prompt.tolist()
+    for token, logprob in zip(sample.token_ids.tolist(), sample.logprobs, strict=True):
+        logits = model(torch.tensor([ids])).logits[0, -1].float()
+        for place, amount in bias:
+            logits[place] += amount
+        for seen in ids[len(prompt) :]:
+            logits[seen] -= 0.3
+        for seen in set(ids[len(prompt) :]):
+            logits[seen] -= 0.4
+        assert token == int(logits.argmax())
+        assert logprob == pytest.approx(float(torch.log_softmax(logits, 0)[token]), abs=1e-4)
+        ids.append(token)
+
+
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3, tiny_gemma2])
 def test_bf16_logprobs_are_near_the_fp32_forward(build, engine_of) -> None:
     reference, prompts = build(), random_prompts([5, 40])
