@@ -23,15 +23,21 @@ def outcome_of(answer: Answer, error: BaseException | None) -> str:
 
 
 def answer_line(answer: Answer, outcome: str) -> dict[str, Any]:
-    """The line of the audit trail."""
+    """The line of the audit trail: what was read, and what was asked for in vain, as somebody does who probes."""
     question = answer.question
+    records: list[dict[str, Any]] = [source.as_json() for source in answer.sources]
+    records += [
+        _storable({"asked": lookup.tool, **lookup.arguments, "outcome": lookup.outcome})
+        for lookup in answer.lookups
+        if lookup.outcome in ("not_found", "refused")
+    ]
     return audit_row(
         question.caller,
         question.request_id,
         "answer",
         outcome,
         answer.id,
-        [source.as_json() for source in answer.sources],
+        records,
         weights_version=str(answer.weights_version or ""),
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from services.gateway.auth.keys import create_key
 from services.gateway.store import Audit, KeyUse, open_store
-from services.gateway.testing import free_port, gateway_config, running_gateway, wait_for_port
+from services.gateway.testing import free_port, gateway_config, running_gateway, until, wait_for_port
 from steersman.store.models import Answer, FeedbackEvent
 from steersman.testing.fake_policy import FakePolicy, serve_policy
 
@@ -112,3 +112,49 @@ async def test_on_postgresql_with_two_gateways(postgres: str) -> None:
     assert use.tokens >= 40
     assert trail.count("feedback") == 2
     assert trail.count("answer") == use.requests == 3
+
+
+def switch(url: str, value: str) -> None:
+    """Makes every transaction of the server read-only, as on a standby after a failover, or ends that."""
+    engine = sa.create_engine(sa.make_url(url).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text("SET default_transaction_read_only = off"))
+        connection.execute(sa.text(f"ALTER SYSTEM SET default_transaction_read_only = {value}"))
+        connection.execute(sa.text("SELECT pg_reload_conf(), pg_sleep(0.2)"))
+    engine.dispose()
+
+
+async def test_a_database_that_becomes_read_only_loses_nothing(postgres: str) -> None:
+    async with serve_policy(FakePolicy()) as endpoint:
+        config = gateway_config(endpoint, database=postgres)
+        async with running_gateway(config) as gateway, httpx.AsyncClient(base_url=gateway.url, timeout=60) as http:
+            switch(postgres, "on")
+            try:
+                headers = {"x-request-id": "r-ro", "idempotency-key": "k"}
+                # The key is claimed before anything is said: a database that takes no claim takes no answer.
+                assert (await http.post(CHAT, json=BODY, headers=headers)).status_code == 503
+                waiting = asyncio.create_task(
+                    http.post(CHAT, json={**BODY, "stream": True}, headers={"x-request-id": "r-ro"})
+                )
+                await until(lambda: gateway.assistant.recorder.failing, 20)
+                assert (await http.get("/readyz")).status_code == 503
+                assert (await http.post(CHAT, json=BODY)).status_code == 503
+                thumbs = {"event_id": "e-ro", "answer_id": "none", "thumbs": "up"}
+                assert (await http.post("/v1/feedback", json=thumbs)).status_code in (404, 503)
+                assert not waiting.done()
+            finally:
+                switch(postgres, "off")
+            assert (await waiting).text.endswith("data: [DONE]\n\n")
+            assert (await http.post(CHAT, json=BODY, headers=headers)).status_code == 200, "the key is not blocked"
+            long = await http.post(CHAT, json=BODY, headers={"x-request-id": "x" * 300})
+            assert long.status_code == 200
+            infer = {"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["hi"]}]}
+            sent = await http.post("/v2/models/steersman/infer", json=infer, headers={"x-request-id": "x" * 300})
+            assert sent.status_code == 200, sent.text
+    store = open_store(postgres)
+    with store.reading() as session:
+        lines = session.scalars(sa.select(Audit.answer_id).where(Audit.request_id == "r-ro")).all()
+        kept = session.scalars(sa.select(Answer.id).where(Answer.id.in_(lines))).all()
+    store.close()
+    assert len(lines) == 2
+    assert sorted(kept) == sorted(lines), "each once"
