@@ -34,7 +34,7 @@ from benchmarks.services import null_services
 from steersman.config.manifest import Generation, RlStage
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.testing.fake_engine import FakeEngine
-from training import ppo
+from training.online import loop
 from training.online.checkpoint import Checkpoints
 from training.online.clients import PolicyReplica, ReferenceClient, RewardClient
 from training.online.loop import Trainer
@@ -162,7 +162,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
-    with mock.patch.object(ppo, "check_same_model"):  # the simulated engine has no model
+    with mock.patch.object(loop, "check_same_model"):  # the simulated engine has no model
         alone = train(folder, simulated(0.0), 0, 5)
         seconds_per_token = alone["update_and_publish"] / NEW
         engines = {

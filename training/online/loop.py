@@ -137,6 +137,8 @@ class Trainer:
         for number, minibatch in enumerate(plan):
             self.reporter.activity(f"updating {number + 1}/{len(plan)}")
             found = self.passes.backward(batch, estimates, minibatch, only_critic, made)
+            if not found.policy.count:
+                continue  # nothing to learn: not even the optimizer's momentum may move the weights
             if spec.stop_kl is not None and found.policy.means()["approx_kl"] > spec.stop_kl:
                 collected.append(found)
                 self.optimizer.clear()

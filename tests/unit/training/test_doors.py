@@ -249,3 +249,14 @@ def test_seeds_up_to_the_last_one_work(tiny_model: Path, tmp_path: Path) -> None
     assert step_seed(2**32 - 1, 10_000) < 2**64
     assert len(trainer.passes.plan(make_batch(trainer.model), 10_000)) == 2
     assert isinstance(PpoSpec().gamma, float)
+
+
+def test_prompts_that_say_nothing_leave_the_weights_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """Not even the momentum of earlier updates moves them, on any number of ranks."""
+    trainer = build(tiny_model, tmp_path, lora=Lora(rank=4), **options_of("online-dpo"))
+    batch = make_batch(trainer.model)
+    trainer.update(batch, 0)
+    before = weights(trainer)
+    metrics = trainer.update(replace(batch, scores=torch.ones_like(batch.scores), ended=torch.ones(12, dtype=bool)), 1)
+    assert metrics["updates"] == 0
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
