@@ -106,7 +106,7 @@ def import_(
         namespace,
         near_duplicates,
     )
-    shares = Splits(parse_shares(splits), seed=seed, by=split_by)
+    shares = Splits(parse_shares(splits), seed=seed, by=split_by, salt="import")  # see store/drafts.py
     summary = import_to_folder(job, out, shares) if quiet else import_with_progress(job, out, shares)
     if not quiet:
         print_summary(summary, out)
@@ -155,6 +155,8 @@ def print_summary(summary: Summary, out: Path) -> None:
         console.print(f"{summary.near_duplicates:,} near-duplicates removed")
     if summary.ids_made_unique:
         console.print(f"{summary.ids_made_unique:,} ids stood twice and got a number behind them")
+    if summary.ungrouped:
+        console.print(f"{summary.ungrouped:,} rows lack the key of --split-by and lie together on one side")
     for name, count in sorted(summary.not_kept.items()):
         console.print(f"not kept: field {name!r} of {count:,} records; rows of this format have no place for it")
     if summary.skipped:

@@ -65,6 +65,8 @@ class Summary:
     """Ids of the file's own that stood twice."""
     not_kept: Counter[str] = field(default_factory=Counter)
     """Field of the records that the rows do not hold -> records that had something in it."""
+    ungrouped: int = 0
+    """Rows without the key that the splits go by: they lie together on one side."""
     incomplete: list[str] = field(default_factory=list)
     """Files that ended before their end, and where."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class Summary:
             "near_duplicates": self.near_duplicates,
             "ids_made_unique": self.ids_made_unique,
             "not_kept": dict(sorted(self.not_kept.items())),
+            "ungrouped": self.ungrouped,
             "incomplete": self.incomplete,
             "skipped": skipped,
             "splits": dict(self.splits),
@@ -335,6 +338,7 @@ def import_to_folder(
                 sinks[split].write(line + b"\n")
                 summary.written += 1
                 summary.splits[split] += 1
+        summary.ungrouped = splits.ungrouped
         if not summary.written:
             raise DataError(f"nothing to import: {describe_skips(summary)}", details=summary.to_dict())
         summary.files = {path.name: file_digest(path) for path in sorted(partial.glob("*.jsonl"))}

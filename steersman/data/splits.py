@@ -85,12 +85,15 @@ class Splits:
             raise ConfigError(f"splits: shares {dict(shares)} must be positive and sum to 1, as train=0.9,test=0.1")
         self.names = list(shares)
         self._bounds = np.cumsum(list(shares.values())).tolist()[:-1]
-        key = hashlib.blake2b(f"{salt}:{seed}".encode()).digest()
+        key = hashlib.blake2b(f"{salt}:{seed}".encode()).digest() if salt else str(seed).encode()
         self._hash = hashlib.blake2b(digest_size=8, key=key)
         self._by = by
+        self.ungrouped = 0
+        """Rows so far without the key that decides: they lie together on one side."""
 
     def of(self, row: Mapping[str, Any]) -> str:
         """The split of a row."""
+        self.ungrouped += self._by is not None and row.get(self._by) in (None, "")
         return self.of_key(group_key(row, self._by))
 
     def of_key(self, key: str) -> str:

@@ -37,19 +37,22 @@ def check_agreement(session: Session, options: ReleaseOptions) -> dict[str, dict
     """
     figures = {}
     failures = []
+    blocked = []
     for source in options.sources:
         if source.startswith("project:"):
             project = get_project(session, source.removeprefix("project:"))
             report = agreement_report(session, project)
             thresholds = options.thresholds or Thresholds.model_validate(project.thresholds)
-            failures += [f"{project.name}: {failure}" for failure in report.failures(thresholds)]
+            found = report.failures(thresholds)
+            failures += [f"{project.name}: {failure}" for failure in found]
+            blocked += [project.name] if found else []
             shown = report if options.name_labelers else without_names(report)
             figures[project.name] = shown.model_dump(mode="json", exclude={"pairs", "days"})
             figures[project.name]["thresholds"] = thresholds.model_dump(exclude_none=True)
     if failures:
         raise FailedPreconditionError(
             f"release {options.name}: blocked; {'; '.join(failures)}; judge more, or mend the guidelines and "
-            "have the disputed items judged again with `steersman data reopen PROJECT`",
+            f"have the disputed items judged again with `steersman data reopen {' '.join(blocked)}`",
             details={"failures": failures},
         )
     return figures
@@ -131,17 +134,13 @@ def write_release(session: Session, options: ReleaseOptions, folder: Path) -> Dr
 def split_salt(sources: tuple[str, ...]) -> str:
     """What makes the draw of a release independent of the draws that its sources went through.
 
-    An import is drawn without a salt, so that one side of it can be divided again here; a release that serves as a
-    source was drawn with a salt of its own. Between versions of one data set a prompt stays on its side.
+    Imports are drawn with a salt of their own, and a release that serves as a source gives one here: either side of
+    them can be divided again. Between versions of one data set a prompt stays on its side.
     """
-    parents = sorted(
-        {
-            folder.parent.name + folder.name
-            for source in sources
-            if (folder := Path(source).parent / "card.json").is_file()
-        }
+    folders = {Path(source).absolute().parent for source in sources}
+    return ":".join(
+        sorted(f"{folder.parent.name}/{folder.name}" for folder in folders if (folder / "card.json").is_file())
     )
-    return ":".join(["release", *parents])
 
 
 def without_names(report: AgreementReport) -> AgreementReport:

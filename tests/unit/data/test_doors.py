@@ -479,3 +479,10 @@ def test_labels_and_ratings_as_odd_files_have_them(tmp_path: Path) -> None:
     rows, summary = run(path, FORMATS["helpsteer"])
     assert [len(row["aspects"]) for row in rows] == [5, 4]
     assert list(summary.skipped) == ["aspects: helpfulness is 5, outside 0 to 4; mend the rating or the scale"]
+
+
+def test_a_key_that_no_row_has_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(pair(1), pair(2)))
+    result = imported("steersman", path, "--out", tmp_path / "out", "--split-by", "intnet")
+    assert "2 rows lack the key of --split-by" in result.output

@@ -191,7 +191,7 @@ def test_one_side_of_a_split_can_be_split_again(store: Store, tmp_path: Path) ->
         | {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
         for n in range(400)
     ]
-    imported = Splits(shares)
+    imported = Splits(shares, salt="import")
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"\n".join(orjson.dumps(row) for row in made if imported.of(row) == "train"))
     first, _ = publish(store, options(str(path), splits=shares), tmp_path / "releases")
