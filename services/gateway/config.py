@@ -94,7 +94,7 @@ class Limits(FrozenModel):
     """Longest time for one answer, until its last byte is taken."""
     feedback_per_minute: Positive = 120
     """Judgements from one network address without a key."""
-    failed_logins_per_minute: Positive = 60
+    failed_logins_per_minute: Positive = 300
     """Wrong keys, sessions and customer tokens from one network address; beyond it gets 429."""
 
 
