@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from services.policy.engine import Engine, Event, GenerationRequest, RequestFailed, SampleFinished, SamplingParams
 from steersman.errors import InvalidArgumentError
@@ -30,6 +30,27 @@ def sampling_params(message: common_pb2.SamplingParams, top_logprobs: int = 0) -
     )
 
 
+_MANY = 256
+"""Samples from which a request is taken apart beside the loop."""
+
+
+async def _submitted(engine: Engine, request: GenerationRequest, deliver: Callable[[Event], None]) -> int:
+    """The handle; a caller that goes away meanwhile leaves nothing behind."""
+    if len(request.prompts) * request.n < _MANY:
+        return engine.submit(request, deliver)
+    submitting = asyncio.ensure_future(asyncio.to_thread(engine.submit, request, deliver))
+    try:
+        return await asyncio.shield(submitting)
+    except asyncio.CancelledError:
+
+        def let_go(done: asyncio.Future[int]) -> None:
+            if done.exception() is None:
+                engine.cancel(done.result())
+
+        submitting.add_done_callback(let_go)
+        raise
+
+
 async def events_of(engine: Engine, request: GenerationRequest) -> AsyncIterator[Event]:
     """The engine's events of one request as an async stream; leaving it early cancels the request."""
     loop = asyncio.get_running_loop()
@@ -38,7 +59,7 @@ async def events_of(engine: Engine, request: GenerationRequest) -> AsyncIterator
     def deliver(event: Event) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
-    handle = engine.submit(request, deliver)
+    handle = await _submitted(engine, request, deliver)
     unfinished = len(request.prompts) * request.n
     try:
         while unfinished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
 
@@ -16,6 +17,16 @@ from steersman.rpc.finish import finish_reason
 from steersman.rpc.wire import pack_rows, unpack_rows
 from steersman.v1 import common_pb2, policy_pb2_grpc
 from steersman.v1 import policy_pb2 as pb
+
+
+def _generation(request: pb.GenerateRequest) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=str(uuid.uuid4()),
+        prompts=unpack_rows(request.prompts, np.int32, "prompts"),
+        params=sampling_params(request.sampling),
+        n=request.n or 1,
+        first_prompt=request.first_prompt,
+    )
 
 
 class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
@@ -33,13 +44,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 f"weights version {request.weights_version} is asked for, {loaded} is loaded; publish them again",
                 details={"loaded_version": loaded},
             )
-        generation = GenerationRequest(
-            request_id=str(uuid.uuid4()),
-            prompts=unpack_rows(request.prompts, np.int32, "prompts"),
-            params=sampling_params(request.sampling),
-            n=request.n or 1,
-            first_prompt=request.first_prompt,
-        )
+        # Beside the loop: the checksum of the largest request takes longer than others may wait.
+        generation = await asyncio.to_thread(_generation, request)
         async for event in events_of(self._engine, generation):
             if isinstance(event, SampleFinished):
                 yield pb.GenerateResponse(

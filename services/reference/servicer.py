@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import numpy as np
 
@@ -24,6 +26,12 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
     async def ComputeLogprobs(
         self, request: pb.ComputeLogprobsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ComputeLogprobsResponse:
+        # Beside the loop: the checksums of the largest request take longer than others may wait.
+        rows = await asyncio.to_thread(self._rows, request)
+        results = await self.batcher.submit(rows)
+        return pb.ComputeLogprobsResponse(logprobs=await asyncio.to_thread(pack_rows, results, np.float32))
+
+    def _rows(self, request: pb.ComputeLogprobsRequest) -> list[Row]:
         info = self._engine.info
         if request.tokenizer_fingerprint and request.tokenizer_fingerprint != info.tokenizer_fingerprint:
             raise FailedPreconditionError("the caller's tokenizer is not the reference's; start both from one base")
@@ -37,10 +45,7 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
             raise InvalidArgumentError(f"temperature is {temperature}; it must be above 0")
         for index, (row, length) in enumerate(zip(rows, request.prompt_lengths, strict=True)):
             self._check(index, row, length)
-        results = await self.batcher.submit(
-            [Row(row[:n], row[n:], temperature) for row, n in zip(rows, request.prompt_lengths, strict=True)]
-        )
-        return pb.ComputeLogprobsResponse(logprobs=pack_rows(results, np.float32))
+        return [Row(row[:n], row[n:], temperature) for row, n in zip(rows, request.prompt_lengths, strict=True)]
 
     def _check(self, index: int, row: np.ndarray, prompt_length: int) -> None:
         info = self._engine.info

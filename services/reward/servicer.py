@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import grpc
@@ -26,9 +27,8 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         )
 
     async def Score(self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext) -> pb.ScoreResponse:
-        items = [
-            _item(f"items[{index}]", item, request.tokenizer_fingerprint) for index, item in enumerate(request.items)
-        ]
+        # Beside the loop: checksums and JSON of the largest request take longer than others may wait.
+        items = await asyncio.to_thread(_items, request)
         scores = await self.batcher.submit(items)
         SCORED_ITEMS.inc(len(scores))
         SCORE_FAILURES.inc(sum(not score.HasField("reward") for score in scores))
@@ -38,6 +38,10 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         self, request: pb.GetRewardInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetRewardInfoResponse:
         return pb.GetRewardInfoResponse(scorers=[scorer.info for scorer in self._engine.scorers])
+
+
+def _items(request: pb.ScoreRequest) -> list[Item]:
+    return [_item(f"items[{index}]", item, request.tokenizer_fingerprint) for index, item in enumerate(request.items)]
 
 
 def _item(name: str, item: pb.ScoreItem, fingerprint: str) -> Item:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import numpy as np
 import pytest
 
 from services.policy.chat import MAX_STOP_CHARACTERS, MAX_STOPS, ChatFormat, answer
 from services.policy.engine import GenerationRequest, SamplingParams
+from services.policy.requests import events_of
 from steersman.errors import InvalidArgumentError
 from steersman.generation import MAX_SAMPLES, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
 from steersman.testing.models import tiny_tokenizer
@@ -40,3 +44,34 @@ async def test_stop_texts(stop: list[str]) -> None:
     with pytest.raises(InvalidArgumentError, match="at most 16 texts of 512 characters"):
         async for _ in answer(None, ChatFormat(tiny_tokenizer(), "f"), request):  # type: ignore[arg-type]
             pass
+
+
+class Abandoned:
+    """An engine that takes its time to accept a request."""
+
+    def __init__(self) -> None:
+        self.asked, self.go, self.cancelled = threading.Event(), threading.Event(), threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def submit(self, request: GenerationRequest, on_event: object) -> int:
+        self.thread = threading.current_thread()
+        self.asked.set()
+        assert self.go.wait(20)
+        return 7
+
+    def cancel(self, handle: int) -> None:
+        assert handle == 7
+        self.cancelled.set()
+
+
+async def test_a_large_request_is_taken_apart_beside_the_loop_and_cancelled_when_nobody_waits() -> None:
+    engine = Abandoned()
+    request = GenerationRequest("r", [PROMPT] * 16, SamplingParams(max_new_tokens=1), n=1000)
+    waiting = asyncio.ensure_future(anext(events_of(engine, request)))  # type: ignore[arg-type]
+    await asyncio.to_thread(engine.asked.wait, 20)
+    assert engine.thread is not threading.main_thread()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    engine.go.set()
+    assert await asyncio.to_thread(engine.cancelled.wait, 20)
