@@ -164,6 +164,7 @@ def _run(
             raise SystemExit(f"{name} failed: {process.last_words(log)}")
     finally:
         process.stop([child])
+    print(f"footprint  {name}: {peaks.mib[name]:.0f} MiB", flush=True)
 
 
 def _ask_a_gateway(
