@@ -19,7 +19,7 @@ import kopf
 from kubernetes.aio import config as kube_config
 from kubernetes.aio.client import ApiClient
 from kubernetes.aio.client.exceptions import ApiException
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import Counter, Gauge, Histogram
 
 from services.controller.cache import CachedKube
 from services.controller.config import ControllerConfig, load_templates
@@ -31,6 +31,7 @@ from services.controller.reconcile import Backoff, Reconciler, canary_of
 from services.controller.signals import LiveSignals
 from services.controller.status import TERMINAL
 from steersman.registry import Registry
+from steersman.rpc.metrics import serve_metrics
 
 log = logging.getLogger("steersman.controller")
 
@@ -194,7 +195,7 @@ async def serve(config: ControllerConfig) -> None:
     signals = LiveSignals(config.prometheus_url, database) if config.prometheus_url and database else None
     model_registry = Registry(config.mlflow_url, config.registered_model) if config.mlflow_url else None
     if config.metrics_port is not None:
-        start_http_server(config.metrics_port, config.host)
+        serve_metrics(config.host, config.metrics_port)
     async with ApiClient() as client:
         kube = CachedKube(Kube(client))
         settings = Settings(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,8 @@ class Kubelet:
         self._pods: dict[str, Pod] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.Task[None] | None = None
-        self._addresses: Iterator[int] = iter(range(2, 250))
+        block = os.getpid() % 32_000  # several of these clusters may run on one machine
+        self._addresses = (f"127.{100 + block // 250}.{block % 250}.{number}" for number in range(2, 250))
         kube.pod_log = self._pod_log  # type: ignore[method-assign]
 
     async def __aenter__(self) -> Kubelet:
@@ -151,7 +153,7 @@ class Kubelet:
             for name, body in wanted.items():
                 uid = body["metadata"]["uid"]
                 if name not in self._pods:
-                    pod = Pod(self, body, f"127.77.0.{next(self._addresses)}")
+                    pod = Pod(self, body, next(self._addresses))
                     self._pods[name] = pod
                     self._tasks[uid] = asyncio.create_task(pod.run())
                 elif self._pods[name].uid != uid and self._pods[name].ended:
