@@ -4,6 +4,7 @@
     ├── InvalidArgumentError      a request or value is wrong
     │   ├── ConfigError           a manifest or configuration field is wrong
     │   ├── DataError             a row of a data file is wrong
+    │   ├── ContextLengthError    a prompt is longer than the model's context
     │   ├── ChecksumError         bytes are not what their checksum says
     │   └── UnsupportedError      this engine or server cannot do what is asked
     ├── FailedPreconditionError   the request is right, the state is not (yet)
@@ -52,6 +53,9 @@ class SteersmanError(Exception):
     exit_code: ClassVar[int] = 1
     # The `type` of an error in the OpenAI shape.
     openai_type: ClassVar[str] = "server_error"
+    # Its `code` and `param`, where the class decides them.
+    openai_code: ClassVar[str | None] = None
+    openai_param: ClassVar[str | None] = None
 
     def __init__(self, message: str, *, details: dict[str, Any] | None = None) -> None:
         message = without_credentials(message)
@@ -76,6 +80,13 @@ class ConfigError(InvalidArgumentError):
 
 class DataError(InvalidArgumentError):
     """A row of a data file is wrong; the message begins with `file:line`."""
+
+
+class ContextLengthError(InvalidArgumentError):
+    """A prompt is longer than the model's context."""
+
+    openai_code = "context_length_exceeded"
+    openai_param = "messages"
 
 
 class ChecksumError(InvalidArgumentError):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from steersman.errors import InvalidArgumentError, SteersmanError
+from steersman.errors import ContextLengthError, InvalidArgumentError, SteersmanError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -137,7 +137,7 @@ class GenerationRequest:
                     f"prompts[{index}] has shape {list(prompt.shape)}, send at least one token id"
                 )
             if prompt.size >= max_context:
-                raise InvalidArgumentError(
+                raise ContextLengthError(
                     f"prompts[{index}] has {prompt.size} tokens, the model's context holds {max_context} "
                     "with at least one new token; shorten the prompt"
                 )

@@ -127,8 +127,8 @@ def error_body(error: SteersmanError) -> dict[str, Any]:
         "error": {
             "message": error.message,
             "type": error.openai_type,
-            "param": error.details.get("param"),
-            "code": error.details.get("code"),
+            "param": error.details.get("param") or error.openai_param,
+            "code": error.details.get("code") or error.openai_code,
         }
     }
 

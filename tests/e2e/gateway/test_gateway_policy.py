@@ -96,3 +96,33 @@ async def test_constrained_answers_seeds_and_log_probabilities(endpoint: str) ->
             body = {"model": "steersman", "messages": MESSAGES, "response_format": form}
             refused = await http.post("/v1/chat/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+async def test_overflow_references_and_penalties(endpoint: str) -> None:
+    async with (
+        running_gateway(gateway_config(endpoint)) as gateway,
+        openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        async def ask(**changes: Any) -> Any:
+            body = {"model": "steersman", "messages": MESSAGES, "max_tokens": 60, "seed": 3, **changes}
+            return await client.chat.completions.create(**body)
+
+        with pytest.raises(openai.BadRequestError) as caught:
+            await ask(messages=[{"role": "user", "content": "hello " * 15_000}])
+        assert caught.value.code == "context_length_exceeded"
+        assert caught.value.param == "messages"
+
+        city = {"type": "object", "properties": {"c": {"$ref": "#/definitions/city"}}, "definitions": {"city": COLOUR}}
+        again = {"type": "object", "properties": {"v": {"type": "boolean"}, "next": {"$ref": "#"}}, "required": ["v"]}
+        for parameters in (city, again):
+            tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+            choice = (await ask(tools=[tool], tool_choice="required", max_tokens=400)).choices[0]
+            if choice.finish_reason == "length":  # a random model may go on nesting
+                assert parameters is again
+                continue
+            (call,) = choice.message.tool_calls
+            jsonschema.validate(json.loads(call.function.arguments), parameters)
+
+        forced = await ask(temperature=0, max_tokens=3, logit_bias={"100": 100}, logprobs=True)
+        assert len({token.token for token in forced.choices[0].logprobs.content}) == 1
