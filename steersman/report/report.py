@@ -19,7 +19,7 @@ from steersman.report.statistics import (
     variance_change,
     wilson_interval,
 )
-from steersman.report.summary import criteria, label, mean_kl, no_eos
+from steersman.report.summary import criteria, label, mean_kl, no_eos, verdict
 
 DPI = 160
 EXAMPLES = 6
@@ -174,6 +174,7 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
     accuracy: Interval | None = wilson_interval(model.accuracy * len(model.pairs), len(model.pairs)) if model else None
     return {
         "rows": rows,
+        "verdict_by_criteria": verdict(evaluation),
         "reward": rows[0]["change"],
         "rubric": rows[1]["change"] if len(rows) > 1 else None,
         "variance": _variance(evaluation) if spread else None,

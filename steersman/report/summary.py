@@ -61,10 +61,31 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
     if has_rubric:
         difference = evaluation.change(start, aligned, "total").difference
         result[f"rubric_{aligned}_minus_{start}"] = _triple(difference)
+        result["criteria"] = {
+            name: _triple(evaluation.change(start, aligned, name).difference) for name in criteria(evaluation)
+        }
     if evaluation.reward_model:
         result["rm_accuracy"] = round(evaluation.reward_model.accuracy, 4)
         result["length_baseline"] = round(evaluation.reward_model.length_baseline, 4)
     return result
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """Where the aligned model is better and where not, criterion by criterion; empty without a rubric.
+
+    A criterion is better or worse where the interval of its paired difference leaves out 0.
+    """
+    names = criteria(evaluation)
+    if not names or evaluation.start == evaluation.aligned:
+        return ""
+    changes = {name: evaluation.change(evaluation.start, evaluation.aligned, name).difference for name in names}
+    groups = {
+        "better": [label(name) for name, change in changes.items() if change.low > 0],
+        "worse": [label(name) for name, change in changes.items() if change.high < 0],
+        "no certain change": [label(name) for name, change in changes.items() if change.low <= 0 <= change.high],
+    }
+    said = "; ".join(f"{title}: {', '.join(found)}" for title, found in groups.items() if found)
+    return f"By the rubric's criteria {said}."
 
 
 def render_table(evaluation: Evaluation) -> Table:
@@ -109,14 +130,15 @@ def _cell(interval: Interval, sign: str = "") -> str:
 
 
 def _caption(evaluation: Evaluation) -> str:
-    if evaluation.reward_model is None:
-        return ""
-    model = evaluation.reward_model
-    accuracy = wilson_interval(model.accuracy * len(model.pairs), len(model.pairs))
-    return (
-        f"Reward model: held-out accuracy {accuracy.estimate:.3f} ({accuracy.low:.3f} to {accuracy.high:.3f}), "
-        f"by length alone {model.length_baseline:.3f}."
-    )
+    lines = [verdict(evaluation)]
+    if evaluation.reward_model is not None:
+        model = evaluation.reward_model
+        accuracy = wilson_interval(model.accuracy * len(model.pairs), len(model.pairs))
+        lines.append(
+            f"Reward model: held-out accuracy {accuracy.estimate:.3f} ({accuracy.low:.3f} to {accuracy.high:.3f}), "
+            f"by length alone {model.length_baseline:.3f}."
+        )
+    return "\n".join(line for line in lines if line)
 
 
 def _triple(interval: Interval) -> list[float]:

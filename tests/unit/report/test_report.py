@@ -12,7 +12,7 @@ from rich.console import Console
 from steersman.errors import DataError
 from steersman.report.report import pick_examples, stage_metrics, write_report
 from steersman.report.schema import Evaluation, read_evaluation
-from steersman.report.summary import render_table, summarise
+from steersman.report.summary import render_table, summarise, verdict
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -76,6 +76,19 @@ def test_summary_has_the_keys_of_demo_check_and_exact_numbers() -> None:
     json.dumps(result)
 
 
+def test_the_verdict_names_what_did_not_improve() -> None:
+    data = document()
+    for number, row in enumerate(data["models"]["rlhf"]):
+        sign = 1 if number % 2 else -1  # on average nothing
+        row["rubric"] = {**data["models"]["sft"][number]["rubric"], "polite": 0.9}
+        row["rubric"]["grounded"] += 0.1 * sign
+    changed = Evaluation.model_validate(data)
+    assert verdict(changed) == "By the rubric's criteria better: polite; no certain change: grounded."
+    numbers = summarise(changed)["criteria"]
+    assert numbers["polite"][1] > 0
+    assert numbers["grounded"][1] < 0 < numbers["grounded"][2]
+
+
 def test_a_missing_reward_is_missing_in_the_pair_and_not_zero() -> None:
     data = document()
     data["models"]["sft"][3]["reward"] = None
@@ -119,7 +132,7 @@ def test_report_is_one_safe_file_beside_its_plots(tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)=["'](?!data:)""", html)
     assert "<script>alert" not in html
     assert "Answer &lt;b&gt;" in html
-    assert "RLHF answers better than SFT" in html
+    assert "RLHF scores higher than SFT" in html
     assert "width=device-width" in html
     again = write_report(run, evaluation(), tmp_path / "again")
     assert again.read_bytes() == path.read_bytes()
@@ -129,7 +142,7 @@ def test_report_is_one_safe_file_beside_its_plots(tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         (lambda m: m.update(rlhf=m["sft"]), "cannot be told apart"),
-        (lambda m: m.update(rlhf=m["base"]), "answers worse than SFT"),
+        (lambda m: m.update(rlhf=m["base"]), "scores lower than SFT"),
         (lambda m: m.update(rlhf=[{**s, "reward": s["reward"] + 1} for s in m["base"]]), "being fooled"),
         (lambda m: (m.pop("sft"), m.pop("rlhf")), "nothing to compare"),
     ],
