@@ -68,7 +68,8 @@ class _LoraProduct(torch.autograd.Function):
             out.addmm_(low, scaled.T)
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scaling, ctx.shape, ctx.x_dtype = scaling, x.shape, x.dtype
-        return out.view(*x.shape[:-1], -1)
+        # No view where none is needed: a caller may add to the result in place (Llama 4's experts do).
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable

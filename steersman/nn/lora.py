@@ -37,6 +37,7 @@ def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        exclude_modules=_special_layers(model) if lora.target_modules == "all-linear" else None,
         use_dora=lora.use_dora,
         modules_to_save=heads or None,
         task_type=TaskType.SEQ_CLS if heads else TaskType.CAUSAL_LM if causal else None,
@@ -48,6 +49,17 @@ def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
     _refuse_tied_targets(wrapped)
     fuse_lora(wrapped)
     return wrapped  # type: ignore[return-value]
+
+
+def _special_layers(model: nn.Module) -> list[str] | None:
+    """Layers that are linear by inheritance only, such as Llama 4's router, which gives two results."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).__module__.startswith("transformers.models.")
+        and type(module).forward is not nn.Linear.forward
+    ] or None
 
 
 def load_adapter(model: nn.Module, adapter: Path, *, trainable: bool = False) -> PeftModel:

@@ -30,6 +30,7 @@ FAMILIES = {
     "gemma2": {},
     "lfm2": {"full_attn_idxs": [2], "num_hidden_layers": 3},
     "opt": {},
+    "llama4_text": {},
 }
 
 
