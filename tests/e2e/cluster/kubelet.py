@@ -121,7 +121,14 @@ class Kubelet:
         return self._pods[name]
 
     def crashing(self) -> list[str]:
-        """Containers that have ended by themselves again and again."""
+        """Containers that have ended by themselves again and again.
+
+        Raises:
+            whatever ended a pod's task: something in it that this kubelet does not model.
+        """
+        for task in self._tasks.values():
+            if task.done() and not task.cancelled():
+                task.result()
         return [
             f"{pod.name}/{container.spec['name']}"
             for pod in self._pods.values()
@@ -398,7 +405,8 @@ class Pod:
         for kind, key in (("ConfigMap", "configMap"), ("Secret", "secret")):
             if key in volume:
                 name = volume[key].get("name") or volume[key]["secretName"]
-                for file, text in self._content(kind, name).items():
+                optional = bool(volume[key].get("optional"))
+                for file, text in self._content(kind, name, optional=optional).items():
                     (folder / file).write_text(text.replace("0.0.0.0", self.address))
         return folder
 

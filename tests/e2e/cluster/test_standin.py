@@ -27,7 +27,7 @@ from steersman.testing.models import save_model_folder, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[3]
 CHART = ROOT / "charts/steersman"
-PATIENCE = 900.0
+PATIENCE = 250.0
 """A hang ends here; no test depends on how long anything takes."""
 GENERATION = {"maxNewTokens": 6}
 RUN: Json = {
