@@ -26,7 +26,7 @@ def prefer_yielding_threads() -> bool:
         Whether it is in place; false where the package `intel-openmp` is not made for this machine (only Linux on
         x86-64) or not installed: then GNU's runtime stays.
     """
-    remove_left_behind()
+    remove_left_behind(own=_LIBRARY not in Path("/proc/self/maps").read_text())
     try:
         files = metadata.files("intel-openmp") or []
         path = next(file.locate() for file in files if file.name == _LIBRARY)
@@ -37,15 +37,23 @@ def prefer_yielding_threads() -> bool:
     return True
 
 
-def remove_left_behind(folder: Path = Path("/dev/shm")) -> int:
+def remove_left_behind(folder: Path = Path("/dev/shm"), *, own: bool = False) -> int:
     """Removes the kilobyte of shared memory that the runtime registers itself with (`__KMP_REGISTERED_LIB_PID_UID`) of
-    our processes that were killed; returns how many."""
+    our processes that were killed; returns how many.
+
+    Args:
+        folder: where it lies.
+        own: this process has not loaded the runtime yet, so what carries its number was left by another. A container
+            that is started again has the same numbers and the same memory; the runtime aborts when it finds itself there.
+    """
     count = 0
     for path in folder.glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
         pid = path.name.split("_")[-2]
         if not pid.isdigit():
             continue
         try:
+            if own and int(pid) == os.getpid():
+                raise ProcessLookupError
             os.kill(int(pid), 0)
         except ProcessLookupError:
             with contextlib.suppress(OSError):

@@ -131,3 +131,6 @@ def test_shared_memory_of_killed_processes_is_removed(tmp_path: Path) -> None:
         path.write_bytes(bytes(1024))
     assert remove_left_behind(tmp_path) == 1
     assert sorted(tmp_path.iterdir()) == sorted(others)
+    # A container that is started again has the process numbers of the one that was killed.
+    assert remove_left_behind(tmp_path, own=True) == 1
+    assert sorted(tmp_path.iterdir()) == others[1:]

@@ -104,7 +104,7 @@ class TransformersEngine:
         self._decoder_name = decoder
         self._on_death = on_death
         self._wake = threading.Condition()
-        self._open = False
+        self._open = self._started = False
         self._thread: threading.Thread | None = None
         self._next_handle = 0
         # Under the lock: what other threads hand over.
@@ -142,9 +142,13 @@ class TransformersEngine:
         model.requires_grad_(False).eval().to(device)
         with torch.no_grad():
             self._decoder, self._store = build_decoder(model, name, dtype, weight_layout(device, dtype))
-        self._open = True
+        self._open = self._started = True
         self._thread = threading.Thread(target=self._run, name="transformers-engine", daemon=True)
         self._thread.start()
+
+    def _must_be_started(self) -> None:
+        if not self._started:
+            raise UnavailableError("the model is still being loaded; try again")
 
     def close(self) -> None:
         with self._wake:
@@ -155,6 +159,7 @@ class TransformersEngine:
             self._thread = None
 
     def info(self) -> EngineInfo:
+        self._must_be_started()
         with self._wake:
             rows, waiting = list(self._rows), len(self._waiting) + len(self._submitted)
         return EngineInfo(
@@ -175,6 +180,7 @@ class TransformersEngine:
         )
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> int:
+        self._must_be_started()
         request.check(self._vocab, self._context)
         samples = [
             self._sample(request, on_event, prompt_index, sample_index)

@@ -170,7 +170,7 @@ async def cluster_in(folder: Path, *values: str, objects: Sequence[Json] = ()) -
         mounts = [Mount(account, "/etc/kubeconfig", read_only=True)]
         rendered = render(tools, *values)
         for body in [*objects, *rendered]:
-            if body["kind"] in ("ConfigMap", "Deployment", "Secret"):
+            if body["kind"] in ("ConfigMap", "Deployment", "Secret", "Service"):
                 for container in body.get("spec", {}).get("template", {}).get("spec", {}).get("containers", []):
                     container["env"].append({"name": "KUBECONFIG", "value": "/etc/kubeconfig"})
                 await api.kube.create(body["kind"], "ml", body)
@@ -212,7 +212,11 @@ async def test_a_run_goes_from_kubectl_apply_to_released(tmp_path: Path) -> None
 
 async def test_an_installation_answers_and_passes_its_own_test(tmp_path: Path) -> None:
     """The chart's small profile as it is installed: uid 10001, SQLite, policy service and gateway; then `helm test`."""
-    values = ("policy.config.model=/artifacts/models/base", "policy.config.precision=fp32")
+    values = (
+        "policy.config.model=/artifacts/models/base",
+        "policy.config.precision=fp32",
+        "gateway.config.requireApiKey=true",  # pods of the stand-in have loopback addresses, where no key is needed
+    )
     async with cluster_in(tmp_path, *values) as cluster:
         names = [f"steersman-{name}-0" for name in ("policy", "gateway", "controller")]
         await cluster.until(lambda: all(is_ready(cluster, name) for name in names), "not everything is ready")

@@ -395,3 +395,9 @@ def test_a_callback_that_raises_harms_nobody_else(engine_of) -> None:
     engine.submit(GenerationRequest("bad", random_prompts([5]), SamplingParams(max_new_tokens=5), stream=True), bad)
     found = samples(engine, random_prompts([6]), SamplingParams(max_new_tokens=5))
     assert isinstance(found[0, 0], SampleFinished)
+
+
+def test_an_engine_that_is_still_loading_says_so() -> None:
+    engine = TransformersEngine(tiny_llama(), precision="fp32")
+    with pytest.raises(UnavailableError, match="still being loaded"):
+        engine.info()
