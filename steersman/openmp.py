@@ -44,7 +44,7 @@ def remove_left_behind(folder: Path = Path("/dev/shm"), *, own: bool = False) ->
     Args:
         folder: where it lies.
         own: this process has not loaded the runtime yet, so what carries its number was left by another. A container
-            that is started again has the same numbers and the same memory; the runtime aborts when it finds itself there.
+            that is started again has the same numbers and memory, and the runtime aborts where it finds itself.
     """
     count = 0
     for path in folder.glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
