@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from steersman.config.manifest import AlignmentRun
 from steersman.demo.shop import FirstQuestion, open_shop
 from steersman.errors import UnavailableError
-from steersman.local.serve import serving
+from steersman.local.serve import find_model, serving
 from steersman.progress import ConsoleReporter
 
 _AT_ONCE = 8
@@ -19,13 +20,19 @@ _TEMPERATURE = 0.0
 
 
 def ask_first_questions(run: AlignmentRun, run_dir: Path) -> list[float]:
-    """Share of grounded answers with its 95% interval: [share, low, high].
+    """Share of grounded answers with its 95% interval: [share, low, high]; a model is asked once.
 
     Raises:
         UnavailableError: the gateway does not answer a question.
     """
     from steersman.report.statistics import wilson_interval
 
+    model, _, _ = find_model(run_dir)
+    made = (model.parent / "complete.json").read_text(encoding="utf-8")
+    path, known = run_dir / "first_questions.jsonl", run_dir / "first_questions.of.json"
+    if path.is_file() and known.is_file() and known.read_text(encoding="utf-8") == made:
+        good = [json.loads(line)["grounded"] for line in path.read_text(encoding="utf-8").splitlines()]
+        return _rounded(wilson_interval(sum(good), len(good)))
     questions = open_shop(run.spec.seed).questions()
     with (
         serving(run_dir, run_dir / "services", {}, None) as served,
@@ -39,9 +46,13 @@ def ask_first_questions(run: AlignmentRun, run_dir: Path) -> list[float]:
         {"question": question.text, "answer": answer, "grounded": grounded}
         for question, answer, grounded in zip(questions, answers, good, strict=True)
     ]
-    (run_dir / "first_questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = wilson_interval(sum(good), len(good))
-    return [round(value, 4) for value in (found.estimate, found.low, found.high)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    known.write_text(made, encoding="utf-8")
+    return _rounded(wilson_interval(sum(good), len(good)))
+
+
+def _rounded(found: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in found]
 
 
 def _ask(url: str, model: str, question: FirstQuestion) -> str:
