@@ -24,6 +24,9 @@ SERVICES = ("policy", "reward", "reference")
 async def reach_rl(world: World, name: str = "demo", **spec: Any) -> None:
     world.kube.put(alignment_run(name, uid=f"uid-{name}", **spec))
     await walk_to(world, "rl", name)
+    world.kube.run_pod(f"{name}-rl", "")  # it has its hardware, and the next run its turn
+    world.kube.services_up()
+    await world.settle(name)
 
 
 def variable(pod: dict[str, Any]) -> dict[str, Any]:
