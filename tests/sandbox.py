@@ -71,7 +71,8 @@ def _script(root: Path, mounts: list[Mount], uid: int, workdir: str) -> str:
     lines += ['mkdir -p "$root/etc" "$root/.etc"; mount --rbind -o ro /etc "$root/.etc"']
     lines += ['for entry in /etc/*; do ln -s "/.$entry" "$root$entry"; done']
     lines += ['mkdir -p "$root/tmp"', 'mount -t tmpfs -o mode=1777 tmp "$root/tmp"']
-    for mount in fixed + mounts:
+    # The outer ones first: a volume at /tmp must not hide libraries that lie below the host's /tmp.
+    for mount in sorted(fixed + mounts, key=lambda mount: mount.path.count("/")):
         source, target = shlex.quote(str(mount.source)), f'"$root"{shlex.quote(mount.path)}'
         if mount.source.is_symlink() and mount in fixed:
             lines.append(f"[ -e {target} ] || cp -a {source} {target}")

@@ -45,8 +45,9 @@ def test_what_is_asked_for_is_most_of_what_is_used(measured) -> None:
 
 def test_what_holds_a_model_was_measured(measured) -> None:
     components = {row["component"] for row in measured["processes"].values()}
-    assert components >= {"policy", "reward", "reference", "trainer", "controller"}
-    assert {"prepare", "trainer rl"} <= set(measured["processes"])
+    assert components >= {"policy", "reward", "reference", "trainer", "controller", "gateway"}
+    stages = {f"trainer {stage}" for stage in ("sft", "reward-model", "rl", "evaluate")}
+    assert {"prepare", *stages} <= set(measured["processes"])
     assert measured["profile"] == "values-cpu.yaml"
 
 
