@@ -27,8 +27,8 @@ LONG = """
 import time
 from steersman import leaving
 leaving.listen()
-print("step 0", flush=True)
 try:
+    print("step 0", flush=True)
     time.sleep(100)
 finally:
     print("cleaned", flush=True)
