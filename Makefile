@@ -53,7 +53,7 @@ demo-check: $(READY) ## The same without staying up; the last line is one JSON o
 
 .PHONY: test
 test: $(READY) ## Run all tests, files side by side.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not vllm and not cluster" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not vllm and not cluster" -n auto --dist loadfile --no-loadscope-reorder
 
 # vLLM bounds some libraries otherwise than .venv has them, so it lives in an environment of its own. What is taken out
 # again are CUDA builds that fail to import and that the engine does not use.

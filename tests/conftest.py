@@ -15,6 +15,18 @@ pytest_plugins = ["live_services"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# Files run side by side, one a worker: those that take minutes begin first, so that none of them is alone at the end.
+LONG_FIRST = ("tests/e2e/", "tests/unit/training/", "tests/contract/", "tests/unit/chart/", "tests/unit/controller/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        name = item.path.relative_to(ROOT).as_posix()
+        return next((place for place, folder in enumerate(LONG_FIRST) if name.startswith(folder)), len(LONG_FIRST))
+
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return ROOT

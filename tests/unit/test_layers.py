@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BIN = Path(sys.executable).parent
 
 
@@ -35,31 +33,42 @@ def test_the_contract_keeps_what_was_released(repo_root: Path, tmp_path: Path) -
     assert "answer_id" in found.stdout
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "steersman",
-        "steersman.artifacts",
-        "steersman.cli",
-        "steersman.config",
-        "steersman.data.records",
-        "steersman.demo",
-        "steersman.local.executor",
-        "steersman.local.serve",
-        "steersman.progress",
-        "steersman.report",
-        "steersman.rpc.client",
-        "steersman.rpc.server",
-        "services.gateway.__main__",
-        "services.policy.__main__",
-        "services.reference.__main__",
-        "services.reward.__main__",
-        "training.stage",
-    ],
-)
-def test_imports_no_torch(module: str, repo_root: Path) -> None:
-    program = f"import sys, {module}; raise SystemExit('torch' in sys.modules)"
-    run(sys.executable, "-c", program, cwd=repo_root)
+WITHOUT_TORCH = [
+    "steersman",
+    "steersman.artifacts",
+    "steersman.cli",
+    "steersman.config",
+    "steersman.data.records",
+    "steersman.demo",
+    "steersman.local.executor",
+    "steersman.local.serve",
+    "steersman.progress",
+    "steersman.report",
+    "steersman.rpc.client",
+    "steersman.rpc.server",
+    "services.gateway.__main__",
+    "services.policy.__main__",
+    "services.reference.__main__",
+    "services.reward.__main__",
+    "training.stage",
+]
+
+
+def test_imports_no_torch(repo_root: Path) -> None:
+    """One interpreter imports them one after another and names the first that brings torch."""
+    program = "import sys\nfor name in sys.argv[1:]:\n    __import__(name)\n    assert 'torch' not in sys.modules, name"
+    run(sys.executable, "-c", program, *WITHOUT_TORCH, cwd=repo_root)
+
+
+def test_no_two_test_modules_share_a_name(repo_root: Path) -> None:
+    """pytest imports them by their base name, and the second of a name ends the whole run."""
+    named: dict[str, list[Path]] = {}
+    for folder in ("tests", "charts"):
+        for path in (repo_root / folder).rglob("*.py"):
+            if path.name != "conftest.py" and not (path.parent / "__init__.py").exists():
+                named.setdefault(path.name, []).append(path.relative_to(repo_root))
+    assert len(named) > 100
+    assert not [paths for paths in named.values() if len(paths) > 1]
 
 
 def test_stubs_are_what_the_contract_generates(repo_root: Path, tmp_path: Path) -> None:
