@@ -47,6 +47,7 @@ async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 async def serve_app(app: Any) -> AsyncIterator[str]:
     """An ASGI application on a free loopback port; yields its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
     task = asyncio.create_task(server.serve([listener]))
