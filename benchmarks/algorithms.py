@@ -36,7 +36,7 @@ import yaml
 
 from benchmarks.report import heading
 
-ONLINE = ("ppo", "rloo", "grpo", "dapo", "gspo", "cispo", "reinforce-plus-plus", "online-dpo")
+ONLINE = ("ppo", "nlpo", "rloo", "grpo", "dapo", "gspo", "cispo", "reinforce-plus-plus", "online-dpo")
 METHODS = ("sft", "rejection-sampling", *ONLINE, "dpo")
 GENERATION = {"maxNewTokens": 40, "temperature": 0.7}
 EVALUATION_SEED = 5
@@ -57,8 +57,8 @@ def stages_of(method: str, budget: int) -> list[dict[str, Any]]:
         options = {"rounds": 2, "promptsPerRound": max(1, budget // 15), "samplesPerPrompt": 6, "batchSize": 8}
         return [{"rejectionSampling": {**options, "optimizer": adam, "generation": GENERATION}}]
     options: dict[str, Any] = {"steps": budget // 32, "promptsPerStep": 4, "samplesPerPrompt": 4, "klCoefficient": 0.1}
-    if method == "ppo":
-        options["ppo"] = {"critic": {"kind": "valueHead", "learningRate": 1e-3}}
+    if method in ("ppo", "nlpo"):
+        options[method] = {"critic": {"kind": "valueHead", "learningRate": 1e-3}}
     if method == "dapo":
         options["dapo"] = {"maxRounds": 1}  # further rounds would pass the budget
     return [{"rl": {"algorithm": method, "optimizer": adam, "generation": GENERATION, **options}}]

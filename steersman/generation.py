@@ -7,7 +7,7 @@ Token ids in, token ids out: nothing here knows text.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +18,12 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 LOGPROBS_NOTE = (
     "float32 natural logarithm of the distribution at the sampling temperature (temperature 0: of the untempered "
-    "distribution), penalties and logit_bias included, over the whole vocabulary: before top-k, top-p, minimum length "
-    "and token constraints"
+    "distribution), penalties and logit_bias included, over the whole vocabulary (with mask_top_p: over the mask "
+    "policy's set): before top-k, top-p, minimum length and token constraints"
 )
+
+MASK_POLICY = "mask_policy."
+"""Begins the names of an update's tensors that belong to the mask policy, an older version of the policy (NLPO)."""
 
 
 MAX_SAMPLES = 16_384
@@ -58,12 +61,21 @@ class SamplingParams:
     """Taken off for every time that the sample already has the token."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, what is added to its logit)."""
+    mask_top_p: float = 1.0
+    """Draw from the tokens of the mask policy's top-p set, at the same temperature; 1 means off."""
 
     def __post_init__(self) -> None:
         checks = (
             (self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1"),
             (self.temperature >= 0.0, "temperature", self.temperature, "0 (greedy) or positive"),
             (0.0 < self.top_p <= 1.0, "top_p", self.top_p, "in (0, 1]"),
+            (0.0 < self.mask_top_p <= 1.0, "mask_top_p", self.mask_top_p, "in (0, 1]"),
+            (
+                self.mask_top_p == 1.0 or not self.min_new_tokens,
+                "mask_top_p",
+                self.mask_top_p,
+                "1 (off) beside min_new_tokens: the set may hold nothing but the end",
+            ),
             (self.top_k >= 0, "top_k", self.top_k, "0 (off) or positive"),
             (0 <= self.seed < 2**64, "seed", self.seed, "an unsigned 64-bit integer"),
             (
@@ -126,6 +138,8 @@ class GenerationRequest:
                 f"n is {self.n} for {len(self.prompts)} prompts, a request makes {MAX_SAMPLES:,} samples at most; "
                 "send several requests"
             )
+        if self.constraint is not None and self.params.mask_top_p < 1.0:
+            raise InvalidArgumentError("sampling.mask_top_p cannot be combined with a token constraint; leave one out")
         if not self.prompts:
             raise InvalidArgumentError("prompts is empty, send at least one prompt")
 
@@ -200,9 +214,17 @@ class WeightsUpdate:
     version: int
     kind: Literal["full", "lora"]
     tensors: Mapping[str, Any]
-    """Torch tensors. full: by transformers parameter name, any subset. lora: a PEFT adapter's state dict."""
+    """Torch tensors. full: by transformers parameter name, any subset. lora: a PEFT adapter's state dict. The same
+    again with `MASK_POLICY` before every name: those of the mask policy."""
     adapter_config: Mapping[str, Any] | None = None
     """PEFT's adapter_config.json; only for lora. The adapter lies on the weights that the engine was started with."""
+
+    def split(self) -> tuple[WeightsUpdate, WeightsUpdate | None]:
+        """The policy's part and the mask policy's; None: the update holds none."""
+        size = len(MASK_POLICY)
+        mask = {name[size:]: value for name, value in self.tensors.items() if name.startswith(MASK_POLICY)}
+        own = {name: value for name, value in self.tensors.items() if not name.startswith(MASK_POLICY)}
+        return replace(self, tensors=own), replace(self, tensors=mask) if mask else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ def sampling_params(message: common_pb2.SamplingParams, top_logprobs: int = 0) -
         presence_penalty=message.presence_penalty,
         frequency_penalty=message.frequency_penalty,
         logit_bias=tuple(sorted(message.logit_bias.items())),
+        mask_top_p=message.mask_top_p if message.HasField("mask_top_p") else 1.0,
     )
 
 

@@ -28,6 +28,8 @@ class MethodOptions(FrozenModel):
     """Its probability ratio is that of the whole answer, so that nothing can be clipped token by token."""
     kl_in_loss: ClassVar[bool] = True
     """`klLoss` can be added to its loss."""
+    draws_from_sets: ClassVar[bool] = False
+    """It draws from the top-p set of a mask policy, which only the engine transformers holds."""
 
     def check(self, stage: RlStage) -> None:
         """Raises ValueError for options of the stage that this method cannot have."""
@@ -67,6 +69,22 @@ class PpoSpec(MethodOptions):
         if self.critic.kind == "rewardModel" and self.critic.coefficient != Critic().coefficient:
             raise ValueError("critic.coefficient belongs to kind valueHead; a separate critic has its learningRate")
         return self
+
+
+class NlpoSpec(PpoSpec):
+    """NLPO (Ramamurthy et al. 2023): PPO that draws from the top-p set of an older policy."""
+
+    name = "nlpo"
+    draws_from_sets = True
+
+    top_p: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Probability that the mask policy's set of tokens holds."""
+    refresh_every: Positive = 20
+    """Steps after which the policy as it is then becomes the mask policy."""
+
+    def check(self, stage: RlStage) -> None:
+        if stage.max_staleness:
+            raise ValueError("nlpo needs maxStaleness 0: a batch must be made with the mask policy that learns from it")
 
 
 class RlooSpec(MethodOptions):
@@ -183,6 +201,7 @@ ONLINE_METHODS: dict[str, type[MethodOptions]] = {
     options.name: options
     for options in (
         PpoSpec,
+        NlpoSpec,
         RlooSpec,
         GrpoSpec,
         DrGrpoSpec,

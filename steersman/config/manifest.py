@@ -670,6 +670,15 @@ class RunSpec(FrozenModel):
                         f"{where} ({to_camel(stage.kind)}) has nothing to reward: put a rewardModel stage before it, "
                         "or list reward.verifiable, or give services.reward.endpoints"
                     )
+            if (
+                stage.rl is not None
+                and stage.rl.options.draws_from_sets
+                and self.services.policy.engine != "transformers"
+            ):
+                raise ValueError(
+                    f"{where}.rl.algorithm {stage.rl.algorithm} draws from the sets of a mask policy, which only the "
+                    "engine transformers holds; set services.policy.engine to transformers"
+                )
             if stage.rl is not None and isinstance(options := stage.rl.options, PpoSpec):
                 block = f"{where}.rl.{options.name}"
                 if options.ptx_coefficient and self.data.demo is None and self.data.demonstrations is None:

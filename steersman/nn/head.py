@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from steersman.errors import ConfigError
 from steersman.nn.forward import trunk_of, unwrapped
-from steersman.nn.logprobs import token_logprobs
+from steersman.nn.logprobs import token_logprobs, top_p_sets_of
 
 
 class OutputHead:
@@ -45,15 +45,38 @@ class OutputHead:
         self.scale = _measured_scale(base, self._parameters(), self.softcap)
 
     def token_logprobs(
-        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        sets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `logprobs.token_logprobs`: hidden [T, D] are the states that predict `targets` [T]."""
+        hidden, weight, bias = self._scaled(hidden)
+        return token_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=self.softcap,
+            with_entropy=with_entropy,
+            sets=sets,
+        )
+
+    def top_p_sets(self, hidden: Tensor, targets: Tensor, top_p: float, *, temperature: float = 1.0) -> Tensor:
+        """As `logprobs.top_p_sets_of`, without a gradient."""
+        hidden, weight, bias = self._scaled(hidden)
+        return top_p_sets_of(hidden, weight, targets, top_p, bias=bias, temperature=temperature, softcap=self.softcap)
+
+    def _scaled(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states, weight and bias of a layer without the scale s."""
         weight, bias = self._parameters()
         if self.scale != 1.0:
             hidden, bias = hidden * self.scale, None if bias is None else bias * self.scale
-        return token_logprobs(
-            hidden, weight, targets, bias=bias, temperature=temperature, softcap=self.softcap, with_entropy=with_entropy
-        )
+        return hidden, weight, bias
 
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, D] and bias [V] as they count now; gradients reach adapters through them."""

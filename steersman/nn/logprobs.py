@@ -18,6 +18,7 @@ everything after it in fp32, so trainer and engine see the same logits. The refe
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from steersman.errors import InvalidArgumentError
+from steersman.nn.top_p import pack_sets, top_p_sets, unpack_sets
 
 
 def token_logprobs(
@@ -36,6 +38,7 @@ def token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     with_entropy: bool = False,
+    sets: Tensor | None = None,
     chunk_tokens: int = 512,
 ) -> tuple[Tensor, Tensor | None]:
     """(log-probabilities fp32 [T], entropies fp32 [T] in nats or None) of the next token at each position.
@@ -43,23 +46,66 @@ def token_logprobs(
     hidden [T, D] are the last hidden states (after the final norm) at the positions that PREDICT `targets` int64 [T];
     weight [V, D] and bias [V] are the LM head's (plain tensors, not sharded ones). `temperature` is the one the tokens
     were sampled with; `softcap` is Gemma's `final_logit_softcapping`; a model with a logit scale takes hidden * scale.
+    `sets` uint8 [T, ceil(V / 8)] (`top_p_sets_of`) are the tokens that make up the distribution, None: all of them.
     Gradients flow to hidden, weight and bias from both outputs. fp64 input is computed in fp64.
     """
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
         raise InvalidArgumentError(f"hidden {list(hidden.shape)} must be [T, D] and targets {list(targets.shape)} [T]")
     if not temperature > 0.0:
         raise InvalidArgumentError(f"temperature must be above 0 for log-probabilities, got {temperature}")
+    if sets is not None and with_entropy:
+        raise InvalidArgumentError("entropies are of the whole distribution; ask for them without sets")
+    dtype = _dtype(hidden, weight)
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    if frozen and hidden.requires_grad and torch.is_grad_enabled() and softcap is None and not with_entropy:
+        return _FrozenHeadLogprobs.apply(
+            hidden, weight, bias, targets, temperature, sets, max(1, chunk_tokens), dtype
+        ), None
+    logprobs, entropy = _ChunkedLogprobs.apply(
+        hidden, weight, bias, targets, temperature, softcap, with_entropy, sets, max(1, chunk_tokens), dtype
+    )
+    return logprobs, entropy if with_entropy else None
+
+
+@torch.no_grad()
+def top_p_sets_of(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    top_p: float,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int = 512,
+) -> Tensor:
+    """The top-p set of the distribution at each position, and its target: uint8 [T, ceil(V / 8)], see `nn.top_p`.
+
+    Arguments as `token_logprobs` has them.
+    """
+    dtype = _dtype(hidden, weight)
+    found = torch.empty(len(hidden), -(-weight.shape[0] // 8), dtype=torch.uint8, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        for start in range(0, len(hidden), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            sets = top_p_sets(_logits(hidden[rows].to(dtype), head, offset, temperature, softcap), top_p)
+            found[rows] = pack_sets(sets.scatter_(1, targets[rows, None], True))
+    return found
+
+
+def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the matrix product."""
     device = hidden.device.type
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    if frozen and hidden.requires_grad and torch.is_grad_enabled() and softcap is None and not with_entropy:
-        return _FrozenHeadLogprobs.apply(hidden, weight, bias, targets, temperature, max(1, chunk_tokens), dtype), None
-    logprobs, entropy = _ChunkedLogprobs.apply(
-        hidden, weight, bias, targets, temperature, softcap, with_entropy, max(1, chunk_tokens), dtype
-    )
-    return logprobs, entropy if with_entropy else None
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _restricted(logits: Tensor, sets: Tensor | None, rows: slice) -> Tensor:
+    """The logits, in place -inf outside of the sets."""
+    return logits if sets is None else logits.masked_fill_(~unpack_sets(sets[rows], logits.shape[1]), -math.inf)
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
@@ -82,6 +128,7 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
+        sets: Tensor | None,
         chunk: int,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -92,7 +139,8 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
             head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
             for start in range(0, hidden.shape[0], chunk):
                 rows = slice(start, start + chunk)
-                log_p = _logits(hidden[rows].to(dtype), head, offset, temperature, None).log_softmax(-1)
+                logits = _logits(hidden[rows].to(dtype), head, offset, temperature, None)
+                log_p = _restricted(logits, sets, rows).log_softmax(-1)
                 logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
                 slope[rows] = head[targets[rows]]
                 slope[rows] -= log_p.exp_().to(dtype) @ head
@@ -104,7 +152,7 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        return (slope * grads[0][:, None]).to(ctx.dtype), *[None] * 6
+        return (slope * grads[0][:, None]).to(ctx.dtype), *[None] * 7
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -120,6 +168,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         with_entropy: bool,
+        sets: Tensor | None,
         chunk: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
@@ -132,19 +181,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
             for start in range(0, hidden.shape[0], chunk):
                 rows = slice(start, start + chunk)
                 logits = _logits(hidden[rows].to(dtype), head, offset, temperature, softcap)
+                logits = _restricted(logits, sets, rows)
                 lse[rows] = logits.logsumexp(-1)
                 logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - lse[rows]
                 if with_entropy:
                     log_p = logits.sub_(lse[rows, None])
                     entropy[rows] = -log_p.exp().mul_(log_p).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy, sets)
         ctx.options = (temperature, softcap, with_entropy, chunk, dtype)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, lse, entropy, sets = ctx.saved_tensors
         temperature, softcap, with_entropy, chunk, dtype = ctx.options
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -157,6 +207,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 states = hidden[rows].to(dtype)
                 logits = _logits(states, head, offset, temperature, softcap)
                 log_p = logits - lse[rows, None] if softcap is not None else logits.sub_(lse[rows, None])
+                log_p = _restricted(log_p, sets, rows)
                 # d logprob / dz = onehot - p;  d entropy / dz = -p * (log p + entropy)
                 factor = -grad_logprobs[rows, None]
                 if with_entropy:
@@ -178,5 +229,5 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *[None] * 6,
+            *[None] * 7,
         )

@@ -109,6 +109,15 @@ class LossStats:
     value: ValueStats = field(default_factory=ValueStats)
 
 
+@dataclass(frozen=True)
+class Mask:
+    """Tokens are drawn from the top-p set of an older policy; log-probabilities are of that distribution."""
+
+    top_p: float
+    refresh_every: int
+    """Steps after which the policy becomes the mask policy."""
+
+
 class Method(Protocol):
     """One online method."""
 
@@ -120,6 +129,8 @@ class Method(Protocol):
     """The loss compares samples of a prompt: they must share a micro-batch."""
     rounds: int
     """Rounds of sampling a step at most, until every prompt of the step teaches something (`informative`)."""
+    mask: Mask | None
+    """None: the policy's whole distribution."""
 
     def informative(self, batch: SampleBatch) -> Tensor:
         """bool [N]: samples worth training on, as far as their scores tell."""
@@ -152,6 +163,7 @@ class Base:
     ptx_coefficient = 0.0
     whole_groups = False
     rounds = 1
+    mask: Mask | None = None
 
     def __init__(self, stage: RlStage) -> None:
         self.stage = stage

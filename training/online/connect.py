@@ -116,7 +116,9 @@ class Services:
         said = [token for token in token_ids.tolist() if token not in self.stop_ids]
         return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
 
-    def rollouts(self, generation: Generation, *, deterministic: bool = False) -> Rollouts:
+    def rollouts(
+        self, generation: Generation, *, deterministic: bool = False, mask_top_p: float | None = None
+    ) -> Rollouts:
         return Rollouts(
             self.policy,
             self.reward,
@@ -127,4 +129,5 @@ class Services:
             self.context.reporter.activity,
             standardised=self.reward[0].standardised(),
             deterministic=deterministic,
+            mask_top_p=mask_top_p,
         )

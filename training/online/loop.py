@@ -34,6 +34,7 @@ from training.online.batch import SampleBatch
 from training.online.checkpoint import Checkpoints
 from training.online.checks import BadUpdates, check_finite_weights, check_same_model
 from training.online.experience import Collector, Experience
+from training.online.mask_policy import MaskPolicy
 from training.online.metrics import sequence_kl, update_metrics
 from training.online.optimizer import PolicyOptimizer
 from training.online.passes import Pair, Passes
@@ -73,6 +74,8 @@ class Trainer:
         self.reporter = reporter
         self.demonstrations = demonstrations
         self.ranks = ranks
+        if self.method.mask is not None:
+            model.mask = MaskPolicy(model.policy, self.method.mask.top_p, self.method.mask.refresh_every)
         self.optimizer = PolicyOptimizer(model, spec.optimizer, self.method.critic, ranks)
         self.passes = Passes(spec, self.method, model, ranks, reporter, seed)
         self.kl_controller: FixedKL | AdaptiveKL = FixedKL(spec.kl_coefficient)
@@ -156,6 +159,8 @@ class Trainer:
             else:
                 collected.append(found)
                 norms.append(norm)
+        if self.model.mask is not None:
+            self.model.mask.after(step + 1)
         beta = self.kl_controller.value
         self.kl_controller = self.kl_controller.update(sequence_kl(batch, estimates), len(batch))
         metrics = update_metrics(batch, estimates, collected, norms, spec.mismatch_cap)
@@ -194,6 +199,7 @@ class Trainer:
             "kl_controller": asdict(self.kl_controller),
             "row": row,
             "begun": [experience.state() for experience in begun],
+            "mask": None if self.model.mask is None else self.model.mask.state(),
         }
         if self.ranks.is_first:
             self.checkpoints.save(step, state)
@@ -206,6 +212,8 @@ class Trainer:
             return 0, []
         step, state = found
         self.model.load_trained_state(state["model"])
+        if self.model.mask is not None:
+            self.model.mask.load(state["mask"])
         self.optimizer.load(state["optimizer"])
         self.kl_controller = type(self.kl_controller)(**state["kl_controller"])
         self.reporter.step(step, self.spec.steps, **state["row"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from torch.distributed.tensor import DTensor
 from steersman.config.algorithms import Critic
 from steersman.config.manifest import Lora
 from steersman.errors import FailedPreconditionError
+from steersman.generation import MASK_POLICY
 from steersman.nn.forward import predicting_states, unwrapped
 from steersman.nn.head import OutputHead
 from steersman.nn.load import load_causal_lm, load_reward_backbone
 from steersman.nn.lora import attach_lora, quantization
 from steersman.nn.packed import PackedBatch
 from steersman.nn.parity import choose_forward
+from training.online.mask_policy import MaskPolicy
 from training.online.publication import WeightsPayload
 from training.parallel import sharded_like, unsharded, whole
 
@@ -88,6 +90,8 @@ class PolicyModel(nn.Module):
                 self.critic = attach_lora(self.critic, lora.model_copy(update={"quantize": None}))
             choose_forward(self.critic)
         self.shared_trunk = self.critic is None
+        self.mask: MaskPolicy | None = None
+        """Restricts `forward` to its top-p sets; set where a method asks for one."""
         if gradient_checkpointing:
             for model in (base, self.critic):
                 if model is not None:
@@ -107,10 +111,18 @@ class PolicyModel(nn.Module):
                 if detach_values and self.shared_trunk:
                     states = states.detach()
                 values = self.value_head(states)[:, 0].float()
-            return Forward(self._token_logprobs(hidden, batch), values)
+            return Forward(self._token_logprobs(hidden, batch, sets=self._sets(batch)), values)
+
+    def _sets(self, batch: PackedBatch) -> Tensor | None:
+        """uint8 [t, ceil(V / 8)]: the mask policy's set of every token; None without one."""
+        if self.mask is None:
+            return None
+        with self.mask.in_place():
+            hidden = predicting_states(self.policy, batch)
+            return self._head.top_p_sets(hidden, batch.targets, self.mask.top_p, temperature=self._temperature)
 
     def logprobs(self, batch: PackedBatch, temperature: float | None = None) -> Tensor:
-        """fp32 [t] only.
+        """fp32 [t] only, of the whole distribution.
 
         Args:
             temperature: None: that of the sampling.
@@ -118,8 +130,11 @@ class PolicyModel(nn.Module):
         with self._autocast():
             return self._token_logprobs(predicting_states(self.policy, batch), batch, temperature)
 
-    def _token_logprobs(self, hidden: Tensor, batch: PackedBatch, temperature: float | None = None) -> Tensor:
-        return self._head.token_logprobs(hidden, batch.targets, temperature=temperature or self._temperature)[0]
+    def _token_logprobs(
+        self, hidden: Tensor, batch: PackedBatch, temperature: float | None = None, sets: Tensor | None = None
+    ) -> Tensor:
+        temperature = temperature or self._temperature
+        return self._head.token_logprobs(hidden, batch.targets, temperature=temperature, sets=sets)[0]
 
     def _autocast(self) -> Any:
         if self.precision != "bf16":
@@ -170,9 +185,19 @@ class PolicyModel(nn.Module):
         LoRA goes as the adapter. DoRA rescales the rows of the weights, which no sum of two factors can express, and an
         adapter on stacked experts is a sum of many, so these go as the merged weights of the adapted layers.
 
+        A mask policy goes along, its names after `MASK_POLICY`.
+
         Args:
             dtype: of full weights, the service's own; an adapter goes in fp32 and is merged there.
         """
+        own = self._payload(dtype)
+        if self.mask is None:
+            return own
+        with self.mask.in_place():
+            of_mask = {f"{MASK_POLICY}{name}": value.clone() for name, value in self._payload(dtype).tensors.items()}
+        return replace(own, tensors={**own.tensors, **of_mask})
+
+    def _payload(self, dtype: torch.dtype) -> WeightsPayload:
         if self._lora is None:
             tensors = {name: whole(value).to(dtype) for name, value in self.policy.named_parameters()}
             return WeightsPayload("full", tensors)

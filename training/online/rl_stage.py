@@ -47,10 +47,12 @@ def run_rl(spec: RlStage, context: StageContext) -> None:
         for part in (model.policy, model.critic):
             if part is not None:
                 ranks.shard(part)
+        mask = build(spec).mask
+        options: dict[str, Any] = {"deterministic": spec.deterministic, "mask_top_p": mask.top_p if mask else None}
         Trainer(
             spec,
             model,
-            services.rollouts(spec.generation, deterministic=spec.deterministic) if services is not None else None,  # type: ignore[arg-type]
+            services.rollouts(spec.generation, **options) if services is not None else None,  # type: ignore[arg-type]
             services.policy if services is not None else None,  # type: ignore[arg-type]
             prompts,
             Checkpoints(context.checkpoints),

@@ -101,6 +101,7 @@ class Rollouts:
         *,
         standardised: Mapping[str, float] = {},
         deterministic: bool = False,
+        mask_top_p: float | None = None,
     ) -> None:
         """Args:
         policy: all replicas.
@@ -112,7 +113,9 @@ class Rollouts:
         activity: told what is going on, often.
         standardised: scorers whose values are standardised, with their weights.
         deterministic: what is generated together depends on the batch alone.
+        mask_top_p: of a method that draws from the mask policy's sets.
         """
+        self._mask_top_p = mask_top_p
         self.standardised = standardised
         self._policy = policy
         self._reward = _Replicas(reward)
@@ -191,6 +194,7 @@ class Rollouts:
             top_k=self._generation.top_k,
             seed=seed,
             stop_token_ids=self._stop_ids,
+            mask_top_p=self._mask_top_p,
         )
 
     async def _score(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Any]]) -> list[list[Scored]]:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.nn.top_p import top_p_edges
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -69,6 +71,8 @@ class Draw:
     forbidden: tuple[Tensor, Tensor] | None = None
     """int64 [F] rows and int64 [F] tokens that they must not draw (each pair once)."""
     filters: Sequence[Filter] = ()
+    sets: tuple[Tensor, Tensor] | None = None
+    """int64 [M] rows and bool [M, V] the tokens that make up their distribution (an older policy's top-p sets)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,8 @@ class Drawn:
     def top(self, row: int, count: int) -> tuple[tuple[int, float], ...]:
         """The `count` most likely tokens of a row and their log-probabilities."""
         best = torch.topk(self.scores[row] - self.normaliser[row], min(count, self.scores.shape[1]))
-        return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return tuple((token, logprob) for token, logprob in pairs if logprob > -math.inf)
 
 
 def draw(logits: Tensor, how: Draw) -> Drawn:
@@ -97,6 +102,9 @@ def draw(logits: Tensor, how: Draw) -> Drawn:
         places, amounts = how.shifts[:2], how.shifts[2]
         scores = scores.index_put(places, amounts, accumulate=True)
     scores = scores if how.temperatures is None else scores / how.temperatures
+    if how.sets is not None:
+        rows_of_sets, sets = how.sets
+        scores[rows_of_sets] = scores[rows_of_sets].masked_fill_(~sets, -math.inf)
     hidden = None
     if how.forbidden is not None:
         hidden = scores[how.forbidden]
@@ -155,18 +163,6 @@ def _filter(scores: Tensor, how: Filter) -> Tensor:
         edge = torch.topk(weights, how.top_k).values[-1]
         weights = weights.where(weights >= edge, 0.0)
     if how.top_p < 1.0:
-        edge = _top_p_edge(weights, how.top_p)
+        edge = top_p_edges(weights[None], how.top_p)[0]
         weights = weights.where(weights >= edge, 0.0)
     return weights
-
-
-def _top_p_edge(weights: Tensor, top_p: float) -> Tensor:
-    """Smallest weight of the smallest set that holds `top_p` of the probability (Holtzman et al. 2019)."""
-    goal = weights.sum(dtype=torch.float64) * top_p
-    count = min(1024, len(weights))  # nearly always enough, and far cheaper than a full sort
-    while True:
-        largest = torch.topk(weights, count).values
-        sums = largest.double().cumsum(0)
-        if sums[-1] >= goal or count == len(weights):
-            return largest[torch.searchsorted(sums, goal).clamp_(max=count - 1)]
-        count = len(weights)

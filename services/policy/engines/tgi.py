@@ -141,6 +141,10 @@ class TgiEngine:
                 "the tgi engine does not know sampling.presence_penalty, frequency_penalty and logit_bias; "
                 "use the transformers engine"
             )
+        if request.params.mask_top_p < 1.0:
+            raise InvalidArgumentError(
+                "the tgi engine has no mask policy (sampling.mask_top_p); use the transformers engine"
+            )
         if request.constraint is not None or request.params.min_new_tokens:
             what = "a token constraint" if request.constraint is not None else "sampling.min_new_tokens"
             raise InvalidArgumentError(f"the tgi engine does not know {what}; use the transformers engine")

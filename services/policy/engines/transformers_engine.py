@@ -14,7 +14,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -24,13 +24,13 @@ from transformers import PreTrainedModel
 
 from services.policy.engines.attention import DecodeStep, PrefillStep, Span
 from services.policy.engines.choice import choose_decoder
-from services.policy.engines.decoder import DecoderName, build_decoder
+from services.policy.engines.decoder import Decoder, DecoderName, build_decoder
 from services.policy.engines.hardware import Precision, resolve_device, resolve_dtype, weight_layout
 from services.policy.engines.kv_cache import KVCache, row_capacity
 from services.policy.engines.plain import RowCache
 from services.policy.engines.sampling import Drawn, draw, end_tokens, stream_key
 from services.policy.engines.transformers_samples import ConstraintError, DrawPlan, Sample, deliver, report
-from services.policy.engines.weights import Place
+from services.policy.engines.weights import Place, WeightStore
 from steersman.errors import (
     FailedPreconditionError,
     InternalError,
@@ -94,6 +94,7 @@ class TransformersEngine:
             on_death: called from the engine's thread when that ends without `close`.
         """
         self._model: Path | PreTrainedModel | None = model
+        self._folder = model if isinstance(model, Path) else None
         self._name = name
         self._precision: Precision = precision
         self._device_name = device
@@ -117,6 +118,7 @@ class TransformersEngine:
         self._rows: list[Sample] = []
         self._draw: DrawPlan | None = None
         self._version = 0
+        self._mask: _MaskPolicy | None = None
 
     def start(self) -> None:
         if self._model is None:
@@ -138,6 +140,7 @@ class TransformersEngine:
         self._vocab: int = text.vocab_size
         self._context = min(self._max_context or context, context)
         self._eos = end_tokens(model.generation_config, text)
+        self._chosen = name
         self._device, self._dtype = device, dtype
         model.requires_grad_(False).eval().to(device)
         with torch.no_grad():
@@ -182,6 +185,8 @@ class TransformersEngine:
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> int:
         self._must_be_started()
         request.check(self._vocab, self._context)
+        if request.params.mask_top_p < 1.0 and self._mask is None:
+            raise FailedPreconditionError("sampling.mask_top_p is set, but no mask policy is loaded; publish one first")
         samples = [
             self._sample(request, on_event, prompt_index, sample_index)
             for prompt_index in range(len(request.prompts))
@@ -227,7 +232,7 @@ class TransformersEngine:
 
     def load_weights(self, update: WeightsUpdate) -> float:
         with self._preparing:
-            swap = _Swap(update.version, self._store.prepare(update))
+            swap = _Swap(update.version, self._prepare(update))
             with self._wake:
                 if not self._open:
                     raise UnavailableError("the engine is closed; start it before loading weights")
@@ -239,7 +244,43 @@ class TransformersEngine:
             raise swap.error
         return swap.seconds
 
+    def _prepare(self, update: WeightsUpdate) -> Place:
+        own, of_mask = update.split()
+        place = self._store.prepare(own)
+        if of_mask is None:
+            return place
+        mask = self._mask or self._new_mask()
+        place_mask = mask.store.prepare(of_mask)
+
+        def both() -> object:
+            old = place(), place_mask()
+            if self._mask is None:
+                self._mask = mask
+                mask.cache.resize(self._cache.capacity or row_capacity(1), 0, 0)
+            return old
+
+        return both
+
+    def _new_mask(self) -> _MaskPolicy:
+        """The served model once more, with weights and a cache of its own."""
+        if self._folder is None:
+            raise FailedPreconditionError("an engine of a model in memory has no mask policy; start it from a folder")
+        model = load_causal_lm(self._folder, dtype="auto").requires_grad_(False).eval().to(self._device)
+        with torch.no_grad():
+            layout = weight_layout(self._device, self._dtype)
+            decoder, store = build_decoder(model, self._chosen, self._dtype, layout)
+        return _MaskPolicy(decoder, store, type(self._cache)(self._cache.budget, self._cache.max_rows))
+
     # The engine's thread.
+
+    @property
+    def _caches(self) -> list[KVCache]:
+        """What holds a row for every running sample."""
+        return [self._cache] if self._mask is None else [self._cache, self._mask.cache]
+
+    def _copy_row(self, source: int, target: int, tokens: int) -> None:
+        for cache in self._caches:
+            cache.copy_all(source, target, tokens)
 
     def _run(self) -> None:
         """The thread: it ends when the engine is closed, or tells everybody that it could not go on."""
@@ -257,7 +298,8 @@ class TransformersEngine:
         for swap in swaps:
             swap.end(reason)
         self._fail({sample.handle for sample in (*self._rows, *self._waiting)}, reason)
-        self._cache.clear()
+        for cache in self._caches:
+            cache.clear()
         if died:
             self._on_death()
 
@@ -329,8 +371,9 @@ class TransformersEngine:
             admitted.append(span)
             self._waiting.popleft()
             sample.prompt_version = self._version
-            if isinstance(self._cache, RowCache):
-                self._cache.forget(len(self._rows))
+            for cache in self._caches:
+                if isinstance(cache, RowCache):
+                    cache.forget(len(self._rows))
             self._rows.append(sample)
             self._draw = None
         computed = [span for span in admitted if span.end > span.start]
@@ -338,7 +381,7 @@ class TransformersEngine:
             self._prefill(computed)
         for span in admitted:
             if span.end == span.start and span.donor is not None:
-                self._cache.copy_all(span.donor, span.row, span.end)
+                self._copy_row(span.donor, span.row, span.end)
 
     def _make_room(self, sample: Sample) -> bool:
         """Whether a row for the sample is there, after changing the rows' capacity where that helps."""
@@ -349,7 +392,8 @@ class TransformersEngine:
         if rows > self._cache.rows_for(needed):
             return False
         longest = max((row.length for row in self._rows), default=0)
-        self._cache.resize(needed, len(self._rows), longest)
+        for cache in self._caches:
+            cache.resize(needed, len(self._rows), longest)
         return True
 
     def _share(self, sample: Sample) -> Span:
@@ -375,9 +419,10 @@ class TransformersEngine:
     def _prefill(self, spans: list[Span]) -> None:
         token_ids = np.concatenate([self._rows[span.row].prompt[span.start : span.end] for span in spans])
         positions = np.concatenate([np.arange(span.start, span.end) for span in spans])
-        self._decoder.prefill(
-            self._tensor(token_ids), self._tensor(positions), PrefillStep(self._cache, spans, self._device)
-        )
+        ids, places = self._tensor(token_ids), self._tensor(positions)
+        self._decoder.prefill(ids, places, PrefillStep(self._cache, spans, self._device))
+        if self._mask is not None:
+            self._mask.decoder.prefill(ids, places, PrefillStep(self._mask.cache, spans, self._device))
 
     def _decode(self) -> None:
         """One token for every running sample."""
@@ -390,10 +435,12 @@ class TransformersEngine:
             return
         lengths = np.array([row.length for row in self._rows])
         token_ids = np.array([row.token_ids[-1] if row.token_ids else row.prompt[-1] for row in self._rows])
-        positions = self._tensor(lengths)
-        step = DecodeStep(self._cache, positions, int(lengths.max()) + 1)
-        drawn = draw(self._decoder.decode(self._tensor(token_ids), positions, step), how)
-        self._record(drawn)
+        ids, positions, longest = self._tensor(token_ids), self._tensor(lengths), int(lengths.max()) + 1
+        logits = self._decoder.decode(ids, positions, DecodeStep(self._cache, positions, longest))
+        if self._mask is not None and self._draw.needs_mask:
+            of_mask = self._mask.decoder.decode(ids, positions, DecodeStep(self._mask.cache, positions, longest))
+            how = replace(how, sets=self._draw.sets(of_mask))
+        self._record(draw(logits, how))
 
     def _record(self, drawn: Drawn) -> None:
         """Adds the drawn tokens to their samples, tells who streams, and ends what is at its end."""
@@ -427,7 +474,7 @@ class TransformersEngine:
         """Frees a row; the last one moves into its place, so that the rows in use stay together."""
         last = self._rows.pop()
         if row < len(self._rows):
-            self._cache.copy_all(len(self._rows), row, last.length)
+            self._copy_row(len(self._rows), row, last.length)
             self._rows[row] = last
         self._draw = None
 
@@ -446,6 +493,15 @@ class TransformersEngine:
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64, copy=False)).to(self._device)
+
+
+@dataclass(frozen=True, eq=False)
+class _MaskPolicy:
+    """An older version of the policy, which reads along and says which tokens may be drawn."""
+
+    decoder: Decoder
+    store: WeightStore
+    cache: KVCache
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ import torch
 from services.policy.engines.sampling import Draw, Filter, uniforms
 from steersman.errors import InternalError, InvalidArgumentError, SteersmanError
 from steersman.generation import Event, FinishReason, GenerationRequest, SampleFinished
+from steersman.nn.top_p import top_p_sets
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,26 @@ class DrawPlan:
             row for row, one in enumerate(params) if one.presence_penalty or one.frequency_penalty or one.logit_bias
         ]
         self._minimum = [row for row, one in enumerate(params) if one.min_new_tokens > 0]
+        self._masked = [row for row, one in enumerate(params) if one.mask_top_p < 1.0]
+        self._mask_top_p = [params[row].mask_top_p for row in self._masked]
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether a row draws from the mask policy's set."""
+        return bool(self._masked)
+
+    def sets(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Draw.sets` of the mask policy's logits [B, V] for all rows."""
+        rows = torch.tensor(self._masked, device=self._device)
+        scores = logits[rows].float()
+        if self._temperatures is not None:
+            scores = scores / self._temperatures[rows]
+        found = torch.empty_like(scores, dtype=torch.bool)
+        for top_p in set(self._mask_top_p):
+            members = torch.tensor([index for index, one in enumerate(self._mask_top_p) if one == top_p])
+            members = members.to(self._device)
+            found[members] = top_p_sets(scores[members], top_p)
+        return rows, found
 
     def at(self, rows: Sequence[Sample]) -> Draw:
         """Raises ConstraintError when a caller's constraint does."""

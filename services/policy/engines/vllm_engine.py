@@ -257,6 +257,10 @@ class VllmEngine:
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> int:
         request.check(self._vocab, self._context)
+        if request.params.mask_top_p < 1.0:
+            raise InvalidArgumentError(
+                "the vllm engine has no mask policy (sampling.mask_top_p); use the transformers engine"
+            )
         if request.constraint is not None and getattr(request.constraint, "json_schema", None) is None:
             raise InvalidArgumentError(
                 "the vllm engine knows only constraints by JSON schema; use the transformers engine for others"
@@ -275,6 +279,8 @@ class VllmEngine:
                 asyncio.run_coroutine_threadsafe(self._cancel(handle), self._loop)
 
     def load_weights(self, update: WeightsUpdate) -> float:
+        if update.split()[1] is not None:
+            raise InvalidArgumentError("the vllm engine has no mask policy; train NLPO against the transformers engine")
         with self._loading:
             with self._lock:
                 if self._loop is None:  # the folder for the weights is gone

@@ -169,6 +169,21 @@ def test_lm_human_preferences_recipe_equals_the_reference() -> None:
     assert loss == pytest.approx(numbers["policy"] + 0.1 * numbers["value"], rel=1e-5)
 
 
+def test_nlpo_by_hand() -> None:
+    """Its loss is PPO's of log-probabilities over the sets; the sets themselves are worked by hand in test_top_p."""
+    values = torch.linspace(-0.5, 0.5, TOTAL)
+    options = {"critic": {"kind": "valueHead"}}
+    found = loss_of(stage("nlpo", nlpo={**options, "top_p": 0.9}, kl_coefficient=0.05), batch_of(), values)
+    expected = loss_of(stage("ppo", ppo=options, kl_coefficient=0.05), batch_of(), values)
+    assert torch.equal(found[0], expected[0])
+    assert found[1] == expected[1]
+
+
+def test_nlpo_refuses_what_would_mix_masks() -> None:
+    with pytest.raises(ValueError, match="maxStaleness 0"):
+        stage("nlpo", max_staleness=1)
+
+
 def test_rloo_by_hand() -> None:
     found, loss = loss_of(stage("rloo"), batch_of())
     assert found.tolist() == [2.0, -2.0, -1.5, 1.5]

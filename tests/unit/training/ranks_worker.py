@@ -24,6 +24,8 @@ CASES: dict[str, tuple[str, Lora | None]] = {
     "gspo-full": ("gspo", None),
     "cispo-full": ("cispo", None),
     "reinforce-plus-plus-full": ("reinforce-plus-plus", None),
+    "nlpo-full": ("nlpo", None),
+    "nlpo-lora": ("nlpo", Lora(rank=4)),
     "online-dpo-lora": ("online-dpo", Lora(rank=4)),
 }
 

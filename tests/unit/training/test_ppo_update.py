@@ -12,7 +12,7 @@ import pytest
 import torch
 from numeric import assert_same, gradients_of
 
-from steersman.config.algorithms import ONLINE_METHODS, Critic, PpoSpec
+from steersman.config.algorithms import ONLINE_METHODS, Critic, NlpoSpec, PpoSpec
 from steersman.config.manifest import Lora, Optimizer, RlStage
 from steersman.nn.packed import pack
 from training import algorithms as methods
@@ -52,6 +52,8 @@ def build(folder: Path, tmp_path: Path, *, lora: Lora | None = None, ranks: Rank
 
 
 def options_of(algorithm: str, **ppo: Any) -> dict[str, Any]:
+    if algorithm == "nlpo":
+        return {"algorithm": "nlpo", "nlpo": NlpoSpec(critic=Critic(kind="valueHead"), refresh_every=2, **ppo)}
     if algorithm != "ppo":
         return {"algorithm": algorithm}
     return {"algorithm": "ppo", "ppo": PpoSpec(critic=Critic(kind="valueHead"), **ppo)}
@@ -261,8 +263,9 @@ def test_a_checkpoint_of_other_options_is_refused_in_one_sentence(tiny_model: Pa
         other.load_trained_state(state)
 
 
-def test_resuming_equals_not_stopping(tiny_model: Path, tmp_path: Path) -> None:
-    options = {**options_of("ppo"), "adaptive_kl": {"target": 0.01, "horizon": 50}}
+@pytest.mark.parametrize("algorithm", ["ppo", "nlpo"])
+def test_resuming_equals_not_stopping(algorithm: str, tiny_model: Path, tmp_path: Path) -> None:
+    options = {**options_of(algorithm), "adaptive_kl": {"target": 0.01, "horizon": 50}}
     unbroken = build(tiny_model, tmp_path / "a", lora=Lora(rank=4), **options)
     batches = [make_batch(unbroken.model, seed=seed) for seed in range(4)]
     for step, batch in enumerate(batches):
