@@ -1,10 +1,11 @@
-"""Throughput and peak memory of importing HH-style rows on one core.
+"""Throughput and peak memory of importing HH-style rows, and of releasing them, each on one core.
 
     python -m benchmarks.import_data --rows 1000000
 
 Generates a gzip JSONL file of transcripts (2-6 turns, about 1 KB a side, one row in a hundred a duplicate, equal or
-empty), imports it in a fresh process, prints rows a second (wall and CPU time) and peak resident memory, and writes
-build/bench/import_data.json. Target: 20,000 rows a second on one core, below 500 MiB.
+empty), imports it in a fresh process, makes a release of what was imported in another, prints rows a second (wall and
+CPU time) and peak resident memory, and writes build/bench/import_data.json. Target: 20,000 rows a second on one core
+each, below 500 MiB for a million rows and below 1 GiB for ten million.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import gzip
 import json
 import os
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -54,25 +54,21 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> None:
             sink.write(last)
 
 
-def run_import(source: Path, out: Path) -> dict[str, float]:
-    """Imports in a child process pinned to one core and measures it."""
-    command = "from steersman.cli import main; main()"
-    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+def run_pinned(*command: str) -> dict[str, float]:
+    """Runs `steersman data COMMAND` in a child process pinned to one core and measures it."""
+    code = "from steersman.cli import main; main()"
+    started = time.perf_counter()
     child = os.fork()
     if child == 0:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        os.execv(
-            sys.executable,
-            [sys.executable, "-c", command, "data", "import", "hh", str(source), "--out", str(out), "--quiet"],
-        )
-    _, status = os.waitpid(child, 0)
+        os.execv(sys.executable, [sys.executable, "-c", code, "data", *command])
+    _, status, usage = os.wait4(child, 0)
     if status:
-        raise SystemExit(f"import failed with status {status}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        raise SystemExit(f"{' '.join(command[:2])} failed with status {status}")
     return {
         "wall_s": time.perf_counter() - started,
-        "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "peak_mib": after.ru_maxrss / 1024,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_mib": usage.ru_maxrss / 1024,
     }
 
 
@@ -85,15 +81,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.workdir) as folder:
         source, out = Path(folder, "rows.jsonl.gz"), Path(folder, "out")
         write_rows(source, arguments.rows)
-        figures = run_import(source, out)
+        figures = run_pinned("import", "hh", str(source), "--out", str(out), "--quiet")
         summary = json.loads((out / "import.json").read_bytes())
+        source.unlink()
+        store = f"sqlite:///{folder}/store.db"
+        released = run_pinned(
+            "release", "bench", "--store", store, "--out", f"{folder}/releases",
+            "--source", str(out / "train.jsonl"), "--source", str(out / "test.jsonl"),
+        )  # fmt: skip
     figures |= {"rows": summary["read"], "written": summary["written"], "duplicates": summary["duplicates"]}
     figures |= {f"rows_per_{clock}_s": summary["read"] / figures[f"{clock}_s"] for clock in ("wall", "cpu")}
+    figures |= {f"release_{name}": value for name, value in released.items()}
+    figures |= {f"release_rows_per_{clock}_s": summary["written"] / released[f"{clock}_s"] for clock in ("wall", "cpu")}
     write(heading(1, "orjson") | {name: round(value, 1) for name, value in figures.items()}, arguments.out)
     print(
         f"{summary['read']:,} rows read, {summary['written']:,} written, {summary['duplicates']:,} duplicates; "
-        f"{summary['read'] / figures['wall_s']:,.0f} rows/s wall, {summary['read'] / figures['cpu_s']:,.0f} rows/s of "
-        f"one core, peak {figures['peak_mib']:.0f} MiB"
+        f"{figures['rows_per_wall_s']:,.0f} rows/s wall, {figures['rows_per_cpu_s']:,.0f} rows/s of one core, "
+        f"peak {figures['peak_mib']:.0f} MiB\n"
+        f"released: {figures['release_rows_per_wall_s']:,.0f} rows/s wall, {figures['release_rows_per_cpu_s']:,.0f} "
+        f"rows/s of one core, peak {figures['release_peak_mib']:.0f} MiB"
     )
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from steersman.openmp import prefer_yielding_threads
 
 prefer_yielding_threads()  # as services and stages do, before anything imports torch
+
+settings.register_profile("steersman", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("steersman")
 
 pytest_plugins = ["live_services"]
 

@@ -22,6 +22,7 @@ from steersman.artifacts import atomic_dir
 from steersman.data.format import Format, ImportOptions, Skip
 from steersman.data.near import NearDuplicates
 from steersman.data.opening import Position, display_name, expand
+from steersman.data.plain import is_plain
 from steersman.data.records import (
     IncompleteFileError,
     Row,
@@ -161,7 +162,7 @@ def convert_rows(
                 skip(where, row.reason)
                 continue
             try:
-                if may_be_plain and _is_plain_pair(row):
+                if may_be_plain and list(row) == _PAIR and is_plain(row, "preference"):
                     content, metadata = row, known
                 else:
                     content, metadata = _checked(job.format, known | row)
@@ -283,30 +284,12 @@ class _Unread:
                 self._found[name] += 1
 
 
+_PAIR = ["prompt", "chosen", "rejected"]  # in the order in which `encode` writes them
 _PLAIN_METADATA = frozenset({"source", "licence", "customer"})
-_ANSWERS = (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
-_PLAIN_KEYS = [name for name, _ in _ANSWERS]
 
 
 def _is_plain_metadata(metadata: Mapping[str, Any]) -> bool:
     return metadata.keys() <= _PLAIN_METADATA and all(type(value) is str for value in metadata.values())
-
-
-def _is_plain_pair(row: dict[str, Any]) -> bool:
-    """Whether `Preference` accepts a row of a plain format for sure; False means: ask it.
-
-    The short way for nearly every pair of a large data set: the model takes as long as all the rest of an import.
-    """
-    if list(row) != _PLAIN_KEYS or row["chosen"] == row["rejected"]:
-        return False
-    for name, last_role in _ANSWERS:
-        turns = row[name]
-        if not turns or turns[-1]["role"] != last_role:
-            return False
-        text = turns[-1]["content"]
-        if not text or text.isspace():
-            return False
-    return row["chosen"][0]["role"] == "assistant" and row["rejected"][0]["role"] == "assistant"
 
 
 def import_to_folder(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from steersman.data.phones import belongs_to_business, phone_spans
+from steersman.data.plain import plain_text
 from steersman.errors import ConfigError
 
 Entity = Literal["email", "phone", "card", "iban", "name"]
@@ -29,9 +30,12 @@ _TAGS = {
 _HINTS = {
     "email": re.compile("@"),
     "card": re.compile(r"(?:\d[ -]?){12}"),
-    "iban": re.compile(r"[A-Za-z]{2} ?\d"),
+    "iban": re.compile(r"\d(?<=[A-Za-z]{2}\d)\d"),
 }
+# What every number that is looked for holds. It begins with a digit: a text without one is passed at a glance.
+_NUMBER = re.compile(r"\d(?:[\d ()./\u2013\u00a0-]{4,22}\d|(?<=[A-Za-z]{2}\d)\d)")
 _NUMBERS = ("<PHONE>", "<CARD>")
+_FIXED = frozenset({"id", "source", "licence", "customer", "origin"})
 _SAMPLES = 5
 _PERSONAL_KEY = re.compile(r"phone|mobile|tel|fax|card|contact", re.IGNORECASE)
 
@@ -105,9 +109,12 @@ class Scrubber:
 
     def scrub_row(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row with all its texts scrubbed; what names the row, its source and its tenant stays."""
-        fixed = ("id", "source", "licence", "customer", "origin")
+        scrubbed = {name: value for name, value in row.items() if name not in _FIXED}
+        text = None if "name" in self._options.entities else plain_text(scrubbed)
+        if text is not None and "@" not in text and not _NUMBER.search(text):
+            return row
         known = frozenset(_business_numbers(row.get("facts")))
-        return {name: value if name in fixed else self._walk(value, known) for name, value in row.items()}
+        return row | {name: self._walk(value, known) for name, value in scrubbed.items()}
 
     def _is_known(self, text: str, span: Span, known: frozenset[str]) -> bool:
         start, end, tag, certainty = span

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,7 +11,9 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from steersman.data.format import Skip
+from steersman.data.grouping import Groups
 from steersman.data.pairs import Preferred, keep, mean_ratings, preferences, rated_pairs
+from steersman.data.plain import is_plain
 from steersman.data.records import ROW_TYPES, Aspects, describe_validation_error, display_name
 from steersman.data.rules import ReleaseOptions
 from steersman.data.sources import read_records
@@ -40,22 +41,25 @@ def source_rows(session: Session, options: ReleaseOptions, source: str) -> Kept:
 
 def _file_rows(path: str, options: ReleaseOptions) -> Kept:
     """Canonical rows; ratings become pairs where a preference is asked."""
+    rows = _typed_rows(path, options.kind)
+    return _pairs_of_ratings(rows, options) if options.kind == "preference" else rows
+
+
+def _typed_rows(path: str, kind: str) -> Kept:
+    """The rows of a file as their type gives them back: consent in words is consent, too."""
     name = display_name(path)
-    ratings: list[dict[str, Any]] = []
     for record in read_records(path):
         if isinstance(record.data, DataError):
             raise record.data
         row = record.data
-        rated = options.kind == "preference" and "aspects" in row
-        try:  # as the type reads it: consent in words is consent, too
-            row = (Aspects if rated else ROW_TYPES[options.kind]).model_validate(row).to_dict()
+        if is_plain(row, kind):
+            yield row
+            continue
+        row_type = Aspects if kind == "preference" and "aspects" in row else ROW_TYPES[kind]
+        try:
+            yield row_type.model_validate(row).to_dict()
         except ValidationError as error:
             raise DataError(f"{name}:{record.line}: {describe_validation_error(error)}") from None
-        if rated:
-            ratings.append(row)
-        else:
-            yield row
-    yield from _pairs_of_ratings(ratings, options)
 
 
 def _project_rows(session: Session, project: Project, options: ReleaseOptions) -> Kept:
@@ -65,13 +69,7 @@ def _project_rows(session: Session, project: Project, options: ReleaseOptions) -
         if options.kind == "aspects":
             yield from rated
         elif options.kind == "preference":
-            rows_only: list[dict[str, Any]] = []
-            for row in rated:
-                if isinstance(row, Skip):
-                    yield row
-                else:
-                    rows_only.append(row)
-            yield from _pairs_of_ratings(rows_only, options)
+            yield from _pairs_of_ratings(rated, options)
         else:
             raise DataError(f"project {project.name}: ratings give rows of type aspects and preference")
     elif project.kind == "edit" and options.kind in ("preference", "demonstration"):
@@ -159,26 +157,29 @@ def _edited_rows(items: Iterator[Judged | Skip], options: ReleaseOptions) -> Kep
                 yield origin | {"chosen": better, "rejected": item.candidates[0]["messages"]}
 
 
-def _pairs_of_ratings(rows: Iterable[dict[str, Any]], options: ReleaseOptions) -> Kept:
-    """All pairs of rated answers of one tenant to the same prompt, scored as `steersman.data.aspects` does.
+def _pairs_of_ratings(rows: Kept, options: ReleaseOptions) -> Kept:
+    """All pairs of rated answers of one person to the same prompt, scored as `steersman.data.aspects` does.
 
-    A pair may be used only as far as both of its answers may: a refusal of one is left out before it meets the other.
+    Rows without ratings pass. A pair may be used only as far as both of its answers may: a refusal of one is left out
+    before it meets the other.
     """
-    by_prompt: dict[bytes, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if row.get("consent") is False:
-            yield Skip("no consent")
-            continue
-        by_prompt[orjson.dumps([row["prompt"], row.get("customer"), row.get("end_customer")])].append(row)
-    for group in by_prompt.values():
-        own = ("completion", "aspects", "scales", "consent")
-        origin = {name: value for name, value in group[0].items() if name not in own}
-        if all(row.get("consent") for row in group):
-            origin["consent"] = True
-        if len(group) == 1:
-            yield Skip("only one rated answer to the prompt")
-        pairs = rated_pairs(group, options.aspects)
-        yield from _pair_rows(pairs, origin, [row["completion"] for row in group], options)
+    with Groups(lambda row: orjson.dumps([row["prompt"], row.get("customer"), row.get("end_customer")])) as ratings:
+        for row in rows:
+            if isinstance(row, Skip) or "aspects" not in row:
+                yield row
+            elif row.get("consent") is False:
+                yield Skip("no consent")
+            else:
+                ratings.add(row)
+        for group in ratings:
+            own = ("completion", "aspects", "scales", "consent")
+            origin = {name: value for name, value in group[0].items() if name not in own}
+            if all(row.get("consent") for row in group):
+                origin["consent"] = True
+            if len(group) == 1:
+                yield Skip("only one rated answer to the prompt")
+            pairs = rated_pairs(group, options.aspects)
+            yield from _pair_rows(pairs, origin, [row["completion"] for row in group], options)
 
 
 def _pair_rows(

@@ -24,11 +24,11 @@ from steersman.data.importing import (
     ImportJob,
     Summary,
     _is_plain_metadata,
-    _is_plain_pair,
     convert_rows,
     describe_skips,
     import_to_folder,
 )
+from steersman.data.plain import is_plain
 from steersman.data.records import Preference, Row, read_jsonl
 from steersman.data.sources import Record, read_hugging_face, read_records
 from steersman.data.splits import SeenSet, Splits, encode, encode_parts, group_key
@@ -229,7 +229,7 @@ def test_what_passes_the_short_check_passes_the_model(parts: list[list[str]]) ->
         for turns in pair.values():
             assert all(turn.keys() == {"role", "content"} and type(turn["content"]) is str for turn in turns)
             assert {turn["role"] for turn in turns} <= {"user", "assistant"}
-        if _is_plain_pair(pair):
+        if is_plain(pair, "preference"):
             Preference.model_validate({"id": "a:1", **pair})
             assert encode_parts(pair, {"id": "a:1"}) == encode({"id": "a:1", **pair})
 
@@ -246,7 +246,7 @@ def test_metadata_that_is_not_plain_goes_the_long_way(tmp_path: Path) -> None:
 
 def test_the_short_check_takes_nearly_every_real_pair(shared_data: Path) -> None:
     rows, _ = run(shared_data / "hh-rlhf" / "helpful-base" / "train.jsonl.gz")
-    assert all(_is_plain_pair({name: row[name] for name in ("prompt", "chosen", "rejected")}) for row in rows)
+    assert all(is_plain(row, "preference") for row in rows)
 
 
 # --- duplicates, splits, tables ---------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""The short way for what nearly every row of a large data set is: two roles, two keys a turn, nothing to convert.
+
+The types in `records` take as long over such a row as all the rest of an import or a release.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_CONVERSATIONS = {
+    "demonstration": (("messages", "assistant"),),
+    "preference": (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")),
+    "feedback": (("prompt", "user"), ("completion", "assistant")),
+    "prompt": (("prompt", "user"),),
+}
+_ANSWERS = frozenset({"chosen", "rejected", "completion"})
+_TURN = ["role", "content"]
+_ROLES = frozenset({"user", "assistant", "tool"})  # and a system turn at the front
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("id", "source", "licence", "customer"), lambda value: type(value) is str),
+    **dict.fromkeys(("consent", "label"), lambda value: type(value) is bool),
+    "margin": lambda value: type(value) is float and 0 <= value < math.inf,
+    "soft_label": lambda value: type(value) is float and 0 <= value <= 1,
+    **dict.fromkeys(("facts", "tools", "aspects", "scales"), lambda value: False),
+}
+_SCALARS = frozenset({str, int, float, bool})
+
+
+def is_plain(row: Mapping[str, Any], kind: str) -> bool:
+    """Whether the row type accepts a row for sure and gives it back as it is; False means: ask the type.
+
+    Args:
+        row: A row as read from JSON.
+        kind: A name of `steersman.data.records.ROW_TYPES`.
+    """
+    conversations = _CONVERSATIONS.get(kind, ())
+    for name, last_role in conversations:
+        turns = row.get(name)
+        if type(turns) is not list or not _is_plain_conversation(turns, last_role):
+            return False
+        if name in _ANSWERS and turns[0]["role"] != "assistant":
+            return False
+    if kind == "preference" and row["chosen"] == row["rejected"]:
+        return False
+    if kind == "demonstration" and all(turn["role"] != "user" for turn in row["messages"]):
+        return False
+    if kind == "feedback" and "label" not in row:
+        return False
+    own = [name for name, _ in conversations]
+    return bool(own) and all(name in own or _is_plain_field(name, row[name]) for name in row)
+
+
+def plain_text(row: Mapping[str, Any]) -> str | None:
+    """All texts of a row, one a line; None where the row holds more than turns of role and content, and scalars."""
+    texts = []
+    for value in row.values():
+        if type(value) is str:
+            texts.append(value)
+        elif type(value) is list:
+            for turn in value:
+                if type(turn) is not dict or list(turn) != _TURN:
+                    return None
+                texts.append(turn["content"])
+        elif type(value) not in _SCALARS and value is not None:
+            return None
+    return "\n".join(texts)
+
+
+def _is_plain_conversation(turns: list[Any], last_role: str) -> bool:
+    if not turns:
+        return False
+    for turn in turns:
+        if type(turn) is not dict or list(turn) != _TURN or type(turn["content"]) is not str:
+            return False
+        if turn["role"] not in _ROLES and (turn["role"] != "system" or turn is not turns[0]):
+            return False
+    text = turns[-1]["content"]
+    return turns[-1]["role"] == last_role and text != "" and not text.isspace()
+
+
+def _is_plain_field(name: str, value: Any) -> bool:
+    check = _FIELDS.get(name)
+    return type(value) in _SCALARS if check is None else check(value)
