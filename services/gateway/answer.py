@@ -35,9 +35,18 @@ class Question:
     """Messages or prompt, sampling; zero values mean 'not said'."""
     model: str = ""
     """Empty: the gateway's."""
-    id_prefix: str = "chatcmpl"
+    id_prefix: str = "chatcmpl-"
+    """Of the answer's id; an idempotency key counts among answers with the same one."""
     conversation_id: str = ""
     """Continue this stored conversation; empty: none."""
+    previous: str = ""
+    """Continue what was kept of this answer, see `keep`; empty: nothing."""
+    instructions: str = ""
+    """The system message of this answer alone; empty: the gateway's."""
+    keep: Callable[[Answer], dict[str, Any]] | None = None
+    """What is kept of the answer beside its turns, to be read again and continued by its id; None: nothing is."""
+    turns: tuple[common_pb2.Message, ...] = ()
+    """The conversation up to the answer, without system prompt and instructions; made from `previous` and `request`."""
     idempotency_key: str = ""
     fingerprint: bytes = b""
     """All that the caller sent, except how it is to be delivered: the same key with another one is a conflict."""
@@ -124,15 +133,23 @@ class Choice:
     """One choice of an answer, as far as it has been streamed."""
 
     parts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
     tool_calls: list[common_pb2.ToolCall] = field(default_factory=list)
     finish_reason: int = 0
     tokens: int = 0
+    reasoning_tokens: int = 0
+    """How many of them are thoughts."""
     token_ids: array[int] = field(default_factory=lambda: array("I"))
     logprobs: array[float] = field(default_factory=lambda: array("f"))
 
     @property
     def text(self) -> str:
         return "".join(self.parts)
+
+    @property
+    def reasoning(self) -> str:
+        """Thoughts of the model, which are no part of the answer."""
+        return "".join(self.thoughts)
 
 
 class Answer:
@@ -165,6 +182,8 @@ class Answer:
         self.unheard = False
         """A turn ended before it said how many tokens it had."""
         self.prompt_tokens = 0
+        self.prompt_text = ""
+        """Of a prompt that came as token ids, where the engine tells it."""
         self.weights_version = 0
         self.feedback_token = ""
         self.trace = Trace()
@@ -182,6 +201,11 @@ class Answer:
     @property
     def completion_tokens(self) -> int:
         return sum(choice.tokens for choice in self.choices)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Those of `completion_tokens` that are thoughts."""
+        return sum(choice.reasoning_tokens for choice in self.choices)
 
     @property
     def sources(self) -> list[Source]:
@@ -255,11 +279,15 @@ class Answer:
         choice = self.choices[response.choice_index]
         if response.delta:
             choice.parts.append(response.delta)
+        if response.reasoning_delta:
+            choice.thoughts.append(response.reasoning_delta)
         if response.tool_calls:
             choice.tool_calls.extend(response.tool_calls)
         choice.token_ids.extend(token.token_id for token in response.tokens)
         choice.logprobs.extend(token.logprob for token in response.tokens)
         choice.tokens = response.completion_tokens or choice.tokens
+        choice.reasoning_tokens = response.reasoning_tokens or choice.reasoning_tokens
+        self.prompt_text = response.prompt_text or self.prompt_text
         self.prompt_tokens = response.prompt_tokens or self.prompt_tokens
         self.weights_version = response.weights_version or self.weights_version
         if response.finish_reason and not choice.finish_reason:
@@ -302,13 +330,16 @@ class Answer:
                 for proposal in self.proposals
             ],
             "prompt_tokens": self.prompt_tokens,
+            "prompt_text": storable(self.prompt_text),
             "weights_version": self.weights_version,
             "lookups": [lookup.as_json() for lookup in self.lookups],
             "choices": [
                 {
                     "text": storable(choice.text),
+                    "reasoning": storable(choice.reasoning),
                     "finish_reason": choice.finish_reason,
                     "tokens": choice.tokens,
+                    "reasoning_tokens": choice.reasoning_tokens,
                     "tool_calls": [[call.id, call.name, storable(call.arguments)] for call in choice.tool_calls],
                 }
                 for choice in self.choices
@@ -329,8 +360,11 @@ def replay(question: Question, stored: dict[str, Any]) -> Answer:
             yield PolicyServiceChatResponse(
                 choice_index=index,
                 delta=choice["text"],
+                reasoning_delta=choice.get("reasoning", ""),
                 finish_reason=choice["finish_reason"],
                 completion_tokens=choice["tokens"],
+                reasoning_tokens=choice.get("reasoning_tokens", 0),
+                prompt_text=stored.get("prompt_text", ""),
                 prompt_tokens=stored["prompt_tokens"],
                 weights_version=stored["weights_version"],
                 tool_calls=[

@@ -136,6 +136,7 @@ class Assistant:
         """What an answer may cost, about: nobody here can count the tokens of a prompt."""
         request, best_of = question.request, self.config.policy.best_of
         chars = len(request.prompt) + _chars(request.messages) + len(request.tools_json)
+        chars += 4 * len(request.prompt_token_ids)
         samples = max(request.n, 1) if best_of is None or request.n > 1 else best_of.n
         return chars // 4 + request.sampling.max_new_tokens * samples
 
@@ -146,7 +147,7 @@ class Assistant:
                 self.recorder.put(Record(claim=claim, reserved=reserved))
 
     async def _begin(self, question: Question, claim: Claim | None, reserved: Reserved | None) -> Answer:
-        answer = Answer(f"{question.id_prefix}-{secrets.token_hex(12)}", question, self._stream)
+        answer = Answer(f"{question.id_prefix}{secrets.token_hex(12)}", question, self._stream)
         answer.model = question.model or self.config.model
         answer.variant = await self._variant(question)
         answer.adapter = self.pool.of(answer.variant).served
@@ -178,7 +179,7 @@ class Assistant:
                 "leave out the oldest",
                 param="messages",
             )
-        chars = len(request.prompt) + _chars(request.messages)
+        chars = len(request.prompt) + len(request.prompt_token_ids) + _chars(request.messages)
         if chars > limits.message_chars:
             raise BadRequestError(
                 f"The text has {chars} characters, the limit is {limits.message_chars}; shorten it",
@@ -208,15 +209,22 @@ class Assistant:
         limits fall out."""
         request, limits, prompt = question.draft(), self.config.limits, self.config.defaults.system_prompt
         messages = list(question.request.messages)
+        remembered: list[common_pb2.Message] = []
         if question.conversation_id:
-            places, chars = limits.messages - len(messages), limits.message_chars - _chars(messages)
             remembered = await self.memory.recall(question.caller, question.conversation_id)
+        elif question.previous:
+            remembered = await self.memory.recall_answer(question.caller, question.previous)
+        if remembered:
+            places, chars = limits.messages - len(messages), limits.message_chars - _chars(messages)
             messages = [*_newest(remembered, places, chars), *messages]
-        if prompt and messages and messages[0].role != "system":
+        turns = tuple(messages)
+        if question.instructions:
+            messages = _instructed(messages, question.instructions)
+        elif prompt and messages and messages[0].role != "system":
             messages.insert(0, common_pb2.Message(role="system", content=prompt))
         request.ClearField("messages")
         request.messages.extend(messages)
-        return replace(question, request=request)
+        return replace(question, request=request, turns=turns)
 
     async def _variant(self, question: Question) -> str:
         """Who answers a conversation: who answered it before, else its share decides. Empty: there is one model."""
@@ -307,6 +315,11 @@ class Assistant:
             conversation = self.memory.row(
                 question.caller, question.conversation_id, question.request, answer.choices[0].text
             )
+        elif answer.complete and question.keep is not None:
+            said = answer.choices[0]
+            turn = common_pb2.Message(role="assistant", content=said.text, tool_calls=said.tool_calls)
+            turns = [*question.turns, turn]
+            conversation = self.memory.answer_row(question.caller, answer.id, turns, question.keep(answer))
         record = Record(
             answer_line(answer, outcome),
             tuple(answer_rows(answer, variant, self.config.keeping)),
@@ -340,8 +353,17 @@ def _chars(messages: Iterable[common_pb2.Message]) -> int:
 def _newest(turns: Sequence[common_pb2.Message], places: int, chars: int) -> Sequence[common_pb2.Message]:
     """The last turns that have a place and fit the characters."""
     first = len(turns)
-    while first > 0 and places > 0 and len(turns[first - 1].content) <= chars:
+    while first > 0 and places > 0 and (size := _chars([turns[first - 1]])) <= chars:
         first -= 1
         places -= 1
-        chars -= len(turns[first].content)
+        chars -= size
+    while first < len(turns) and turns[first].role == "tool":  # the call that it answers has no place
+        first += 1
     return turns[first:]
+
+
+def _instructed(messages: Sequence[common_pb2.Message], instructions: str) -> list[common_pb2.Message]:
+    """The messages with instructions before them: many chat templates take one system message, the first."""
+    if messages and messages[0].role == "system":
+        return [common_pb2.Message(role="system", content=f"{instructions}\n\n{messages[0].content}"), *messages[1:]]
+    return [common_pb2.Message(role="system", content=instructions), *messages]

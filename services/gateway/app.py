@@ -20,6 +20,7 @@ from services.gateway.key_admin import NewKey, Rotation, keys_router
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import Endpoint
 from services.gateway.openai.documentation import BODIES, definitions
+from services.gateway.openai.responses import responses_router
 from services.gateway.openai.router import openai_router
 from services.gateway.pages.router import PREFIXES, error_page, pages_router
 from steersman import __version__
@@ -36,7 +37,7 @@ def create_app(
 ) -> tuple[FastAPI, dict[str, Endpoint]]:
     """The application, and the endpoints by path that `FrontMiddleware` calls directly."""
     app = FastAPI(title="Steersman gateway", version=__version__, docs_url=None, redoc_url=None)
-    openai, under_kserve = (openai_router(assistant, auth, prefix) for prefix in ("/v1", "/openai/v1"))
+    openai, under_kserve = (openai_routes(assistant, auth, prefix) for prefix in ("/v1", "/openai/v1"))
     app.include_router(openai)
     app.include_router(under_kserve, include_in_schema=False)
     app.include_router(feedback_router(feedback, auth))
@@ -49,9 +50,18 @@ def create_app(
     return app, {**_posts(openai), **_posts(under_kserve)}
 
 
+def openai_routes(assistant: Assistant, auth: Authenticator, prefix: str) -> APIRouter:
+    """OpenAI's API below a prefix."""
+    router = APIRouter()
+    router.include_router(openai_router(assistant, auth, prefix))
+    router.include_router(responses_router(assistant, auth, prefix))
+    return router
+
+
 def _posts(router: APIRouter) -> dict[str, Endpoint]:
     routes = (route for route in router.routes if isinstance(route, APIRoute))
-    return {route.path: route.endpoint for route in routes if route.methods == {"POST"}}
+    whole = (route for route in routes if "{" not in route.path)
+    return {route.path: route.endpoint for route in whole if route.methods == {"POST"}}
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -61,7 +61,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             request_id_of(headers),
             PolicyServiceChatRequest(messages=request.messages, sampling=sampling, stop=request.stop, n=1),
             model=request.model,
-            id_prefix="chat",
+            id_prefix="chat-",
             conversation_id=request.conversation_id,
             idempotency_key=headers.get("idempotency-key", ""),
             fingerprint=fingerprint,

@@ -82,6 +82,9 @@ def from_validation(error: ValidationError) -> BadRequestError:
         message = first["msg"].removeprefix("Invalid JSON: ")
         return BadRequestError(f"The body is not valid JSON: {message}")
     place = _place(first)
+    # A value that is none of a union's members, but nearly one: what is wrong in it says more than what it is not.
+    while place and (deeper := next((p for p in map(_place, problems) if p.startswith(f"{place}.")), "")):
+        place = deeper
     # A value that is none of a union's members has a problem with each.
     said = list(dict.fromkeys(_sentence(each) for each in problems if _place(each) == place))
     message = " or ".join([said[0], *(other.removeprefix("must be ") for other in said[1:])])

@@ -96,7 +96,7 @@ class AssistantModel(kserve.Model):
                 request_id,
                 PolicyServiceChatRequest(messages=messages, sampling=sampling, n=1, whole=True),
                 model=self.name,
-                id_prefix="infer",
+                id_prefix="infer-",
                 consent=consent_of(headers),
             )
             for messages in _conversations(payload.inputs)

@@ -29,7 +29,7 @@ _LARGEST_BACKLOG = 20_000
 _LARGEST_BYTES = 64 * 1024 * 1024
 _RETRY_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
-_NO_USE = ("refused", "replay", "keys")
+_NO_USE = ("refused", "replay", "keys", "forget")
 """Actions that are no use of a key's quota."""
 _INSERT_ANSWER = sa.insert(StoredAnswer.__table__)  # type: ignore[arg-type]
 _INSERT_AUDIT = sa.insert(Audit.__table__)  # type: ignore[arg-type]
@@ -56,6 +56,8 @@ class Record:
         texts = sum(len(row["answer"]) + sum(len(turn["content"]) for turn in row["prompt"]) for row in self.answers)
         packed = sum(len(row.get("token_ids") or b"") + len(row.get("logprobs") or b"") for row in self.answers)
         turns = sum(len(turn["content"]) for turn in self.conversation["turns"]) if self.conversation else 0
+        if self.conversation and self.conversation.get("kept"):
+            turns *= 2  # the answer and what was said before it, once more
         return 2000 + 2 * texts + packed + turns
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "insert_new",
     "open_store",
     "storable",
+    "storable_json",
 ]
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
@@ -47,6 +48,17 @@ def open_store(url: str) -> Store:
 def storable(text: str) -> str:
     """The text without what PostgreSQL cannot store: NUL and lone surrogates."""
     return _UNSTORABLE.sub("", text) if _UNSTORABLE.search(text) else text
+
+
+def storable_json(value: Any) -> Any:
+    """The same JSON value without what PostgreSQL cannot store."""
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, list):
+        return [storable_json(item) for item in value]
+    if isinstance(value, dict):
+        return {storable(str(name)): storable_json(item) for name, item in value.items()}
+    return value
 
 
 def insert_new(session: Session, table: type[Base], row: dict[str, Any]) -> bool:

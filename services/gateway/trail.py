@@ -8,7 +8,7 @@ from typing import Any
 from services.gateway.answer import Answer
 from services.gateway.config import Keeping
 from services.gateway.recorder import audit_row
-from services.gateway.store import storable
+from services.gateway.store import storable, storable_json
 from steersman.errors import SteersmanError
 from steersman.rpc.finish import finish_name
 
@@ -27,7 +27,7 @@ def answer_line(answer: Answer, outcome: str) -> dict[str, Any]:
     question = answer.question
     records: list[dict[str, Any]] = [source.as_json() for source in answer.sources]
     records += [
-        _storable({"asked": lookup.tool, **lookup.arguments, "outcome": lookup.outcome})
+        storable_json({"asked": lookup.tool, **lookup.arguments, "outcome": lookup.outcome})
         for lookup in answer.lookups
         if lookup.outcome in ("not_found", "refused")
     ]
@@ -74,8 +74,8 @@ def answer_rows(answer: Answer, deployment: str, keeping: Keeping) -> list[dict[
                 "weights_version": str(answer.weights_version or ""),
                 "prompt": prompt,
                 "answer": storable(choice.text),
-                "lookups": _storable(lookups),
-                "tool_calls": _storable(calls),
+                "lookups": storable_json(lookups),
+                "tool_calls": storable_json(calls),
                 "sampling": evidence.sampling,
                 "token_ids": evidence.token_ids[index] or None,
                 "logprobs": evidence.logprobs[index] or None,
@@ -84,14 +84,3 @@ def answer_rows(answer: Answer, deployment: str, keeping: Keeping) -> list[dict[
             }
         )
     return rows
-
-
-def _storable(value: Any) -> Any:
-    """The same JSON value without what PostgreSQL cannot store."""
-    if isinstance(value, str):
-        return storable(value)
-    if isinstance(value, list):
-        return [_storable(item) for item in value]
-    if isinstance(value, dict):
-        return {storable(str(name)): _storable(item) for name, item in value.items()}
-    return value

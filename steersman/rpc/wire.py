@@ -83,7 +83,7 @@ def append_response(
     """What was held back of a choice, with its next response behind it."""
     if held is None:
         return response
-    text = held.delta + response.delta
+    text, thoughts = held.delta + response.delta, held.reasoning_delta + response.reasoning_delta
     held.MergeFrom(response)
-    held.delta = text
+    held.delta, held.reasoning_delta = text, thoughts
     return held

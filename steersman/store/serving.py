@@ -89,7 +89,7 @@ class Audit(Base):
     at: Mapped[dt.datetime] = mapped_column(default=now)
     request_id: Mapped[str] = mapped_column(sa.String(128))
     action: Mapped[str] = mapped_column(sa.String(32))
-    """answer, replay, feedback, act, handover, keys, refused."""
+    """answer, replay, feedback, act, handover, keys, forget, refused."""
     outcome: Mapped[str] = mapped_column(sa.String(32))
     """Finish reason, or the error's class."""
     tenant: Mapped[str] = mapped_column(sa.String(200))
@@ -117,7 +117,12 @@ class Conversation(Base):
     tenant: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
     customer: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
     id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    """As the caller calls it; of an answer that is kept by itself, its id."""
     turns: Mapped[list[Any]]
+    kept: Mapped[dict[str, Any] | None] = mapped_column(
+        sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+    )
+    """What else is kept of such an answer."""
     expires_at: Mapped[dt.datetime]
 
 

@@ -27,8 +27,8 @@ Reply = str | Sequence[common_pb2.ToolCall]
 
 def echo_reply(request: policy_pb2.PolicyServiceChatRequest) -> Reply:
     """Repeats the last user message (or the prompt of a completion)."""
-    if request.prompt:
-        return f" echo {request.prompt}"
+    if request.prompt or request.prompt_token_ids:
+        return f" echo {request.prompt or _text_of(request)}"
     said = next((m.content for m in reversed(request.messages) if m.role == "user"), "")
     return f"You said: {said}"
 
@@ -42,6 +42,8 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
 
     reply: Callable[[policy_pb2.PolicyServiceChatRequest], Reply] = echo_reply
     name: str = "fake"
+    thoughts: str = ""
+    """What every choice thinks before it answers; one token."""
     seconds_per_token: float = 0.0
     capacity: int | None = None
     """Calls beyond this many at once are refused with RESOURCE_EXHAUSTED; None: no limit."""
@@ -92,7 +94,16 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
     ) -> AsyncIterator[policy_pb2.PolicyServiceChatResponse]:
         replies = [_script(self.reply(request), request, i) for i in range(max(request.n, 1))]
         prompt_tokens = len(request.prompt.split()) + sum(len(m.content.split()) for m in request.messages)
+        prompt_tokens += len(request.prompt_token_ids)
         unsent: dict[int, policy_pb2.PolicyServiceChatResponse] = {}
+        for choice in range(len(replies) if self.thoughts or request.prompt_token_ids else 0):
+            begun = policy_pb2.PolicyServiceChatResponse(
+                choice_index=choice, reasoning_delta=self.thoughts, prompt_text=_text_of(request)
+            )
+            if request.whole:
+                unsent[choice] = begun
+            else:
+                yield begun
         for position in range(max(len(words) for words, _, _ in replies) + 1):
             if self.fail_after_tokens == position:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the fake policy went away")
@@ -108,7 +119,8 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
                     response.delta = words[position]
                     response.tokens.append(_token(words[position], request.top_logprobs))
                     self.tokens_sent += 1
-                response.completion_tokens = min(position + 1, len(words))
+                response.completion_tokens = min(position + 1, len(words)) + bool(self.thoughts)
+                response.reasoning_tokens = int(bool(self.thoughts))
                 if position == len(words):
                     response.finish_reason = finish
                     response.tool_calls.extend(calls)
@@ -117,6 +129,11 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
                     if position < len(words):
                         continue
                 yield response
+
+
+def _text_of(request: policy_pb2.PolicyServiceChatRequest) -> str:
+    """Every token id is the word of its number."""
+    return " ".join(map(str, request.prompt_token_ids))
 
 
 def _script(

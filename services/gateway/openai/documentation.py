@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from services.gateway.errors import ErrorResponse
+from services.gateway.openai.responses_schema import ResponsesRequest
 from services.gateway.openai.schema import ChatCompletionRequest, CompletionRequest
 
 _ERRORS = {
@@ -49,7 +50,7 @@ def definitions(*models: type[BaseModel]) -> dict[str, Any]:
     return found
 
 
-BODIES = (ChatCompletionRequest, CompletionRequest)
+BODIES = (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
 
 _ANSWER: dict[int | str, dict[str, Any]] = {
     200: {
@@ -76,3 +77,20 @@ COMPLETIONS_DOC: dict[str, Any] = {
 }
 MODELS_DOC: dict[str, Any] = {"summary": "List the models", "responses": {**_OBJECT, **GET_ERRORS}}
 MODEL_DOC: dict[str, Any] = {"summary": "Describe a model", "responses": {**_OBJECT, **GET_ERRORS}}
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The response; with `stream` its events, from `response.created` to `response.completed`.",
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+    }
+}
+RESPONSES_DOC: dict[str, Any] = {
+    "summary": "Answer input items",
+    "openapi_extra": json_body(ResponsesRequest),
+    "responses": {**_EVENTS, **POST_ERRORS},
+}
+RESPONSE_DOC: dict[str, Any] = {
+    "summary": "A stored response",
+    "responses": {**_OBJECT, **GET_ERRORS, **error_responses(400, 503)},
+}
+INPUT_ITEMS_DOC: dict[str, Any] = {**RESPONSE_DOC, "summary": "What a stored response answers"}
+RESPONSE_CANCEL_DOC: dict[str, Any] = {**RESPONSE_DOC, "summary": "Stop a response that is being streamed"}

@@ -85,7 +85,7 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
                 request.state.request_id,
                 completion_request(body, prompt),
                 model=body.model,
-                id_prefix="cmpl",
+                id_prefix="cmpl-",
                 idempotency_key=_numbered(request.headers.get("idempotency-key", ""), index),
                 fingerprint=fingerprint_of(body),
                 consent=consent_of(request.headers, body.consent),

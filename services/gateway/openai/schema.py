@@ -23,7 +23,7 @@ Ignored = Annotated[str, Field(max_length=512)]
 
 
 class Wire(BaseModel):
-    """A body, or a part of one. Fields that it does not know are refused, the first by name."""
+    """A body, or a part of one. Fields that it does not know are refused, the first by name; null says nothing."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -35,10 +35,14 @@ class Wire(BaseModel):
     @model_validator(mode="after")
     def _known_fields(self) -> Wire:
         # Not `extra="forbid"`: it makes an error of every unknown field, and a body may hold very many.
-        if self.__pydantic_extra__:
-            name = next(iter(self.__pydantic_extra__))[:64]
+        said = (name for name, value in (self.__pydantic_extra__ or {}).items() if value is not None)
+        if (unknown := next(said, None)) is not None:
+            name = unknown[:64]
             raise PydanticCustomError("extra_forbidden", "this field is not known here; leave it out", {"name": name})
         return self
+
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class CacheControl(Wire):
@@ -65,9 +69,28 @@ class ToolCallParam(Wire):
     function: FunctionCall
 
 
+class RefusalPart(Wire):
+    type: Literal["refusal"]
+    refusal: Text
+    """What an assistant said."""
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
 class ChatMessage(Wire):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=1024)] | None = None
+    content: (
+        Text
+        | Annotated[
+            list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]],
+            Field(fail_fast=True, max_length=1024),
+        ]
+        | None
+    ) = None
+    reasoning_content: Text | None = None
+    """Thoughts of an assistant message, apart from what it says. Not in OpenAI's API."""
     name: Name | None = None
     tool_calls: Annotated[list[ToolCallParam], Field(fail_fast=True, max_length=64)] | None = None
     tool_call_id: Name | None = None
@@ -107,7 +130,7 @@ class FunctionDefinition(Wire):
     @field_validator("parameters")
     @classmethod
     def _bounded(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        return _bounded_schema(value)
+        return bounded_schema(value)
 
 
 class Tool(Wire):
@@ -139,10 +162,10 @@ class JsonSchema(Wire):
     @field_validator("schema_")
     @classmethod
     def _bounded(cls, value: dict[str, Any]) -> dict[str, Any] | None:
-        return _bounded_schema(value)
+        return bounded_schema(value)
 
 
-def _bounded_schema(value: dict[str, Any] | None) -> dict[str, Any] | None:
+def bounded_schema(value: dict[str, Any] | None) -> dict[str, Any] | None:
     if value is not None and len(json.dumps(value)) > _LARGEST_SCHEMA:
         raise ValueError(f"the schema has more than {_LARGEST_SCHEMA} characters; simplify it")
     return value
@@ -159,7 +182,7 @@ class StreamOptions(Wire):
     """Accepted, without effect."""
 
 
-def _few(value: Any) -> Any:
+def few_entries(value: Any) -> Any:
     """Refuses a large object as a whole, before each of its entries makes an error."""
     if isinstance(value, dict) and len(value) > _MOST_ENTRIES:
         raise ValueError(f"it has {len(value)} entries, the limit is {_MOST_ENTRIES}")
@@ -169,6 +192,8 @@ def _few(value: Any) -> Any:
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+PromptToken = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+_MOST_TOKENS = 20_000
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -205,7 +230,9 @@ class _Sampling(Wire):
     """Taken off for every time that the answer already has the token."""
     logit_bias: (
         Annotated[
-            dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few), Field(max_length=1024)
+            dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
+            BeforeValidator(few_entries),
+            Field(max_length=1024),
         ]
         | None
     ) = None
@@ -240,7 +267,18 @@ class ChatCompletionRequest(_Sampling):
     """Constrains the answer to JSON."""
     conversation_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     """Continue a stored conversation: its turns go before `messages`. Not in OpenAI's API."""
-    metadata: Annotated[dict[Ignored, Ignored], BeforeValidator(_few), Field(max_length=16)] | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    """How much to think, for a model that knows it."""
+    continue_final_message: bool | None = None
+    """Whether a last message of the assistant is the beginning of the answer, which goes on from there: without it yes,
+    unless it calls tools. Not in OpenAI's API."""
+    add_generation_prompt: bool | None = None
+    """Accepted as the opposite of `continue_final_message`, as servers of that kind take it. Not in OpenAI's API."""
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """Accepted, without effect."""
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    """Only text."""
+    metadata: Annotated[dict[Ignored, Ignored], BeforeValidator(few_entries), Field(max_length=16)] | None = None
     """Accepted, without effect."""
     store: bool | None = None
     """Accepted, without effect."""
@@ -257,12 +295,22 @@ class ChatCompletionRequest(_Sampling):
     def _check(self) -> ChatCompletionRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if self.continue_final_message and not self.continues:
+            raise ValueError("continue_final_message needs a last message of the assistant that calls no tools")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other; send one of them")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice needs tools")
         if isinstance(self.tool_choice, NamedToolChoice):
             if self.tool_choice.function.name not in {tool.function.name for tool in self.tools or []}:
                 raise ValueError(f"tool_choice names '{self.tool_choice.function.name}', which is not in tools")
         return self
+
+    @property
+    def continues(self) -> bool:
+        """Whether the last message is the beginning of the answer."""
+        last = self.messages[-1]
+        return last.role == "assistant" and not last.tool_calls and self.continue_final_message is not False
 
     @property
     def length(self) -> int | None:
@@ -293,16 +341,31 @@ class ChatCompletionRequest(_Sampling):
 
 
 class CompletionRequest(_Sampling):
-    prompt: Text | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)]
-    """Text to continue. Token ids are not accepted: the gateway has no tokenizer."""
+    prompt: (
+        Text
+        | Annotated[list[PromptToken], Field(fail_fast=True, min_length=1, max_length=_MOST_TOKENS)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)]
+        | Annotated[
+            list[Annotated[list[PromptToken], Field(fail_fast=True, min_length=1, max_length=_MOST_TOKENS)]],
+            Field(fail_fast=True, min_length=1, max_length=64),
+        ]
+    )
+    """Text to continue, or its token ids in the model's vocabulary; or several of one kind."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     """Report log-probabilities, with this many alternatives for every token."""
-    echo: Literal[False] | None = None
-    """Only false."""
+    echo: bool | None = None
+    """Give the prompt before its continuation; not with `logprobs`, which are of what was generated."""
     suffix: None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     """Only 1."""
 
+    @model_validator(mode="after")
+    def _echo_has_no_logprobs(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo cannot be had with logprobs, which are of what was generated; leave one out")
+        return self
+
     @property
-    def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+    def prompts(self) -> list[str | list[int]]:
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt

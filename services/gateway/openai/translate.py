@@ -26,6 +26,8 @@ def chat_request(body: ChatCompletionRequest) -> PolicyServiceChatRequest:
         json_schema=call_schema(body.offered_tools) if body.must_call else body.json_schema,
         whole=not body.stream,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else 0,
+        continue_last=body.continues,
+        reasoning_effort=body.reasoning_effort or "",
     )
 
 
@@ -55,9 +57,10 @@ def call_schema(tools: Sequence[Tool]) -> str:
     return json.dumps(schema | {"$defs": shared})
 
 
-def completion_request(body: CompletionRequest, prompt: str) -> PolicyServiceChatRequest:
+def completion_request(body: CompletionRequest, prompt: str | list[int]) -> PolicyServiceChatRequest:
     return PolicyServiceChatRequest(
-        prompt=prompt,
+        prompt=prompt if isinstance(prompt, str) else "",
+        prompt_token_ids=() if isinstance(prompt, str) else prompt,
         sampling=_sampling(body, body.max_tokens or 16),
         n=body.n or 1,
         stop=body.stops,
@@ -78,6 +81,7 @@ def to_message(message: ChatMessage) -> common_pb2.Message:
         tool_calls=calls,
         tool_call_id=message.tool_call_id or "",
         name=message.name or "",
+        reasoning_content=message.reasoning_content or "",
     )
 
 
