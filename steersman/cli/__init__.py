@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from steersman.artifacts import refusal
-from steersman.cli import cluster, data, doctor, init, runs, validate
+from steersman.cli import cluster, data, doctor, evaluation, init, runs, validate
 
 if TYPE_CHECKING:
     from steersman.config.manifest import AlignmentRun
@@ -27,13 +27,14 @@ app.add_typer(model_app, name="model")
 app.add_typer(cluster.app)
 for command in (init.init, doctor.doctor, runs.runs, validate.validate):
     app.command()(command)
+app.command(name="eval")(evaluation.evaluate)
 
 STOPPED = 130
 """Exit code of a process that was interrupted, as shells have it."""
 _EXTRA_OF_LIBRARY = {
     "engine": ("torch", "transformers", "peft", "safetensors", "accelerate", "gguf"),
     "training": ("trl", "datasets"),
-    "data": ("matplotlib", "scipy"),
+    "data": ("matplotlib", "py3langid", "scipy"),
     "gateway": ("fastapi", "uvicorn", "kserve", "httpx", "mcp", "jwt", "prometheus_client"),
     "controller": ("kopf", "kubernetes"),
 }

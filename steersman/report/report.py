@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from steersman.errors import DataError
 from steersman.report import plots
+from steersman.report.pages import environment
 from steersman.report.schema import Evaluation, Sample, prompt_of
 from steersman.report.statistics import (
     Interval,
@@ -46,20 +46,19 @@ def write_report(run_dir: Path, evaluation: Evaluation, out_dir: Path) -> Path:
         data = _png(plot.figure)
         (out_dir / "plots" / f"{plot.name}.png").write_bytes(data)
         images.append({"title": plot.title, "caption": plot.caption, "data": base64.b64encode(data).decode()})
-    environment = Environment(
-        loader=PackageLoader("steersman.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(label=label, number=_number, signed=_signed, p_value=_p_value)
-    html = environment.get_template("report.html.j2").render(
-        evaluation=evaluation,
-        kind=evaluation.kind,
-        start=evaluation.start,
-        aligned=evaluation.aligned,
-        colours=plots.colours(list(evaluation.models)),
-        images=images,
-        examples=pick_examples(evaluation, EXAMPLES),
-        **_numbers(evaluation),
+    html = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            evaluation=evaluation,
+            kind=evaluation.kind,
+            start=evaluation.start,
+            aligned=evaluation.aligned,
+            colours=plots.colours(list(evaluation.models)),
+            images=images,
+            examples=pick_examples(evaluation, EXAMPLES),
+            **_numbers(evaluation),
+        )
     )
     path = out_dir / "report.html"
     path.write_text(html, encoding="utf-8")
@@ -204,15 +203,3 @@ def _png(figure: Figure) -> bytes:
     # A fixed Software entry keeps the bytes the same for the same matplotlib.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": "steersman"})
     return buffer.getvalue()
-
-
-def _number(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def _signed(value: float, digits: int = 2) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _p_value(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

@@ -1,0 +1,169 @@
+"""Speaks to an OpenAI-compatible endpoint as a customer's client does."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import httpx
+
+from steersman.errors import ConfigError, UnavailableError, from_http
+from steersman.net import guarded_sync_client
+from steersman.suites.checks import Spoken
+
+GREEDY, SERVED = "greedy", "served"
+"""Decodings beside a temperature: the likeliest answer, and whatever the endpoint does by default."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn."""
+
+    name: str
+    """`greedy`, `served`, or the temperature."""
+    temperature: float | None
+    """None: the endpoint's own."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ConfigError for what is neither `greedy`, `served` nor a temperature from 0 to 2."""
+        if text in (GREEDY, SERVED):
+            return cls(text, 0.0 if text == GREEDY else None)
+        try:
+            temperature = float(text)
+        except ValueError:
+            temperature = -1.0
+        if not 0 <= temperature <= 2:
+            raise ConfigError(f"--decoding {text}: use greedy, served, or a temperature from 0 to 2")
+        return cls(f"{temperature:g}", temperature)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer."""
+
+    text: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    actions: tuple[str, ...] = ()
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Endpoint:
+    """A chat behind `URL/chat/completions`; a context manager."""
+
+    def __init__(
+        self, url: str, model: str | None = None, *, key_env: str | None = None, timeout_seconds: float = 300.0
+    ) -> None:
+        """Args:
+        url: ends with the API's version (https://host/v1).
+        model: name; None: the first that the endpoint lists.
+        key_env: environment variable with the API key; None: none.
+
+        Raises:
+            ConfigError: the variable is not set.
+            UnavailableError: the endpoint does not answer.
+        """
+        headers = {}
+        if key_env is not None:
+            key = os.environ.get(key_env)
+            if not key:
+                raise ConfigError(f"--key-env {key_env}: the environment variable is not set")
+            headers["authorization"] = f"Bearer {key}"
+        self.url = url.rstrip("/")
+        self._client = guarded_sync_client(base_url=f"{self.url}/", timeout=timeout_seconds, headers=headers)
+        self.model = model or self._first_model()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._client.close()
+
+    def reply(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], decoding: Decoding,
+        max_tokens: int, seed: int,
+    ) -> Reply:  # fmt: skip
+        """The next answer of a conversation; what the endpoint refuses is an error of the tree."""
+        body: dict[str, Any] = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens}
+        if decoding.temperature is not None:
+            body["temperature"] = decoding.temperature
+        if not decoding.is_greedy:
+            body["seed"] = seed
+        if tools:
+            body["tools"] = list(tools)
+        start = time.monotonic()
+        answer = self._json("POST", "chat/completions", json=body)
+        seconds = time.monotonic() - start
+        try:
+            message = answer["choices"][0]["message"]
+            own = answer.get("steersman") or {}
+            return Reply(
+                text=message.get("content") or "",
+                tool_calls=tuple(message.get("tool_calls") or ()),
+                actions=tuple(str(one.get("action", "")) for one in own.get("proposed_actions") or ()),
+                tokens=int((answer.get("usage") or {}).get("completion_tokens") or 0),
+                seconds=seconds,
+            )
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+            raise UnavailableError(
+                f"{self.url}: the answer is no chat completion; give an OpenAI-compatible URL"
+            ) from None
+
+    def converse(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], decoding: Decoding,
+        max_tokens: int, seed: int,
+    ) -> Spoken:  # fmt: skip
+        """The whole conversation: the bot also answers where two user messages follow each other."""
+        said: list[dict[str, Any]] = []
+        replies: list[Reply] = []
+        for place, message in enumerate(messages):
+            said.append(dict(message))
+            following = messages[place + 1]["role"] if place + 1 < len(messages) else "user"
+            if (message["role"] == "user" and following == "user") or place + 1 == len(messages):
+                replies.append(self.reply(said, tools, decoding, max_tokens, seed))
+                if place + 1 < len(messages):
+                    said.append({"role": "assistant", "content": replies[-1].text})
+        return Spoken(
+            answers=tuple(reply.text for reply in replies),
+            tool_calls=replies[-1].tool_calls,
+            actions=replies[-1].actions,
+            tokens=sum(reply.tokens for reply in replies),
+            seconds=sum(reply.seconds for reply in replies),
+            messages=tuple(said),
+        )
+
+    def _first_model(self) -> str:
+        try:
+            return str(self._json("GET", "models")["data"][0]["id"])
+        except (KeyError, IndexError, TypeError):
+            raise ConfigError(f"{self.url} lists no model; name one with --model") from None
+
+    def _json(self, method: str, path: str, **request: Any) -> Any:
+        try:
+            response = self._client.request(method, path, **request)
+        except httpx.HTTPError as error:
+            raise UnavailableError(f"{self.url} does not answer ({type(error).__name__}); check the URL") from None
+        if not response.is_success:
+            retry = response.headers.get("retry-after")
+            raise from_http(response.status_code, f"{self.url}/{path}: {_reason(response)}", retry_after=retry)
+        try:
+            return response.json()
+        except ValueError:
+            raise UnavailableError(
+                f"{self.url}/{path} answers no JSON; the URL must end with the API's version"
+            ) from None
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {response.status_code}"
