@@ -20,7 +20,7 @@ class RecordKind(FrozenModel):
     """Where one kind of record lies, whom it belongs to, and what of it may leave."""
 
     entity: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,127}$")]
-    """Tryton model, OData entity set, or key of the file's lists."""
+    """Tryton or Odoo model, OData entity set, or key of the file's lists."""
     number: FieldPath
     """Field that people call the record's number."""
     owner: FieldPath | None
@@ -28,7 +28,7 @@ class RecordKind(FrozenModel):
     fields: Annotated[dict[str, FieldPath], Field(min_length=1)]
     """Name shown to the model -> field. Nothing else leaves the system."""
     where: list[Any] | str | None = None
-    """Fixed further condition: a Tryton domain or an OData filter."""
+    """Fixed further condition: a Tryton or Odoo domain, or an OData filter."""
     newest_first: FieldPath | None = None
     """Field by which the latest records are found when no number was said."""
     sentence: Annotated[str, Field(min_length=1, max_length=500)] | None = None
@@ -121,6 +121,62 @@ def _tryton_kinds() -> dict[Kind, RecordKind]:
     }
 
 
+def _odoo_kinds() -> dict[Kind, RecordKind]:
+    return {
+        "order": RecordKind(
+            entity="sale.order",
+            number="name",
+            owner="partner_id.ref",
+            fields={
+                "number": "name",
+                "date": "date_order",
+                "state": "state",
+                "invoicing": "invoice_status",
+                "total": "amount_total",
+                "currency": "currency_id.name",
+            },
+            newest_first="id",
+        ),
+        "delivery": RecordKind(
+            entity="stock.picking",
+            number="name",
+            owner="partner_id.ref",
+            fields={
+                "number": "name",
+                "state": "state",
+                "planned": "scheduled_date",
+                "shipped": "date_done",
+                "for": "origin",
+            },
+            where=[["picking_type_code", "=", "outgoing"]],
+            newest_first="id",
+        ),
+        "invoice": RecordKind(
+            entity="account.move",
+            number="name",
+            owner="partner_id.ref",
+            fields={
+                "number": "name",
+                "date": "invoice_date",
+                "state": "state",
+                "payment": "payment_state",
+                "total": "amount_total",
+                "to_pay": "amount_residual",
+                "currency": "currency_id.name",
+            },
+            where=[["move_type", "=", "out_invoice"], ["state", "=", "posted"]],
+            newest_first="id",
+        ),
+        "stock": RecordKind(
+            entity="product.product",
+            number="default_code",
+            owner=None,
+            fields={"code": "default_code", "name": "name", "available": "qty_available"},
+        ),
+        "customer": RecordKind(entity="res.partner", number="ref", owner="ref", fields={"code": "ref", "name": "name"}),
+    }
+
+
 class _System(FrozenModel):
     name: Name
     """Shown as the source of facts."""
@@ -162,6 +218,25 @@ class ODataSystem(_System):
 
     @model_validator(mode="after")
     def _owned(self) -> ODataSystem:
+        _check_owners(self.kinds)
+        return self
+
+
+class OdooSystem(_System):
+    """Odoo 17 or newer with the API key of a user who may read the models below."""
+
+    type: Literal["odoo"]
+    url: str
+    """Of the server, for example https://company.odoo.com."""
+    database: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
+    key_env: str
+    """Environment variable with the user's API key."""
+    login: str | None = None
+    """The user's login: asks by JSON-RPC, which Odoo before 19 needs. None: by JSON-2, which Odoo 22 will need."""
+    kinds: dict[Kind, RecordKind] = Field(default_factory=_odoo_kinds)
+
+    @model_validator(mode="after")
+    def _owned(self) -> OdooSystem:
         _check_owners(self.kinds)
         return self
 
@@ -241,19 +316,45 @@ class RequestTracker(FrozenModel):
     queue: str = "General"
 
 
+class Zammad(FrozenModel):
+    """Tickets through Zammad's REST interface."""
+
+    url: str
+    """For example https://desk.example.com."""
+    token_env: str
+    """Environment variable with an access token that has the permission `ticket.agent`."""
+    group: str = "Users"
+    customer: str
+    """Login or e-mail address of the account that the tickets are opened for; the customer's key stands in the text."""
+
+
+class Zendesk(FrozenModel):
+    """Tickets through Zendesk's Ticketing API."""
+
+    url: str
+    """For example https://company.zendesk.com."""
+    user: str
+    """E-mail address of the agent that the token belongs to."""
+    token_env: str
+    """Environment variable with an API token."""
+
+
 class HandOver(FrozenModel):
     """Tickets for people: hand-over of a conversation, and return requests. Off unless configured."""
 
     webhook: Webhook | None = None
     request_tracker: RequestTracker | None = None
+    zammad: Zammad | None = None
+    zendesk: Zendesk | None = None
     seconds: Annotated[float, Field(gt=0, le=60)] = 10.0
     propose_seconds: Annotated[int, Field(gt=0)] = 1800
     """How long a proposed action may still be confirmed."""
 
     @model_validator(mode="after")
     def _somewhere(self) -> HandOver:
-        if (self.webhook is None) == (self.request_tracker is None):
-            raise ValueError("give either webhook or requestTracker")
+        targets = (self.webhook, self.request_tracker, self.zammad, self.zendesk)
+        if sum(target is not None for target in targets) != 1:
+            raise ValueError("give one of webhook, requestTracker, zammad and zendesk")
         return self
 
 
@@ -263,7 +364,7 @@ class ToolsConfig(FrozenModel):
     mode: Literal["lookup", "tools"] = "lookup"
     """`lookup`: numbers in the message are looked up and the records put into the prompt, for models that cannot call
     tools; `tools`: the model calls them."""
-    systems: list[Annotated[TrytonSystem | ODataSystem | FileSystem, Field(discriminator="type")]] = []
+    systems: list[Annotated[TrytonSystem | OdooSystem | ODataSystem | FileSystem, Field(discriminator="type")]] = []
     mcp_servers: list[McpServer] = []
     hand_over: HandOver | None = None
     """None: no writes at all."""

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import hashlib
-import hmac
-import json
 import logging
-import os
 import secrets
-import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,17 +13,16 @@ import httpx
 import sqlalchemy as sa
 
 from services.gateway.auth.callers import Caller
-from services.gateway.fetching import fetch_json
 from services.gateway.store import ProposedAction
 from services.gateway.tools.config import HandOver
-from steersman.errors import ConfigError, ConflictError, NotFoundError, UnavailableError
+from services.gateway.tools.tickets import Ticket, ticket_system
+from steersman.errors import ConflictError, NotFoundError, UnavailableError
 from steersman.net import guarded_client
 from steersman.store.engine import Store
 from steersman.store.models import now
 
 log = logging.getLogger("steersman.gateway")
 
-_LONGEST_TICKET = 200
 ActionName = Literal["hand_over", "request_return"]
 PROPOSALS: dict[ActionName, str] = {
     "hand_over": "I can hand this conversation over to a colleague. Please confirm, and I open a ticket for you.",
@@ -60,11 +54,7 @@ class Desk:
     def __init__(self, config: HandOver, store: Store) -> None:
         self._config = config
         self._store = store
-        self._secret = self._token = ""
-        if config.webhook is not None:
-            self._secret = _environment(config.webhook.secret_env, 32)
-        if config.request_tracker is not None:
-            self._token = _environment(config.request_tracker.token_env, 1)
+        self._tickets = ticket_system(config)
         self._client = guarded_client(timeout=config.seconds)
 
     async def close(self) -> None:
@@ -112,54 +102,12 @@ class Desk:
         return proposal, ticket
 
     async def _deliver(self, caller: Caller, proposal: Proposal, transcript: list[dict[str, str]]) -> str:
-        if self._config.webhook is not None:
-            return await self._post_webhook(caller, proposal, transcript)
-        return await self._create_ticket(caller, proposal, transcript)
-
-    async def _post_webhook(self, caller: Caller, proposal: Proposal, transcript: list[dict[str, str]]) -> str:
-        assert self._config.webhook is not None
-        body = json.dumps(
-            {
-                "id": proposal.id,
-                "action": proposal.action,
-                "arguments": proposal.arguments,
-                "tenant": caller.tenant,
-                "customer": caller.customer_id,
-                "transcript": transcript,
-            }
-        ).encode()
-        headers = {
-            "content-type": "application/json",
-            "x-steersman-signature": sign_webhook(self._secret, body, int(time.time())),
-            # The receiver may see the same ticket twice after a timeout; the id is always the same.
-            "idempotency-key": proposal.id,
-        }
-        answer = await self._send("POST", self._config.webhook.url, content=body, headers=headers)
-        return str(answer.get("ticket") or answer.get("id") or proposal.id[:8])[:_LONGEST_TICKET]
-
-    async def _create_ticket(self, caller: Caller, proposal: Proposal, transcript: list[dict[str, str]]) -> str:
-        tracker = self._config.request_tracker
-        assert tracker is not None
-        lines = [f"Customer: {caller.customer_id or 'not logged in'}", f"Proposal: {proposal.id}", ""]
-        lines += [f"{name}: {value}" for name, value in proposal.arguments.items()]
-        lines += ["", *(f"{turn['role']}: {turn['content']}" for turn in transcript)]
-        body = {
-            "Queue": tracker.queue,
-            "Subject": f"{proposal.action.replace('_', ' ')} ({caller.customer_id or 'not logged in'})",
-            "Content": "\n".join(lines),
-            "ContentType": "text/plain",
-        }
-        headers = {"authorization": f"token {self._token}"}
-        answer = await self._send("POST", f"{tracker.url.rstrip('/')}/REST/2.0/ticket", json=body, headers=headers)
-        return str(answer.get("id", ""))[:_LONGEST_TICKET]
-
-    async def _send(self, method: str, url: str, **content: Any) -> dict[str, Any]:
+        ticket = Ticket(proposal.id, proposal.action, proposal.arguments, caller.tenant, caller.customer_id, transcript)
         try:
-            answer = await fetch_json(self._client, method, url, **content)
+            return await self._tickets.open(self._client, ticket)
         except (httpx.HTTPError, ValueError) as error:
             log.warning("a ticket cannot be delivered: %s", type(error).__name__)
             raise UnavailableError("The ticket system cannot be reached; confirm again later") from None
-        return answer if isinstance(answer, dict) else {}
 
     def _insert(self, row: dict[str, Any]) -> None:
         with self._store.transaction() as session:
@@ -185,16 +133,3 @@ class Desk:
         with self._store.transaction() as session:
             row = session.get_one(ProposedAction, action_id)
             row.state, row.ticket = state, ticket
-
-
-def sign_webhook(secret: str, body: bytes, moment: int) -> str:
-    """The signature that a receiver checks."""
-    signature = hmac.new(secret.encode(), f"{moment}.".encode() + body, hashlib.sha256).hexdigest()
-    return f"t={moment},v1={signature}"
-
-
-def _environment(name: str, least: int) -> str:
-    value = os.environ.get(name, "")
-    if len(value) < least:
-        raise ConfigError(f"tools.handOver: the environment variable {name} must hold at least {least} characters")
-    return value

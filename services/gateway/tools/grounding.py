@@ -13,13 +13,14 @@ from services.gateway.errors import BadRequestError
 from services.gateway.metrics import Metrics
 from services.gateway.store import storable
 from services.gateway.tools.claims import Claims, ground_of, told_by_application
-from services.gateway.tools.config import ODataSystem, ToolsConfig, TrytonSystem
+from services.gateway.tools.config import ODataSystem, OdooSystem, ToolsConfig, TrytonSystem
 from services.gateway.tools.desk import Desk
 from services.gateway.tools.file_records import FileRecords
 from services.gateway.tools.hand_over import wants_person
 from services.gateway.tools.lookup import look_up
 from services.gateway.tools.mcp_client import McpConnection
 from services.gateway.tools.odata import OData
+from services.gateway.tools.odoo import Odoo
 from services.gateway.tools.reading import Wish
 from services.gateway.tools.records import Records, System
 from services.gateway.tools.toolbox import Toolbox
@@ -42,6 +43,8 @@ class Grounding:
         for system in config.systems:
             if isinstance(system, TrytonSystem):
                 systems.append(Tryton(system))
+            elif isinstance(system, OdooSystem):
+                systems.append(Odoo(system))
             elif isinstance(system, ODataSystem):
                 systems.append(OData(system))
             else:

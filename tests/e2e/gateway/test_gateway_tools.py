@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import json
@@ -164,7 +165,7 @@ def connection_tools(gateway: Any) -> list[dict[str, Any]]:
 
 
 class TicketSystem:
-    """Receives webhooks and speaks the part of Request Tracker's REST 2 that is used."""
+    """Receives webhooks, and speaks what is used of the interfaces of Request Tracker, Zammad and Zendesk."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[Request, bytes]] = []
@@ -173,6 +174,8 @@ class TicketSystem:
             routes=[
                 Route("/hook", self.receive, methods=["POST"]),
                 Route("/REST/2.0/ticket", self.receive, methods=["POST"]),
+                Route("/api/v1/tickets", self.receive, methods=["POST"]),
+                Route("/api/v2/tickets.json", self.receive, methods=["POST"]),
             ]
         )
 
@@ -180,7 +183,8 @@ class TicketSystem:
         if self.failing:
             return Response(status_code=503)
         self.requests.append((request, await request.body()))
-        return JSONResponse({"id": str(40 + len(self.requests)), "type": "ticket"}, 201)
+        made = {"id": str(40 + len(self.requests)), "type": "ticket"}
+        return JSONResponse({"ticket": made} if "/v2/" in request.url.path else made, 201)
 
 
 @pytest.fixture
@@ -190,7 +194,7 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> TicketSystem:
     return TicketSystem()
 
 
-@pytest.mark.parametrize("kind", ["webhook", "requestTracker"])
+@pytest.mark.parametrize("kind", ["webhook", "requestTracker", "zammad", "zendesk"])
 async def test_a_conversation_is_handed_over_once_after_confirmation(
     identities: Identities, desk: TicketSystem, kind: str
 ) -> None:
@@ -199,6 +203,8 @@ async def test_a_conversation_is_handed_over_once_after_confirmation(
         target = {
             "webhook": {"url": f"{url}/hook", "secretEnv": "TEST_HOOK_SECRET"},
             "requestTracker": {"url": url, "tokenEnv": "TEST_RT_TOKEN", "queue": "Support"},
+            "zammad": {"url": url, "tokenEnv": "TEST_RT_TOKEN", "group": "Support", "customer": "bot@example.com"},
+            "zendesk": {"url": url, "tokenEnv": "TEST_RT_TOKEN", "user": "agent@example.com"},
         }
         tools = {"handOver": {kind: target[kind]}}
         async with serving(policy, identity=identities.config, tools=tools) as (_, http):
@@ -227,9 +233,17 @@ async def test_a_conversation_is_handed_over_once_after_confirmation(
     if kind == "webhook":
         moment, signature = (part.split("=")[1] for part in request.headers["x-steersman-signature"].split(","))
         assert hmac.new(b"h" * 40, f"{moment}.".encode() + body, hashlib.sha256).hexdigest() == signature
+        return
+    sent, authorization = json.loads(body), request.headers["authorization"]
+    if kind == "requestTracker":
+        assert (authorization, sent["Queue"]) == ("token rt-token", "Support")
+    elif kind == "zammad":
+        assert (authorization, sent["group"]) == ("Token token=rt-token", "Support")
+        assert sent["customer"] == "bot@example.com"
+        assert "I want to talk to a human" in sent["article"]["body"]
     else:
-        assert request.headers["authorization"] == "token rt-token"
-        assert json.loads(body)["Queue"] == "Support"
+        assert base64.b64decode(authorization.removeprefix("Basic ")) == b"agent@example.com/token:rt-token"
+        assert sent["ticket"]["external_id"] == request.headers["idempotency-key"] == proposal["id"]
 
 
 async def test_an_action_is_proposed_and_confirmed_over_grpc(identities: Identities, desk: TicketSystem) -> None:

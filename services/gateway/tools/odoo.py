@@ -1,0 +1,118 @@
+"""Reads from Odoo 17 or newer: JSON-2 (odoo.com, developer reference, External JSON-2 API), or JSON-RPC before 19.
+
+Both call `web_search_read`, whose specification names fields behind a relation, so that one call reads a record with
+the key of its customer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from services.gateway.fetching import fetch_json
+from services.gateway.tools.config import Kind, OdooSystem, RecordKind
+from services.gateway.tools.records import Query
+from steersman.errors import ConfigError, UnavailableError
+from steersman.net import guarded_client
+
+
+class Odoo:
+    """See `services.gateway.tools.records.System`."""
+
+    def __init__(self, config: OdooSystem) -> None:
+        self._key = os.environ.get(config.key_env, "")
+        if not self._key:
+            raise ConfigError(
+                f"tools.systems.{config.name}.keyEnv: the environment variable {config.key_env} is not set"
+            )
+        self.name = config.name
+        self.tenants: Sequence[str] = config.tenants
+        self.kinds: Mapping[Kind, RecordKind] = config.kinds
+        self._database = config.database
+        self._login = config.login
+        self._user: int | None = None
+        self._logging_in = asyncio.Lock()
+        headers = {"accept": "application/json", "x-odoo-database": config.database}
+        if self._login is None:
+            headers["authorization"] = f"bearer {self._key}"
+        self._client = guarded_client(base_url=config.url.rstrip("/") + "/", headers=headers, timeout=config.seconds)
+
+    async def fetch(self, query: Query) -> list[dict[str, Any]]:
+        kind = query.kind
+        paths = {*kind.fields.values(), kind.number, *([kind.owner] if kind.owner else [])}
+        arguments = {"domain": domain(query), "specification": specification(paths), "limit": query.limit}
+        if query.number is None and kind.newest_first:
+            arguments["order"] = f"{kind.newest_first} desc"
+        try:
+            if self._login is None:
+                found = await fetch_json(self._client, "POST", f"json/2/{kind.entity}/web_search_read", json=arguments)
+            else:
+                found = await self._call_remotely(kind.entity, arguments)
+            rows = found["records"]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise UnavailableError(f"{self.name} cannot be asked at the moment ({type(error).__name__})") from None
+        if not isinstance(rows, list):
+            raise UnavailableError(f"{self.name} answered something else than records")
+        return [_plain(row) for row in rows if isinstance(row, dict)]
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _call_remotely(self, model: str, arguments: dict[str, Any]) -> Any:
+        async with self._logging_in:
+            if self._user is None:
+                user = await self._rpc("common", "authenticate", [self._database, self._login, self._key, {}])
+                if not isinstance(user, int) or isinstance(user, bool):
+                    raise ValueError("the login is refused")
+                self._user = user
+        call = [self._database, self._user, self._key, model, "web_search_read", [], arguments]
+        return await self._rpc("object", "execute_kw", call)
+
+    async def _rpc(self, service: str, method: str, arguments: list[Any]) -> Any:
+        body = {
+            "jsonrpc": "2.0",
+            "method": "call",
+            "id": 1,
+            "params": {"service": service, "method": method, "args": arguments},
+        }
+        answer = await fetch_json(self._client, "POST", "jsonrpc", json=body)
+        if "result" not in answer:  # an error is told with status 200; its text may quote the arguments
+            raise ValueError("the call is refused")
+        return answer["result"]
+
+
+def domain(query: Query) -> list[Any]:
+    """Odoo's search domain; a list of conditions is a conjunction, and values cannot become conditions."""
+    conditions: list[Any] = []
+    if query.owner is not None and query.kind.owner is not None:
+        conditions.append([query.kind.owner, "=", query.owner])
+    if query.number is not None:
+        conditions.append([query.kind.number, "=", query.number])
+    if isinstance(query.kind.where, list):
+        conditions.extend(query.kind.where)
+    return conditions
+
+
+def specification(paths: set[str]) -> dict[str, Any]:
+    """What `web_search_read` shall read: `partner_id.ref` as {"partner_id": {"fields": {"ref": {}}}}."""
+    wanted: dict[str, Any] = {}
+    for path in sorted(paths):
+        *relations, field = path.split(".")
+        at = wanted
+        for relation in relations:
+            at = at.setdefault(relation, {}).setdefault("fields", {})
+        at.setdefault(field, {})
+    return wanted
+
+
+def _plain(value: Any) -> Any:
+    """Odoo says false where a field holds nothing, and gives each related record its id."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items() if key != "id"}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if value is False else value
