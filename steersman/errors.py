@@ -201,8 +201,11 @@ def from_grpc(error: grpc.RpcError, service: str) -> SteersmanError:
     A server of ours says which one it was, and when to try again; of any other the code decides.
     """
     code = error.code().name
-    message, details = f"{service}: {error.details() or code}", {"grpc_code": code, "service": service}
-    reason, retry_after = _rich(error)
+    reason, retry_after, about = _rich(error)
+    # Which field of the request is wrong, as the service said.
+    named_field = {name: about[name] for name in ("param", "code") if about.get(name, "None") != "None"}
+    message = f"{service}: {error.details() or code}"
+    details = {"grpc_code": code, "service": service, **named_field}
     cls = _FROM_GRPC.get(code, InternalError)
     named = {known.__name__: known for known in all_error_types() if known.grpc_code == code}
     cls = named.get(reason, cls)
@@ -211,27 +214,27 @@ def from_grpc(error: grpc.RpcError, service: str) -> SteersmanError:
     return cls(message, details=details)
 
 
-def _rich(error: grpc.RpcError) -> tuple[str, float | None]:
-    """Class name and seconds to wait out of the status's details; empty and None where there are none."""
+def _rich(error: grpc.RpcError) -> tuple[str, float | None, dict[str, str]]:
+    """Class name, seconds to wait and the error's own details out of the status's; empty where there are none."""
     from google.protobuf.message import DecodeError
     from google.rpc import error_details_pb2, status_pb2
 
-    reason, seconds = "", None
+    reason, seconds, about = "", None, dict[str, str]()
     metadata = getattr(error, "trailing_metadata", lambda: None)() or ()
     packed = next((value for key, value in metadata if key == "grpc-status-details-bin"), None)
     if packed is None:
-        return reason, seconds
+        return reason, seconds, about
     try:
         status = status_pb2.Status.FromString(packed)
         for detail in status.details:
             info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
             if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
-                reason = info.reason
+                reason, about = info.reason, dict(info.metadata)
             elif detail.Unpack(retry):
                 seconds = retry.retry_delay.ToTimedelta().total_seconds()
     except (DecodeError, ValueError):  # what another server put there
-        return "", None
-    return reason, seconds
+        return "", None, {}
+    return reason, seconds, about
 
 
 _FROM_HTTP: dict[int, type[SteersmanError]] = {

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from services.gateway.admission import Admission
 from services.gateway.answer import Answer, Question, replay
 from services.gateway.auth.tokens import FeedbackTokens
+from services.gateway.backends.embeddings import EmbeddingPool
 from services.gateway.backends.pool import ReplicaPool
 from services.gateway.backends.split import SplitPool
 from services.gateway.config import GatewayConfig
@@ -68,6 +69,7 @@ class Assistant:
         self.quotas = Quotas(store, longest)
         self.memory = Memory(store, config.memory)
         self.grounding = Grounding(config.tools, store, metrics)
+        self.embeddings = {model.name: EmbeddingPool(model) for model in config.embeddings}
         self.tracer = Tracer(config.telemetry)
         self.draining = False
         self._tokens = tokens

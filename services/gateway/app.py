@@ -20,6 +20,7 @@ from services.gateway.key_admin import NewKey, Rotation, keys_router
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import Endpoint
 from services.gateway.openai.documentation import BODIES, definitions
+from services.gateway.openai.embeddings import EmbeddingRequest, embeddings_router
 from services.gateway.openai.responses import responses_router
 from services.gateway.openai.router import openai_router
 from services.gateway.pages.router import PREFIXES, error_page, pages_router
@@ -55,6 +56,7 @@ def openai_routes(assistant: Assistant, auth: Authenticator, prefix: str) -> API
     router = APIRouter()
     router.include_router(openai_router(assistant, auth, prefix))
     router.include_router(responses_router(assistant, auth, prefix))
+    router.include_router(embeddings_router(assistant, auth, prefix))
     return router
 
 
@@ -113,7 +115,7 @@ def _extend_openapi(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = generate()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            schemas.update(definitions(*BODIES, FeedbackBody, NewKey, Rotation))
+            schemas.update(definitions(*BODIES, EmbeddingRequest, FeedbackBody, NewKey, Rotation))
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)
             for path, operations in document["paths"].items():

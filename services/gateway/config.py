@@ -173,6 +173,19 @@ class IdentityConfig(FrozenModel):
     """Whoever asks without a token is this customer: for trials, and only on a loopback address."""
 
 
+class EmbeddingModel(FrozenModel):
+    """A model that `/v1/embeddings` serves."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+    """As callers name it."""
+    endpoints: Annotated[list[str], Field(min_length=1)]
+    """`host:port` of embedding services, or of policy services with `embeddings`; replicas of the same model."""
+    seconds: Seconds = 60.0
+    """Longest time for a request."""
+    tls: ClientTls | None = None
+    """None: plain text."""
+
+
 class Telemetry(FrozenModel):
     """OpenTelemetry traces after the GenAI conventions; texts are never in them."""
 
@@ -199,6 +212,8 @@ class GatewayConfig(FrozenModel):
     deployment: str = ""
     """Stored with every answer, for example champion or candidate: what a release gate compares."""
     policy: PolicyBackend = PolicyBackend()
+    embeddings: list[EmbeddingModel] = []
+    """What turns texts into vectors; empty: nothing."""
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     tls: Tls | None = None

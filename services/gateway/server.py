@@ -211,6 +211,8 @@ class Gateway:
         await asyncio.to_thread(self.assistant.tracer.close)
         await self.background.close()
         await self.pool.close()
+        for embeddings in self.assistant.embeddings.values():
+            await embeddings.close()
         self.store.close()
         if self._scratch is not None:
             self._scratch.cleanup()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from services.embedding.config import EmbeddingOptions
 from steersman.config.base import FrozenModel
 from steersman.rpc.server import ServerConfig
 
@@ -55,6 +56,9 @@ class PolicyConfig(ServerConfig):
     """Tokens that the KV cache holds; samples beyond it wait."""
     vllm: VllmOptions = VllmOptions()
     """Settings of the engine `vllm`."""
+    embeddings: EmbeddingOptions | None = None
+    """Serve vectors of texts beside answers, by the trunk of `model` as it is in its folder: they stay comparable
+    while weights are published, and cost the memory of a second copy. None: not."""
     max_upload_bytes: Annotated[int, Field(gt=0)] = 64 * 1024**3
     """Largest weights payload that is accepted."""
     artifact_urls: list[str] = []

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -110,6 +111,11 @@ def load_classifier(
     model = _load(AutoModelForSequenceClassification, folder, dtype, attention, **options)
     keep_head_in_fp32(model)
     return ready(model, device if quantization_config is None else None)
+
+
+def load_trunk(folder: Path, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """An encoder, or a decoder without its head, in evaluation mode with dropout off."""
+    return ready(_load(AutoModel, folder, dtype, None), device)
 
 
 def load_reward_model(folder: Path, *, device: str = "cpu", precision: Literal["fp32", "bf16"] = "fp32") -> RewardModel:

@@ -89,7 +89,7 @@ class Audit(Base):
     at: Mapped[dt.datetime] = mapped_column(default=now)
     request_id: Mapped[str] = mapped_column(sa.String(128))
     action: Mapped[str] = mapped_column(sa.String(32))
-    """answer, replay, feedback, act, handover, keys, forget, refused."""
+    """answer, embed, replay, feedback, act, handover, keys, forget, refused."""
     outcome: Mapped[str] = mapped_column(sa.String(32))
     """Finish reason, or the error's class."""
     tenant: Mapped[str] = mapped_column(sa.String(200))

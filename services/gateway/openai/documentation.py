@@ -94,3 +94,11 @@ RESPONSE_DOC: dict[str, Any] = {
 }
 INPUT_ITEMS_DOC: dict[str, Any] = {**RESPONSE_DOC, "summary": "What a stored response answers"}
 RESPONSE_CANCEL_DOC: dict[str, Any] = {**RESPONSE_DOC, "summary": "Stop a response that is being streamed"}
+
+
+def embeddings_doc(body: type[BaseModel]) -> dict[str, Any]:
+    return {
+        "summary": "Turn texts into vectors",
+        "openapi_extra": json_body(body),
+        "responses": {**_OBJECT, **POST_ERRORS},
+    }

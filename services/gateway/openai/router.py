@@ -44,6 +44,7 @@ _PROMPTS_AT_ONCE = 4
 
 def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> APIRouter:
     router = APIRouter(prefix=prefix, tags=["OpenAI"])
+    names = (*assistant.config.model_names, *assistant.embeddings)
 
     @router.post("/chat/completions", **CHAT_DOC)
     async def create_chat_completion(request: Request) -> Response:
@@ -100,12 +101,12 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
     @router.get("/models", **MODELS_DOC)
     async def list_models(request: Request) -> Response:
         await auth.caller(request.headers)
-        return _json({"object": "list", "data": [_model(name) for name in assistant.config.model_names]})
+        return _json({"object": "list", "data": [_model(name) for name in names]})
 
     @router.get("/models/{model}", **MODEL_DOC)
     async def retrieve_model(request: Request, model: str) -> Response:
         await auth.caller(request.headers)
-        if model not in assistant.config.model_names:
+        if model not in names:
             raise NotFoundError(
                 f"The model '{model}' does not exist here; use '{assistant.config.model}'",
                 details={"param": "model", "code": "model_not_found"},
