@@ -198,7 +198,7 @@ def logprob(model: Any, prompt: list[int], answer: list[int]) -> float:
 
 def table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a method: means with their intervals over all prompts and seeds, and the means of the seeds."""
-    from steersman.report.statistics import mean_interval
+    from steersman.statistics import mean_interval
 
     found = []
     for method in dict.fromkeys(cell["method"] for cell in cells):

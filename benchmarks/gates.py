@@ -22,7 +22,7 @@ from benchmarks.report import heading, table, write
 from steersman.config.manifest import EvaluateStage
 from steersman.errors import FailedPreconditionError
 from steersman.report.schema import Evaluation, Sample
-from steersman.report.statistics import compare, wilson_interval
+from steersman.statistics import compare, wilson_interval
 from training.evaluate import check_gates
 
 GAINS = (0.2, 0.4)

@@ -27,9 +27,9 @@ from steersman.nn.load import load_tokenizer
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.nn.tokens import prompt_ids
 from steersman.report.schema import read_evaluation
-from steersman.report.statistics import wilson_interval
 from steersman.report.summary import summarise
 from steersman.rpc.server import ServerConfig
+from steersman.statistics import wilson_interval
 
 OUT = Path("build/bench")
 SIDES = ("chosen", "rejected")

@@ -38,6 +38,7 @@ from transformers.models.auto.modeling_auto import (
 
 from benchmarks.report import heading, table
 from services.policy.engines.choice import difference_of, engine_verdict
+from services.policy.engines.transformers_engine import with_decoder
 from steersman.config.manifest import Lora
 from steersman.nn import parity
 from steersman.nn.forward import is_decoder, predicting_states, unwrapped
@@ -129,7 +130,7 @@ def measure(name: str, seconds: int) -> dict[str, Any]:
 
 def _path(path: str, config: PreTrainedConfig) -> dict[str, Any]:
     if path == "engine":
-        decoder, verdict = engine_verdict(config)
+        decoder, verdict = engine_verdict(config, with_decoder)
     else:
         decoder, verdict = None, (score_verdict if path in SCORE_PATHS else causal_verdict)(config)
     found: dict[str, Any] = {"outcome": verdict.outcome, "difference": _number(verdict.difference)}
@@ -153,7 +154,7 @@ def _again(path: str, config: PreTrainedConfig, verdict: Verdict, decoder: Any) 
     model = tiny_model(auto, config, seed=INDEPENDENT_SEED)
     longest = LENGTH if verdict.limit else None
     if path == "engine":
-        return difference_of(model, decoder, longest, seed=INDEPENDENT_SEED)
+        return difference_of(model, decoder, with_decoder, longest, seed=INDEPENDENT_SEED)
     groups = example_groups(longest, seed=INDEPENDENT_SEED)
     look: dict[str, Callable[[PreTrainedModel, list[parity.Group]], float]] = {
         "sft": _padded_difference,

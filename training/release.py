@@ -19,10 +19,9 @@ import fsspec
 from huggingface_hub import ModelCardData
 from transformers import AutoConfig
 
-from steersman.artifacts import atomic_dir, manifest_of_hashes, storage_errors, verify
+from steersman.artifacts import atomic_dir, file_digest, manifest_of_hashes, storage_errors, verify
 from steersman.config.manifest import EvaluateStage, ReleaseStage
 from steersman.config.stages import data_files, policy_folder, read_complete, stage_digest
-from steersman.data.records import file_digest
 from steersman.errors import FailedPreconditionError
 from steersman.nn.load import load_tokenizer
 from steersman.nn.prepare import check_tokenizer_matches

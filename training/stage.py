@@ -50,7 +50,7 @@ _RUNNERS = {
     "sft": ("training.offline.sft", "run_sft"),
     "reward_model": ("training.offline.reward_model", "run_reward_model"),
     "rl": ("training.online.rl_stage", "run_rl"),
-    "rejection_sampling": ("training.online.rejection_sampling", "run_rejection_sampling"),
+    "rejection_sampling": ("training.rejection_sampling", "run_rejection_sampling"),
     "dpo": ("training.offline.dpo", "run_dpo"),
     "kto": ("training.offline.kto", "run_kto"),
     "evaluate": ("training.evaluate", "run_evaluate"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.controller.model import Action
+from services.controller.actions import Action
 from services.controller.status import ReleaseStatus
 
 

@@ -17,9 +17,10 @@ import aiohttp
 from kubernetes.aio.client.exceptions import ApiException
 
 from services.controller import objects
+from services.controller.actions import Json
 from services.controller.config import ControllerConfig
 from services.controller.kube import RIGHTS, Kube, explain
-from services.controller.model import Json, Settings
+from services.controller.model import Settings
 from services.controller.plan import parse_run
 from steersman.errors import ConfigError
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+from services.controller.actions import Action, Apply, Json
 from services.controller.endpoint import Variant
-from services.controller.model import CANARY_OF, Action, Apply, Json, Manifest
+from services.controller.model import CANARY_OF, Manifest
 from services.controller.status import ReleaseStatus
 
 _NOT_IN_CANARY = ("name", "maxReplicas", "scaleTarget", "scaleMetric", "scaleMetricType", "autoScaling", "workerSpec")

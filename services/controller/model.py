@@ -1,21 +1,19 @@
-"""What the planner sees and what it asks for: plain values, no API client."""
+"""What the planner sees: plain values, no API client. What it asks for is in `actions`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+from services.controller.actions import Action, Json
 from services.controller.config import Storage
+from services.controller.endpoint import Endpoint
 from services.controller.trouble import Trouble
 from services.controller.turns import Peer
 from steersman.canary import Arm
 from steersman.config.tls import ClientTls
 
-if TYPE_CHECKING:
-    from services.controller.endpoint import Endpoint
-
-Json = dict[str, Any]
 Manifest = Mapping[str, Any]
 
 RUN_LABEL = "steersman.dev/run"
@@ -29,10 +27,6 @@ CANCEL = "steersman.dev/cancel"
 RETRY = "steersman.dev/retry"
 CANARY_OF = "steersman.dev/canary-of"
 """On an InferenceService: name of the run whose canary it carries, also after that run is gone."""
-
-Kind = Literal[
-    "ConfigMap", "Service", "StatefulSet", "Deployment", "Job", "Workload", "InferenceService", "AlignmentRun"
-]
 
 
 @dataclass(frozen=True)
@@ -141,58 +135,6 @@ class Observed:
     """Kueue's view of the stage, where it has a queue and services."""
     signals: Signals | None = None
     """None: not available now."""
-
-
-@dataclass(frozen=True)
-class Create:
-    """Creates an object; that it exists already is not an error if it is this run's."""
-
-    kind: Kind
-    body: Json
-
-
-@dataclass(frozen=True)
-class DrawToken:
-    """Creates a Secret with a fresh random `token`; one that exists stays. Drawn when it is created: plans are pure."""
-
-    body: Json
-
-
-@dataclass(frozen=True)
-class Patch:
-    """Merge patch; a resourceVersion in it makes the API server refuse a stale one."""
-
-    kind: Kind
-    name: str
-    body: Json
-
-
-@dataclass(frozen=True)
-class Apply:
-    """Server-side apply as the owner of the fields in `body`, which it takes from whoever has them; a resourceVersion
-    in it makes the API server refuse a stale one."""
-
-    kind: Kind
-    name: str
-    body: Json
-
-
-@dataclass(frozen=True)
-class Delete:
-    """Deletes an object and waits for its pods; that it is gone already is not an error."""
-
-    kind: Kind
-    name: str
-
-
-@dataclass(frozen=True)
-class SetAlias:
-    """Points an alias of the model registry at the version of this run."""
-
-    alias: Literal["candidate", "champion"]
-
-
-Action = Create | DrawToken | Patch | Apply | Delete | SetAlias
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,9 @@ from typing import Any
 
 import yaml
 
+from services.controller.actions import Json
 from services.controller.config import Storage
-from services.controller.model import (
-    POOL_LABEL,
-    QUEUE_LABEL,
-    RUN_LABEL,
-    SPEC_HASH,
-    STAGE_LABEL,
-    Json,
-    Manifest,
-    Settings,
-)
+from services.controller.model import POOL_LABEL, QUEUE_LABEL, RUN_LABEL, SPEC_HASH, STAGE_LABEL, Manifest, Settings
 from steersman.config.manifest import AlignmentRun, Resources, ServiceSpec
 from steersman.config.stages import SEVERAL_RANKS
 from steersman.errors import (

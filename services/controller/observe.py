@@ -8,6 +8,7 @@ import logging
 from datetime import datetime
 from typing import Any
 
+from services.controller.actions import Json
 from services.controller.endpoint import Endpoint
 from services.controller.kserve import KServeEndpoint
 from services.controller.kube import Kube
@@ -17,7 +18,6 @@ from services.controller.model import (
     SPEC_HASH,
     STAGE_LABEL,
     JobState,
-    Json,
     Manifest,
     Observed,
     Progress,

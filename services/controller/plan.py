@@ -13,23 +13,8 @@ from datetime import datetime, timedelta
 from pydantic import ValidationError
 
 from services.controller import objects
-from services.controller.model import (
-    CANCEL,
-    RETRY,
-    SPEC_HASH,
-    Action,
-    Create,
-    Delete,
-    DrawToken,
-    Event,
-    JobState,
-    Json,
-    Manifest,
-    Observed,
-    Patch,
-    Plan,
-    Settings,
-)
+from services.controller.actions import Action, Create, Delete, DrawToken, Json, Patch
+from services.controller.model import CANCEL, RETRY, SPEC_HASH, Event, JobState, Manifest, Observed, Plan, Settings
 from services.controller.release import candidate_name, plan_release
 from services.controller.status import (
     TERMINAL,

@@ -11,22 +11,10 @@ from http import HTTPStatus
 
 from kubernetes.aio.client.exceptions import ApiException
 
+from services.controller.actions import Action, Apply, Create, Delete, DrawToken, Json, Patch, SetAlias
 from services.controller.kserve import KServeEndpoint
 from services.controller.kube import Kube, explain
-from services.controller.model import (
-    CANARY_OF,
-    Action,
-    Apply,
-    Create,
-    Delete,
-    DrawToken,
-    Event,
-    Json,
-    Manifest,
-    Patch,
-    SetAlias,
-    Settings,
-)
+from services.controller.model import CANARY_OF, Event, Manifest, Settings
 from services.controller.observe import as_written, is_owned, observe
 from services.controller.plan import plan, read_status
 from services.controller.signals import LiveSignals

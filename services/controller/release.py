@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
+from services.controller.actions import Action, SetAlias
 from services.controller.endpoint import Endpoint
-from services.controller.model import APPROVE, Action, Event, Manifest, Observed, SetAlias, Settings
+from services.controller.model import APPROVE, Event, Manifest, Observed, Settings
 from services.controller.status import Phase, ReleaseStatus, format_time, parse_time
 from steersman.canary import decide, weigh
 from steersman.config.manifest import Canary, ReleaseStage

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import yaml
 
+from services.controller.actions import Action, Apply, Create, Delete, Json, Patch
 from services.controller.endpoint import Variant
-from services.controller.model import POOL_LABEL, RUN_LABEL, Action, Apply, Create, Delete, Json, Manifest, Patch
+from services.controller.model import POOL_LABEL, RUN_LABEL, Manifest
 from services.controller.objects import owned
 from services.controller.status import ReleaseStatus
 

@@ -9,8 +9,9 @@ from fastapi.responses import Response
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.auth.callers import Caller
 from services.gateway.openai.documentation import error_responses
+from services.gateway.proposals import DONE
 from services.gateway.recorder import Record, Recorder, audit_row
-from services.gateway.tools.desk import DONE, Desk
+from services.gateway.tools.desk import Desk
 from steersman.errors import NotFoundError
 
 

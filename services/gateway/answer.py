@@ -6,7 +6,8 @@ import asyncio
 import math
 import time
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,9 +15,8 @@ import numpy as np
 from google.protobuf.json_format import MessageToDict
 
 from services.gateway.auth.callers import Caller
+from services.gateway.proposals import Proposal
 from services.gateway.store import storable
-from services.gateway.tools.desk import Proposal
-from services.gateway.tracing import Trace
 from steersman.errors import DeadlineError, InternalError
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
@@ -150,6 +150,18 @@ class Choice:
     def reasoning(self) -> str:
         """Thoughts of the model, which are no part of the answer."""
         return "".join(self.thoughts)
+
+
+class Trace:
+    """Follows one answer. This one tells nobody; `tracing.SpanTrace` does."""
+
+    @contextmanager
+    def tool(self, name: str, call_id: str = "") -> Iterator[None]:
+        """Around one tool call or lookup."""
+        yield
+
+    def end(self, answer: Answer, outcome: str, error: BaseException | None) -> None:
+        """Called once."""
 
 
 class Answer:

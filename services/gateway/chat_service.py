@@ -16,8 +16,8 @@ from services.gateway.auth.origin import begin_visit, headers_of, peer_address
 from services.gateway.bodies import consent_of, request_id_of
 from services.gateway.errors import BadRequestError
 from services.gateway.feedback import FeedbackDesk
+from services.gateway.proposals import Proposal
 from services.gateway.refusals import Refusals
-from services.gateway.tools.desk import Proposal
 from steersman.errors import SteersmanError
 from steersman.store.feedback import Event
 from steersman.v1 import chat_pb2, chat_pb2_grpc

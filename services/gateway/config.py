@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from services.gateway.tools.config import ToolsConfig
+from services.gateway.tools_config import ToolsConfig
 from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
 from steersman.config.tls import ClientTls, Tls
 from steersman.errors import ConfigError

@@ -7,31 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from services.gateway.answer import Answer, Trace
 from services.gateway.config import Telemetry
 from steersman import __version__
 from steersman.errors import ConfigError
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.trace import Span
+    from opentelemetry.trace import Tracer as OtelTracer
 
-    from services.gateway.answer import Answer
 
+class SpanTrace(Trace):
+    """The span of one answer, with a child for each tool call."""
 
-class Trace:
-    """The span of one answer, with a child for each tool call; all of it does nothing while tracing is off."""
-
-    def __init__(self, tracer: Any = None, span: Any = None) -> None:
+    def __init__(self, tracer: OtelTracer, span: Span) -> None:
         self._tracer = tracer
         self._span = span
 
     @contextmanager
     def tool(self, name: str, call_id: str = "") -> Iterator[None]:
         """A span around one tool call or lookup; arguments and results are texts and stay out of it."""
-        if self._span is None:
-            yield
-            return
         from opentelemetry.trace import SpanKind, set_span_in_context
 
         attributes = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": name, "gen_ai.tool.type": "function"}
@@ -52,8 +51,6 @@ class Trace:
             span.end()
 
     def end(self, answer: Answer, outcome: str, error: BaseException | None) -> None:
-        if self._span is None:
-            return
         self._span.set_attributes(
             {
                 "gen_ai.response.id": answer.id,
@@ -70,7 +67,7 @@ class Trace:
         self._span.end()
 
 
-def _fail(span: Any, error: BaseException) -> None:
+def _fail(span: Span, error: BaseException) -> None:
     from opentelemetry.trace import Status, StatusCode
 
     span.set_attribute("error.type", type(error).__name__)
@@ -81,8 +78,8 @@ class Tracer:
     """Makes the trace of each answer; does nothing while the switch is off."""
 
     def __init__(self, config: Telemetry, exporter: SpanExporter | None = None) -> None:
-        self._tracer: Any = None
-        self._provider: Any = None
+        self._tracer: OtelTracer | None = None
+        self._provider: TracerProvider | None = None
         if config.otlp_endpoint is None and exporter is None:
             return
         try:
@@ -124,7 +121,7 @@ class Tracer:
         context = TraceContextTextMapPropagator().extract({"traceparent": answer.question.traceparent})
         name = f"{attributes['gen_ai.operation.name']} {model}"
         span = self._tracer.start_span(name, context=context, kind=SpanKind.SERVER, attributes=attributes)
-        return Trace(self._tracer, span)
+        return SpanTrace(self._tracer, span)
 
     def close(self) -> None:
         if self._provider is not None:

@@ -14,12 +14,13 @@ from dataclasses import asdict
 from transformers import AutoConfig
 
 from services.policy.engines.choice import engine_verdict
+from services.policy.engines.transformers_engine import with_decoder
 from steersman.nn.load import quiet_libraries
 
 
 def main() -> None:
     quiet_libraries()
-    decoder, verdict = engine_verdict(AutoConfig.from_pretrained(sys.argv[1]))
+    decoder, verdict = engine_verdict(AutoConfig.from_pretrained(sys.argv[1]), with_decoder)
     found = asdict(verdict) | {"decoder": decoder}
     if not math.isfinite(verdict.difference):
         found["difference"] = None

@@ -6,15 +6,40 @@ the CRD offer the method: `algorithm: NAME`, and where it has options of its own
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, create_model, model_validator
 from pydantic.alias_generators import to_camel
 
 from steersman.config.base import FrozenModel, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability
 
-if TYPE_CHECKING:
-    from steersman.config.manifest import RlStage
+
+class Answers(Protocol):
+    """How answers are generated."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
+class Chosen(Protocol):
+    """What a method reads of the stage `rl`."""
+
+    @property
+    def algorithm(self) -> str: ...
+    @property
+    def options(self) -> MethodOptions: ...
+    @property
+    def samples_per_prompt(self) -> int: ...
+    @property
+    def generation(self) -> Answers: ...
+    @property
+    def clip(self) -> float: ...
+    @property
+    def dual_clip(self) -> float | None: ...
+    @property
+    def max_staleness(self) -> int: ...
+    @property
+    def kl_loss(self) -> object | None: ...
 
 
 class MethodOptions(FrozenModel):
@@ -31,7 +56,7 @@ class MethodOptions(FrozenModel):
     draws_from_sets: ClassVar[bool] = False
     """It draws from the top-p set of a mask policy, which only the engine transformers holds."""
 
-    def check(self, stage: RlStage) -> None:
+    def check(self, stage: Chosen) -> None:
         """Raises ValueError for options of the stage that this method cannot have."""
 
 
@@ -82,7 +107,7 @@ class NlpoSpec(PpoSpec):
     refresh_every: Positive = 20
     """Steps after which the policy as it is then becomes the mask policy."""
 
-    def check(self, stage: RlStage) -> None:
+    def check(self, stage: Chosen) -> None:
         if stage.max_staleness:
             raise ValueError("nlpo needs maxStaleness 0: a batch must be made with the mask policy that learns from it")
 
@@ -136,7 +161,7 @@ class DapoSpec(MethodOptions):
     overlong: Overlong | None = None
     """Punishes answers near the token limit; None: off."""
 
-    def check(self, stage: RlStage) -> None:
+    def check(self, stage: Chosen) -> None:
         if self.overlong is not None and self.overlong.buffer > stage.generation.max_new_tokens:
             raise ValueError("dapo.overlong.buffer must not exceed generation.maxNewTokens")
         if self.clip_high < stage.clip:
@@ -165,7 +190,7 @@ class CispoSpec(MethodOptions):
     weight_cap: PositiveFloat = 5.0
     """Upper limit of the importance weight."""
 
-    def check(self, stage: RlStage) -> None:
+    def check(self, stage: Chosen) -> None:
         if stage.dual_clip is not None:
             raise ValueError("dualClip has no meaning for cispo, which clips no update; remove it")
 
@@ -178,7 +203,7 @@ class ReinforcePlusPlusSpec(MethodOptions):
     group_baseline: bool = False
     """REINFORCE++-baseline: the mean score of a prompt's samples is taken off first."""
 
-    def check(self, stage: RlStage) -> None:
+    def check(self, stage: Chosen) -> None:
         if self.group_baseline and stage.samples_per_prompt < 2:
             raise ValueError("samplesPerPrompt must be at least 2 for reinforcePlusPlus.groupBaseline")
 
@@ -251,7 +276,7 @@ def options_of(stage: ChosenMethod) -> MethodOptions:
     return getattr(stage, block_of(stage.algorithm), None) or kind()
 
 
-def check_method(stage: RlStage) -> None:
+def check_method(stage: Chosen) -> None:
     """Raises ValueError for options that do not belong to the chosen method."""
     chosen = stage.algorithm
     for name in blocks():

@@ -15,9 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from steersman.artifacts import manifest_of_hashes, read_json, storage_errors, verify
+from steersman.artifacts import file_digest, manifest_of_hashes, read_json, storage_errors, verify
 from steersman.config.manifest import AlignmentRun, DataSplits
-from steersman.data.records import file_digest, read_lines
+from steersman.data.records import read_lines
 from steersman.errors import ChecksumError, ConfigError, DataError, FailedPreconditionError
 
 SEVERAL_RANKS = ("sft", "reward_model", "rl", "dpo", "kto")

@@ -18,18 +18,12 @@ from typing import IO, Any
 import orjson
 from pydantic import ValidationError
 
-from steersman.artifacts import atomic_dir
+from steersman.artifacts import atomic_dir, file_digest
 from steersman.data.format import Format, ImportOptions, Skip
 from steersman.data.near import NearDuplicates
 from steersman.data.opening import Position, display_name, expand
 from steersman.data.plain import is_plain
-from steersman.data.records import (
-    IncompleteFileError,
-    Row,
-    describe_validation_error,
-    file_digest,
-    row_type_of,
-)
+from steersman.data.records import IncompleteFileError, Row, describe_validation_error, row_type_of
 from steersman.data.sources import Record, read_hugging_face, read_records
 from steersman.data.splits import CONTENT, SeenSet, Splits, content_id, fingerprint, join_parts
 from steersman.data.truth import read_label

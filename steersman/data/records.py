@@ -15,7 +15,6 @@ A wrong row raises `DataError` with `file:line`, the field, the reason and the m
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from steersman.artifacts import file_digest
 from steersman.data.opening import UNREADABLE, display_name, open_bytes
 from steersman.data.truth import read_consent
 from steersman.errors import DataError
@@ -379,12 +379,6 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> tuple[int,
     finally:
         partial.unlink(missing_ok=True)
     return count, file_digest(target)
-
-
-def file_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def describe_json_error(error: orjson.JSONDecodeError, line: bytes) -> str:

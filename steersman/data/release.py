@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel
 
-from steersman.data.records import file_digest
+from steersman.artifacts import file_digest
 
 
 class Draft(BaseModel):

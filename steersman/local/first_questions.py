@@ -25,7 +25,7 @@ def ask_first_questions(run: AlignmentRun, run_dir: Path) -> list[float]:
     Raises:
         UnavailableError: the gateway does not answer a question.
     """
-    from steersman.report.statistics import wilson_interval
+    from steersman.statistics import wilson_interval
 
     model, _, _ = find_model(run_dir)
     made = (model.parent / "complete.json").read_text(encoding="utf-8")

@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 from steersman import leaving
-from steersman.artifacts import atomic_dir
+from steersman.artifacts import atomic_dir, file_digest
 from steersman.config.manifest import AlignmentRun, load_manifest
 from steersman.config.stages import data_files
-from steersman.data.records import file_digest
 from steersman.errors import ConfigError, DataError, SteersmanError
 from steersman.local.lengths import check_prompts_leave_room
 from steersman.progress import ConsoleReporter

@@ -15,12 +15,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import spearmanr
 
 from steersman.report.schema import Evaluation, RewardModelEvaluation
-from steersman.report.statistics import (
+from steersman.report.summary import criteria, label
+from steersman.statistics import (
     calibration_bins,
     expected_calibration_error,
     wilson_interval,
 )
-from steersman.report.summary import criteria, label
 
 GREY, BLUE, ORANGE, GREEN, SKY, RED = "#8c8c8c", "#0072b2", "#d55e00", "#009e73", "#56b4e9", "#cc79a7"
 INK, FAINT = "#222222", "#d9d9d9"

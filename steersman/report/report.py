@@ -13,13 +13,13 @@ from steersman.errors import DataError
 from steersman.report import plots
 from steersman.report.pages import environment
 from steersman.report.schema import Evaluation, Sample, prompt_of
-from steersman.report.statistics import (
+from steersman.report.summary import criteria, label, mean_kl, no_eos, verdict
+from steersman.statistics import (
     Interval,
     VarianceChange,
     variance_change,
     wilson_interval,
 )
-from steersman.report.summary import criteria, label, mean_kl, no_eos, verdict
 
 DPI = 160
 EXAMPLES = 6

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from steersman.errors import DataError
-from steersman.report.statistics import Comparison, Interval, cluster_means, compare, mean_interval
+from steersman.statistics import Comparison, Interval, cluster_means, compare, mean_interval
 
 
 class _Frozen(BaseModel):

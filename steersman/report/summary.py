@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from steersman.report.schema import Evaluation
-from steersman.report.statistics import Interval, wilson_interval
+from steersman.statistics import Interval, wilson_interval
 
 LABELS = {
     "base": "base",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from steersman.errors import DataError
-from steersman.report.statistics import BOOTSTRAP_DRAWS, Interval, wilson_interval
+from steersman.statistics import BOOTSTRAP_DRAWS, Interval, wilson_interval
 
 PRIOR = 0.5
 _ROUNDS = 500

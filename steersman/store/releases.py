@@ -16,9 +16,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from steersman.artifacts import atomic_dir
+from steersman.artifacts import atomic_dir, file_digest
 from steersman.config.stages import read_complete
-from steersman.data.records import file_digest
 from steersman.data.release import Draft, write_without
 from steersman.data.rules import ReleaseOptions
 from steersman.errors import ChecksumError, ConflictError, NotFoundError

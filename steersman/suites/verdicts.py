@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from steersman.errors import DataError
-from steersman.report.inference import sign_test
-from steersman.report.statistics import Interval, compare, wilson_interval
+from steersman.inference import sign_test
+from steersman.statistics import Interval, compare, wilson_interval
 from steersman.suites.asked import Asked, SuiteResult
 
 

@@ -20,11 +20,21 @@ import psutil
 import pytest
 import yaml
 
+from steersman.local.serve import find_model
 from steersman.testing.models import save_model_folder, tiny_llama, tiny_tokenizer
 
 STEERSMAN = str(Path(sys.executable).with_name("steersman"))
 STEPS = 6
 GENERATION = {"maxNewTokens": 8}
+SILENT_ON = "959"
+"""The order that one training prompt of the demo asks about."""
+OWN_REWARD = f'''
+def likes_length(prompts, completions, record, **kwargs):
+    """Nothing is said of one order; `record` is one of the facts of the rows."""
+    assert len(prompts) == len(completions) == len(record)
+    lengths = [float(len(completion[0]["content"])) for completion in completions]
+    return [None if facts.get("order") == "{SILENT_ON}" else length for facts, length in zip(record, lengths)]
+'''
 MANIFEST: dict[str, Any] = {
     "apiVersion": "steersman.dev/v1alpha1",
     "kind": "AlignmentRun",
@@ -43,9 +53,12 @@ MANIFEST: dict[str, Any] = {
                     "samplesPerPrompt": 2,
                     "generation": GENERATION,
                     "deterministic": True,
+                    "maxFailedShare": 0.9,
+                    "reward": {"verifiable": [{"python": "mine:likes_length"}]},
                 }
             },
             {"evaluate": {"generation": GENERATION, "checks": [{"name": "demo-rubric"}]}},
+            {"release": {}},
         ],
     },
 }
@@ -81,11 +94,19 @@ def no_process_of(folder: Path) -> bool:
     return not [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
 
 
+def nothing_is_left(folder: Path) -> None:
+    """Neither a process of the run nor the folder in memory through which weights went."""
+    assert no_process_of(folder / "run")
+    url = yaml.safe_load((folder / "run" / "services" / "policy-0.yaml").read_text())["artifactUrls"][0]
+    assert not Path(url.removeprefix("file://")).exists()
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base model, a manifest, and the complete run of it."""
     folder = tmp_path_factory.mktemp("unbroken")
     save_model_folder(folder / "base", tiny_llama())
+    (folder / "mine.py").write_text(OWN_REWARD)
     write(folder, MANIFEST)
     done = steersman(folder, "--check")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -97,13 +118,21 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def before_rl(unbroken: Path, tmp_path: Path) -> Path:
     """The same with the reward model complete and reinforcement learning to come, in the same place of the disk."""
     folder = tmp_path / "copy"
-    shutil.copytree(unbroken, folder, ignore=shutil.ignore_patterns("rl", "evaluate", "report", "services", "logs"))
+    later = ("rl", "evaluate", "release", "report", "services", "logs")
+    shutil.copytree(unbroken, folder, ignore=shutil.ignore_patterns(*later))
     manifest = json.loads(json.dumps(MANIFEST))
     # The folder is another one, the model and so the digest are not.
     manifest["spec"]["model"]["base"] = str(unbroken / "base")
-    manifest["spec"]["stages"].pop()
+    del manifest["spec"]["stages"][-2:]
     write(folder, manifest)
     return folder
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """The rows of reinforcement learning, which are those of all steps, once each."""
+    rows = [json.loads(line) for line in (folder / "run" / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return rows
 
 
 def test_a_run_ends_with_all_numbers_and_artifacts(unbroken: Path) -> None:
@@ -118,12 +147,27 @@ def test_a_run_ends_with_all_numbers_and_artifacts(unbroken: Path) -> None:
     for stage in ("sft", "reward-model", "rl", "evaluate"):
         assert (run / stage / "config.yaml").is_file()
         assert (run / stage / "complete.json").is_file()
-    assert len((run / "rl" / "metrics.jsonl").read_text().splitlines()) == STEPS
+    prompts = [json.loads(line) for line in (run / "data" / "prompts.train.jsonl").read_text().splitlines()]
+    silent = [row for row in prompts if row["facts"]["record"].get("order") == SILENT_ON]
+    assert len(silent) == 1
+    assert sum(row["failed"] for row in steps(unbroken)) == 2  # both of its samples: every prompt has its turn once
+    assert all(row["reward_likes_length"] >= 0 for row in steps(unbroken))
     assert (run / "rl" / "adapter" / "adapter_config.json").is_file()
     assert (run / "report" / "report.html").is_file()
     assert any(line.startswith(f"rl  [##########] step {STEPS}/{STEPS}  reward ") for line in lines)
     assert "file:///dev/shm/" in (run / "services" / "policy-0.yaml").read_text()
     assert no_process_of(run)
+
+
+def test_a_run_with_a_release_stage_ends_with_a_model_to_serve(unbroken: Path) -> None:
+    release = unbroken / "run" / "release"
+    pointer = json.loads((release / "release.json").read_text())
+    assert pointer["model"] == str(release / "model")
+    assert (release / "model" / "README.md").is_file()
+    assert not (release / "model" / "adapter_config.json").exists()
+    served, name, _ = find_model(unbroken / "run")
+    assert name == "tiny"
+    assert (served / "model.safetensors").read_bytes() == (release / "model" / "model.safetensors").read_bytes()
 
 
 def test_a_complete_run_is_not_run_again(unbroken: Path) -> None:
@@ -178,85 +222,83 @@ def watch() -> Iterator[Callable[[Path], Watched]]:
         watched.process.communicate()
 
 
-def test_a_killed_trainer_continues_to_the_same_weights(
+def test_killed_services_a_stopped_run_and_a_killed_trainer_end_with_the_same_weights(
     unbroken: Path, before_rl: Path, watch: Callable[[Path], Watched]
 ) -> None:
+    """Services die and come back; then the run is stopped, goes on, and its trainer dies. Nothing is left behind."""
+    victims = {1: ["services.policy"], 2: ["services.reward", "services.reference"]}
+    broken = watch(before_rl)
+    notes = []
+    for event in broken.events():
+        if event["event"] == "progress" and event["stage"] == "rl":
+            for victim in victims.pop(event["step"], []):
+                broken.child(victim).kill()
+            if event["step"] == 3:
+                broken.process.send_signal(signal.SIGTERM)
+        if event["event"] == "note" and event["stage"] == "services":
+            notes.append(event["text"])
+    code, errors = broken.wait()
+    assert (code, errors) == (130, "steersman: stopped\n")
+    assert not victims
+    for name in ("policy-0", "reward-0", "reference-0"):
+        assert any(note.startswith(f"{name} ended (killed by signal 9") for note in notes)
+    nothing_is_left(before_rl)
+
     broken = watch(before_rl)
     for event in broken.events():
-        if event["event"] == "progress" and event["stage"] == "rl" and event["step"] == 2:
+        if event["event"] == "progress" and event["stage"] == "rl":
             broken.child("training.stage").kill()
+            break
     code, errors = broken.wait()
     assert code == 128 + signal.SIGKILL
     assert errors.startswith("steersman: rl was killed by signal 9")
     assert "start the run again, it continues there" in errors
+    nothing_is_left(before_rl)
+
+    done = steersman(before_rl)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steps(before_rl)
+    assert weights(before_rl) == weights(unbroken)
+
+
+def test_two_workers_train_as_one_also_after_a_kill_that_nobody_hears_of(
+    unbroken: Path, before_rl: Path, watch: Callable[[Path], Watched]
+) -> None:
+    """`trainer.workers: 2` runs the stage under torchrun with FSDP2; kill -9 of the run takes everything with it."""
+    manifest = yaml.safe_load((before_rl / "run.yaml").read_text())
+    manifest["spec"]["trainer"] = {"workers": 2}
+    write(before_rl, manifest)
+    broken = watch(before_rl)
+    for event in broken.events():
+        if event["event"] == "progress" and event["stage"] == "rl" and event["step"] == 2:
+            broken.process.kill()
+            break
+    assert broken.wait()[0] == -signal.SIGKILL
+    # Nobody is left to wait for those whom the kernel ends, so it may take a moment.
+    end = time.monotonic() + 60
+    while not no_process_of(before_rl / "run") and time.monotonic() < end:
+        time.sleep(0.1)
     assert no_process_of(before_rl / "run")
 
     done = steersman(before_rl)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (before_rl / "run" / "rl" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert weights(before_rl) == weights(unbroken)
-
-
-def test_killed_services_come_back_and_the_weights_are_the_same(
-    unbroken: Path, before_rl: Path, watch: Callable[[Path], Watched]
-) -> None:
-    victims = ["services.policy", "services.reward", "services.reference"]
-    broken = watch(before_rl)
-    notes = []
-    for event in broken.events():
-        if event["event"] == "progress" and event["stage"] == "rl" and victims and event["step"] < STEPS:
-            broken.child(victims.pop(0)).kill()
-        if event["event"] == "note" and event["stage"] == "services":
-            notes.append(event["text"])
-    code, errors = broken.wait()
-    assert code == 0, errors
-    assert not victims
-    for name in ("policy-0", "reward-0", "reference-0"):
-        assert any(note.startswith(f"{name} ended (killed by signal 9") for note in notes)
-    assert weights(before_rl) == weights(unbroken)
-
-
-def test_two_workers_train_as_one(unbroken: Path, before_rl: Path) -> None:
-    """`trainer.workers: 2` runs the stage under torchrun with FSDP2."""
-    done = steersman(before_rl, "--set", "spec.trainer.workers=2")
-    assert done.returncode == 0, done.stdout + done.stderr
     assert "rank 0 of 2" in done.stdout
-    one, two = (
-        [json.loads(line) for line in (folder / "run" / "rl" / "metrics.jsonl").read_text().splitlines()]
-        for folder in (unbroken, before_rl)
-    )
-    assert [row["step"] for row in two] == list(range(1, STEPS + 1))
-    for expected, found in zip(one, two, strict=True):
+    for expected, found in zip(steps(unbroken), steps(before_rl), strict=True):
         for name in ("policy_loss", "value_loss", "reward", "kl", "grad_norm"):
             assert found[name] == pytest.approx(expected[name], abs=1e-4, rel=1e-4), (found["step"], name)
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGKILL, 2)])
-def test_a_stopped_run_leaves_nothing_behind(
-    number: signal.Signals, workers: int, before_rl: Path, watch: Callable[[Path], Watched]
+def test_an_interrupt_while_services_load_leaves_nothing_behind(
+    before_rl: Path, watch: Callable[[Path], Watched]
 ) -> None:
-    manifest = yaml.safe_load((before_rl / "run.yaml").read_text())
-    manifest["spec"]["trainer"] = {"workers": workers}
-    write(before_rl, manifest)
     stopped = watch(before_rl)
-    # The services are up and the trainer has begun to load.
     for event in stopped.events():
-        if event["stage"] == "rl":
+        if event["stage"] == "services":
             break
     assert not no_process_of(before_rl / "run")
-    stopped.process.send_signal(number)
-    code, errors = stopped.wait()
-    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-    assert number == signal.SIGKILL or errors == "steersman: stopped\n"
-    # Nobody is left to wait for those whom the kernel ends after a kill -9, so it may take a moment.
-    end = time.monotonic() + (60 if number == signal.SIGKILL else 0)
-    while not no_process_of(before_rl / "run") and time.monotonic() < end:
-        time.sleep(0.1)
-    assert no_process_of(before_rl / "run")
-    if number != signal.SIGKILL:
-        url = yaml.safe_load((before_rl / "run" / "services" / "policy-0.yaml").read_text())["artifactUrls"][0]
-        assert not Path(url.removeprefix("file://")).exists()
+    stopped.process.send_signal(signal.SIGINT)
+    assert stopped.wait() == (130, "steersman: stopped\n")
+    nothing_is_left(before_rl)
 
 
 def changed(**spec: Any) -> dict[str, Any]:
@@ -287,6 +329,14 @@ class TestBadInput:
     def test_wrong_field(self, folder: Path) -> None:
         write(folder, changed(stages=[{"sft": {"maxstep": 2}}]))
         self.refused(folder, 2, "spec.stages.0.sft.maxstep is not a known field", "did you mean 'maxSteps'?")
+
+    def test_an_own_reward_that_is_not_there(self, folder: Path) -> None:
+        (folder / "mine.py").write_text(OWN_REWARD)
+        stage = {"rl": {"algorithm": "rloo", "reward": {"verifiable": [{"python": "mine:likes_odd"}]}}}
+        write(folder, changed(stages=[stage]))
+        words = ("stage rl: reward.verifiable: python:", "mine.py has no function likes_odd")
+        self.refused(folder, 2, *words)
+        assert not (folder / "run" / "services").exists()
 
     def test_missing_data_file(self, folder: Path) -> None:
         write(folder, changed(data={"demonstrations": {"train": "nope.jsonl"}}, stages=[{"sft": {}}]))

@@ -16,8 +16,8 @@ from steersman.config.algorithms import DapoSpec
 from steersman.config.manifest import RlStage
 from training.algorithms.grpo import Grpo
 from training.algorithms.method import Totals, register
+from training.batch import SampleBatch
 from training.mathematics import rewards
-from training.online.batch import SampleBatch
 
 
 @register(DapoSpec)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from steersman.config.algorithms import GrpoSpec
 from training.algorithms.method import Base, Estimates, ForwardPass, LossStats, Part, Totals, k1, register
+from training.batch import SampleBatch
 from training.mathematics import advantages, losses
-from training.online.batch import SampleBatch
 
 
 @register(GrpoSpec)

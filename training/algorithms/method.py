@@ -16,11 +16,11 @@ from torch import Tensor
 
 from steersman.config.algorithms import Critic, MethodOptions
 from steersman.config.manifest import RlStage
+from training.batch import MicroBatch, SampleBatch
 from training.mathematics import kl as kl_estimators
 from training.mathematics import mismatch, rewards, segments
 from training.mathematics.losses import KlTerm, PolicyStats, ValueStats
 from training.mathematics.moments import whiten
-from training.online.batch import MicroBatch, SampleBatch
 
 
 @dataclass(frozen=True, eq=False)

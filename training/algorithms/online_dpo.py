@@ -14,9 +14,9 @@ from torch import Tensor
 
 from steersman.config.algorithms import OnlineDpoSpec
 from training.algorithms.method import Base, Estimates, ForwardPass, LossStats, Part, Totals, k1, register
+from training.batch import SampleBatch
 from training.mathematics import losses, segments
 from training.mathematics.stats import max_of, sum_of, to_floats
-from training.online.batch import SampleBatch
 
 
 @register(OnlineDpoSpec)

@@ -14,9 +14,9 @@ from torch import Tensor
 from steersman.config.algorithms import PpoSpec
 from steersman.config.manifest import RlStage
 from training.algorithms.method import Base, Estimates, ForwardPass, LossStats, Part, Totals, k1, register
+from training.batch import SampleBatch
 from training.mathematics import advantages, losses, rewards
 from training.mathematics.moments import whiten
-from training.online.batch import SampleBatch
 
 
 @register(PpoSpec)

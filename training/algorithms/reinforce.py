@@ -10,9 +10,9 @@ from torch import Tensor
 
 from steersman.config.algorithms import ReinforceSpec
 from training.algorithms.method import Base, Estimates, ForwardPass, LossStats, Part, Totals, k1, register
+from training.batch import SampleBatch
 from training.mathematics import advantages, losses
 from training.mathematics.moments import whiten
-from training.online.batch import SampleBatch
 
 
 @register(ReinforceSpec)

@@ -14,9 +14,9 @@ from torch import Tensor
 from steersman.config.algorithms import ReinforcePlusPlusSpec
 from training.algorithms.method import Estimates, k1, register
 from training.algorithms.reinforce import Reinforce
+from training.batch import SampleBatch
 from training.mathematics import advantages, rewards, segments
 from training.mathematics.moments import whiten
-from training.online.batch import SampleBatch
 
 
 @register(ReinforcePlusPlusSpec)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from steersman.config.algorithms import RlooSpec
 from training.algorithms.method import Base, Estimates, ForwardPass, LossStats, Part, Totals, k1, register
+from training.batch import SampleBatch
 from training.mathematics import advantages, losses
-from training.online.batch import SampleBatch
 
 
 @register(RlooSpec)

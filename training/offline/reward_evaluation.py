@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from steersman.report.schema import PairScore, RewardModelEvaluation
-from steersman.report.statistics import calibration_bins, expected_calibration_error, wilson_interval
+from steersman.statistics import calibration_bins, expected_calibration_error, wilson_interval
 
 _MARGIN_GROUPS = 6
 

@@ -12,8 +12,8 @@ import torch
 
 from steersman.config.manifest import RlStage
 from training.algorithms import Method
+from training.batch import SampleBatch
 from training.mathematics.moments import Moments
-from training.online.batch import SampleBatch
 from training.online.rollout import Prompt, Rollouts, exclude_failed, exclude_stale, to_batch
 
 SEEDS = 2**64

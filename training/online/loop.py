@@ -27,10 +27,10 @@ from steersman.config.manifest import RlStage
 from steersman.leaving import asked, leave, saves_between_steps
 from training.algorithms import build
 from training.algorithms.method import LossStats
+from training.batch import SampleBatch
 from training.context import Reporter
 from training.mathematics.kl import AdaptiveKL, FixedKL
 from training.online.ahead import Ahead
-from training.online.batch import SampleBatch
 from training.online.checkpoint import Checkpoints
 from training.online.checks import BadUpdates, check_finite_weights, check_same_model
 from training.online.experience import Collector, Experience

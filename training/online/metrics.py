@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from training.algorithms.method import Estimates, LossStats
+from training.batch import SampleBatch
 from training.mathematics import losses, mismatch, segments, stats
-from training.online.batch import SampleBatch
 
 
 def sequence_kl(batch: SampleBatch, estimates: Estimates) -> float:

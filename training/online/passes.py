@@ -13,9 +13,9 @@ from steersman.errors import FailedPreconditionError
 from steersman.nn.packed import pack
 from training.algorithms import Method
 from training.algorithms.method import Estimates, LossStats, Part, Totals
+from training.batch import MicroBatch, SampleBatch, micro_batches, token_chunks
 from training.context import Reporter
 from training.mathematics import losses, stats
-from training.online.batch import MicroBatch, SampleBatch, micro_batches, token_chunks
 from training.online.experience import SEEDS, step_seed
 from training.online.policy_model import Forward, PolicyModel
 from training.parallel import Ranks

@@ -27,9 +27,9 @@ from steersman.errors import FailedPreconditionError, InvalidArgumentError
 from steersman.rpc.conversation import to_message
 from steersman.rpc.wire import pack_rows
 from steersman.v1 import common_pb2, reward_pb2
+from training.batch import SampleBatch
 from training.context import Reporter
 from training.mathematics.rewards import present
-from training.online.batch import SampleBatch
 from training.online.clients import ReferenceClient, RewardClient, Sample, Score
 from training.online.pool import Lost, PolicyPool
 from training.online.remote import background

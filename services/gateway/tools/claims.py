@@ -17,9 +17,10 @@ from typing import Literal
 
 from services.gateway.answer import Answer, Lookup
 from services.gateway.metrics import Metrics
-from services.gateway.tools.config import Kind, ToolsConfig
+from services.gateway.systems.base import Kind
 from services.gateway.tools.languages import FACTS, MARKERS, STATES, UNKNOWN
 from services.gateway.tools.reading import Reader, Wish, any_of, fold, plain
+from services.gateway.tools_config import ToolsConfig
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse, TokenLogprob
 
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]|\n")

@@ -6,48 +6,22 @@ import asyncio
 import datetime as dt
 import logging
 import secrets
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import sqlalchemy as sa
 
 from services.gateway.auth.callers import Caller
+from services.gateway.proposals import ActionName, Proposal
 from services.gateway.store import ProposedAction
-from services.gateway.tools.config import HandOver
 from services.gateway.tools.tickets import Ticket, ticket_system
+from services.gateway.tools_config import HandOver
 from steersman.errors import ConflictError, NotFoundError, UnavailableError
 from steersman.net import guarded_client
 from steersman.store.engine import Store
 from steersman.store.models import now
 
 log = logging.getLogger("steersman.gateway")
-
-ActionName = Literal["hand_over", "request_return"]
-PROPOSALS: dict[ActionName, str] = {
-    "hand_over": "I can hand this conversation over to a colleague. Please confirm, and I open a ticket for you.",
-    "request_return": "I can ask for the return of order {order}. Please confirm, and I open a ticket for it.",
-}
-DONE: dict[ActionName, str] = {
-    "hand_over": "I have handed this conversation over to a colleague: ticket {ticket}.",
-    "request_return": "I have asked for the return of order {order}: ticket {ticket}.",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """An action that waits for its confirmation."""
-
-    id: str
-    action: ActionName
-    arguments: dict[str, Any]
-
-    @property
-    def text(self) -> str:
-        return PROPOSALS[self.action].format(**self.arguments)
-
-    def as_json(self) -> dict[str, Any]:
-        return {"id": self.id, "action": self.action, "arguments": self.arguments, "text": self.text}
 
 
 class Desk:

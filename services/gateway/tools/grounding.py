@@ -13,18 +13,14 @@ from services.gateway.errors import BadRequestError
 from services.gateway.metrics import Metrics
 from services.gateway.store import storable
 from services.gateway.tools.claims import Claims, ground_of, told_by_application
-from services.gateway.tools.config import ODataSystem, OdooSystem, ToolsConfig, TrytonSystem
 from services.gateway.tools.desk import Desk
-from services.gateway.tools.file_records import FileRecords
 from services.gateway.tools.hand_over import wants_person
 from services.gateway.tools.lookup import look_up
 from services.gateway.tools.mcp_client import McpConnection
-from services.gateway.tools.odata import OData
-from services.gateway.tools.odoo import Odoo
 from services.gateway.tools.reading import Wish
-from services.gateway.tools.records import Records, System
+from services.gateway.tools.records import Records
 from services.gateway.tools.toolbox import Toolbox
-from services.gateway.tools.tryton import Tryton
+from services.gateway.tools_config import ToolsConfig
 from steersman.background import Background
 from steersman.errors import DeadlineError, NotFoundError, UnavailableError
 from steersman.store.engine import Store
@@ -39,16 +35,7 @@ _LONGEST_WAIT = 3600.0
 class Grounding:
     def __init__(self, config: ToolsConfig, store: Store, metrics: Metrics) -> None:
         self._config = config
-        systems: list[System] = []
-        for system in config.systems:
-            if isinstance(system, TrytonSystem):
-                systems.append(Tryton(system))
-            elif isinstance(system, OdooSystem):
-                systems.append(Odoo(system))
-            elif isinstance(system, ODataSystem):
-                systems.append(OData(system))
-            else:
-                systems.append(FileRecords(system))
+        systems = [system.open() for system in config.systems]
         self.records = Records(systems, metrics)
         self.connections = [McpConnection(server) for server in config.mcp_servers]
         self.desk = Desk(config.hand_over, store) if config.hand_over is not None else None

@@ -8,7 +8,7 @@ Korean.
 
 from __future__ import annotations
 
-from services.gateway.tools.config import Kind
+from services.gateway.systems.base import Kind
 
 Words = tuple[str, str]
 

@@ -17,8 +17,8 @@ from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import CONNECTION_CLOSED
 
-from services.gateway.tools.config import McpServer, McpTool
 from services.gateway.tools.records import visible
+from services.gateway.tools_config import McpServer, McpTool
 from steersman.background import Background
 from steersman.errors import ConfigError, UnavailableError
 from steersman.net import Guard

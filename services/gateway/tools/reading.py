@@ -18,7 +18,7 @@ from typing import Annotated
 
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 
-from services.gateway.tools.config import Kind
+from services.gateway.systems.base import Kind
 from services.gateway.tools.languages import KINDS, MARKERS, Words
 
 _READ = 4000

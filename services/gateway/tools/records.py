@@ -12,11 +12,11 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from services.gateway.auth.callers import Caller
 from services.gateway.metrics import Metrics
-from services.gateway.tools.config import Kind, RecordKind
+from services.gateway.systems.base import Kind, Query, RecordKind, System, dig
 from services.gateway.tools.reading import Reader
 from steersman.errors import SteersmanError
 
@@ -41,32 +41,6 @@ class Record:
     @property
     def source(self) -> str:
         return f"{self.kind}/{self.number}"
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """What is asked of a system; `owner` is set for every kind that has one."""
-
-    kind: RecordKind
-    number: str | None
-    owner: str | None
-    limit: int
-
-
-class System(Protocol):
-    name: str
-    tenants: Sequence[str]
-    kinds: Mapping[Kind, RecordKind]
-
-    async def fetch(self, query: Query) -> list[dict[str, Any]]:
-        """Rows by the system's own field names: the listed fields and the owner.
-
-        Raises:
-            UnavailableError: the system does not answer, or answers something else.
-        """
-        ...
-
-    async def close(self) -> None: ...
 
 
 def query_for(kind: RecordKind, number: str | None, owner_value: str | None, limit: int) -> Query | None:
@@ -152,14 +126,6 @@ class Records:
     async def close(self) -> None:
         for system in self._systems:
             await system.close()
-
-
-def dig(row: Mapping[str, Any], path: str) -> Any:
-    """A value by its path: `party.code` or `ToParty/Code`."""
-    value: Any = row
-    for part in re.split(r"[./]", path):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
 
 
 def _record(system: str, kind: Kind, record_kind: RecordKind, row: Mapping[str, Any]) -> Record:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import httpx
 
 from services.gateway.fetching import fetch_json
-from services.gateway.tools.config import HandOver, RequestTracker, Webhook, Zammad, Zendesk
+from services.gateway.tools_config import HandOver, RequestTracker, Webhook, Zammad, Zendesk
 from steersman.errors import ConfigError
 
 _LONGEST_NUMBER = 200

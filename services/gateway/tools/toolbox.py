@@ -16,8 +16,9 @@ import referencing.exceptions
 
 from services.gateway.answer import Lookup, LookupOutcome, Source
 from services.gateway.auth.callers import Caller
-from services.gateway.tools.config import Kind
-from services.gateway.tools.desk import ActionName, Desk, Proposal
+from services.gateway.proposals import ActionName, Proposal
+from services.gateway.systems.base import Kind
+from services.gateway.tools.desk import Desk
 from services.gateway.tools.lookup import describe
 from services.gateway.tools.mcp_client import McpConnection
 from services.gateway.tools.records import Records, clean

@@ -10,12 +10,14 @@ import copy
 import functools
 import logging
 import queue
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from services.policy.engine import Engine
 from services.policy.engines.decoder import DecoderName
 from steersman.errors import ConfigError, InternalError
 from steersman.generation import Event, GenerationRequest, RequestFailed, SampleFinished, SamplingParams
@@ -27,13 +29,17 @@ log = logging.getLogger("steersman.policy")
 _NEW_TOKENS = 14
 
 
-def choose_decoder(config: PreTrainedConfig) -> tuple[DecoderName, Verdict]:
+Start = Callable[[PreTrainedModel, DecoderName], Engine]
+"""Makes an engine in float32 on the CPU that generates with a decoder."""
+
+
+def choose_decoder(config: PreTrainedConfig, start: Start) -> tuple[DecoderName, Verdict]:
     """The decoder, and what was measured: `agrees` for those with a shared cache, `plain` for the model's own code.
 
     Raises:
         ConfigError: no decoder gives the model's log-probabilities; the reason is named.
     """
-    name, verdict = engine_verdict(config)
+    name, verdict = engine_verdict(config, start)
     if verdict.outcome == "refused":
         raise ConfigError(f"{type(config).__name__} cannot run on the transformers engine: {verdict.reason}")
     if verdict.outcome == "plain":
@@ -41,19 +47,19 @@ def choose_decoder(config: PreTrainedConfig) -> tuple[DecoderName, Verdict]:
     return name, verdict
 
 
-def engine_verdict(config: PreTrainedConfig) -> tuple[DecoderName, Verdict]:
-    return _verdict(SameConfig(config))
+def engine_verdict(config: PreTrainedConfig, start: Start) -> tuple[DecoderName, Verdict]:
+    return _verdict(SameConfig(config), start)
 
 
 @functools.lru_cache(maxsize=64)
-def _verdict(same: SameConfig) -> tuple[DecoderName, Verdict]:
+def _verdict(same: SameConfig, start: Start) -> tuple[DecoderName, Verdict]:
     try:
         with torch.autocast("cpu", enabled=False):
             model = tiny_model(AutoModelForCausalLM, same.config)
-            found = _first_that_agrees(model, None)
+            found = _first_that_agrees(model, start, None)
             original = changes_at(same.config)
             if original is not None and found[1].outcome != "agrees":
-                short = _first_that_agrees(model, LENGTH)
+                short = _first_that_agrees(model, start, LENGTH)
                 if short[1].outcome != "refused":
                     reason = f"its rotations change beyond {original} tokens, so its context ends there"
                     found = short[0], replace(short[1], limit=original, reason=reason)
@@ -62,12 +68,12 @@ def _verdict(same: SameConfig) -> tuple[DecoderName, Verdict]:
     return found
 
 
-def _first_that_agrees(model: PreTrainedModel, longest: int | None) -> tuple[DecoderName, Verdict]:
+def _first_that_agrees(model: PreTrainedModel, start: Start, longest: int | None) -> tuple[DecoderName, Verdict]:
     reason, difference = "", float("nan")
     names: tuple[DecoderName, ...] = ("llama", "generic", "cached", "uncached")
     for name in names:
         try:
-            difference = difference_of(model, name, longest)
+            difference = difference_of(model, name, start, longest)
         except Exception as error:  # whatever a model's own code raises for what it does not know
             reason = reason or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             continue
@@ -78,14 +84,12 @@ def _first_that_agrees(model: PreTrainedModel, longest: int | None) -> tuple[Dec
     return "uncached", Verdict("refused", difference, reason)
 
 
-def difference_of(model: PreTrainedModel, name: DecoderName, longest: int | None, seed: int = 0) -> float:
+def difference_of(model: PreTrainedModel, name: DecoderName, start: Start, longest: int | None, seed: int = 0) -> float:
     """Largest difference in nats over prompts that share beginnings, of which one has a single token."""
-    from services.policy.engines.transformers_engine import TransformersEngine
-
     prompts = [prompt.astype(np.int32) for prompt, _ in example_groups(longest, seed)]
     new = _NEW_TOKENS if longest is None else max(1, longest - max(len(prompt) for prompt in prompts))
     params = SamplingParams(max_new_tokens=new, min_new_tokens=new, seed=seed + 1)
-    engine = TransformersEngine(copy.deepcopy(model), precision="fp32", device="cpu", decoder=name)
+    engine = start(copy.deepcopy(model), name)
     arrived: queue.Queue[Event] = queue.Queue()
     largest = 0.0
     try:

@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from services.policy.engines import kernels
-from services.policy.engines.attention import DecodeStep
+from services.policy.engines.attention import DecodeStep, Scores
 from services.policy.engines.hardware import Layout
-
-if TYPE_CHECKING:
-    from services.policy.engines.decoder import LlamaLayer
+from services.policy.engines.weights import Linear
 
 MOST_SCORES = 1 << 19
 """Rows times tokens times query width up to which one thread attends sooner than several tensor operations."""
+
+
+class Norm(Protocol):
+    array: np.ndarray
+    eps: float
+
+
+class Layer(Protocol):
+    """What is computed with of a layer of a `LlamaDecoder`."""
+
+    size: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scores: Scores
+    qkv: Linear
+    out: Linear
+    gate: Linear
+    up: Linear
+    gate_up: Linear | None
+    """Both in one; None: they are apart."""
+    down: Linear
+
+    @property
+    def input_norm(self) -> Norm: ...
+    @property
+    def post_norm(self) -> Norm: ...
 
 
 class _Buffer(NamedTuple):
@@ -34,7 +60,7 @@ class _Buffer(NamedTuple):
 class _Buffers:
     """What a layer computes, one layer after the other in the same memory."""
 
-    def __init__(self, layer: LlamaLayer, rows: int) -> None:
+    def __init__(self, layer: Layer, rows: int) -> None:
         self.x = _Buffer.of(rows, layer.size)
         """The residual stream."""
         self.normed = _Buffer.of(rows, layer.size)
@@ -46,7 +72,7 @@ class _Buffers:
 
 
 class FewRows:
-    def __init__(self, layers: Sequence[LlamaLayer], layout: Layout) -> None:
+    def __init__(self, layers: Sequence[Layer], layout: Layout) -> None:
         self._layers = layers
         # Products in oneDNN's layout come with what follows them, but for a single row.
         self._most_rows = 1 if layout == "packed" else MOST_SCORES
@@ -74,7 +100,7 @@ class FewRows:
 
 
 def _forward(
-    layer: LlamaLayer,
+    layer: Layer,
     at: _Buffers,
     cos: np.ndarray,
     sin: np.ndarray,

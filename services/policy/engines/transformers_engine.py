@@ -132,7 +132,7 @@ class TransformersEngine:
         text = model.config.get_text_config(decoder=True)
         name, context = self._decoder_name, context_of(text)
         if name is None:
-            name, verdict = choose_decoder(model.config)
+            name, verdict = choose_decoder(model.config, with_decoder)
             context = verdict.limit or context
         self._plain = name in ("cached", "uncached")
         if self._plain:
@@ -525,3 +525,8 @@ def _common_prefix(one: np.ndarray, other: np.ndarray) -> int:
     count = min(len(one), len(other))
     different = one[:count] != other[:count]
     return int(different.argmax()) if different.any() else count
+
+
+def with_decoder(model: PreTrainedModel, decoder: DecoderName) -> TransformersEngine:
+    """In float32 on the CPU, to be compared with the model itself; see `choice`."""
+    return TransformersEngine(model, precision="fp32", device="cpu", decoder=decoder)

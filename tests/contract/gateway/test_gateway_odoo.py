@@ -13,9 +13,8 @@ from starlette.routing import Route
 
 from services.gateway.auth.callers import ALL_SCOPES, Caller, Customer
 from services.gateway.metrics import Metrics
+from services.gateway.systems.odoo import Odoo, OdooSystem, specification
 from services.gateway.testing import serve_app
-from services.gateway.tools.config import OdooSystem
-from services.gateway.tools.odoo import Odoo, specification
 from services.gateway.tools.records import Records
 from steersman.errors import ConfigError, UnavailableError
 

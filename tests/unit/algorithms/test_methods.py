@@ -21,7 +21,7 @@ from steersman.config.base import load_model
 from steersman.config.manifest import AlignmentRun, KlLoss, RlStage
 from training.algorithms import METHODS, build
 from training.algorithms.method import Part, Totals
-from training.online.batch import SampleBatch, micro_batches
+from training.batch import SampleBatch, micro_batches
 from training.online.passes import totals_of
 from training.online.policy_model import Forward
 

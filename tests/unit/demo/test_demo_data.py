@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from steersman.data.records import Aspects, Demonstration, Feedback, Preference, Prompt, file_digest, read_jsonl
+from steersman.artifacts import file_digest
+from steersman.data.records import Aspects, Demonstration, Feedback, Preference, Prompt, read_jsonl
 from steersman.demo import Manifest, Sizes, generate, score
 from steersman.demo.labelers import LABELERS, majority
 from steersman.demo.orderbook import ASKED, TOPICS

@@ -12,8 +12,7 @@ import pytest
 from services.gateway.auth.callers import ALL_SCOPES, Caller, Customer
 from services.gateway.config import GatewayConfig
 from services.gateway.metrics import Metrics
-from services.gateway.tools.config import FileSystem
-from services.gateway.tools.file_records import FileRecords
+from services.gateway.systems.file_records import FileRecords, FileSystem
 from services.gateway.tools.lookup import look_up
 from services.gateway.tools.reading import Wish
 from services.gateway.tools.records import Records

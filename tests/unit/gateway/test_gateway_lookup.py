@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.redaction import redact
-from services.gateway.tools.config import RecordKind
-from services.gateway.tools.odata import conditions, literal
+from services.gateway.systems.base import Query, RecordKind
+from services.gateway.systems.odata import conditions, literal
+from services.gateway.systems.tryton import domain
 from services.gateway.tools.reading import Reader, Wish
-from services.gateway.tools.records import NUMBER, Query, clean, query_for
-from services.gateway.tools.tryton import domain
+from services.gateway.tools.records import NUMBER, clean, query_for
 
 READER = Reader()
 KIND = RecordKind(entity="Orders", number="No", owner="Owner", fields={"number": "No"})

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from services.policy.engine import GenerationRequest, SamplingParams, WeightsUpdate
 from services.policy.engines.choice import choose_decoder, engine_verdict
-from services.policy.engines.transformers_engine import TransformersEngine
+from services.policy.engines.transformers_engine import TransformersEngine, with_decoder
 from steersman.errors import ConfigError, InternalError, UnavailableError
 from steersman.nn.tiny import tiny_model
 from steersman.testing.models import tiny_llama
@@ -38,7 +38,7 @@ DECODERS = {
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_the_fastest_decoder_that_is_right(family: str) -> None:
-    name, verdict = engine_verdict(CONFIG_MAPPING[family]())
+    name, verdict = engine_verdict(CONFIG_MAPPING[family](), with_decoder)
     assert name == DECODERS[family]
     assert verdict.outcome == ("plain" if name == "cached" else "agrees")
     assert verdict.difference < 3e-4
@@ -46,7 +46,7 @@ def test_the_fastest_decoder_that_is_right(family: str) -> None:
 
 def test_what_no_decoder_computes_is_refused_in_words() -> None:
     with pytest.raises(ConfigError, match="RobertaConfig cannot run on the transformers engine: its log-prob"):
-        choose_decoder(CONFIG_MAPPING["roberta"]())
+        choose_decoder(CONFIG_MAPPING["roberta"](), with_decoder)
 
 
 @pytest.mark.parametrize("decoder", ["cached", "uncached"])

@@ -12,7 +12,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.weightstats import ttost_paired
 
 from steersman.errors import DataError
-from steersman.report.inference import equivalence, paired_bootstrap, sign_test
+from steersman.inference import equivalence, paired_bootstrap, sign_test
 from steersman.report.wins import Duel, bradley_terry, strengths, win_rate
 
 RNG = np.random.default_rng(3)

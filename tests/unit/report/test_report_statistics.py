@@ -10,7 +10,7 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from steersman.errors import DataError
-from steersman.report.statistics import (
+from steersman.statistics import (
     calibration_bins,
     cohens_d,
     compare,

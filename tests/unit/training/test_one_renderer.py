@@ -25,8 +25,8 @@ from training.offline.reward_model import RewardData
 from training.offline.sft import labelled_dataset
 from training.online.clients import Sample, Score
 from training.online.prompts import load_answers, load_prompts
-from training.online.rejection_sampling import labelled_winners, winner_row
 from training.online.rollout import Rollouts, Scored, score_item
+from training.rejection_sampling import labelled_winners, winner_row
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}"

@@ -16,7 +16,7 @@ from steersman.config.algorithms import ONLINE_METHODS, Critic, NlpoSpec, PpoSpe
 from steersman.config.manifest import Lora, Optimizer, RlStage
 from steersman.nn.packed import pack
 from training import algorithms as methods
-from training.online.batch import SampleBatch
+from training.batch import SampleBatch
 from training.online.checkpoint import Checkpoints
 from training.online.loop import Trainer
 from training.online.optimizer import learning_rate_factor

@@ -9,8 +9,8 @@ import numpy as np
 
 from steersman.v1 import reward_pb2
 from training.online.clients import Sample, score_of
-from training.online.rejection_sampling import best_of, merge_winners, prompts_of_round
 from training.online.rollout import Prompt, Scored
+from training.rejection_sampling import best_of, merge_winners, prompts_of_round
 
 PROMPT = Prompt(np.zeros(3, np.int32), [{"role": "user", "content": "so?"}], key="row-1")
 

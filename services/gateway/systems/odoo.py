@@ -9,19 +9,92 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
+from pydantic import Field
 
 from services.gateway.fetching import fetch_json
-from services.gateway.tools.config import Kind, OdooSystem, RecordKind
-from services.gateway.tools.records import Query
+from services.gateway.systems.base import Kind, Query, RecordKind, SystemOptions
 from steersman.errors import ConfigError, UnavailableError
 from steersman.net import guarded_client
 
 
+def _odoo_kinds() -> dict[Kind, RecordKind]:
+    return {
+        "order": RecordKind(
+            entity="sale.order",
+            number="name",
+            owner="partner_id.ref",
+            fields={
+                "number": "name",
+                "date": "date_order",
+                "state": "state",
+                "invoicing": "invoice_status",
+                "total": "amount_total",
+                "currency": "currency_id.name",
+            },
+            newest_first="id",
+        ),
+        "delivery": RecordKind(
+            entity="stock.picking",
+            number="name",
+            owner="partner_id.ref",
+            fields={
+                "number": "name",
+                "state": "state",
+                "planned": "scheduled_date",
+                "shipped": "date_done",
+                "for": "origin",
+            },
+            where=[["picking_type_code", "=", "outgoing"]],
+            newest_first="id",
+        ),
+        "invoice": RecordKind(
+            entity="account.move",
+            number="name",
+            owner="partner_id.ref",
+            fields={
+                "number": "name",
+                "date": "invoice_date",
+                "state": "state",
+                "payment": "payment_state",
+                "total": "amount_total",
+                "to_pay": "amount_residual",
+                "currency": "currency_id.name",
+            },
+            where=[["move_type", "=", "out_invoice"], ["state", "=", "posted"]],
+            newest_first="id",
+        ),
+        "stock": RecordKind(
+            entity="product.product",
+            number="default_code",
+            owner=None,
+            fields={"code": "default_code", "name": "name", "available": "qty_available"},
+        ),
+        "customer": RecordKind(entity="res.partner", number="ref", owner="ref", fields={"code": "ref", "name": "name"}),
+    }
+
+
+class OdooSystem(SystemOptions):
+    """Odoo 17 or newer with the API key of a user who may read the models below."""
+
+    type: Literal["odoo"]
+    url: str
+    """Of the server, for example https://company.odoo.com."""
+    database: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
+    key_env: str
+    """Environment variable with the user's API key."""
+    login: str | None = None
+    """The user's login: asks by JSON-RPC, which Odoo before 19 needs. None: by JSON-2, which Odoo 22 will need."""
+    kinds: dict[Kind, RecordKind] = Field(default_factory=_odoo_kinds)
+
+    def open(self) -> Odoo:
+        return Odoo(self)
+
+
 class Odoo:
-    """See `services.gateway.tools.records.System`."""
+    """See `services.gateway.systems.base.System`."""
 
     def __init__(self, config: OdooSystem) -> None:
         self._key = os.environ.get(config.key_env, "")

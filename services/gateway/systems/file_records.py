@@ -11,15 +11,27 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from services.gateway.tools.config import FileSystem, Kind, RecordKind
-from services.gateway.tools.records import Query, dig
+from services.gateway.systems.base import Kind, Query, RecordKind, SystemOptions, dig
 from steersman.errors import ConfigError, UnavailableError
 
 
+class FileSystem(SystemOptions):
+    """Records in a JSON file of lists by entity; see `services.gateway.systems.file_records`."""
+
+    type: Literal["file"]
+    path: str
+    """The file; it is read again when it has changed."""
+    kinds: dict[Kind, RecordKind]
+    """Where each kind lies in it."""
+
+    def open(self) -> FileRecords:
+        return FileRecords(self)
+
+
 class FileRecords:
-    """See `services.gateway.tools.records.System`."""
+    """See `services.gateway.systems.base.System`."""
 
     def __init__(self, config: FileSystem) -> None:
         self.name = config.name

@@ -6,19 +6,95 @@ import base64
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
+from pydantic import Field
 
 from services.gateway.fetching import fetch_json
-from services.gateway.tools.config import Kind, RecordKind, TrytonSystem
-from services.gateway.tools.records import Query
+from services.gateway.systems.base import Kind, Query, RecordKind, SystemOptions
 from steersman.errors import ConfigError, UnavailableError
 from steersman.net import guarded_client
 
 
+def _tryton_kinds() -> dict[Kind, RecordKind]:
+    return {
+        "order": RecordKind(
+            entity="sale.sale",
+            number="number",
+            owner="party.code",
+            fields={
+                "number": "number",
+                "date": "sale_date",
+                "state": "state",
+                "shipping": "shipment_state",
+                "invoicing": "invoice_state",
+                "total": "total_amount",
+                "currency": "currency.code",
+            },
+            where=[["number", "!=", None]],
+            newest_first="id",
+        ),
+        "delivery": RecordKind(
+            entity="stock.shipment.out",
+            number="number",
+            owner="customer.code",
+            fields={
+                "number": "number",
+                "state": "state",
+                "planned": "planned_date",
+                "shipped": "effective_date",
+                "for": "origins",
+            },
+            where=[["number", "!=", None]],
+            newest_first="id",
+        ),
+        "invoice": RecordKind(
+            entity="account.invoice",
+            number="number",
+            owner="party.code",
+            fields={
+                "number": "number",
+                "date": "invoice_date",
+                "state": "state",
+                "total": "total_amount",
+                "to_pay": "amount_to_pay",
+                "currency": "currency.code",
+            },
+            where=[["type", "=", "out"], ["number", "!=", None]],
+            newest_first="id",
+        ),
+        "stock": RecordKind(
+            entity="product.product",
+            number="code",
+            owner=None,
+            fields={"code": "code", "name": "template.name", "available": "quantity"},
+        ),
+        "customer": RecordKind(
+            entity="party.party", number="code", owner="code", fields={"code": "code", "name": "name"}
+        ),
+    }
+
+
+class TrytonSystem(SystemOptions):
+    """Tryton's REST interface (trytond 7.4 or newer) with the key of a user application `rest`."""
+
+    type: Literal["tryton"]
+    url: str
+    """Of the server, for example http://erp:8000."""
+    database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,63}$")]
+    key_env: str
+    """Environment variable with the user application's key."""
+    kinds: dict[Kind, RecordKind] = Field(default_factory=_tryton_kinds)
+    stock_locations: list[int] = []
+    """Ids of the warehouses whose goods count as available."""
+
+    def open(self) -> Tryton:
+        return Tryton(self)
+
+
 class Tryton:
-    """See `services.gateway.tools.records.System`."""
+    """See `services.gateway.systems.base.System`."""
 
     def __init__(self, config: TrytonSystem) -> None:
         key = os.environ.get(config.key_env, "")

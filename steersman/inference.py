@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from steersman.errors import DataError
-from steersman.report.statistics import CONFIDENCE, Interval, cluster_means, mean_interval
+from steersman.statistics import CONFIDENCE, Interval, cluster_means, mean_interval
 
 
 class Equivalence(NamedTuple):

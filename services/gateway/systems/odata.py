@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
 import httpx
 
 from services.gateway.fetching import fetch_json
-from services.gateway.tools.config import Kind, ODataSystem, RecordKind
-from services.gateway.tools.records import Query
+from services.gateway.systems.base import Kind, Query, RecordKind, SystemOptions
 from steersman.errors import ConfigError, UnavailableError
 from steersman.net import guarded_client
 
 
+class ODataSystem(SystemOptions):
+    """An OData v4 service, for example of SAP S/4HANA or CAP."""
+
+    type: Literal["odata"]
+    url: str
+    """Of the service, for example https://s4/sap/opu/odata4/.../0001."""
+    authorization_env: str | None = None
+    """Environment variable with the whole Authorization header."""
+    kinds: dict[Kind, RecordKind]
+    """What S/4HANA calls order, delivery ... differs by release, so there is no default."""
+
+    def open(self) -> OData:
+        return OData(self)
+
+
 class OData:
-    """See `services.gateway.tools.records.System`."""
+    """See `services.gateway.systems.base.System`."""
 
     def __init__(self, config: ODataSystem) -> None:
         headers = {"accept": "application/json", "odata-version": "4.0"}
