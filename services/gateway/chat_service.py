@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from services.gateway.actions import confirm
 from services.gateway.answer import Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
-from services.gateway.auth.origin import begin_visit, headers_of, peer_address
 from services.gateway.bodies import consent_of, request_id_of
 from services.gateway.errors import BadRequestError
 from services.gateway.feedback import FeedbackDesk
 from services.gateway.proposals import Proposal
-from services.gateway.refusals import Refusals
-from steersman.errors import SteersmanError
+from services.gateway.refusals import Refusals, noted
 from steersman.store.feedback import Event
 from steersman.v1 import chat_pb2, chat_pb2_grpc
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest
 
 SERVICE_NAME = "steersman.v1.ChatService"
+_LONGEST_NAME = 200
 _ROLES = {"system", "user", "assistant", "tool"}
 
 
@@ -35,7 +33,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self._refusals = refusals
 
     async def Chat(self, request: chat_pb2.ChatRequest, context: Any) -> AsyncIterator[chat_pb2.ChatResponse]:
-        with noted(self._refusals, context, "Chat") as headers:
+        with noted(self._refusals, context, f"{SERVICE_NAME}/Chat") as headers:
             async for response in self._chat(request, headers):
                 yield response
 
@@ -65,7 +63,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             conversation_id=request.conversation_id,
             idempotency_key=headers.get("idempotency-key", ""),
             fingerprint=fingerprint,
-            consent=consent_of(headers),
+            consent=consent_of(headers, request.consent if request.HasField("consent") else None),
             variant=headers.get("x-steersman-variant", ""),
         )
         answer = await self._assistant.answer(question)
@@ -88,7 +86,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def ConfirmAction(
         self, request: chat_pb2.ConfirmActionRequest, context: Any
     ) -> chat_pb2.ConfirmActionResponse:
-        with noted(self._refusals, context, "ConfirmAction") as headers:
+        with noted(self._refusals, context, f"{SERVICE_NAME}/ConfirmAction") as headers:
             caller = await self._auth.caller(headers)
             desk, recorder = self._assistant.grounding.desk, self._assistant.recorder
             return chat_pb2.ConfirmActionResponse(
@@ -98,13 +96,19 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def SubmitFeedback(
         self, request: chat_pb2.SubmitFeedbackRequest, context: Any
     ) -> chat_pb2.SubmitFeedbackResponse:
-        with noted(self._refusals, context, "SubmitFeedback") as headers:
+        with noted(self._refusals, context, f"{SERVICE_NAME}/SubmitFeedback") as headers:
             return await self._submit(request, headers)
 
     async def _submit(
         self, request: chat_pb2.SubmitFeedbackRequest, headers: Mapping[str, str]
     ) -> chat_pb2.SubmitFeedbackResponse:
-        caller = await self._auth.caller(headers)
+        for name in ("feedback_token", "judge"):
+            if len(getattr(request, name)) > _LONGEST_NAME:
+                raise BadRequestError(f"{name} has more than {_LONGEST_NAME} characters; shorten it", param=name)
+        if request.feedback_token:
+            caller = await self._feedback.caller_by_token(request.feedback_token, request.answer_id)
+        else:
+            caller = await self._auth.caller(headers)
         kind = request.WhichOneof("judgement")
         if kind is None:
             raise BadRequestError("judgement: set thumbs_up, edited_answer or outcome", param="judgement")
@@ -115,21 +119,8 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         else:
             event = Event(request.event_id, request.answer_id, "outcome", request.outcome)
         event = Event(event.event_id, event.answer_id, event.kind, event.value, request.reason)
-        created = await self._feedback.take(caller, request_id_of(headers), event)
+        created = await self._feedback.take(caller, request_id_of(headers), event, request.judge)
         return chat_pb2.SubmitFeedbackResponse(created=created)
-
-
-@contextmanager
-def noted(refusals: Refusals, context: Any, method: str) -> Iterator[Mapping[str, str]]:
-    """The text metadata of a call; what is refused in the block leaves an audit line."""
-    visit = begin_visit(peer_address(context.peer()))
-    metadata = context.invocation_metadata() or ()
-    try:
-        yield headers_of(metadata)
-    except SteersmanError as error:
-        request_id = request_id_of({name: value for name, value in metadata if isinstance(value, str)})
-        refusals.note(visit, error.http_status, f"{SERVICE_NAME}/{method}", request_id)
-        raise
 
 
 def _proposed(proposal: Proposal) -> chat_pb2.ProposedAction:

@@ -93,9 +93,7 @@ class FeedbackDesk:
         Raises:
             UnauthenticatedError: the token is not for this answer, or the answer does not exist.
         """
-        address = current_visit().address
-        self._browsers.check(address)
-        self._browsers.count(address)
+        self._limit()
         tenant = await asyncio.to_thread(self._tenant, answer_id)
         self._tokens.verify(token, answer_id.partition(".")[0], tenant)
         return Caller(BY_TOKEN, tenant, frozenset({"feedback"}))
@@ -109,8 +107,11 @@ class FeedbackDesk:
         Raises:
             NotFoundError: there is no such answer, or it is another tenant's.
             ConflictError: the event id was used for another judgement.
+            RateLimitedError: too much came from this address, or about this answer.
         """
         caller.require("feedback")
+        if caller.key_id == ANONYMOUS:
+            self._limit()
         event.check()
         created = await asyncio.to_thread(self._submit, caller, event, self._judge(caller, judge))
         if created:
@@ -118,6 +119,12 @@ class FeedbackDesk:
             self._metrics.feedback.labels(event.kind, counted).inc()
         await self._recorder.put(Record(audit_row(caller, request_id, "feedback", event.kind, event.answer_id)))
         return created
+
+    def _limit(self) -> None:
+        """Counts a judgement by whoever has no key. Raises RateLimitedError beyond what an address may."""
+        address = current_visit().address
+        self._browsers.check(address)
+        self._browsers.count(address)
 
     def _judge(self, caller: Caller, said: str) -> Judge:
         """Who judges: a person who logged in, whoever an application names, or somebody at a browser."""

@@ -25,11 +25,11 @@ from pydantic import TypeAdapter, ValidationError
 from services.gateway.answer import Answer, Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
-from services.gateway.auth.origin import begin_visit, headers_of, peer_address
 from services.gateway.bodies import consent_of, request_id_of
 from services.gateway.errors import BadRequestError, from_validation
 from services.gateway.openai.schema import ChatMessage
 from services.gateway.openai.translate import to_message
+from services.gateway.refusals import Refusals, noted
 from steersman import __version__
 from steersman.errors import FailedPreconditionError, NotFoundError, SteersmanError, UnavailableError
 from steersman.rpc.finish import openai_finish_name
@@ -230,12 +230,15 @@ class _Repository(ModelRepositoryExtension):
 
 
 class _Servicer(InferenceServicer):
-    """The SDK's servicer with errors of the tree."""
+    """The SDK's servicer with errors of the tree; refusals leave audit lines."""
+
+    def __init__(self, data_plane: DataPlane, repository: ModelRepositoryExtension, refusals: Refusals) -> None:
+        super().__init__(data_plane, repository)
+        self._refusals = refusals
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
-        begin_visit(peer_address(context.peer()))
-        headers_of(context.invocation_metadata() or ())
-        return await _translated(self._infer(request, context))
+        with noted(self._refusals, context, f"{SERVICE_NAME}/ModelInfer"):
+            return await _translated(self._infer(request, context))
 
     async def _infer(self, request: Any, context: Any) -> Any:
         if not await self._data_plane.model_ready(request.model_name):
@@ -243,10 +246,12 @@ class _Servicer(InferenceServicer):
         return await super().ModelInfer(request, context)
 
     async def ModelReady(self, request: Any, context: Any) -> Any:
-        return await _translated(super().ModelReady(request, context))
+        with noted(self._refusals, context, f"{SERVICE_NAME}/ModelReady"):
+            return await _translated(super().ModelReady(request, context))
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:
-        return await _translated(super().ModelMetadata(request, context))
+        with noted(self._refusals, context, f"{SERVICE_NAME}/ModelMetadata"):
+            return await _translated(super().ModelMetadata(request, context))
 
 
 async def _translated(call: Any) -> Any:
@@ -263,7 +268,8 @@ async def _translated(call: Any) -> Any:
 class OipServer(kserve.ModelServer):
     """KServe's model server with the assistant as its model; the gateway brings the listeners."""
 
-    def __init__(self, assistant: Assistant, auth: Authenticator) -> None:
+    def __init__(self, assistant: Assistant, auth: Authenticator, refusals: Refusals) -> None:
+        self._refusals = refusals
         super().__init__(registered_models=kserve.ModelRepository(), enable_latency_logging=False)
         self.dataplane = _DataPlane(self.registered_models, assistant)
         self.model_repository_extension = _Repository(self.registered_models)
@@ -285,7 +291,7 @@ class OipServer(kserve.ModelServer):
 
     def service(self) -> tuple[Any, Any, str]:
         """For `steersman.rpc.server.Server`."""
-        servicer = _Servicer(self.dataplane, self.model_repository_extension)
+        servicer = _Servicer(self.dataplane, self.model_repository_extension, self._refusals)
         return add_GRPCInferenceServiceServicer_to_server, servicer, SERVICE_NAME
 
 

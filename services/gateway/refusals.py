@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from services.gateway.auth.callers import Caller
-from services.gateway.auth.origin import Visit
+from services.gateway.auth.origin import Visit, begin_visit, headers_of, peer_address
+from services.gateway.bodies import request_id_of
 from services.gateway.recorder import Record, Recorder, audit_row
 from services.gateway.redaction import redact
 from steersman.errors import (
@@ -74,3 +78,21 @@ class Refusals:
             except UnavailableError:
                 return
             del self._lines[key]
+
+
+@contextmanager
+def noted(refusals: Refusals, context: Any, method: str) -> Iterator[Mapping[str, str]]:
+    """The text metadata of a gRPC call; what is refused in the block leaves an audit line.
+
+    Args:
+        context: of the servicer's method.
+        method: `package.Service/Method`.
+    """
+    visit = begin_visit(peer_address(context.peer()))
+    metadata = context.invocation_metadata() or ()
+    try:
+        yield headers_of(metadata)
+    except SteersmanError as error:
+        request_id = request_id_of({name: value for name, value in metadata if isinstance(value, str)})
+        refusals.note(visit, error.http_status, method, request_id)
+        raise

@@ -79,7 +79,7 @@ class Gateway:
         self.background = self.assistant.background
         self.refusals = Refusals(self.assistant.recorder, secret)
         self._uvicorn: _Uvicorn | None = None
-        self._oip = OipServer(self.assistant, self.authenticator)
+        self._oip = OipServer(self.assistant, self.authenticator, self.refusals)
         self._grpc: Server | None = None
         self._listener: socket.socket | None = None
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from steersman.v1 import common_pb2 as steersman_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steersman/v1/chat.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"\x9c\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.steersman.v1.Message\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x17\n\x0f\x63onversation_id\x18\x05 \x01(\t\"\xa5\x02\n\x0c\x43hatResponse\x12\x11\n\tanswer_id\x18\x01 \x01(\t\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x17\n\x0fweights_version\x18\x06 \x01(\x04\x12%\n\x07sources\x18\x07 \x03(\x0b\x32\x14.steersman.v1.Source\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x08 \x01(\t\x12\x36\n\x10proposed_actions\x18\t \x03(\x0b\x32\x1c.steersman.v1.ProposedAction\"R\n\x0eProposedAction\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"\"\n\x14\x43onfirmActionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"Q\n\x15\x43onfirmActionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"(\n\x06Source\x12\x0e\n\x06system\x18\x01 \x01(\t\x12\x0e\n\x06record\x18\x02 \x01(\t\"\x9a\x01\n\x15SubmitFeedbackRequest\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x11\n\tanswer_id\x18\x02 \x01(\t\x12\x13\n\tthumbs_up\x18\x03 \x01(\x08H\x00\x12\x17\n\redited_answer\x18\x04 \x01(\tH\x00\x12\x11\n\x07outcome\x18\x05 \x01(\tH\x00\x12\x0e\n\x06reason\x18\x06 \x01(\tB\x0b\n\tjudgement\")\n\x16SubmitFeedbackResponse\x12\x0f\n\x07\x63reated\x18\x01 \x01(\x08\x32\x85\x02\n\x0b\x43hatService\x12?\n\x04\x43hat\x12\x19.steersman.v1.ChatRequest\x1a\x1a.steersman.v1.ChatResponse0\x01\x12[\n\x0eSubmitFeedback\x12#.steersman.v1.SubmitFeedbackRequest\x1a$.steersman.v1.SubmitFeedbackResponse\x12X\n\rConfirmAction\x12\".steersman.v1.ConfirmActionRequest\x1a#.steersman.v1.ConfirmActionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steersman/v1/chat.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"\xbe\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.steersman.v1.Message\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x17\n\x0f\x63onversation_id\x18\x05 \x01(\t\x12\x14\n\x07\x63onsent\x18\x06 \x01(\x08H\x00\x88\x01\x01\x42\n\n\x08_consent\"\xa5\x02\n\x0c\x43hatResponse\x12\x11\n\tanswer_id\x18\x01 \x01(\t\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x17\n\x0fweights_version\x18\x06 \x01(\x04\x12%\n\x07sources\x18\x07 \x03(\x0b\x32\x14.steersman.v1.Source\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x08 \x01(\t\x12\x36\n\x10proposed_actions\x18\t \x03(\x0b\x32\x1c.steersman.v1.ProposedAction\"R\n\x0eProposedAction\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"\"\n\x14\x43onfirmActionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"Q\n\x15\x43onfirmActionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"(\n\x06Source\x12\x0e\n\x06system\x18\x01 \x01(\t\x12\x0e\n\x06record\x18\x02 \x01(\t\"\xc1\x01\n\x15SubmitFeedbackRequest\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x11\n\tanswer_id\x18\x02 \x01(\t\x12\x13\n\tthumbs_up\x18\x03 \x01(\x08H\x00\x12\x17\n\redited_answer\x18\x04 \x01(\tH\x00\x12\x11\n\x07outcome\x18\x05 \x01(\tH\x00\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x07 \x01(\t\x12\r\n\x05judge\x18\x08 \x01(\tB\x0b\n\tjudgement\")\n\x16SubmitFeedbackResponse\x12\x0f\n\x07\x63reated\x18\x01 \x01(\x08\x32\x85\x02\n\x0b\x43hatService\x12?\n\x04\x43hat\x12\x19.steersman.v1.ChatRequest\x1a\x1a.steersman.v1.ChatResponse0\x01\x12[\n\x0eSubmitFeedback\x12#.steersman.v1.SubmitFeedbackRequest\x1a$.steersman.v1.SubmitFeedbackResponse\x12X\n\rConfirmAction\x12\".steersman.v1.ConfirmActionRequest\x1a#.steersman.v1.ConfirmActionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steersman.v1.chat_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CHATREQUEST']._serialized_start=69
-  _globals['_CHATREQUEST']._serialized_end=225
-  _globals['_CHATRESPONSE']._serialized_start=228
-  _globals['_CHATRESPONSE']._serialized_end=521
-  _globals['_PROPOSEDACTION']._serialized_start=523
-  _globals['_PROPOSEDACTION']._serialized_end=605
-  _globals['_CONFIRMACTIONREQUEST']._serialized_start=607
-  _globals['_CONFIRMACTIONREQUEST']._serialized_end=641
-  _globals['_CONFIRMACTIONRESPONSE']._serialized_start=643
-  _globals['_CONFIRMACTIONRESPONSE']._serialized_end=724
-  _globals['_SOURCE']._serialized_start=726
-  _globals['_SOURCE']._serialized_end=766
-  _globals['_SUBMITFEEDBACKREQUEST']._serialized_start=769
-  _globals['_SUBMITFEEDBACKREQUEST']._serialized_end=923
-  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_start=925
-  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_end=966
-  _globals['_CHATSERVICE']._serialized_start=969
-  _globals['_CHATSERVICE']._serialized_end=1230
+  _globals['_CHATREQUEST']._serialized_end=259
+  _globals['_CHATRESPONSE']._serialized_start=262
+  _globals['_CHATRESPONSE']._serialized_end=555
+  _globals['_PROPOSEDACTION']._serialized_start=557
+  _globals['_PROPOSEDACTION']._serialized_end=639
+  _globals['_CONFIRMACTIONREQUEST']._serialized_start=641
+  _globals['_CONFIRMACTIONREQUEST']._serialized_end=675
+  _globals['_CONFIRMACTIONRESPONSE']._serialized_start=677
+  _globals['_CONFIRMACTIONRESPONSE']._serialized_end=758
+  _globals['_SOURCE']._serialized_start=760
+  _globals['_SOURCE']._serialized_end=800
+  _globals['_SUBMITFEEDBACKREQUEST']._serialized_start=803
+  _globals['_SUBMITFEEDBACKREQUEST']._serialized_end=996
+  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_start=998
+  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_end=1039
+  _globals['_CHATSERVICE']._serialized_start=1042
+  _globals['_CHATSERVICE']._serialized_end=1303
 # @@protoc_insertion_point(module_scope)

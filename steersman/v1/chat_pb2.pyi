@@ -8,18 +8,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ChatRequest(_message.Message):
-    __slots__ = ("model", "messages", "sampling", "stop", "conversation_id")
+    __slots__ = ("model", "messages", "sampling", "stop", "conversation_id", "consent")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     CONVERSATION_ID_FIELD_NUMBER: _ClassVar[int]
+    CONSENT_FIELD_NUMBER: _ClassVar[int]
     model: str
     messages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Message]
     sampling: _common_pb2.SamplingParams
     stop: _containers.RepeatedScalarFieldContainer[str]
     conversation_id: str
-    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_common_pb2.Message, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., conversation_id: _Optional[str] = ...) -> None: ...
+    consent: bool
+    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_common_pb2.Message, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., conversation_id: _Optional[str] = ..., consent: bool = ...) -> None: ...
 
 class ChatResponse(_message.Message):
     __slots__ = ("answer_id", "delta", "finish_reason", "prompt_tokens", "completion_tokens", "weights_version", "sources", "feedback_token", "proposed_actions")
@@ -82,20 +84,24 @@ class Source(_message.Message):
     def __init__(self, system: _Optional[str] = ..., record: _Optional[str] = ...) -> None: ...
 
 class SubmitFeedbackRequest(_message.Message):
-    __slots__ = ("event_id", "answer_id", "thumbs_up", "edited_answer", "outcome", "reason")
+    __slots__ = ("event_id", "answer_id", "thumbs_up", "edited_answer", "outcome", "reason", "feedback_token", "judge")
     EVENT_ID_FIELD_NUMBER: _ClassVar[int]
     ANSWER_ID_FIELD_NUMBER: _ClassVar[int]
     THUMBS_UP_FIELD_NUMBER: _ClassVar[int]
     EDITED_ANSWER_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    JUDGE_FIELD_NUMBER: _ClassVar[int]
     event_id: str
     answer_id: str
     thumbs_up: bool
     edited_answer: str
     outcome: str
     reason: str
-    def __init__(self, event_id: _Optional[str] = ..., answer_id: _Optional[str] = ..., thumbs_up: bool = ..., edited_answer: _Optional[str] = ..., outcome: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    feedback_token: str
+    judge: str
+    def __init__(self, event_id: _Optional[str] = ..., answer_id: _Optional[str] = ..., thumbs_up: bool = ..., edited_answer: _Optional[str] = ..., outcome: _Optional[str] = ..., reason: _Optional[str] = ..., feedback_token: _Optional[str] = ..., judge: _Optional[str] = ...) -> None: ...
 
 class SubmitFeedbackResponse(_message.Message):
     __slots__ = ("created",)

@@ -6,6 +6,7 @@ them saw (`x-forwarded-for`); what a client writes into that header itself is ne
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ class Visit:
     """One request, as far as it is known."""
 
     address: str = ""
+    """An IPv4 address, or the /64 network of an IPv6 one; whatever else names the other end."""
     caller: Caller | None = None
 
 
@@ -34,9 +36,20 @@ _visit: ContextVar[Visit] = ContextVar("visit")
 
 def begin_visit(address: str) -> Visit:
     """Remembers where the request of this task comes from."""
-    visit = Visit(address)
+    visit = Visit(_household(address))
     _visit.set(visit)
     return visit
+
+
+def _household(address: str) -> str:
+    """What one subscriber has: an IPv4 address, or a network /64 of IPv6, where he may take any address he likes."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(ip, ipaddress.IPv4Address):
+        return str(ip)
+    return str(ip.ipv4_mapped or ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
 
 
 def current_visit() -> Visit:

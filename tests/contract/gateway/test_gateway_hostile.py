@@ -22,11 +22,13 @@ import jwt
 import pytest
 import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric import rsa
+from kserve.protocol.grpc import grpc_predict_v2_pb2 as oip_pb2
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
 from services.gateway.auth.callers import ALL_SCOPES, Caller
 from services.gateway.auth.identity import CustomerVerifier, sign_customer
 from services.gateway.auth.keys import KeyRing, create_key
-from services.gateway.auth.origin import Attempts, address_of, peer_address
+from services.gateway.auth.origin import Attempts, address_of, begin_visit, peer_address
 from services.gateway.config import IdentityConfig
 from services.gateway.recorder import Record, audit_row
 from services.gateway.server import Gateway
@@ -402,7 +404,54 @@ async def test_refusals_leave_lines_and_a_flood_is_one(tmp_path: Path) -> None:
     store.close()
 
 
+async def test_refusals_over_every_grpc_service_leave_lines(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/g.db"
+    store = open_store(database)
+    feedback, slow = create_key(store, "acme", ["feedback"]), create_key(store, "slow", ["chat"], requests_per_minute=1)
+    infer = oip_pb2.ModelInferRequest(model_name="steersman")
+    tensor = infer.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(b"hello")
+    other = oip_pb2.ModelInferRequest(model_name="other", inputs=infer.inputs)
+    hello = chat_pb2.ChatRequest(messages=[common_pb2.Message(role="user", content="hello")])
+    async with serving(FakePolicy(), database=database, requireApiKey=True) as (gateway, _):
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.grpc_port}") as channel:
+            oip, chat = GRPCInferenceServiceStub(channel), chat_pb2_grpc.ChatServiceStub(channel)
+            named = oip_pb2.ModelReadyRequest(name="other")
+            tries = [
+                (lambda key: oip.ModelInfer(infer, metadata=key), "", grpc.StatusCode.UNAUTHENTICATED),
+                (lambda key: oip.ModelInfer(infer, metadata=key), feedback, grpc.StatusCode.PERMISSION_DENIED),
+                (lambda key: oip.ModelInfer(other, metadata=key), slow, grpc.StatusCode.NOT_FOUND),
+                (lambda key: oip.ModelReady(named, metadata=key), "", grpc.StatusCode.NOT_FOUND),
+                (lambda key: oip.ModelInfer(infer, metadata=key), slow, None),
+                (lambda key: oip.ModelInfer(infer, metadata=key), slow, grpc.StatusCode.RESOURCE_EXHAUSTED),
+                (lambda key: chat.Chat(hello, metadata=key).read(), slow, grpc.StatusCode.RESOURCE_EXHAUSTED),
+            ]
+            for call, key, code in tries:
+                try:
+                    await call([("authorization", f"Bearer {key}")] if key else [])
+                    assert code is None
+                except grpc.aio.AioRpcError as error:
+                    assert error.code() is code, error.details()
+        await stored(gateway)
+        lines = {
+            (outcome, tenant): records[0]
+            for outcome, tenant, kind, records in rows(
+                store, Audit.outcome, Audit.tenant, Audit.action, Audit.records
+            )
+            if kind == "refused"
+        }
+        infer_path, ready_path = ("inference.GRPCInferenceService/" + name for name in ("ModelInfer", "ModelReady"))
+        assert lines["UnauthenticatedError", ""] == {"count": 1, "paths": [infer_path]}
+        assert lines["PermissionDeniedError", "acme"] == {"count": 1, "paths": [infer_path]}
+        assert lines["NotFoundError", ""] == {"count": 2, "paths": [infer_path, ready_path]}
+        assert lines["RateLimitedError", "slow"]["count"] == 2
+    store.close()
+
+
 def test_addresses_are_those_of_our_own_proxies() -> None:
+    for one, other in (("2001:db8::1", "2001:db8::ffff:2"), ("::ffff:1.2.3.4", "1.2.3.4"), ("fe80::1%eth0", "fe80::2")):
+        assert begin_visit(one).address == begin_visit(other).address, "one subscriber"
+    assert begin_visit("2001:db8:0:1::1").address != begin_visit("2001:db8:0:2::1").address
     assert address_of("10.0.0.1", ["1.1.1.1, 2.2.2.2"], 0) == "10.0.0.1"
     assert address_of("10.0.0.1", ["1.1.1.1, 2.2.2.2"], 1) == "2.2.2.2"
     assert address_of("10.0.0.1", ["6.6.6.6", "1.1.1.1, 2.2.2.2"], 2) == "1.1.1.1"
@@ -537,6 +586,58 @@ async def test_a_browsers_votes_are_one_verdict_and_limited(policy: FakePolicy) 
         assert [current for current, _, _ in found].count(True) == 1
         assert {channel for _, channel, _ in found} == {"browser"}
         assert all(len(origin) == 32 for _, _, origin in found)
+
+
+@pytest.mark.parametrize("way", ["token", "nothing", "session", "grpc", "grpc token"])
+async def test_judgements_without_a_key_are_limited_however_they_come(policy: FakePolicy, way: str) -> None:
+    async with serving(policy, limits={"feedbackPerMinute": 5}) as (gateway, http):
+        answer = (await http.post(CHAT, json=BODY)).json()
+        token = answer["steersman"]["feedback_token"]
+        if way == "session":
+            http.cookies.set("steersman_session", await gateway.authenticator.begin_session("", "ann"))
+        refused = 0
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.grpc_port}") as channel:
+            stub = chat_pb2_grpc.ChatServiceStub(channel)
+            for number in range(12):
+                told = {"event_id": f"e{number}", "answer_id": answer["id"]}
+                if way.endswith("token"):
+                    told["feedback_token"] = token
+                if way.startswith("grpc"):
+                    try:
+                        await stub.SubmitFeedback(chat_pb2.SubmitFeedbackRequest(**told, thumbs_up=False))
+                    except grpc.aio.AioRpcError as error:
+                        refused += error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                else:
+                    refused += (await http.post("/v1/feedback", json=told | {"thumbs": "down"})).status_code == 429
+        assert 5 <= refused <= 7, "the tests may take a while, in which one more passes"
+        assert len(rows(gateway.store, FeedbackEvent.id)) == 12 - refused
+
+
+async def test_a_feedback_token_stands_in_for_a_key_over_grpc(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/g.db"
+    store = open_store(database)
+    key = [("authorization", f"Bearer {create_key(store, 'acme', ['chat', 'feedback'])}")]
+    hello = common_pb2.Message(role="user", content="hello")
+    async with serving(FakePolicy(), database=database, requireApiKey=True) as (gateway, _):
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.grpc_port}") as channel:
+            stub = chat_pb2_grpc.ChatServiceStub(channel)
+            parts = [p async for p in stub.Chat(chat_pb2.ChatRequest(messages=[hello], consent=True), metadata=key)]
+            other = [p async for p in stub.Chat(chat_pb2.ChatRequest(messages=[hello]), metadata=key)][-1]
+            told = {"event_id": "e", "answer_id": parts[-1].answer_id, "thumbs_up": True}
+            good = chat_pb2.SubmitFeedbackRequest(**told, feedback_token=parts[-1].feedback_token)
+            assert (await stub.SubmitFeedback(good)).created
+            judged = chat_pb2.SubmitFeedbackRequest(**told | {"event_id": "f"}, judge="ann")
+            assert (await stub.SubmitFeedback(judged, metadata=key)).created
+            for wrong in (other.feedback_token, "1.x", "x" * 201, "\u00b2.\u00b2"):
+                bad = chat_pb2.SubmitFeedbackRequest(**told, feedback_token=wrong)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.SubmitFeedback(bad)
+                assert caught.value.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT)
+        assert sorted(rows(store, FeedbackEvent.channel, FeedbackEvent.current)) == [
+            ("application", True), ("browser", True),
+        ]  # fmt: skip
+        assert [consent for (consent,) in rows(store, Answer.consent)] == [True, None]
+    store.close()
 
 
 async def test_consent_is_asked_for_and_unknown_is_no(policy: FakePolicy) -> None:
