@@ -10,6 +10,7 @@ from steersman.data.agreement import Thresholds
 from steersman.data.pairs import DisagreementRule, TieRule
 from steersman.data.pii import PiiOptions
 
+Lookups = Literal["leave-out", "include"]
 Kind = Literal["preference", "feedback", "demonstration", "aspects"]
 
 
@@ -36,6 +37,11 @@ class ReleaseOptions(BaseModel):
     """Leave out pairs with a smaller margin."""
     consent: Literal["not-refused", "given"] = "not-refused"
     """Whether rows without a word on consent may be used."""
+    lookups: Lookups = "leave-out"
+    """Live answers that rest on records of business systems, or quote an answer that does: leave them out, or take them
+    with the records before them, as the model saw them, where the gateway keeps those (`keeping.lookupTexts`)."""
+    browser_edits: bool = False
+    """Edits by whoever holds an answer's feedback token become preferred answers, too; they may come from anybody."""
     customers: tuple[str, ...] | None = None
     """Only these tenants' rows (and rows of no tenant); unset takes all."""
     exclude_customers: tuple[str, ...] = ()

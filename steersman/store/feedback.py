@@ -18,8 +18,11 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from steersman.data.format import Skip
+from steersman.data.rules import Lookups
 from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError, RateLimitedError
 from steersman.store.models import Answer, FeedbackChannel, FeedbackEvent, FeedbackKind, now
+from steersman.store.quoted import Quotes
 from steersman.store.units import Caps, Tally, Voice
 
 Kind = FeedbackKind
@@ -161,28 +164,38 @@ def feedback_counts(session: Session, deployment: str, since: dt.datetime) -> Co
     return Counter({(kind, said): int(n) for kind, said, n in rows})
 
 
-def preference_rows(session: Session, *, browser_edits: bool = False) -> Iterator[dict[str, Any]]:
+def preference_rows(
+    session: Session, *, browser_edits: bool = False, lookups: Lookups = "leave-out"
+) -> Iterator[dict[str, Any] | Skip]:
     """Answers that a person edited, as preferences: the last edit over the answer.
 
     Args:
         browser_edits: Also edits by whoever held an answer's token; they may come from anybody.
+        lookups: What becomes of answers that rest on looked-up records.
     """
+    quotes = Quotes(session, lookups)
     for answer, events in _answers_with(session, ("edit",)):
         edits = [event for event in events if browser_edits or event.channel != "browser"]
         if not edits:
             continue
-        yield _origin(answer) | {
+        prompt = quotes.prompt(answer)
+        if isinstance(prompt, Skip):
+            yield prompt
+            continue
+        yield _origin(answer, prompt) | {
             "chosen": [{"role": "assistant", "content": edits[-1].value}],
             "rejected": [{"role": "assistant", "content": answer.answer}],
         }
 
 
-def feedback_rows(session: Session) -> Iterator[dict[str, Any]]:
+def feedback_rows(session: Session, *, lookups: Lookups = "leave-out") -> Iterator[dict[str, Any] | Skip]:
     """Answers with a thumb or a telling outcome, as labelled rows.
 
     The last thumb decides, of staff and applications before browsers; without one, outcomes do, and a bad one outweighs
-    a good one. Of one end customer, address or tenant as many rows are given as `Caps` allows.
+    a good one. Of one end customer, address or tenant as many rows are given as `Caps` allows. `lookups` as for
+    `preference_rows`.
     """
+    quotes = Quotes(session, lookups)
     tally = Tally(Caps())
     for answer, events in _answers_with(session, ("thumbs", "outcome")):
         thumbs = [event for event in events if event.kind == "thumbs"]
@@ -194,10 +207,14 @@ def feedback_rows(session: Session) -> Iterator[dict[str, Any]]:
             label = not outcomes & BAD_OUTCOMES
         else:
             continue
+        prompt = quotes.prompt(answer)
+        if isinstance(prompt, Skip):
+            yield prompt
+            continue
         deciding = (known or thumbs or events)[-1]
         if tally.refusal(Voice.of(answer, deciding)) is not None:
             continue
-        yield _origin(answer) | {
+        yield _origin(answer, prompt) | {
             "completion": [{"role": "assistant", "content": answer.answer}],
             "label": label,
         }
@@ -224,7 +241,7 @@ def _answers_with(session: Session, kinds: tuple[str, ...]) -> Iterator[tuple[An
         yield current, events
 
 
-def _origin(answer: Answer) -> dict[str, Any]:
+def _origin(answer: Answer, prompt: list[dict[str, Any]]) -> dict[str, Any]:
     row = {
         "id": f"answer:{answer.id}",
         "source": "feedback",
@@ -233,6 +250,6 @@ def _origin(answer: Answer) -> dict[str, Any]:
         # Of living people's words: who was not asked has not agreed.
         "consent": answer.consent is True,
         "model": answer.model or None,
-        "prompt": answer.prompt,
+        "prompt": prompt,
     }
     return {name: value for name, value in row.items() if value is not None}

@@ -32,9 +32,9 @@ def source_rows(session: Session, options: ReleaseOptions, source: str) -> Kept:
         return _project_rows(session, project, options)
     if source == "feedback":
         if options.kind == "preference":
-            return preference_rows(session)
+            return preference_rows(session, browser_edits=options.browser_edits, lookups=options.lookups)
         if options.kind == "feedback":
-            return feedback_rows(session)
+            return feedback_rows(session, lookups=options.lookups)
         raise DataError(f"feedback: gives rows of type preference and feedback, not {options.kind}")
     return _file_rows(source, options)
 

@@ -26,6 +26,7 @@ async def start(root: Path, endpoint: str, database: str) -> tuple[subprocess.Po
     port = free_port()
     command = [sys.executable, "-m", "services.gateway", "--set", f"port={port}", "--set", "grpcPort=0"]
     command += ["--set", f"database={database}", "--set", f"policy.endpoints=[{endpoint}]"]
+    command += ["--set", "limits.feedbackPerMinute=10000"]
     process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
     await asyncio.to_thread(wait_for_port, port, process)
     return process, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
