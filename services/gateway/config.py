@@ -43,6 +43,12 @@ class PolicyBackend(FrozenModel):
     """Name that an `openai` server knows the model by; None: the gateway's own."""
     api_key_env: str | None = None
     """Environment variable with the key for an `openai` or `tgi` server."""
+    control_tokens: Literal["neutralise", "pass"] = "neutralise"
+    """What becomes of text that spells a control token, where an `openai` or `tgi` server renders conversations itself:
+    `neutralise` puts a space into it (`< |im_end|>`), `pass` trusts the server. The policy service needs neither."""
+    tokenizer: Path | None = None
+    """Folder with the tokenizer.json of the model that an `openai` or `tgi` server serves: its own control tokens are
+    then known and every text is checked. None: those of the known families are."""
     tls: ClientTls | None = None
     """For gRPC; None: plain text."""
     connect_timeout_seconds: Seconds = 2.0

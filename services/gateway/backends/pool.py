@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from services.gateway.backends.base import Replica, ReplicaInfo
+from services.gateway.backends.neutral import Neutraliser, NeutralReplica
 from services.gateway.backends.policy import PolicyReplica
 from services.gateway.config import GatewayConfig
 from steersman.background import Background
@@ -140,6 +141,9 @@ def build_pool(config: GatewayConfig, endpoints: Sequence[str] | None = None) ->
     """The replicas that the configuration names; `endpoints`: others of the same kind."""
     policy = config.policy
     replicas: list[Replica] = []
+    neutraliser = None
+    if policy.kind != "steersman" and policy.control_tokens == "neutralise":
+        neutraliser = Neutraliser(policy.tokenizer)
     for endpoint in policy.endpoints if endpoints is None else endpoints:
         if policy.kind == "steersman":
             replicas.append(PolicyReplica(endpoint, policy.tls, policy.connect_timeout_seconds))
@@ -151,11 +155,12 @@ def build_pool(config: GatewayConfig, endpoints: Sequence[str] | None = None) ->
         if policy.kind == "openai":
             from services.gateway.backends.openai import OpenAIReplica
 
-            replicas.append(OpenAIReplica(endpoint, model, key, policy.connect_timeout_seconds))
+            foreign: Replica = OpenAIReplica(endpoint, model, key, policy.connect_timeout_seconds)
         else:
             from services.gateway.backends.tgi import TgiReplica
 
-            replicas.append(TgiReplica(endpoint, key, policy.connect_timeout_seconds))
+            foreign = TgiReplica(endpoint, key, policy.connect_timeout_seconds)
+        replicas.append(foreign if neutraliser is None else NeutralReplica(foreign, neutraliser))
     if policy.best_of is not None:
         from services.gateway.backends.best_of import BestOfReplica, RewardJudge
 

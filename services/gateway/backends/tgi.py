@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 import httpx
+import httpx2
 from huggingface_hub import AsyncInferenceClient
 from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
 
@@ -40,7 +41,7 @@ class TgiReplica:
             stream = self._complete(client, request) if request.prompt else self._chat(client, request)
             async for response in stream:
                 yield response
-        except (InferenceTimeoutError, httpx.ReadTimeout):
+        except (InferenceTimeoutError, httpx2.ReadTimeout):
             raise DeadlineError(f"{self.target} took longer than {seconds:g} s") from None
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else 500
@@ -49,7 +50,7 @@ class TgiReplica:
             if status < 500:
                 raise BadRequestError(f"The engine refuses the request: {error.server_message or status}") from None
             raise UnavailableError(f"{self.target} failed with status {status}") from None
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx2.HTTPError, OSError) as error:
             raise UnavailableError(f"{self.target} failed ({type(error).__name__})") from None
         finally:
             await client.close()

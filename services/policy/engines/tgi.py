@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import numpy as np
 from huggingface_hub import AsyncInferenceClient
 from huggingface_hub.errors import OverloadedError, TextGenerationError, ValidationError
@@ -287,7 +288,7 @@ def _translate(error: Exception, url: str) -> SteersmanError:
         return UnavailableError(f"the TGI server {url} is overloaded; try again later")
     if isinstance(error, TextGenerationError):
         return InternalError(f"the TGI server {url} failed: {error}")
-    if isinstance(error, (httpx.HTTPError, OSError)):
+    if isinstance(error, (httpx2.HTTPError, OSError)):
         return UnavailableError(f"the TGI server {url} cannot be reached: {error}")
     logger.error("a TGI stream failed", exc_info=error)
     return InternalError(f"generation failed: {error}")
