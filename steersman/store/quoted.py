@@ -1,8 +1,8 @@
 """Answers that rest on looked-up records, on their way into training data.
 
-What such an answer says is the customer's (names, amounts), and without the record before it a model that learns from it
-learns to invent. So these answers are left out, and so are later ones whose conversation quotes them, unless a release
-takes them with their records, which the gateway keeps only where it is told to (`keeping.lookupTexts`).
+What such an answer says is the customer's (names, amounts), and without the record before it a model that learns from
+it learns to invent. So these answers are left out, and so are later ones whose conversation quotes them, unless a
+release takes them with their records, which the gateway keeps only where it is told to (`keeping.lookupTexts`).
 """
 
 from __future__ import annotations
