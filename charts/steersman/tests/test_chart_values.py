@@ -251,6 +251,14 @@ def test_what_signs_sessions_may_lie_in_a_secret_of_its_own(helm, find, profile)
     assert found == [{"name": "signing", "key": "secret"}]
 
 
+def test_production_gateways_do_not_share_what_signs_sessions_through_the_database(helm, find):
+    documents = helm.render("prod")
+    assert load_model(GatewayConfig, config_of(documents, find, "gateway"), "gateway").secret_env
+    spec = pods(documents)["ServingRuntime/steersman-chat"]
+    variables = {v["name"]: v["valueFrom"] for c in spec["containers"] for v in c.get("env", []) if "valueFrom" in v}
+    assert variables["STEERSMAN_SIGNING_SECRET"]["secretKeyRef"] == {"name": "steersman-signing", "key": "secret"}
+
+
 @pytest.mark.parametrize("accept", [False, True])
 def test_the_shared_policy_takes_weights_only_where_the_values_say(helm, find, accept):
     """Those of a run take them always: its token keeps other runs out."""
