@@ -31,14 +31,14 @@ async def read_body(request: Request, cls: type[B]) -> B:
     if media_type != "application/json" and media_type.partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaTypeError("The body must be JSON; send content-type: application/json")
     body = await request.body()
-    _check_structure(body)
+    check_structure(body)
     try:
         return cls.model_validate_json(body)
     except ValidationError as error:
         raise from_validation(error) from None
 
 
-def _check_structure(body: bytes) -> None:
+def check_structure(body: bytes) -> None:
     """Refuses JSON of very many values, however small, before anything is made of them.
 
     Linear, in C. Commas and brackets inside strings do not count; strings are only looked for where it matters.

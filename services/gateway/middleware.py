@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.auth.origin import address_of, begin_visit, once
-from services.gateway.bodies import request_id_of
+from services.gateway.bodies import check_structure, request_id_of
 from services.gateway.config import GatewayConfig, Limits
 from services.gateway.errors import (
     BadRequestError,
@@ -39,6 +39,9 @@ log = logging.getLogger("steersman.gateway")
 _HEADER_BYTES = 32_768
 _PATH_BYTES = 8192
 _LOGGED_PATH = 200
+_OF_SDK = "/v2/"
+"""Where KServe's SDK reads the bodies."""
+_JSON_LENGTH = b"inference-header-content-length"
 
 _SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -110,7 +113,10 @@ class FrontMiddleware:
             limited = _LimitedBody(scope, receive, self._limits)
             endpoint = self._posts.get(scope["path"]) if scope["method"] == "POST" else None
             if endpoint is None:
-                await self._app(scope, limited, send_with_headers)
+                inner: Receive = limited
+                if scope["method"] == "POST" and scope["path"].startswith(_OF_SDK):
+                    inner = await _checked(scope, limited)
+                await self._app(scope, inner, send_with_headers)
             else:
                 response = await endpoint(Request(scope, limited))
                 await response(scope, limited, send_with_headers)
@@ -135,6 +141,28 @@ class FrontMiddleware:
             self._refusals.note(visit, status, scope["path"], request_id)
             route = scope["path"] if endpoint else getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
+
+
+async def _checked(scope: Scope, receive: Receive) -> Receive:
+    """Reads a body that a library parses, refuses JSON of very many values, and hands it on."""
+    parts: list[bytes] = []
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    body = b"".join(parts)
+    # With tensors in binary only the beginning is JSON.
+    length = next((value for name, value in scope["headers"] if name == _JSON_LENGTH), b"")
+    check_structure(body[: int(length)] if length.isdigit() else body)
+    unread = [body]
+
+    async def replay() -> Message:
+        return {"type": "http.request", "body": unread.pop(), "more_body": False} if unread else await receive()
+
+    return replay
 
 
 def _check_host(headers: Sequence[tuple[str, str]], allowed: Sequence[str] | None) -> None:
