@@ -14,6 +14,13 @@ from services.gateway.tools.reading import fold
 _READ = 2000
 _ONLY = 160
 """A longer message says more than that."""
+_MOST_BEYOND = 1
+"""Words behind the wish with which it is still all that is said."""
+_WORD = re.compile(
+    r"\b(?!(?:please|now|today|asap|directly|instead|right|away|immediately|being|thanks?|you|bitte|danke|jetzt|s|il|vous|te"
+    r"|plait|merci|por|favor|gracias|per|favore|grazie|alstublieft|alsjeblieft|obrigad[oa]|prosze|prosim|tack|lutfen"
+    r"|пожалуйста|싶\w*|주세요|주십시오)\b)\w+"
+)
 
 # By language: how contact with a person is wished for. `_P` stands for the person.
 _PERSON = (
@@ -33,7 +40,7 @@ _WISHES = (
     rf"(?:reach|contact|call) {_PERSON}",
     r"(?:can|could|may|will|would) (?:someone|somebody|a (?:human|person|colleague)) (?:please )?"
     r"(?:call|contact|help|phone|ring|talk to|speak (?:to|with)|get back to) me",
-    r"(?:i (?:want|need|prefer)|give me) (?:an? )?(?:human|agent|representative|operator)(?! error)",
+    r"(?:i (?:want|need|prefer)|give me|gimme) (?:an? )?(?:human|agent|representative|operator)(?! error)",
     # German
     r"mit (?:einem|einer|nem|ner|ihrem|eurem) (?:\w+ )?(?:menschen?|mitarbeiter(?:in)?|person|kolleg(?:en|in)"
     r"|berater(?:in)?"
@@ -126,12 +133,17 @@ _ALONE = re.compile(fold("|".join(_BARE)))
 def wants_person(text: str) -> Literal["no", "also", "only"]:
     """`only`: the message asks for a person and nothing else; `also`: among other things."""
     clauses = [" ".join(clause.split()) for clause in _CLAUSE.split(fold(text[-_READ:]).replace("’", "'"))]
-    if not any(map(_wants, clauses)):
+    rests = [rest for clause in clauses if (rest := _beyond_the_wish(clause)) is not None]
+    if not rests:
         return "no"
-    return "only" if len(text) <= _ONLY and not re.search(r"\d", text) and "?" not in text[:-1] else "also"
+    alone = len(text) <= _ONLY and not re.search(r"\d", text) and "?" not in text[:-1]
+    # 'I need a representative' may go on with 'sample of the fabric'.
+    return "only" if alone and all(len(_WORD.findall(rest)) <= _MOST_BEYOND for rest in rests) else "also"
 
 
-def _wants(clause: str) -> bool:
+def _beyond_the_wish(clause: str) -> str | None:
+    """What a clause says behind its wish for a person; None where it has none."""
     if _ALONE.fullmatch(clause):
-        return True
-    return bool(_WISH.search(clause)) and not _DENIED.search(clause) and not _OTHERS.search(clause)
+        return ""
+    wish = _WISH.search(clause)
+    return clause[wish.end() :] if wish and not _DENIED.search(clause) and not _OTHERS.search(clause) else None

@@ -202,7 +202,8 @@ def _numbers(text: str, folded: str, stems: Mapping[Kind, re.Pattern[str]]) -> I
         while prefix := _PREFIX.match(folded, rest, end):
             letters = prefix.group(1)
             named = next((kind for kind, stem in stems.items() if stem.fullmatch(letters)), None)
-            if named is None and letters not in MARKERS:
+            # `č.2`: what is one letter with its accent, or a word of another script, is an abbreviation.
+            if named is None and letters not in MARKERS and text[rest : prefix.end()].isascii():
                 break
             kind, marked, rest = kind or named, True, prefix.end()
         value = text[rest:end]

@@ -7,6 +7,7 @@ import pytest
 from services.gateway.tools.hand_over import wants_person
 
 ONLY = [
+    "gimme a human, thank you",
     "I want to speak to a human being, please",
     "I want to talk to a human",
     "I'd like to speak with a representative",
@@ -53,6 +54,9 @@ ONLY = [
     "상담원 연결해 주세요",
 ]
 ALSO = [
+    "get me a person-sized box",
+    "Do I need an agent to import chairs?",
+    "I need a representative sample of the fabric",
     "I want to speak to a human about order 2",
     "Where is my order 2? And please connect me to an agent.",
     "Wo ist Bestellung 2? Ich möchte mit einem Mitarbeiter sprechen.",
@@ -60,6 +64,16 @@ ALSO = [
     "No, I want to talk to a human, not order 2 again",
 ]
 NO = [
+    "What does your agent Smith say about order 2?",
+    "Could a person sign for my parcel?",
+    "Kann mir jemand sagen, wo Bestellung 2 ist?",
+    "¿Alguien puede decirme dónde está mi pedido 2?",
+    "誰か注文2の状況を教えてください",
+    "我想买人工智能的书",
+    "有人能告诉我订单2的状态吗",
+    "담당자 이름이 송장에 있나요",
+    "Put me down for two chairs",
+    "оператор доставки потерял посылку 3",
     "I do not want to talk to an agent, just tell me about order 2",
     "Please transfer invoice 2 to my colleague",
     "I don't want to speak to a human",

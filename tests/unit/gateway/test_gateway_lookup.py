@@ -63,6 +63,7 @@ def test_wishes(text: str, expected: list[Wish]) -> None:
         "Onde está a minha encomenda 2?",
         "Gdzie jest moje zamówienie nr 2?",
         "Kde je objednávka č. 2",
+        "objednávka č.2",
         "Var är min beställning 2",
         "siparişim 2 nerede",
         "Где мой заказ №2?",
