@@ -43,6 +43,8 @@ _OF_SDK = "/v2/"
 """Where KServe's SDK reads the bodies."""
 _JSON_LENGTH = b"inference-header-content-length"
 
+# Pages bring their own script and style files; nothing inline, nothing from elsewhere.
+PAGE_POLICY = "default-src 'self'; object-src 'none'; frame-ancestors {}; base-uri 'none'; form-action 'self'"
 _SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"same-origin"),
@@ -50,11 +52,7 @@ _SECURITY_HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
-    # Pages bring their own script and style files; nothing inline, nothing from elsewhere.
-    (
-        b"content-security-policy",
-        b"default-src 'self'; object-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
-    ),
+    (b"content-security-policy", PAGE_POLICY.format("'none'").encode()),
 )
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -97,7 +95,9 @@ class FrontMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *_SECURITY_HEADERS]
+                own = {name.lower() for name, _ in message["headers"]}  # a page that may stand elsewhere says so itself
+                usual = [header for header in _SECURITY_HEADERS if header[0] not in own]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *usual]
             await send(message)
 
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from fastapi import APIRouter, Request
@@ -12,6 +13,7 @@ from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import SESSION_COOKIE, Authenticator
 from services.gateway.auth.callers import Scope
 from services.gateway.auth.tokens import SESSION_SECONDS
+from services.gateway.middleware import PAGE_POLICY
 from services.gateway.pages.agreement import agreement_router
 from services.gateway.pages.labelling import labelling_router
 from services.gateway.pages.operator import operator_router
@@ -50,15 +52,37 @@ def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> API
         except SteersmanError:
             scopes, signed_in = frozenset(), False
         places = [Place("/login", "Sign in")] if auth.required and not signed_in else []
+        return chat(
+            places=[place for place in _PLACES if place.scope in scopes] + places, signed_in=signed_in, embedded=False
+        )
+
+    @router.get("/widget")
+    async def widget_page() -> Response:
+        """The chat in a frame on a page of another site; nobody is signed in there but by what that page hands over."""
+        response = chat(places=[], signed_in=False, embedded=True)
+        response.headers["content-security-policy"] = PAGE_POLICY.format(" ".join(_embedding_sites()))
+        return response
+
+    @router.get("/widget.js")
+    async def widget_script() -> Response:
+        _embedding_sites()
+        headers = {"cross-origin-resource-policy": "cross-origin", "cache-control": "max-age=3600"}
+        return FileResponse(HERE / "static" / "widget.js", media_type="text/javascript; charset=utf-8", headers=headers)
+
+    def chat(**shown: Any) -> Response:
         config = assistant.config
         return render(
             "chat.html",
             model=config.model,
             kept=config.database is not None,
             suggestions=config.suggestions,
-            places=[place for place in _PLACES if place.scope in scopes] + places,
-            signed_in=signed_in,
+            **shown,
         )
+
+    def _embedding_sites() -> list[str]:
+        if not assistant.config.embed_origins:
+            raise NotFoundError("The chat may stand on no other site here; name the site in embedOrigins")
+        return assistant.config.embed_origins
 
     @router.get("/static/{name}")
     async def static(name: str) -> Response:

@@ -40,7 +40,7 @@ async def browsing(**changes: Any) -> AsyncIterator[tuple[Any, Any, FakePolicy, 
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         try:
             yield page, gateway, policy, gateway.url
-            assert errors == []
+            assert not errors, errors
         finally:
             await browser.close()
 

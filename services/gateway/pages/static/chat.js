@@ -8,17 +8,25 @@ const send = document.querySelector("#send");
 const stop = document.querySelector("#stop");
 const model = document.body.dataset.model;
 const kept = "kept" in document.body.dataset;
-const KEY = `steersman-chat-${model}`;
 // Answers are Markdown without HTML; pictures would be fetched from wherever a text says.
 const markdown = window.markdownit({ html: false, breaks: true, linkify: false }).disable("image");
 let turns = []; // {role, content, about}
 let running = null; // AbortController of the answer that streams
 
+const embedded = "embedded" in document.body.dataset;
 // An application opens the page as /#customer=<token>; a fragment never reaches a server's log.
-const customer = new URLSearchParams(location.hash.slice(1)).get("customer");
+const handed = new URLSearchParams(location.hash.slice(1));
+const customer = handed.get("customer");
+const key = embedded ? handed.get("key") : null;
+// Another customer in the same tab does not see this one's conversation.
+const KEY = `steersman-chat-${model}-${(customer ?? "").slice(-16)}`;
 
 function headers() {
-  return { "content-type": "application/json", ...(customer ? { "x-customer-token": customer } : {}) };
+  return {
+    "content-type": "application/json",
+    ...(customer ? { "x-customer-token": customer } : {}),
+    ...(key ? { authorization: `Bearer ${key}` } : {}),
+  };
 }
 
 function copyOf(template) {
@@ -110,7 +118,7 @@ async function ask(text) {
       body: JSON.stringify({ model, messages: turns.map(({ role, content }) => ({ role, content })), stream: true }),
       signal: mine.signal,
     });
-    if (response.status === 401 && !customer) location.assign("/login?next=/");
+    if (response.status === 401 && !customer && !embedded) location.assign("/login?next=/");
     if (!response.ok) throw new Error(await problem(response));
     for await (const chunk of events(response.body)) {
       if (chunk.error) throw new Error(chunk.error.message);
@@ -279,6 +287,10 @@ question.addEventListener("keydown", (event) => {
   }
 });
 stop.addEventListener("click", () => running?.abort());
+if (embedded) {
+  addEventListener("focus", () => question.focus());
+  addEventListener("keydown", (event) => event.key === "Escape" && parent.postMessage("steersman-close", "*"));
+}
 document.querySelector("#new").addEventListener("click", () => {
   running?.abort();
   running = null;
