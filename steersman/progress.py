@@ -7,6 +7,7 @@ On a terminal it is one moving bar; with `STEERSMAN_PROGRESS=json` it is JSON li
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -78,6 +79,15 @@ class ConsoleReporter:
             left = self._seconds_left(total - step)
             self._set_activity("working")
             self._view.step(step, total, metrics, left)
+
+    @contextlib.contextmanager
+    def rows_in(self, metrics_path: Path) -> Iterator[None]:
+        """Inside, rows go to another file: those of a part that counts its steps anew."""
+        before, self._metrics, self._continued = (self._metrics, self._continued), metrics_path, False
+        try:
+            yield
+        finally:
+            self._metrics, self._continued = before
 
     def note(self, text: str) -> None:
         """One line about what happens now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from steersman.config.manifest import DataSpec, DemoData, EvaluateStage, RunSpec, Stage
@@ -23,6 +24,9 @@ class Recorder:
 
     def activity(self, text: str) -> None:
         self.notes.append(text)
+
+    def rows_in(self, metrics_path: Path) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 def stage_context(folder: Path, model: Path, data: dict[str, DataFiles]) -> StageContext:

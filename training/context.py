@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,6 +23,9 @@ class Reporter(Protocol):
 
     def activity(self, text: str) -> None:
         """What is being done; shown when nothing else has been for a while."""
+
+    def rows_in(self, metrics_path: Path) -> AbstractContextManager[None]:
+        """Inside, the metrics of steps go to another file: those of a part that counts its steps anew."""
 
 
 @dataclass(frozen=True)

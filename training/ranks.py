@@ -60,6 +60,8 @@ def _one_machine(parameters: RendezvousParameters) -> RendezvousHandler:
 def main() -> None:
     arguments = sys.argv[1:]
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:  # mode 0700
+        if not any(argument.startswith(("--log-dir", "--log_dir")) for argument in arguments):
+            arguments.insert(0, f"--log-dir={folder}/logs")  # torch's own folder would stay behind
         if "--one-machine" in arguments:
             rendezvous_handler_registry.register("one-machine", _one_machine)
             arguments[arguments.index("--one-machine")] = "--rdzv-backend=one-machine"

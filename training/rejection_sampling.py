@@ -71,7 +71,6 @@ def _write_winners(
     partial = path.with_suffix(".partial")
     with storage_errors(partial):
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.rename(path)
     rewards = [reward for items in scored for item in items if math.isfinite(reward := reward_of(item.score))]
     context.reporter.step(
         number + 1,
@@ -81,6 +80,7 @@ def _write_winners(
         winners=float(len(rows)),
         **timing,
     )
+    partial.rename(path)  # last: a round with its winners has its row
 
 
 def _fine_tune(
@@ -101,7 +101,8 @@ def _fine_tune(
         max_length=max_length,
     )
     round_context = replace(context, stage_dir=winners.parent, policy_model=model)
-    run_sft(stage, round_context, labelled_winners(winners))
+    with context.reporter.rows_in(winners.parent / "metrics.jsonl"):
+        run_sft(stage, round_context, labelled_winners(winners))
     shutil.rmtree(round_context.checkpoints, ignore_errors=True)
 
 

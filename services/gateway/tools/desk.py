@@ -23,6 +23,9 @@ from steersman.store.models import now
 
 log = logging.getLogger("steersman.gateway")
 
+_MARGIN_SECONDS = 5.0
+"""Beyond what a ticket takes at most: what is being carried out for longer was begun by a gateway that died."""
+
 
 class Desk:
     def __init__(self, config: HandOver, store: Store) -> None:
@@ -70,10 +73,21 @@ class Desk:
         try:
             ticket = await self._deliver(caller, proposal, row["transcript"])
         except BaseException:
-            await asyncio.shield(asyncio.to_thread(self._set_state, action_id, "proposed", ""))
+            await asyncio.shield(asyncio.to_thread(self._end, row, "proposed", ""))
             raise
-        await asyncio.to_thread(self._set_state, action_id, "done", ticket)
+        await asyncio.shield(self._note_done(row, ticket))
         return proposal, ticket
+
+    async def _note_done(self, row: dict[str, Any], ticket: str) -> None:
+        """The ticket is there; a database that is away for a moment must not make a second one."""
+        for pause in (0.5, 1.0, 2.0, None):
+            try:
+                await asyncio.to_thread(self._end, row, "done", ticket)
+                return
+            except UnavailableError:
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
 
     async def _deliver(self, caller: Caller, proposal: Proposal, transcript: list[dict[str, str]]) -> str:
         ticket = Ticket(proposal.id, proposal.action, proposal.arguments, caller.tenant, caller.customer_id, transcript)
@@ -90,20 +104,25 @@ class Desk:
 
     def _begin(self, caller: Caller, action_id: str) -> dict[str, Any]:
         with self._store.transaction() as session:
-            row = session.get(ProposedAction, action_id)
+            row = session.get(ProposedAction, action_id, with_for_update=True)  # two gateways may ask at once
             mine = row is not None and (row.tenant, row.customer) == (caller.tenant, caller.customer_id)
             if row is None or not mine or (row.state == "proposed" and row.expires_at < now()):
                 raise NotFoundError("There is no such proposed action; it may have expired")
             if row.state == "running" and row.expires_at > now():
                 raise ConflictError("The action is being carried out at this moment; ask again in some seconds")
-            found = {
-                name: getattr(row, name) for name in ("id", "action", "arguments", "transcript", "state", "ticket")
-            }
+            names = ("id", "action", "arguments", "transcript", "state", "ticket", "expires_at")
+            found = {name: getattr(row, name) for name in names}
             if row.state != "done":
+                # Whoever carries it out has it for so long only: he may die, or find the database away at the end.
                 row.state = "running"
+                row.expires_at = now() + dt.timedelta(seconds=3 * self._config.seconds + _MARGIN_SECONDS)
             return found
 
-    def _set_state(self, action_id: str, state: str, ticket: str) -> None:
+    def _end(self, begun: dict[str, Any], state: str, ticket: str) -> None:
+        """Of what `_begin` began; a proposal that was not delivered may be confirmed as long as before, at least once."""
         with self._store.transaction() as session:
-            row = session.get_one(ProposedAction, action_id)
+            row = session.get_one(ProposedAction, begun["id"], with_for_update=True)
+            if row.state == "done":  # somebody took over, and was sooner
+                return
             row.state, row.ticket = state, ticket
+            row.expires_at = max(begun["expires_at"], row.expires_at)

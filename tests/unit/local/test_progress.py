@@ -107,3 +107,15 @@ class _Signal(io.StringIO):
         if self._text in text:
             self.seen.set()
         return super().write(text)
+
+
+def test_a_part_that_counts_its_steps_anew_does_not_remove_the_stages_rows(tmp_path: Path) -> None:
+    path, part = tmp_path / "metrics.jsonl", tmp_path / "round-1" / "metrics.jsonl"
+    for first in (1, 2):  # the second time it continues at round 2
+        with ConsoleReporter("rejection", path, stream=io.StringIO()) as reporter:
+            for number in (1, 2)[first - 1 :]:
+                reporter.step(number, 2, reward=float(number))
+                with reporter.rows_in(part):
+                    reporter.step(1, 1, loss=float(number))
+    assert [row["step"] for row in rows(path)] == [1, 2]
+    assert [row["loss"] for row in rows(part)] == [2.0]

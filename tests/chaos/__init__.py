@@ -1,0 +1,1 @@
+"""Seeded random faults against the real processes: `make chaos`; a few seeds are part of the tests."""

@@ -1,0 +1,40 @@
+"""A few seeds of `make chaos` on both families."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(900)
+
+
+# Of the runs: a killed trainer with a damaged checkpoint; of the gateways: kills and a database that is locked.
+@pytest.mark.parametrize(("family", "shape", "first", "count"), [("run", "ppo", 20, 2), ("gateway", "sqlite", 31, 1)])
+def test_a_few_seeds(family: str, shape: str, first: int, count: int, repo_root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "chaos", "--family", family, "--shape", shape, "--first", str(first)]
+    command += ["--schedules", str(count), "--out", str(tmp_path / "chaos.json")]
+    paths = os.pathsep.join([str(repo_root), str(repo_root / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {name: value for name, value in os.environ.items() if name != "CHAOS_SEED"} | {"PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"schedules", "equal", "stopped_clearly", "bad"}
+    assert found["bad"] == [], done.stdout[-4000:]
+    assert found["schedules"] == found["equal"] + found["stopped_clearly"] == count
+
+
+def test_a_schedule_follows_from_its_seed() -> None:
+    from chaos.gateways import plan_of as gateway_plan
+    from chaos.runs import plan_of as run_plan
+
+    for seed in range(50):
+        assert run_plan(seed, mounts=True, jumps=True) == run_plan(seed, mounts=True, jumps=True)
+        again = gateway_plan(seed, mounts=True, postgres=True)
+        assert again == gateway_plan(seed, mounts=True, postgres=True)
+    names = {name for seed in range(400) for name in run_plan(seed, mounts=True, jumps=True).names()}
+    assert {"full disk", "stale replica", "two runs", "manifest edited", "clock jumps", "few handles"} <= names
