@@ -119,7 +119,7 @@ class Desk:
             return found
 
     def _end(self, begun: dict[str, Any], state: str, ticket: str) -> None:
-        """Of what `_begin` began; a proposal that was not delivered may be confirmed as long as before, at least once."""
+        """Of what `_begin` began; a proposal that was not delivered may be confirmed as long as before."""
         with self._store.transaction() as session:
             row = session.get_one(ProposedAction, begun["id"], with_for_update=True)
             if row.state == "done":  # somebody took over, and was sooner
