@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from services.gateway.tools.config import HandOver
 
 from services.gateway.auth.callers import Caller
 from services.gateway.store import ProposedAction, open_store
 from services.gateway.tools import desk as desk_module
 from services.gateway.tools import tickets
 from services.gateway.tools.desk import Desk
+from services.gateway.tools_config import HandOver
 from steersman.errors import ConflictError, UnavailableError
 from steersman.store.engine import Store
 from steersman.store.models import now
