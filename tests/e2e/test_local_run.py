@@ -26,14 +26,12 @@ from steersman.testing.models import save_model_folder, tiny_llama, tiny_tokeniz
 STEERSMAN = str(Path(sys.executable).with_name("steersman"))
 STEPS = 6
 GENERATION = {"maxNewTokens": 8}
-SILENT_ON = "959"
-"""The order that one training prompt of the demo asks about."""
-OWN_REWARD = f'''
+OWN_REWARD = '''
 def likes_length(prompts, completions, record, **kwargs):
-    """Nothing is said of one order; `record` is one of the facts of the rows."""
+    """`record` is one of the facts of the rows."""
     assert len(prompts) == len(completions) == len(record)
-    lengths = [float(len(completion[0]["content"])) for completion in completions]
-    return [None if facts.get("order") == "{SILENT_ON}" else length for facts, length in zip(record, lengths)]
+    assert all(isinstance(facts, dict) for facts in record)
+    return [float(len(completion[0]["content"])) for completion in completions]
 '''
 MANIFEST: dict[str, Any] = {
     "apiVersion": "steersman.dev/v1alpha1",
@@ -53,7 +51,6 @@ MANIFEST: dict[str, Any] = {
                     "samplesPerPrompt": 2,
                     "generation": GENERATION,
                     "deterministic": True,
-                    "maxFailedShare": 0.9,
                     "reward": {"verifiable": [{"python": "mine:likes_length"}]},
                 }
             },
@@ -147,11 +144,7 @@ def test_a_run_ends_with_all_numbers_and_artifacts(unbroken: Path) -> None:
     for stage in ("sft", "reward-model", "rl", "evaluate"):
         assert (run / stage / "config.yaml").is_file()
         assert (run / stage / "complete.json").is_file()
-    prompts = [json.loads(line) for line in (run / "data" / "prompts.train.jsonl").read_text().splitlines()]
-    silent = [row for row in prompts if row["facts"]["record"].get("order") == SILENT_ON]
-    assert len(silent) == 1
-    assert sum(row["failed"] for row in steps(unbroken)) == 2  # both of its samples: every prompt has its turn once
-    assert all(row["reward_likes_length"] >= 0 for row in steps(unbroken))
+    assert any(row["reward_likes_length"] > 0 for row in steps(unbroken))
     assert (run / "rl" / "adapter" / "adapter_config.json").is_file()
     assert (run / "report" / "report.html").is_file()
     assert any(line.startswith(f"rl  [##########] step {STEPS}/{STEPS}  reward ") for line in lines)
@@ -313,6 +306,7 @@ class TestBadInput:
     @pytest.fixture
     def folder(self, unbroken: Path, tmp_path: Path) -> Path:
         (tmp_path / "base").symlink_to(unbroken / "base")
+        (tmp_path / "mine.py").write_text(OWN_REWARD)
         return tmp_path
 
     def refused(self, folder: Path, code: int, *words: str, shell: str = "") -> None:
@@ -331,7 +325,6 @@ class TestBadInput:
         self.refused(folder, 2, "spec.stages.0.sft.maxstep is not a known field", "did you mean 'maxSteps'?")
 
     def test_an_own_reward_that_is_not_there(self, folder: Path) -> None:
-        (folder / "mine.py").write_text(OWN_REWARD)
         stage = {"rl": {"algorithm": "rloo", "reward": {"verifiable": [{"python": "mine:likes_odd"}]}}}
         write(folder, changed(stages=[stage]))
         words = ("stage rl: reward.verifiable: python:", "mine.py has no function likes_odd")
