@@ -51,7 +51,8 @@ def trainer_of(stage: str, folder: Path, packed: bool, scratch: str) -> tuple[An
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
     from steersman.config.manifest import DpoStage, Lora, RewardModelStage
-    from steersman.nn.load import disable_dropout, load_causal_lm, load_classifier, load_tokenizer
+    from steersman.nn.dropout import disable_dropout
+    from steersman.nn.load import load_causal_lm, load_classifier, load_tokenizer
     from steersman.nn.lora import attach_lora
     from steersman.nn.parity import skip_padding
     from steersman.nn.tokens import distinct_pad_token

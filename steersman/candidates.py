@@ -101,7 +101,7 @@ async def _model_name(target: str, stub: Any, sampling: Sampling) -> str:
         info = await stub.GetPolicyInfo(policy_pb2.GetPolicyInfoRequest(), timeout=sampling.timeout_seconds)
     except grpc.RpcError as error:
         raise from_grpc(error, f"policy {target}") from error
-    return info.model.name
+    return str(info.model.name)
 
 
 async def _candidates(

@@ -74,7 +74,8 @@ class Guard(httpx.AsyncBaseTransport, httpx.BaseTransport):
         for address in self._checked(url.host, found):
             _direct(request, url, address)
             try:
-                return await self._inner.handle_async_request(request)
+                answer: httpx.Response = await self._inner.handle_async_request(request)
+                return answer
             except self._unreachable:
                 if address == found[-1]:
                     raise
@@ -91,7 +92,8 @@ class Guard(httpx.AsyncBaseTransport, httpx.BaseTransport):
         for address in self._checked(url.host, found):
             _direct(request, url, address)
             try:
-                return self._inner.handle_request(request)
+                answer: httpx.Response = self._inner.handle_request(request)
+                return answer
             except self._unreachable:
                 if address == found[-1]:
                     raise

@@ -54,7 +54,7 @@ class Registry:
                 response = await self._http.get(path, params=body)
             else:
                 response = await self._http.post(path, json=body)
-            answer = response.json()
+            answer: dict[str, Any] = response.json()
         except (httpx.HTTPError, ValueError) as error:
             raise UnavailableError(f"the model registry does not answer ({error}); check mlflowUrl") from None
         if response.is_success or (may_exist and answer.get("error_code") == "RESOURCE_ALREADY_EXISTS"):

@@ -36,7 +36,8 @@ class KServeEndpoint:
 
     @property
     def model(self) -> str | None:
-        return self._stable.get("model", {}).get("storageUri")
+        uri: str | None = self._stable.get("model", {}).get("storageUri")
+        return uri
 
     @property
     def canaries(self) -> tuple[str, ...]:
@@ -44,7 +45,8 @@ class KServeEndpoint:
 
     @property
     def _stable(self) -> Json:
-        return self.service["spec"]["predictor"]
+        predictor: Json = self.service["spec"]["predictor"]
+        return predictor
 
     @property
     def _entries(self) -> list[Json]:

@@ -160,8 +160,10 @@ class Kube:
         return bool((answer.get("status") or {}).get("allowed"))
 
     async def _json(self, method: str, path: str, **options: Any) -> Json:
-        return json.loads(await self._raw(method, path, **options))
+        answer: Json = json.loads(await self._raw(method, path, **options))
+        return answer
 
     async def _raw(self, method: str, path: str, **options: Any) -> bytes:
         response = await self._client.request(method, path, serialize=False, _request_timeout=30, **options)
-        return await response.read()
+        content: bytes = await response.read()
+        return content

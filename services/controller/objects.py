@@ -69,7 +69,7 @@ def object_name(run: str, suffix: str) -> str:
 
 def run_dir(run: Manifest, storage: Storage) -> Path:
     """Folder of a run on the artifacts volume."""
-    return Path(storage.root) / "runs" / run["metadata"]["namespace"] / run["metadata"]["name"]
+    return Path(storage.root, "runs", run["metadata"]["namespace"], run["metadata"]["name"])
 
 
 def model_path(run: Manifest, stage: str, storage: Storage) -> str:

@@ -144,7 +144,7 @@ class Reconciler:
                 await self._kube.apply(kind, namespace, name, body)
             case Patch("AlignmentRun", name, body):
                 changed = await self._kube.patch("AlignmentRun", namespace, name, body)
-                run["metadata"]["resourceVersion"] = changed["metadata"]["resourceVersion"]  # type: ignore[index]
+                run["metadata"]["resourceVersion"] = changed["metadata"]["resourceVersion"]
             case Patch(kind, name, body):
                 await self._kube.patch(kind, namespace, name, body)
             case Delete(kind, name):

@@ -51,7 +51,7 @@ class SplitEndpoint:
 
     @property
     def _name(self) -> str:
-        return self.deployment["metadata"]["name"]
+        return str(self.deployment["metadata"]["name"])
 
     @property
     def model(self) -> str | None:
@@ -186,4 +186,4 @@ def _is_rolled_out(deployment: Manifest) -> bool:
     replicas = deployment["spec"].get("replicas", 1)
     current = status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0)
     counts = (status.get("updatedReplicas", 0), status.get("availableReplicas", 0))
-    return current and min(counts) >= replicas and status.get("replicas", 0) == replicas
+    return bool(current) and min(counts) >= replicas and status.get("replicas", 0) == replicas

@@ -62,7 +62,7 @@ async def serve_app(app: Any) -> AsyncIterator[str]:
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+        return int(listener.getsockname()[1])
 
 
 def wait_for_port(port: int, process: subprocess.Popen[Any], seconds: float = 150) -> None:

@@ -66,7 +66,7 @@ class Cluster:
         By server-side apply: in a merge patch the API server drops the nulls of list elements, and so `lora: null`.
         """
         name = document["metadata"]["name"]
-        return self.call(
+        run: dict[str, Any] = self.call(
             name,
             self._runs.patch_namespaced_custom_object,
             *(GROUP, VERSION, self.namespace, PLURAL, name, document),
@@ -74,10 +74,12 @@ class Cluster:
             force=True,
             _content_type="application/apply-patch+yaml",
         )
+        return run
 
     def get(self, name: str) -> dict[str, Any]:
         place = (GROUP, VERSION, self.namespace, PLURAL, name)
-        return self.call(f"run {name}", self._runs.get_namespaced_custom_object, *place)
+        run: dict[str, Any] = self.call(f"run {name}", self._runs.get_namespaced_custom_object, *place)
+        return run
 
     def groups(self) -> set[str]:
         """API groups that the server has: what is installed."""
@@ -99,7 +101,8 @@ class Cluster:
 
     def list(self) -> list[dict[str, Any]]:
         place = (GROUP, VERSION, self.namespace, PLURAL)
-        return self.call("runs", self._runs.list_namespaced_custom_object, *place)["items"]
+        found: dict[str, Any] = self.call("runs", self._runs.list_namespaced_custom_object, *place)
+        return [*found["items"]]
 
     def annotate(self, name: str, annotations: dict[str, str]) -> None:
         body = {"metadata": {"annotations": annotations}}

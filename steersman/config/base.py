@@ -245,5 +245,5 @@ def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
             node = option
             break
     if "$ref" in node:
-        return schema["$defs"][node["$ref"].rpartition("/")[2]]
+        node = schema["$defs"][node["$ref"].rpartition("/")[2]]
     return node

@@ -549,7 +549,8 @@ class Stage(FrozenModel):
 
     @property
     def spec(self) -> FrozenModel:
-        return getattr(self, self.kind)
+        stage: FrozenModel = getattr(self, self.kind)
+        return stage
 
 
 class Resources(FrozenModel):

@@ -16,7 +16,8 @@ import orjson
 from pydantic import ValidationError
 
 from steersman.artifacts import storage_errors
-from steersman.data.records import Row, describe_validation_error, display_name, row_type_of, write_jsonl
+from steersman.data.opening import display_name
+from steersman.data.records import Row, describe_validation_error, row_type_of, write_jsonl
 from steersman.data.sources import read_records
 from steersman.data.splits import encode
 from steersman.errors import ConfigError, DataError

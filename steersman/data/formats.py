@@ -355,8 +355,9 @@ def _oasst_label(node: dict[str, Any], name: str) -> float:
     """Mean value of a label in either form: {name: {value}} of the trees, {name: [], value: []} of the flat export."""
     labels = node.get("labels") or {}
     if isinstance(labels.get("name"), list):
-        return dict(zip(labels["name"], labels["value"], strict=True)).get(name, 0.0)
-    return (labels.get(name) or {}).get("value", 0.0)
+        labels = {given: {"value": value} for given, value in zip(labels["name"], labels["value"], strict=True)}
+    value: float = (labels.get(name) or {}).get("value", 0.0)
+    return value
 
 
 FORMATS: dict[str, Format] = {

@@ -172,7 +172,7 @@ class Scrubber:
         # The snapshot of top-level domains that comes with the library; by default it would be fetched.
         domains = TLDExtract(suffix_list_urls=(), cache_dir=None)
 
-        class OfflineEmailRecognizer(EmailRecognizer):  # type: ignore[misc]
+        class OfflineEmailRecognizer(EmailRecognizer):
             def validate_result(self, pattern_text: str) -> bool:
                 return domains(pattern_text).fqdn != ""
 

@@ -123,7 +123,7 @@ def is_done(run: AlignmentRun, name: str, run_dir: Path) -> bool:
     if complete is None:
         return False
     try:
-        verify(run_dir / name, complete["files"])  # type: ignore[arg-type]
+        verify(run_dir / name, complete["files"])
     except SteersmanError as error:
         raise ConflictError(f"{error}; remove {run_dir / name} and start again") from None
     return True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steersman.config.manifest import Canary
+from steersman.config.manifest import Canary, load_manifest
 from steersman.config.stages import read_complete
 from steersman.demo.shop import gateway_options, open_shop
 from steersman.errors import ConfigError, NotFoundError
@@ -38,7 +38,7 @@ def find_model(path: Path) -> tuple[Path, str, dict[str, Any]]:
     manifest = folder.manifest_path(path)
     if not manifest.is_file():
         raise NotFoundError(f"{path} is neither a model folder (config.json) nor a run's folder (manifest.yaml)")
-    run = folder.load_manifest(manifest)
+    run = load_manifest(manifest)
     model = run.spec.model
     options = {"precision": model.precision, "device": model.device, "threads": model.threads}
     stages = list(zip(run.stage_names(), run.spec.stages, strict=True))
@@ -190,7 +190,7 @@ def _of_the_run(path: Path, logs: Path) -> dict[str, Any]:
     manifest = folder.manifest_path(path)
     if not manifest.is_file():
         return {}
-    run = folder.load_manifest(manifest)
+    run = load_manifest(manifest)
     online = [stage.rl or stage.rejection_sampling for stage in run.spec.stages if stage.rl or stage.rejection_sampling]
     options: dict[str, Any] = {}
     if online and online[-1] is not None:

@@ -200,7 +200,7 @@ class Supervisor:
             answer = health_pb2_grpc.HealthStub(running.channel).Check(request, timeout=1)
         except grpc.RpcError:
             return False
-        return answer.status == health_pb2.HealthCheckResponse.SERVING
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def _cause(running: _Running) -> str:

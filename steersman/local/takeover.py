@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 from steersman.artifacts import atomic_dir, verify
-from steersman.config.manifest import AlignmentRun
+from steersman.config.manifest import AlignmentRun, load_manifest
 from steersman.config.stages import read_complete, stage_digest
 from steersman.errors import NotFoundError
-from steersman.local.folder import differences, load_manifest, manifest_path
+from steersman.local.folder import differences, manifest_path
 
 
 def source_folder(run: AlignmentRun, run_dir: Path) -> Path | None:

@@ -86,7 +86,7 @@ def _memory(process: psutil.Process, shared_once: bool) -> int:
     try:
         if shared_once:
             with contextlib.suppress(psutil.AccessDenied):
-                return process.memory_full_info().pss
-        return process.memory_info().rss
+                return int(process.memory_full_info().pss)
+        return int(process.memory_info().rss)
     except psutil.NoSuchProcess:
         return 0

@@ -138,7 +138,7 @@ def run_without_padding(model: nn.Module, way: Way, limit: int | None = None) ->
     """Makes the trunk of a decoder take right-padded rows and skip the padding, in place."""
     use(model, way, limit)
     trunk = trunk_of(model)
-    trunk.forward = functools.partial(_padded, model, trunk.forward)  # type: ignore[method-assign]
+    trunk.forward = functools.partial(_padded, model, trunk.forward)
 
 
 def _padded(

@@ -107,14 +107,14 @@ def _adapted(module: Any, name: str, weight: Tensor) -> Tensor:
 def _returning(trunk: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Inside, the trunk answers every call with these hidden states."""
     own = trunk.__dict__.get("forward")
-    trunk.forward = lambda *args, **kwargs: _Output(last_hidden_state=hidden)  # type: ignore[method-assign]
+    trunk.forward = lambda *args, **kwargs: _Output(last_hidden_state=hidden)
     try:
         yield
     finally:
         if own is None:
             del trunk.forward
         else:
-            trunk.forward = own  # type: ignore[method-assign]
+            trunk.forward = own
 
 
 class _Output(BaseModelOutputWithPast):

@@ -43,12 +43,12 @@ def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
         task_type=TaskType.SEQ_CLS if heads else TaskType.CAUSAL_LM if causal else None,
     )
     try:
-        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+        wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora.targetModules {lora.target_modules!r} does not fit the model ({error})") from None
     _refuse_tied_targets(wrapped)
     fuse_lora(wrapped)
-    return wrapped  # type: ignore[return-value]
+    return wrapped
 
 
 def _special_layers(model: nn.Module) -> list[str] | None:
@@ -70,7 +70,7 @@ def load_adapter(model: nn.Module, adapter: Path, *, trainable: bool = False) ->
     """
     check_adapter_folder(adapter)
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)  # type: ignore[arg-type]
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:  # sizes that differ; modules that the model does not have
         made_for = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
         reason = " ".join(str(error).split())[:200]

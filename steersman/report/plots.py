@@ -129,7 +129,7 @@ def reward_distributions(evaluation: Evaluation) -> Figure:
             values = scores[name]
             if values.std() > 0:
                 body = left.violinplot(values, positions=[place], widths=0.85, side="high", showextrema=False)
-                for patch in body["bodies"]:  # type: ignore[attr-defined]
+                for patch in body["bodies"]:
                     patch.set(facecolor=colour[name], alpha=0.35, edgecolor="none")
             jitter = place - 0.06 - 0.22 * rng.random(len(values))
             left.scatter(jitter, values, s=9, color=colour[name], alpha=0.55, linewidths=0)

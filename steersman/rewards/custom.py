@@ -48,7 +48,7 @@ def load_function(reference: str) -> Callable[..., Any]:
         raise ConfigError(f"python: {reference}: {error}; a path starts from the manifest's folder") from None
     except Exception as error:
         raise ConfigError(f"python: {reference}: it cannot be imported ({type(error).__name__}: {error})") from error
-    function = getattr(module, name, None)
+    function: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"python: {reference}: {place} has no function {name}")
     return function

@@ -90,7 +90,8 @@ def build_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     """Builds a reward of single answers; ConfigError for an unknown name or wrong options."""
     factory = _factory(name, options or {})
     if name in _FACTORIES:
-        return factory(**(options or {}))
+        single: Reward = factory(**(options or {}))
+        return single
     batch: BatchReward = factory(**(options or {}))
 
     def reward(prompt: Messages, answer: str, facts: Mapping[str, Any]) -> Verdict:

@@ -42,7 +42,7 @@ def open_channel(
         channel = grpc.secure_channel(target, secret, options) if secret else grpc.insecure_channel(target, options)
         return channel if token is None else grpc.intercept_channel(channel, BlockingToken(token))
 
-    return make() if tls is None else FollowingChannel(make, client_files(tls))  # type: ignore[return-value]
+    return make() if tls is None else FollowingChannel(make, client_files(tls))
 
 
 def open_aio_channel(
@@ -57,7 +57,7 @@ def open_aio_channel(
             return grpc.aio.insecure_channel(target, options, interceptors=shown)
         return grpc.aio.secure_channel(target, channel_credentials(tls), options, interceptors=shown)
 
-    return make() if tls is None else FollowingChannel(make, client_files(tls))  # type: ignore[return-value]
+    return make() if tls is None else FollowingChannel(make, client_files(tls))
 
 
 @dataclass(frozen=True)

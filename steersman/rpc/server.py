@@ -216,8 +216,8 @@ class Server:
         address = address_of(self._config.host, port)
         try:
             if self._config.tls is None:
-                return server.add_insecure_port(address)
-            return server.add_secure_port(address, server_credentials(self._config.tls))
+                return int(server.add_insecure_port(address))
+            return int(server.add_secure_port(address, server_credentials(self._config.tls)))
         except RuntimeError:
             raise ConfigError(f"{address} cannot be listened on; is it in use? choose another port") from None
 

@@ -12,9 +12,10 @@ from sqlalchemy.orm import Session
 
 from steersman.data.format import Skip
 from steersman.data.grouping import Groups
+from steersman.data.opening import display_name
 from steersman.data.pairs import Preferred, keep, mean_ratings, preferences, rated_pairs
 from steersman.data.plain import is_plain
-from steersman.data.records import ROW_TYPES, Aspects, describe_validation_error, display_name
+from steersman.data.records import ROW_TYPES, Aspects, describe_validation_error
 from steersman.data.rules import ReleaseOptions
 from steersman.data.sources import read_records
 from steersman.errors import DataError

@@ -34,8 +34,9 @@ from steersman.artifacts import atomic_dir
 from steersman.config.manifest import RewardModelStage
 from steersman.data.records import Aspects, Message, Preference, Prompt, at, numbered_rows, plain_messages
 from steersman.errors import ConfigError, DataError
+from steersman.nn.dropout import disable_dropout
 from steersman.nn.forward import is_decoder
-from steersman.nn.load import disable_dropout, load_classifier, load_reward_model, load_tokenizer, quiet_libraries
+from steersman.nn.load import load_classifier, load_reward_model, load_tokenizer, quiet_libraries
 from steersman.nn.lora import merge_to_folder, quantization, save_adapter, save_model
 from steersman.nn.prepare import check_tokenizer_matches, resolve_model
 from steersman.nn.reward import (

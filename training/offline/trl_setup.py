@@ -28,7 +28,8 @@ from steersman.artifacts import storage_errors
 from steersman.config.manifest import SupervisedStage
 from steersman.errors import ConfigError, DataError, FailedPreconditionError
 from steersman.leaving import asked, leave, saves_between_steps
-from steersman.nn.load import disable_dropout, load_causal_lm, load_tokenizer, quiet_libraries
+from steersman.nn.dropout import disable_dropout
+from steersman.nn.load import load_causal_lm, load_tokenizer, quiet_libraries
 from steersman.nn.lora import attach_lora, merge_to_folder, quantization, save_adapter, save_model
 from steersman.nn.parity import skip_padding
 from steersman.nn.prepare import check_tokenizer_matches

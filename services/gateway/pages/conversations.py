@@ -38,13 +38,14 @@ def said(messages: list[dict[str, Any]]) -> str:
     return "\n\n".join(part["text"] for part in parts(messages) if part["kind"] == "text")
 
 
-def _pretty(value: Any) -> str:
+def _pretty(given: Any) -> str:
     """JSON on several lines; any other text as it is."""
-    if isinstance(value, str):
+    value = given
+    if isinstance(given, str):
         try:
-            value = json.loads(value)
+            value = json.loads(given)
         except (ValueError, RecursionError):
-            return value
+            return given
         if not isinstance(value, dict | list):
             return json.dumps(value, ensure_ascii=False)
     return json.dumps(value, ensure_ascii=False, indent=2)

@@ -132,7 +132,7 @@ class Toolbox:
 # people's schemas, and comparing all items of a list with each other.
 _Validator = jsonschema.validators.extend(
     jsonschema.Draft202012Validator,
-    {"uniqueItems": None, "patternProperties": None, "pattern": None},  # type: ignore[dict-item]
+    {"uniqueItems": None, "patternProperties": None, "pattern": None},
 )
 _NOTHING_REMOTE: referencing.Registry[Any] = referencing.Registry()
 
