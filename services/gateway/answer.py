@@ -61,6 +61,11 @@ class Question:
     single_call: bool = False
     """A turn makes at most one tool call; further ones of the model's are left out."""
 
+    @property
+    def beginning(self) -> str:
+        """Of the answer, as the caller gave it to be continued; empty: none."""
+        return self.request.messages[-1].content if self.request.continue_last else ""
+
     def draft(self) -> PolicyServiceChatRequest:
         """A copy of the request, to be changed."""
         copy = PolicyServiceChatRequest()
@@ -319,7 +324,8 @@ class Answer:
 
     def evidence(self, variant: str) -> Evidence:
         """For the record; `variant` is the deployment that answered."""
-        changed = bool(self.unsourced or self.proposals)
+        # A continued beginning is part of the answer that is stored, and was not generated.
+        changed = bool(self.unsourced or self.proposals or self.question.request.continue_last)
         return Evidence(
             sampling=MessageToDict(self.question.request.sampling, preserving_proto_field_name=True),
             variant=variant,

@@ -233,7 +233,7 @@ class Assistant:
         if not isinstance(self.pool, SplitPool):
             return ""
         pinned = question.variant
-        if question.conversation_id and self.pool.splits:
+        if (question.conversation_id or question.previous) and self.pool.splits:
             pinned = await asyncio.to_thread(self._first_variant, question) or pinned
         said = next((message.content for message in question.request.messages if message.role == "user"), "")
         who = (question.caller.tenant, question.caller.customer_id)
@@ -241,10 +241,12 @@ class Assistant:
         return self.pool.choose(key, pinned)
 
     def _first_variant(self, question: Question) -> str:
+        of_id = StoredAnswer.id == question.previous
+        of_conversation = StoredAnswer.conversation_id == question.conversation_id
         first = (
             sa.select(StoredAnswer.deployment)
             .where(
-                StoredAnswer.conversation_id == question.conversation_id,
+                of_id if question.previous else of_conversation,
                 StoredAnswer.customer == question.caller.tenant,
             )
             .order_by(StoredAnswer.created_at)

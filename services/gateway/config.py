@@ -179,6 +179,15 @@ class IdentityConfig(FrozenModel):
     """Whoever asks without a token is this customer: for trials, and only on a loopback address."""
 
 
+class Cors(FrozenModel):
+    """Pages of other origins that may call the API from a browser, with a key and never with a session."""
+
+    origins: Annotated[list[Annotated[str, Field(pattern=r"^(\*|https?://[A-Za-z0-9.\[\]:-]+)$")]], Field(min_length=1)]
+    """As a browser sends them, `https://shop.example.com`; `*`: any."""
+    max_age_seconds: NonNegative = 600
+    """How long a browser may keep what it was told."""
+
+
 class EmbeddingModel(FrozenModel):
     """A model that `/v1/embeddings` serves."""
 
@@ -235,6 +244,8 @@ class GatewayConfig(FrozenModel):
     """Names that requests may be for (header `host`, without port; `*.example.com` for all below), so that a page
     elsewhere cannot reach this gateway through a browser by a name of its own (DNS rebinding). None: where only this
     machine reaches the gateway none, elsewhere any. Addresses and names without a dot are always good."""
+    cors: Cors | None = None
+    """None: only pages of this gateway may call it."""
     secret_file: Path | None = None
     """File with the secret that feedback tokens, sessions and pseudonyms are keyed with, made with mode 0600 when it is
     not there. None: beside a SQLite file, or in PostgreSQL, where whoever may read the table can forge sessions."""

@@ -72,7 +72,10 @@ class Memory:
         answer: str,
     ) -> dict[str, Any]:
         """The conversation after an answer, as a row of `Conversation`; the oldest turns fall out."""
-        spoken = [m for m in request.messages if m.role in ("user", "assistant") and m.content]
+        said = list(request.messages)
+        if request.continue_last:
+            answer = said.pop().content + answer
+        spoken = [m for m in said if m.role in ("user", "assistant") and m.content]
         turns = [{"role": m.role, "content": storable(m.content)} for m in spoken]
         turns.append({"role": "assistant", "content": storable(answer)})
         return self._row(caller, conversation_id, turns)

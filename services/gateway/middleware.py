@@ -14,13 +14,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.auth.origin import address_of, begin_visit, once
 from services.gateway.bodies import check_structure, request_id_of
-from services.gateway.config import GatewayConfig, Limits
+from services.gateway.config import Cors, GatewayConfig, Limits
 from services.gateway.errors import (
     BadRequestError,
     LargeHeadersError,
@@ -56,6 +57,21 @@ _SECURITY_HEADERS = (
 )
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def across_origins(app: ASGIApp, cors: Cors | None) -> ASGIApp:
+    """The application for pages of other origins, too. Cookies are never taken from them: they bring a key."""
+    if cors is None:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=cors.origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        allow_credentials=False,
+        expose_headers=["x-request-id", "retry-after"],
+        max_age=cors.max_age_seconds,
+    )
 
 
 class FrontMiddleware:

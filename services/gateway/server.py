@@ -26,7 +26,7 @@ from services.gateway.config import GatewayConfig
 from services.gateway.feedback import FeedbackDesk
 from services.gateway.keeping import forget_old
 from services.gateway.metrics import Metrics
-from services.gateway.middleware import FrontMiddleware
+from services.gateway.middleware import FrontMiddleware, across_origins
 from services.gateway.oip import OipServer
 from services.gateway.protocol import guarded_protocol
 from services.gateway.refusals import Refusals
@@ -108,7 +108,7 @@ class Gateway:
         self.port = listener.getsockname()[1]
         app, posts = create_app(self.assistant, self.authenticator, self.feedback, self.metrics, self.store)
         self._oip.mount(app)
-        front = FrontMiddleware(app, config, self.metrics, self.refusals, posts)
+        front = across_origins(FrontMiddleware(app, config, self.metrics, self.refusals, posts), config.cors)
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 front,

@@ -107,7 +107,7 @@ class Tracer:
 
         request = answer.question.request
         attributes = {
-            "gen_ai.operation.name": "text_completion" if request.prompt else "chat",
+            "gen_ai.operation.name": "text_completion" if request.prompt or request.prompt_token_ids else "chat",
             "gen_ai.provider.name": "steersman",
             "gen_ai.request.model": model,
             "gen_ai.request.max_tokens": request.sampling.max_new_tokens,

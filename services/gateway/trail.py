@@ -53,9 +53,10 @@ def answer_rows(answer: Answer, deployment: str, keeping: Keeping) -> list[dict[
     What was looked up is no part of the prompt: it stands by reference in `lookups`.
     """
     question, evidence = answer.question, answer.evidence(deployment)
-    prompt = [{"role": m.role, "content": storable(m.content)} for m in question.request.messages]
-    if question.request.prompt:
-        prompt = [{"role": "user", "content": storable(question.request.prompt)}]
+    said = list(question.request.messages)[: -1 if question.request.continue_last else None]
+    prompt = [{"role": m.role, "content": storable(m.content)} for m in said]
+    if text := question.request.prompt or answer.prompt_text:
+        prompt = [{"role": "user", "content": storable(text)}]
     lookups = [
         lookup.as_json() | ({"text_read": lookup.text} if keeping.lookup_texts else {}) for lookup in evidence.lookups
     ]
@@ -73,7 +74,7 @@ def answer_rows(answer: Answer, deployment: str, keeping: Keeping) -> list[dict[
                 "adapter": storable(evidence.adapter)[:200],
                 "weights_version": str(answer.weights_version or ""),
                 "prompt": prompt,
-                "answer": storable(choice.text),
+                "answer": storable(question.beginning + choice.text),
                 "lookups": storable_json(lookups),
                 "tool_calls": storable_json(calls),
                 "sampling": evidence.sampling,

@@ -63,7 +63,13 @@ class BestOfReplica:
     async def stream(
         self, request: PolicyServiceChatRequest, seconds: float
     ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
-        if request.n > 1 or request.prompt or request.tools_json or not request.sampling.temperature:
+        if (
+            request.n > 1
+            or request.prompt
+            or request.prompt_token_ids
+            or request.tools_json
+            or not request.sampling.temperature
+        ):
             async for response in _closing(self._inner.stream(request, seconds)):
                 yield response
             return

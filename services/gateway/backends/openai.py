@@ -45,7 +45,7 @@ class OpenAIReplica:
     async def stream(
         self, request: PolicyServiceChatRequest, seconds: float
     ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
-        path = "completions" if request.prompt else "chat/completions"
+        path = "completions" if request.prompt or request.prompt_token_ids else "chat/completions"
         body = {"model": self._model, **request_body(request)}
         translator = Translator()
         timeout = httpx.Timeout(seconds, connect=self._client.timeout.connect)
@@ -107,11 +107,15 @@ def request_body(request: PolicyServiceChatRequest) -> dict[str, Any]:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     if sampling.min_new_tokens:
         body["min_tokens"] = sampling.min_new_tokens
-    if request.prompt:
-        return {**body, "prompt": request.prompt, "logprobs": request.top_logprobs}
+    if request.prompt or request.prompt_token_ids:
+        return {**body, "prompt": request.prompt or list(request.prompt_token_ids), "logprobs": request.top_logprobs}
     body |= {"messages": [_message_body(message) for message in request.messages], "logprobs": True}
     if request.top_logprobs:
         body["top_logprobs"] = request.top_logprobs
+    if request.continue_last:
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
+    if request.reasoning_effort:
+        body["reasoning_effort"] = request.reasoning_effort
     if request.tools_json:
         body["tools"] = json.loads(request.tools_json)
     if request.json_schema:
@@ -127,6 +131,8 @@ def _message_body(message: common_pb2.Message) -> dict[str, Any]:
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in message.tool_calls
         ]
+    if message.reasoning_content:
+        body["reasoning_content"] = message.reasoning_content
     if message.tool_call_id:
         body["tool_call_id"] = message.tool_call_id
     return body
@@ -142,7 +148,7 @@ class Translator:
         self._calls: dict[int, dict[int, dict[str, str]]] = {}
         self._finish: dict[int, common_pb2.FinishReason] = {}
         self._tokens: dict[int, int] = {}
-        self._prompt_tokens = 0
+        self._prompt_tokens = self._thoughts = 0
 
     def take(self, chunk: Any) -> list[PolicyServiceChatResponse]:
         """What a chunk brings.
@@ -161,21 +167,29 @@ class Translator:
             raise InternalError(f"The engine broke off: {_message(json.dumps({'error': error}).encode())}")
         usage = chunk.get("usage") or {}
         self._prompt_tokens = _count(usage.get("prompt_tokens") or self._prompt_tokens)
+        details = usage.get("completion_tokens_details") or {}
+        self._thoughts = _count(details.get("reasoning_tokens") or self._thoughts)
         found = []
         for choice in chunk.get("choices") or []:
             index = _count(choice.get("index") or 0)
             delta = choice.get("delta") or {}
             text = (delta.get("content") if delta else choice.get("text")) or ""
+            # vLLM's name now and the one it had, which is DeepSeek's.
+            thought = delta.get("reasoning") or delta.get("reasoning_content") or ""
             tokens = _tokens(choice.get("logprobs"))
-            self._tokens[index] = self._tokens.get(index, 0) + (len(tokens) or bool(text))
+            self._tokens[index] = self._tokens.get(index, 0) + (len(tokens) or bool(text or thought))
             for call in delta.get("tool_calls") or []:
                 self._take_call(index, call)
             if reason := choice.get("finish_reason"):
                 self._finish[index] = finish_reason(reason)
-            if text or tokens:
+            if text or thought or tokens:
                 found.append(
                     PolicyServiceChatResponse(
-                        choice_index=index, delta=text, tokens=tokens, completion_tokens=self._tokens[index]
+                        choice_index=index,
+                        delta=text,
+                        reasoning_delta=thought,
+                        tokens=tokens,
+                        completion_tokens=self._tokens[index],
                     )
                 )
         return found
@@ -189,6 +203,7 @@ class Translator:
                 tool_calls=[common_pb2.ToolCall(**call) for call in self._calls.get(index, {}).values()],
                 prompt_tokens=self._prompt_tokens,
                 completion_tokens=self._tokens.get(index, 0),
+                reasoning_tokens=min(self._thoughts, self._tokens.get(index, 0)) if len(self._finish) == 1 else 0,
             )
             for index, reason in sorted(self._finish.items())
         ]

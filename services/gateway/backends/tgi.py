@@ -17,6 +17,12 @@ from steersman.rpc.finish import finish_reason
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse, TokenLogprob
 
 # What TGI's chat route does not know.
+_REFUSED = {
+    "prompt_token_ids": "prompt",
+    "continue_last": "continue_final_message",
+    "reasoning_effort": "reasoning_effort",
+}
+"""Fields of a request, by what callers call them."""
 _UNKNOWN = ("n", "top_k", "min_tokens")
 
 
@@ -36,6 +42,11 @@ class TgiReplica:
         for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
             if getattr(request.sampling, name):
                 raise BadRequestError(f"{name}: this engine cannot do it; leave it out", param=name, code="unsupported")
+        for name, param in _REFUSED.items():
+            if getattr(request, name):
+                raise BadRequestError(
+                    f"{param}: this engine cannot do it; leave it out", param=param, code="unsupported"
+                )
         client = AsyncInferenceClient(model=self.target, token=self._key, timeout=seconds)
         try:
             stream = self._complete(client, request) if request.prompt else self._chat(client, request)

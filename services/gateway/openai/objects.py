@@ -11,10 +11,20 @@ from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatResponse, TokenLogprob
 
 
+class PromptDetails(TypedDict):
+    cached_tokens: int
+
+
+class CompletionDetails(TypedDict):
+    reasoning_tokens: int
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
 
 
 class Function(TypedDict):
@@ -68,6 +78,8 @@ class ChatMessageObject(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: NotRequired[str]
+    """Thoughts, where the model has them apart from its answer."""
     tool_calls: NotRequired[list[ToolCall]]
 
 
@@ -92,6 +104,7 @@ class ChatCompletion(TypedDict):
 class ChatDelta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str
+    reasoning_content: str
     refusal: None
     tool_calls: list[ToolCall]
 
@@ -137,7 +150,13 @@ class TextCompletion(TypedDict):
 def usage(answers: Sequence[Answer]) -> Usage:
     prompt = sum(answer.prompt_tokens for answer in answers)
     completion = sum(answer.completion_tokens for answer in answers)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": sum(answer.reasoning_tokens for answer in answers)},
+    }
 
 
 def fingerprint(answer: Answer) -> str:
@@ -200,6 +219,8 @@ def chat_completion(answer: Answer, logprobs: dict[int, list[TokenInfo]] | None)
     choices: list[ChatChoice] = []
     for index, choice in enumerate(answer.choices):
         message: ChatMessageObject = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.reasoning:
+            message["reasoning_content"] = choice.reasoning
         if choice.tool_calls:
             message["tool_calls"] = tool_calls(choice.tool_calls)
             message["content"] = message["content"] or None
@@ -237,6 +258,8 @@ def chat_chunk(answer: Answer, choices: list[ChatChunkChoice]) -> ChatChunk:
 def chat_choice(response: PolicyServiceChatResponse, *, first: bool, logprobs: bool) -> ChatChunkChoice | None:
     """What a response adds to a stream; None when that is nothing."""
     delta: ChatDelta = {"role": "assistant", "content": "", "refusal": None} if first else {}
+    if response.reasoning_delta:
+        delta["reasoning_content"] = response.reasoning_delta
     if response.delta:
         delta["content"] = response.delta
     if response.tool_calls:

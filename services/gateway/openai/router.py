@@ -166,6 +166,20 @@ async def _chat_events(answer: Answer, body: ChatCompletionRequest) -> AsyncGene
     yield DONE
 
 
+def _echo(answer: Answer, body: CompletionRequest) -> str:
+    """The prompt, where it is to be given back.
+
+    Raises:
+        BadRequestError: it came as token ids, and the engine does not tell their text.
+    """
+    if not body.echo:
+        return ""
+    request = answer.question.request
+    if request.prompt_token_ids and not answer.prompt_text:
+        raise BadRequestError("echo: this engine does not tell the text of token ids; leave it out", param="echo")
+    return request.prompt or answer.prompt_text
+
+
 def _numbered(key: str, index: int) -> str:
     return f"{key}#{index}" if key and index else key
 
@@ -199,7 +213,7 @@ async def _completion_object(
             choices.append(
                 {
                     "index": len(choices),
-                    "text": choice.text,
+                    "text": _echo(answer, body) + choice.text,
                     "logprobs": None if body.logprobs is None else text_logprobs(tokens.get(index, ()), 0),
                     "finish_reason": openai_finish_name(choice.finish_reason) or "stop",
                 }
@@ -210,15 +224,17 @@ async def _completion_object(
 async def _completion_events(answer: Answer, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
     offsets: dict[int, int] = {}
+    begun: set[int] = set()
     async with contextlib.aclosing(aiter(answer)) as responses:
         async for response in responses:
             index = response.choice_index
             choice: TextChoice = {
                 "index": index,
-                "text": response.delta,
+                "text": response.delta if index in begun else _echo(answer, body) + response.delta,
                 "logprobs": None,
                 "finish_reason": openai_finish_name(response.finish_reason),
             }
+            begun.add(index)
             if body.logprobs is not None:
                 choice["logprobs"] = text_logprobs(response.tokens, offsets.get(index, 0))
                 offsets[index] = offsets.get(index, 0) + len(response.delta)
