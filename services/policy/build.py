@@ -31,7 +31,10 @@ def load_chat_format(config: PolicyConfig) -> ChatFormat:
     folder = model_folder(config)
     tokenizer = load_tokenizer(folder, config.template_options)
     stops = stop_ids(tokenizer, generation_config_of(folder)) if tokenizer.chat_template else ()
-    return ChatFormat(tokenizer, tokenizer_fingerprint(tokenizer), stops)
+    chat = ChatFormat(tokenizer, tokenizer_fingerprint(tokenizer), stops)
+    if tokenizer.chat_template:
+        chat.family()  # now, and not while the first caller waits
+    return chat
 
 
 def build_engine(config: PolicyConfig) -> Engine:

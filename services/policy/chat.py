@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from services.policy.constrain import json_constraint
 from services.policy.engine import Engine, GenerationRequest, SampleFinished, TokenEvent
+from services.policy.families import EFFORTS, effort_options, response_template, without_calls
+from services.policy.reading import AnswerReader, TextStream
 from services.policy.requests import events_of, sampling_params
 from services.policy.token_bytes import TokenBytes
 from steersman.errors import DataError, FailedPreconditionError, InvalidArgumentError
@@ -24,7 +27,9 @@ from steersman.rpc.wire import append_response
 from steersman.v1 import common_pb2
 from steersman.v1 import policy_pb2 as pb
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+if TYPE_CHECKING:
+    from transformers.utils.chat_parsing.response_templates import ResponseTemplate
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -47,6 +52,7 @@ class ChatFormat:
         self.stop_ids = tuple(stop_ids)
         self.bytes_of = TokenBytes(tokenizer)
         self._knows_tools: bool | None = None
+        self._family: _Family | None = None
         # One thread: a tokenizer is not made for several that change its settings.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat-format")
 
@@ -69,6 +75,10 @@ class ChatFormat:
         """
         from steersman.nn.render import prompt_ids, text_ids
 
+        if request.prompt_token_ids:
+            if max(request.prompt_token_ids) >= 2**31:
+                raise InvalidArgumentError("prompt_token_ids holds an id beyond 31 bits; use the model's tokenizer")
+            return np.asarray(request.prompt_token_ids, dtype=np.int32)
         if request.prompt:
             return np.asarray(text_ids(self.tokenizer, request.prompt), dtype=np.int32)
         if not request.messages:
@@ -82,11 +92,52 @@ class ChatFormat:
                 "tools: the model's chat template does not show them to the model; leave them out or use another model",
                 details={"param": "tools", "code": "unsupported"},
             )
+        messages, beginning = _begun(request)
+        options = self._options(request)
         try:
-            ids = prompt_ids(self.tokenizer, list(map(from_message, request.messages)), tools)
+            ids = prompt_ids(self.tokenizer, messages, tools, options=options, beginning=beginning)
         except DataError as error:
             raise InvalidArgumentError(f"messages do not fit the model's chat template: {error.message}") from None
         return np.asarray(ids, dtype=np.int32)
+
+    def reader(self, request: pb.PolicyServiceChatRequest) -> Callable[[], AnswerReader]:
+        """Makes a reader for each choice of an answer; the request was encoded before."""
+        stops = tuple(request.stop)
+        if not request.messages or request.json_schema:  # the text is what was asked for
+            dropped = frozenset(self.stop_ids if request.messages else ())
+            return lambda: AnswerReader(TextStream(self.tokenizer, dropped), stops, None)
+        from steersman.nn.render import answer_prefix
+
+        family = self.family()
+        tools = from_tools_json(request.tools_json)
+        messages, beginning = _begun(request)
+        options = self._options(request)
+        prefix = answer_prefix(self.tokenizer, messages, tools, options=options, begun=bool(beginning))
+        template = family.whole if request.tools_json else family.without_calls
+        return lambda: AnswerReader(
+            TextStream(self.tokenizer, family.dropped, family.kept), stops, template, prefix, tools, family.marks
+        )
+
+    def family(self) -> _Family:
+        """How the model writes thoughts and calls."""
+        if self._family is None:
+            self._family = _family_of(self.tokenizer, self.stop_ids)
+        return self._family
+
+    def _options(self, request: pb.PolicyServiceChatRequest) -> dict[str, Any]:
+        """Variables of the chat template for this request."""
+        from steersman.nn.render import template_source
+
+        effort = request.reasoning_effort
+        if not effort:
+            return {}
+        options = effort_options(template_source(self.tokenizer), effort) if effort in EFFORTS else None
+        if options is None:
+            raise InvalidArgumentError(
+                f"reasoning_effort: the model's chat template does not know {effort!r}; leave it out",
+                details={"param": "reasoning_effort", "code": "unsupported"},
+            )
+        return options
 
     def knows_tools(self) -> bool:
         """Whether the chat template writes tools into the prompt."""
@@ -103,106 +154,50 @@ class ChatFormat:
         return self.tokenizer.decode([token_id])
 
 
-@dataclass
-class TextStream:
-    """Turns token ids into text as they arrive; holds back incomplete characters and possible stop texts.
+@dataclass(frozen=True, slots=True)
+class _Family:
+    whole: ResponseTemplate
+    without_calls: ResponseTemplate
+    kept: frozenset[int]
+    """Special tokens that the template reads."""
+    dropped: frozenset[int]
+    """All others, and those that end an answer, where the template does not read them."""
+    marks: tuple[str, ...]
+    """Names of the kept ones."""
 
-    The two offsets are those of vLLM's and TGI's incremental detokenization: text is decoded from a few
-    tokens back, because a token's text depends on its neighbours.
+
+def _family_of(tokenizer: Any, stop_ids: Sequence[int]) -> _Family:
+    from transformers.utils.chat_parsing.response_templates import load_response_template
+
+    template = response_template(tokenizer)
+    written = json.dumps(template, ensure_ascii=False).replace("\\", "")
+    special = {int(token) for token in tokenizer.all_special_ids} | {
+        token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+    }
+    names = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in special.union(stop_ids)}
+    kept = {token: name for token, name in names.items() if name in written}
+    return _Family(
+        load_response_template(template),
+        load_response_template(without_calls(template)),
+        frozenset(kept),
+        frozenset(names.keys() - kept.keys()),
+        tuple(kept.values()),
+    )
+
+
+def _begun(request: pb.PolicyServiceChatRequest) -> tuple[list[dict[str, Any]], str]:
+    """The conversation, and the beginning of its answer.
+
+    Raises:
+        InvalidArgumentError: what is to be continued is no message of the assistant.
     """
-
-    tokenizer: Any
-    stop: Sequence[str] = ()
-    hold: str = ""
-    """From this text on everything is held back until the end; empty: nothing is."""
-    ends: Sequence[int] = ()
-    """Tokens that end an answer and are no text of it, special or not."""
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    """Everything decoded, stop texts excluded."""
-    sent: int = 0
-    stopped: bool = False
-    _prefix: int = 0
-    _read: int = 0
-
-    def push(self, token_id: int) -> str:
-        """Adds a token and returns the new text that is certain."""
-        self.ids.append(token_id)
-        before = self._decode(self.ids[self._prefix : self._read])
-        now = self._decode(self.ids[self._prefix :])
-        if len(now) > len(before) and not now.endswith("\ufffd"):
-            self.text += now[len(before) :]
-            self._prefix, self._read = self._read, len(self.ids)
-        return self._emit(final=False)
-
-    def finish(self) -> str:
-        """The rest of the text."""
-        before = self._decode(self.ids[self._prefix : self._read])
-        self.text += self._decode(self.ids[self._prefix :])[len(before) :]
-        self._prefix = self._read = len(self.ids)
-        return self._emit(final=True)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode([token for token in ids if token not in self.ends], skip_special_tokens=True)
-
-    def _emit(self, final: bool) -> str:
-        if self.stopped:
-            return ""
-        hits = [
-            position for stop in self.stop if (position := self.text.find(stop, max(0, self.sent - len(stop)))) >= 0
-        ]
-        if hits:
-            self.stopped = True
-            self.text = self.text[: min(hits)]
-            end = len(self.text)
-        elif final:
-            end = len(self.text)
-        else:
-            marks = [*self.stop, self.hold] if self.hold else self.stop
-            end = len(self.text) - max((_overlap(self.text, mark) for mark in marks), default=0)
-            if self.hold and (begin := self.text.find(self.hold, max(0, self.sent - len(self.hold)))) >= 0:
-                end = min(end, begin)
-        delta = self.text[self.sent : max(self.sent, end)]
-        self.sent = max(self.sent, end)
-        return delta
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
-
-
-def parse_tool_calls(text: str) -> list[common_pb2.ToolCall]:
-    """Calls in the `<tool_call>{"name":..., "arguments":{...}}</tool_call>` form; malformed ones are left as text."""
-    calls = []
-    for begin, end in _call_spans(text):
-        try:
-            data = json.loads(text[begin + len(_OPEN) : end - len(_CLOSE)])
-            arguments = data.get("arguments", {})
-            name = data["name"]
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            continue
-        calls.append(
-            common_pb2.ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", name=str(name), arguments=json.dumps(arguments))
-        )
-    return calls
-
-
-def without_tool_calls(text: str) -> str:
-    kept, last = [], 0
-    for begin, end in _call_spans(text):
-        kept.append(text[last:begin])
-        last = end
-    return "".join([*kept, text[last:]]).rstrip()
-
-
-def _call_spans(text: str) -> Iterator[tuple[int, int]]:
-    """From each opening mark to the next closing one; linear, whatever a model writes."""
-    end = 0
-    while (begin := text.find(_OPEN, end)) >= 0 and (close := text.find(_CLOSE, begin)) >= 0:
-        end = close + len(_CLOSE)
-        # An opening mark that nothing closed is text before the call.
-        yield text.rfind(_OPEN, begin, close), end
+    messages = list(map(from_message, request.messages))
+    if not request.continue_last:
+        return messages, ""
+    last = messages.pop()
+    if last["role"] != "assistant" or last.get("tool_calls") or not messages:
+        raise InvalidArgumentError("continue_last: the last message must be the assistant's, after one of another role")
+    return messages, last["content"]
 
 
 async def answer(
@@ -234,47 +229,46 @@ async def answer(
         stream=True,
         constraint=constraint,
     )
-    # What may become a tool call is no text of the answer.
-    hold = _OPEN if request.tools_json else ""
-    streams = [TextStream(chat.tokenizer, tuple(request.stop), hold, chat.stop_ids) for _ in range(count)]
+    new_reader = await chat.beside_the_loop(chat.reader, request)
+    readers = [new_reader() for _ in range(count)]
     held: dict[int, pb.PolicyServiceChatResponse] = {}
+    begun: set[int] = set()
     ended: set[int] = set()
+    calls: dict[int, list[common_pb2.ToolCall]] = defaultdict(list)
     async for event in events_of(engine, generation):
         if not isinstance(event, (TokenEvent, SampleFinished)) or event.sample_index in ended:
             continue
         index = event.sample_index
-        stream = streams[index]
+        reader = readers[index]
+        piece = reader.push(event.token_id) if isinstance(event, TokenEvent) else reader.finish()
+        response = pb.PolicyServiceChatResponse(
+            choice_index=index,
+            delta=piece.text,
+            reasoning_delta=piece.thoughts,
+            prompt_tokens=len(prompt),
+            completion_tokens=len(reader.ids),
+            reasoning_tokens=reader.thought_tokens,
+            prompt_text=chat.tokenizer.decode(prompt) if request.prompt_token_ids and index not in begun else "",
+        )
+        begun.add(index)
+        calls[index] += piece.calls
         if isinstance(event, TokenEvent):
-            delta = stream.push(event.token_id)
-            response = pb.PolicyServiceChatResponse(
-                choice_index=index,
-                delta=delta,
-                tokens=[_token(chat, event)],
-                prompt_tokens=len(prompt),
-                completion_tokens=len(stream.ids),
-                weights_version=event.weights_version,
-            )
-            if not stream.stopped:
+            response.tokens.append(_token(chat, event))
+            response.weights_version = event.weights_version
+            if not reader.stopped:
                 if request.whole:
                     held[index] = append_response(held.get(index), response)
                 else:
                     yield response
                 continue
-            response.finish_reason = common_pb2.FINISH_REASON_STOP
         else:
-            response = pb.PolicyServiceChatResponse(
-                choice_index=index,
-                delta=stream.finish(),
-                finish_reason=finish_reason(event.finish_reason),
-                prompt_tokens=len(prompt),
-                completion_tokens=len(stream.ids),
-                weights_version=event.weights_versions[-1] if event.weights_versions else info.weights_version,
-            )
-            if stream.stopped:
-                response.finish_reason = common_pb2.FINISH_REASON_STOP
-        if request.tools_json and (calls := parse_tool_calls(stream.text)):
-            response.tool_calls.extend(calls)
-            response.delta = without_tool_calls(response.delta)
+            response.finish_reason = finish_reason(event.finish_reason)
+            versions = event.weights_versions
+            response.weights_version = versions[-1] if versions else info.weights_version
+        if reader.stopped:
+            response.finish_reason = common_pb2.FINISH_REASON_STOP
+        if calls[index]:
+            response.tool_calls.extend(calls[index])
             response.finish_reason = common_pb2.FINISH_REASON_TOOL_CALLS
         ended.add(index)
         yield append_response(held.pop(index, None), response)

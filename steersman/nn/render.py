@@ -64,16 +64,56 @@ _PROBE = "steersman probe"
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    tools: Tools = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    beginning: str = "",
+) -> list[int]:
     """Token ids of a conversation that waits for an answer, generation prompt included.
+
+    Args:
+        options: variables of the chat template in this rendering, beside those of the tokenizer.
+        beginning: of the answer, to be continued.
 
     Raises:
         DataError: the template refuses the conversation.
         ConfigError: there is no template, or a tokenizer that cannot be rendered for.
     """
     renderer = _renderer(tokenizer)
+    mark = renderer.mark_for([*messages, {"content": beginning}], tools)
+    text = renderer.text(messages, tools, mark, generation_prompt=True, options=options)
+    if beginning:
+        text += _end_of_thought(text) + renderer.marked(beginning, mark)
+    return renderer.encode(text, mark)
+
+
+def answer_prefix(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    tools: Tools = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    begun: bool = False,
+) -> str:
+    """What the chat template writes between a conversation and its answer, and nothing that anybody said.
+
+    Args:
+        begun: the answer has a beginning, which is no thought.
+    """
+    renderer = _renderer(tokenizer)
     mark = renderer.mark_for(messages, tools)
-    return renderer.encode(renderer.text(messages, tools, mark, generation_prompt=True), mark)
+    text = renderer.text(messages, tools, mark, generation_prompt=True, options=options)
+    asked = renderer.text(messages, tools, mark, generation_prompt=False, options=options)
+    same = next((at for at, (one, other) in enumerate(zip(text, asked, strict=False)) if one != other), len(asked))
+    return text[same:] + (_end_of_thought(text) if begun else "")
+
+
+def _end_of_thought(text: str) -> str:
+    """What ends the thought that a generation prompt begins; empty where it begins none."""
+    return "\n</think>\n\n" if text.rstrip().endswith("<think>") else ""
 
 
 def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None) -> list[int]:
@@ -219,7 +259,7 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer: Any = weakref.proxy(tokenizer)
         self.state = _state_of(tokenizer)
-        self._source = _template_source(tokenizer)
+        self._source = template_source(tokenizer)
         self._control = _control_tokens(tokenizer, self._source)
         self._pattern = re.compile(_trie_pattern(self._control))
         self._starts = re.compile(f"(?={self._pattern.pattern})")
@@ -249,7 +289,15 @@ class Renderer:
         everything = json.dumps([list(map(dict, messages)), tools, self._source], ensure_ascii=False, default=str)
         return next(mark for mark in _MARKS if mark not in everything)
 
-    def text(self, messages: Messages, tools: Tools, mark: str, *, generation_prompt: bool) -> str:
+    def text(
+        self,
+        messages: Messages,
+        tools: Tools,
+        mark: str,
+        *,
+        generation_prompt: bool,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """What the template renders of the marked conversation."""
         if not self._source:
             raise ConfigError("the tokenizer has no chat template; add chat_template.jinja to the model's folder")
@@ -258,16 +306,17 @@ class Renderer:
         if self._takes_parts:
             for message in marked:
                 message["content"] = [{"type": "text", "text": message["content"]}]
-        options = {
+        variables = {
             "tools": [self._marked(tool, mark) for tool in tools] if tools else None,
             "add_generation_prompt": generation_prompt,
             **template_options(self._tokenizer),
+            **(options or {}),
         }
         try:
             try:
-                return self._applied(marked, options)
+                return self._applied(marked, variables)
             except TypeError:  # some templates (DeepSeek V3) want the arguments of a call as text
-                return self._applied([_with_text_arguments(message) for message in marked], options)
+                return self._applied([_with_text_arguments(message) for message in marked], variables)
         except Exception as error:  # jinja raises whatever a template asks for
             reason = str(error).replace(mark, "")
             raise DataError(
@@ -287,6 +336,10 @@ class Renderer:
             except Exception:  # jinja raises whatever a template asks for
                 continue
         return False
+
+    def marked(self, text: str, mark: str) -> str:
+        """A text of the assistant's, of which nothing is a control token any more."""
+        return self._marked_text(text, mark, self._markers_of_assistant)
 
     def encode(self, text: str, mark: str) -> list[int]:
         """Token ids of what the template rendered."""
@@ -402,7 +455,7 @@ class Renderer:
 _RENDERERS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Renderer] = weakref.WeakKeyDictionary()
 
 
-def _template_source(tokenizer: PreTrainedTokenizerBase) -> str:
+def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
     """All that templates of a tokenizer say; several go by name."""
     template = tokenizer.chat_template
     return "\n".join(template.values()) if isinstance(template, dict) else template or ""

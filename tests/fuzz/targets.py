@@ -374,10 +374,22 @@ def _protobuf(case: tuple[int, bytes]) -> None:
 
 
 def _tool_calls(text: str) -> None:
-    from services.policy.chat import parse_tool_calls
+    from services.policy.reading import AnswerReader, TextStream
 
-    for call in parse_tool_calls(text):
-        call.SerializeToString()
+    tokenizer, family = _tokenizer(), _family()
+    text = text.encode("utf-8", "replace").decode()  # what a model writes is Unicode
+    reader = AnswerReader(TextStream(tokenizer, family.dropped, family.kept), (), family.whole, marks=family.marks)
+    pieces = [reader.push(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+    for piece in (*pieces, reader.finish()):
+        for call in piece.calls:
+            json.loads(call.arguments)
+
+
+@cache
+def _family() -> Any:
+    from services.policy.chat import ChatFormat
+
+    return ChatFormat(_tokenizer(), "").family()
 
 
 def _turns() -> list[Any]:

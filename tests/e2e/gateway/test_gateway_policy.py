@@ -10,6 +10,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
+from transformers import AutoTokenizer
 
 from services.gateway.testing import gateway_config, running_gateway
 
@@ -126,3 +127,35 @@ async def test_overflow_references_and_penalties(endpoint: str) -> None:
 
         forced = await ask(temperature=0, max_tokens=3, logit_bias={"100": 100}, logprobs=True)
         assert len({token.token for token in forced.choices[0].logprobs.content}) == 1
+
+
+async def test_begun_answers_token_ids_and_responses(endpoint: str, tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    async with (
+        running_gateway(gateway_config(endpoint)) as gateway,
+        openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        greedy: dict[str, Any] = {"model": "steersman", "temperature": 0, "max_tokens": 12}
+        text = "once upon a time"
+        plain = await client.completions.create(prompt=text, **greedy)
+        ids = tokenizer.encode(text)
+        by_ids = await client.completions.create(prompt=ids, echo=True, **greedy)
+        assert by_ids.choices[0].text == tokenizer.decode(ids) + plain.choices[0].text
+        with pytest.raises(openai.BadRequestError):
+            await client.completions.create(prompt=[len(tokenizer) + 5], **greedy)
+
+        # An answer that is begun with its own beginning goes on as it did.
+        whole = (await client.chat.completions.create(messages=MESSAGES, **greedy)).choices[0].message.content or ""
+        begun: list[Any] = [*MESSAGES, {"role": "assistant", "content": whole[:4]}]
+        rest = (await client.chat.completions.create(messages=begun, **greedy)).choices[0].message.content or ""
+        size = len(whole) - 4
+        assert rest[:size] == whole[4:]
+        response = await client.responses.create(
+            model="steersman", input="hello there", temperature=0, max_output_tokens=12
+        )
+        assert response.output_text == whole
+        assert response.usage is not None
+        assert response.usage.output_tokens == 12
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.chat.completions.create(messages=MESSAGES, reasoning_effort="high", **greedy)
+        assert (caught.value.param, caught.value.code) == ("reasoning_effort", "unsupported")

@@ -9,28 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services.policy.chat import ChatFormat, TextStream, answer, parse_tool_calls, without_tool_calls
+from services.policy.chat import ChatFormat, answer
 from services.policy.engine import Event, GenerationRequest, SampleFinished, TokenEvent
+from services.policy.reading import AnswerReader, StopTexts, TextStream
 from steersman.errors import InvalidArgumentError
 from steersman.generation import EngineInfo
+from steersman.nn.tokens import stop_ids
+from steersman.testing.models import tiny_tokenizer
 from steersman.v1 import common_pb2
 from steersman.v1 import policy_pb2 as pb
 
 CALL = '<tool_call>{"name": "f", "arguments": {"a": {"b": 1}}}</tool_call>'
 
 
-class Characters:
-    """One character is one token."""
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return "".join(map(chr, ids))
+TOKENIZER = tiny_tokenizer()
+"""One byte is one token."""
 
 
-class AnyChat(ChatFormat):
-    """The prompt does not matter."""
+class AnyTools(ChatFormat):
+    """The template shows tools."""
 
-    def encode(self, request: pb.PolicyServiceChatRequest) -> np.ndarray:
-        return np.array([1, 2], np.int32)
+    def knows_tools(self) -> bool:
+        return True
 
 
 class Scripted:
@@ -41,10 +41,10 @@ class Scripted:
 
     def info(self) -> EngineInfo:
         fields = dict.fromkeys(EngineInfo.__dataclass_fields__)
-        return EngineInfo(**{**fields, "vocab_size": 256, "weights_version": 7})  # type: ignore[arg-type]
+        return EngineInfo(**{**fields, "vocab_size": 300, "weights_version": 7})  # type: ignore[arg-type]
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> int:
-        ids = np.array([ord(character) for character in self.text], np.int32)
+        ids = np.array(TOKENIZER.encode(self.text, add_special_tokens=False), np.int32)
         for token in ids:
             on_event(TokenEvent(0, 0, int(token), -0.5, 7))
         on_event(SampleFinished(0, 0, ids, np.zeros(len(ids), np.float32), "stop", (7,)))
@@ -60,7 +60,7 @@ async def responses(text: str, **fields: Any) -> list[pb.PolicyServiceChatRespon
         sampling=common_pb2.SamplingParams(max_new_tokens=500),
         **fields,
     )
-    chat = AnyChat(Characters(), "")
+    chat = AnyTools(TOKENIZER, "", stop_ids(TOKENIZER))
     return [response async for response in answer(Scripted(text), chat, request)]  # type: ignore[arg-type]
 
 
@@ -75,7 +75,7 @@ async def test_a_tool_call_is_no_text(whole: bool) -> None:
 async def test_what_only_looks_like_a_call_stays_text() -> None:
     for text in ("a <tool_call>{broken}</tool_call>", "5 <tool", "<tool_call>"):
         got = await responses(text, tools_json="[]")
-        assert "".join(response.delta for response in got) == text
+        assert "".join(response.delta for response in got) == text, text
         assert not got[-1].tool_calls
     got = await responses(CALL)
     assert "".join(response.delta for response in got) == CALL
@@ -94,11 +94,19 @@ async def test_one_response_when_nobody_reads_along() -> None:
     ]
 
 
-def test_text_behind_the_mark_is_held_back() -> None:
-    stream = TextStream(Characters(), (), "<x>")
-    sent = [stream.push(ord(character)) for character in "ab<y><x>cd"]
-    assert "".join(sent) == "ab<y>"
-    assert stream.finish() == "<x>cd"
+def test_what_may_become_a_stop_text_is_held_back() -> None:
+    stops = StopTexts(["<x>"])
+    assert [stops.push(part) for part in ("a<", "y", "><", "x", ">cd", "e")] == ["a", "<y", ">", "", "", ""]
+    assert stops.stopped
+    assert stops.text == "a<y>"
+    ended = StopTexts(["<x>"])
+    assert ended.push("a<") + ended.push("", final=True) == "a<"
+
+
+def test_characters_come_whole() -> None:
+    stream = TextStream(TOKENIZER)
+    parts = [stream.push(token) for token in TOKENIZER.encode("é€", add_special_tokens=False)]
+    assert parts == ["", "é", "", "", "€"]
 
 
 async def test_an_empty_stop_text_is_refused() -> None:
@@ -106,10 +114,12 @@ async def test_an_empty_stop_text_is_refused() -> None:
         await responses("hello", stop=[""])
 
 
-def test_tool_calls_are_found_in_linear_time() -> None:
-    hostile = "<tool_call>{" * 200_000
-    start = time.thread_time()
-    assert parse_tool_calls(hostile) == []
-    assert without_tool_calls(hostile) == hostile
-    assert parse_tool_calls(hostile + CALL)[0].name == "f"
-    assert time.thread_time() - start < 0.5
+def test_hostile_texts_are_read_in_time() -> None:
+    family = ChatFormat(TOKENIZER, "").family()
+    for hostile in ("<tool_call>{" * 1000, "<" * 10_000, "<think>" * 1500, "</think>" * 1500, " " * 10_000):
+        reader = AnswerReader(TextStream(TOKENIZER), (), family.whole)
+        start = time.thread_time()
+        pieces = [reader.push(token) for token in TOKENIZER.encode(hostile, add_special_tokens=False)]
+        pieces.append(reader.finish())
+        assert time.thread_time() - start < 10, "about 0.1 ms a token is usual"
+        assert not any(piece.calls for piece in pieces)
