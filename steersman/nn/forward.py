@@ -1,8 +1,8 @@
-"""Hidden states of packed batches and padded rows, in the two ways that a model may allow.
+"""Hidden states of packed batches and padded rows, in the ways that a model may allow.
 
 `packed`: one row without padding, prompts shared, attention exchanged (see `packed.py`). `plain`: the model's own code
 on rows of equal length, so that no padding exists; slower, and right for every decoder. Which of them a model takes is
-found by computing (`parity.py`), not by its family.
+found by computing (`parity.py`), not by its family. An encoder-decoder has its own way (`encoder_decoder.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from steersman.errors import ConfigError, InvalidArgumentError
-from steersman.nn import packed_attention  # noqa: F401 - registers it
+from steersman.nn import encoder_decoder, packed_attention  # noqa: F401 - registers it
 from steersman.nn.packed import PACKED_ATTENTION, PackedBatch, pack, rows_of
 from steersman.nn.sharing import places_of, share_beginnings
 
-Way = Literal["packed", "plain"]
+Way = Literal["packed", "plain", "encoder-decoder"]
 
 
 def unwrapped(model: Any) -> Any:
@@ -30,8 +30,11 @@ def unwrapped(model: Any) -> Any:
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
-    """The transformer below the head of a causal LM or sequence classifier, PEFT-wrapped or not."""
+    """The transformer below the head of a causal LM or sequence classifier, PEFT-wrapped or not; of an encoder-decoder
+    the decoder."""
     base = unwrapped(model)
+    if encoder_decoder.is_encoder_decoder(base.config):
+        return base.get_decoder()  # type: ignore[no-any-return]
     trunk: Any = getattr(base, base.base_model_prefix, None)  # Llama 4 text names a part that it does not have
     if trunk is None:
         trunk = base.model
@@ -56,6 +59,8 @@ def use(model: nn.Module, way: Way, limit: int | None = None) -> None:
         ConfigError: its attention cannot be exchanged.
     """
     base = unwrapped(model)
+    if encoder_decoder.is_encoder_decoder(base.config):
+        way = "encoder-decoder"
     if way == "packed":
         try:
             base.set_attn_implementation(PACKED_ATTENTION)
@@ -85,6 +90,8 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     _check_length(model, batch.layout.longest)
     if way_of(model) == "packed":
         return _packed(trunk_of(model), batch).last_hidden_state[0]
+    if way_of(model) == "encoder-decoder":
+        return encoder_decoder.hidden_states(unwrapped(model), batch)
     rows, lengths, groups = rows_of(batch)
     states = rows_apart(trunk_of(model), rows)
     # The prompt's states are the same in every row of its group; one of them stands for all.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from steersman.errors import ConfigError
+from steersman.nn.encoder_decoder import is_encoder_decoder
 from steersman.nn.forward import trunk_of, unwrapped
 from steersman.nn.logprobs import token_logprobs, top_p_sets_of
 
@@ -137,8 +138,9 @@ def _measured_scale(base: Any, parameters: tuple[Tensor, Tensor | None], softcap
         plain = nn.functional.linear(hidden, weight, bias).float()
     ids = torch.full((1, 4), 5, device=weight.device)
     try:
+        of_decoder = {"decoder_input_ids": ids} if is_encoder_decoder(base.config) else {}
         with _returning(trunk_of(base), hidden):
-            found = base(input_ids=ids, use_cache=False).logits.float()
+            found = base(input_ids=ids, use_cache=False, **of_decoder).logits.float()
     except Exception as error:  # whatever a model's own code raises
         raise ConfigError(
             f"{type(base).__name__}: its output layer cannot be asked for logits ({type(error).__name__}: {error})"
@@ -163,6 +165,8 @@ def _written_scales(config: Any) -> list[float]:
         value = getattr(text, name, None)
         if isinstance(value, (int, float)) and value:
             scales += [float(value), 1.0 / value]
+    if is_encoder_decoder(config):  # T5 where embedding and head are one
+        scales.append(text.hidden_size**-0.5)
     if getattr(text, "dim_model_base", None):
         scales.append(text.dim_model_base / text.hidden_size)
     return scales

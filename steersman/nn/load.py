@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -26,6 +25,12 @@ from transformers import (
 
 from steersman.errors import ConfigError, NotFoundError
 from steersman.nn.dropout import disable_dropout
+from steersman.nn.encoder_decoder import (
+    TEXT_TO_TEXT,
+    folder_is_encoder_decoder,
+    language_model_class,
+    refuse_encoder_decoder,
+)
 from steersman.nn.forward import is_decoder
 from steersman.nn.hardware import DTYPES
 from steersman.nn.parity import skip_padding
@@ -62,6 +67,8 @@ def load_tokenizer(folder: Path, template_options: Mapping[str, Any] | None = No
     if tokenizer.pad_token_id is None:
         # Padded positions are masked by length everywhere, so any id does.
         tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template and folder_is_encoder_decoder(folder):
+        tokenizer.chat_template = TEXT_TO_TEXT
     set_template_options(tokenizer, template_options or {})
     return tokenizer
 
@@ -74,7 +81,7 @@ def load_causal_lm(
     attention: str | None = None,
     quantization_config: object | None = None,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode with dropout off.
+    """A language model, decoder-only or encoder-decoder, in evaluation mode with dropout off.
 
     Args:
         dtype: of the weights; `fp32`, `bf16`, a torch dtype, or `auto`: as in the folder.
@@ -85,7 +92,7 @@ def load_causal_lm(
         NotFoundError, ConfigError: the folder is not there, has no safetensors, or is damaged.
     """
     options = {} if quantization_config is None else {"quantization_config": quantization_config}
-    model = _load(AutoModelForCausalLM, folder, dtype, attention, **options)
+    model = _load(language_model_class, folder, dtype, attention, **options)
     return ready(model, device if quantization_config is None else None)
 
 
@@ -108,7 +115,7 @@ def load_classifier(
     options: dict[str, object] = {} if quantization_config is None else {"quantization_config": quantization_config}
     if num_labels is not None:
         options["num_labels"] = num_labels
-    model = _load(AutoModelForSequenceClassification, folder, dtype, attention, **options)
+    model = _load(_classifier_class, folder, dtype, attention, **options)
     keep_head_in_fp32(model)
     return ready(model, device if quantization_config is None else None)
 
@@ -187,7 +194,14 @@ def ready(model: nn.Module, device: str | None) -> PreTrainedModel:
     return model.eval()  # type: ignore[return-value]
 
 
-def _load(auto: type, folder: Path, dtype: torch.dtype | str, attention: str | None, **options: object) -> nn.Module:
+def _classifier_class(config: Any) -> Any:
+    refuse_encoder_decoder(config, "a reward model is made of a decoder or an encoder")
+    return AutoModelForSequenceClassification
+
+
+def _load(
+    class_of: Callable[[Any], Any], folder: Path, dtype: torch.dtype | str, attention: str | None, **options: object
+) -> nn.Module:
     quiet_libraries()
     if not folder.is_dir():
         raise NotFoundError(f"{folder}: there is no such model folder; check the path or run the stage that writes it")
@@ -197,7 +211,7 @@ def _load(auto: type, folder: Path, dtype: torch.dtype | str, attention: str | N
     try:
         config = AutoConfig.from_pretrained(folder)
         config.num_labels = options.pop("num_labels", config.num_labels)
-        return auto.from_pretrained(  # type: ignore[attr-defined]
+        return class_of(config).from_pretrained(  # type: ignore[no-any-return]
             folder, config=config, dtype=kind, attn_implementation=attention, use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steersman.artifacts import atomic_dir
 from steersman.config.manifest import Lora
 from steersman.errors import ConfigError
+from steersman.nn.encoder_decoder import is_encoder_decoder
 from steersman.nn.fused_lora import fuse_lora
 from steersman.nn.load import load_causal_lm, load_classifier, load_tokenizer
 
@@ -32,6 +33,7 @@ def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
     """
     heads = [name for name in _HEADS if any(True for _ in getattr(model, name, nn.Identity()).parameters())]
     causal = not heads and getattr(model, "get_output_embeddings", lambda: None)() is not None
+    writes = TaskType.SEQ_2_SEQ_LM if is_encoder_decoder(getattr(model, "config", None)) else TaskType.CAUSAL_LM
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -40,7 +42,7 @@ def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
         exclude_modules=_special_layers(model) if lora.target_modules == "all-linear" else None,
         use_dora=lora.use_dora,
         modules_to_save=heads or None,
-        task_type=TaskType.SEQ_CLS if heads else TaskType.CAUSAL_LM if causal else None,
+        task_type=TaskType.SEQ_CLS if heads else writes if causal else None,
     )
     try:
         wrapped = get_peft_model(model, config)

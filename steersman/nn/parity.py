@@ -21,10 +21,16 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from steersman.errors import ConfigError
 from steersman.nn.dropout import disable_dropout
+from steersman.nn.encoder_decoder import (
+    answer_logits,
+    is_encoder_decoder,
+    language_model_class,
+    refuse_encoder_decoder,
+)
 from steersman.nn.forward import Way, is_decoder, predicting_states, run_without_padding, unwrapped, use
 from steersman.nn.head import OutputHead
 from steersman.nn.packed import pack
@@ -79,7 +85,9 @@ def skip_padding(model: nn.Module) -> Verdict:
         ConfigError: the architecture allows no way; the reason is named.
     """
     verdict = _accepted(model)
-    if is_decoder(model):
+    if is_encoder_decoder(unwrapped(model).config):
+        use(model, verdict.way, verdict.limit)
+    elif is_decoder(model):
         run_without_padding(model, verdict.way, verdict.limit)
     return verdict
 
@@ -130,12 +138,14 @@ class SameConfig:
 @functools.lru_cache(maxsize=64)
 def _verdict(same: SameConfig, kind: Literal["causal", "score"]) -> Verdict:
     check = _check_causal if kind == "causal" else _check_scores
-    auto = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+    auto = language_model_class(same.config) if kind == "causal" else AutoModelForSequenceClassification
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         torch.use_deterministic_algorithms(False)
         with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.enable_grad():
+            if kind == "score":
+                refuse_encoder_decoder(same.config, "a reward model is made of a decoder or an encoder")
             model = tiny_model(auto, same.config)
             verdict = _first_that_agrees(model, check, longest=None)
             original = changes_at(same.config)
@@ -185,6 +195,9 @@ Check = Callable[[PreTrainedModel, Way, int | None], float]
 def _first_that_agrees(model: PreTrainedModel, check: Check, longest: int | None) -> Verdict:
     reason, difference = "", float("nan")
     for way, outcome in (("packed", "agrees"), ("plain", "plain")):
+        if way == "packed" and is_encoder_decoder(model.config):
+            reason = "an encoder-decoder's prompts and answers are padded"
+            continue
         if way == "packed" and not is_decoder(model):
             way = "plain"  # an encoder's own padded batches
         try:
@@ -223,6 +236,8 @@ def _check_causal(model: PreTrainedModel, way: Way, longest: int | None) -> floa
     found, found_slopes = _together(model, groups, way)
     difference = _same_numbers("its log-probabilities", found, wanted)
     _same_slopes(found_slopes, slopes)
+    if is_encoder_decoder(model.config):  # their padded batches are the way that was just checked
+        return difference
     _same_numbers("its log-probabilities in padded batches", _in_padded_batch(model, groups, way), wanted)
     if getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
         _same_balance_loss(model, groups, way)
@@ -245,23 +260,16 @@ def _same_slopes(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
             raise _Disagreement(f"the gradients of {name}", difference, " of the largest gradient")
 
 
-def table_of(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
-    """Log-probabilities [L, V] of one row by the model itself."""
-    with torch.no_grad():
-        return model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0].log_softmax(-1)
+def logprobs_of(model: PreTrainedModel, prompt: np.ndarray, answer: np.ndarray) -> Tensor:
+    """fp32 [R] of the tokens of one answer by the model itself, with a graph."""
+    ids = [torch.from_numpy(part.astype(np.int64)) for part in (prompt, answer)]
+    return answer_logits(model, *ids).float().log_softmax(-1).gather(1, ids[1][:, None])[:, 0]
 
 
 def alone(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probabilities of all answers and gradients of their weighted sum, row by row through the model itself."""
     model.zero_grad(set_to_none=True)
-    parts = []
-    for prompt, answers in groups:
-        for answer in answers:
-            ids = torch.from_numpy(np.concatenate([prompt, answer]))
-            table = model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
-            where = torch.arange(len(answer)) + len(prompt) - 1
-            parts.append(table[where, torch.from_numpy(answer)])
-    values = torch.cat(parts)
+    values = torch.cat([logprobs_of(model, prompt, answer) for prompt, answers in groups for answer in answers])
     return values.detach(), _slopes(model, values)
 
 

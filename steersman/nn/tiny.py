@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from steersman.errors import ConfigError
+from steersman.nn.encoder_decoder import is_encoder_decoder
 
 VOCABULARY = 96
 WINDOW = 8
@@ -90,9 +91,12 @@ def tiny_model(auto: Any, config: PreTrainedConfig, *, seed: int = 0) -> PreTrai
                 model: PreTrainedModel = auto.from_config(copy.deepcopy(small), dtype=torch.float32)
                 stir(model)
             model.eval().requires_grad_(True)
-            options = {"use_cache": False} if hasattr(small.get_text_config(), "use_cache") else {}
+            options: dict[str, Any] = {"use_cache": False} if hasattr(small.get_text_config(), "use_cache") else {}
+            ids = torch.arange(5, 10)[None]
+            if is_encoder_decoder(config):
+                options["decoder_input_ids"] = ids
             with torch.no_grad():
-                logits = model(input_ids=torch.arange(5, 10)[None], **options).logits
+                logits = model(input_ids=ids, **options).logits
             if not logits.isfinite().all():
                 raise ValueError("its outputs are not finite")
             return model

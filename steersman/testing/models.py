@@ -24,6 +24,8 @@ from transformers import (
     Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 # ChatML as SmolLM2 and Qwen write it: a default system turn, a line end after every end-of-turn token.
@@ -123,6 +125,32 @@ def tiny_qwen2(
     config = Qwen2Config(**_decoder_sizes(hidden_size, layers, vocab_size, tie_word_embeddings))
     model = _seeded(seed, Qwen2ForCausalLM, config)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2], pad_token_id=3)
+    return model
+
+
+def tiny_t5(
+    vocab_size: int = VOCAB_SIZE,
+    *,
+    hidden_size: int = 32,
+    layers: int = 2,
+    tie_word_embeddings: bool = True,
+    seed: int = 0,
+) -> T5ForConditionalGeneration:
+    """A random encoder-decoder; `tie_word_embeddings` False: with an output head of its own, as FLAN-T5 has."""
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=hidden_size,
+        d_kv=hidden_size // 4,
+        d_ff=2 * hidden_size,
+        num_layers=layers,
+        num_heads=4,
+        feed_forward_proj="relu" if tie_word_embeddings else "gated-gelu",
+        pad_token_id=3,
+        eos_token_id=2,
+    )
+    config.update({"decoder_start_token_id": 3, "tie_word_embeddings": tie_word_embeddings, "n_positions": 512})
+    model = _seeded(seed, T5ForConditionalGeneration, config)
+    model.generation_config = GenerationConfig(eos_token_id=[2], pad_token_id=3, decoder_start_token_id=3)
     return model
 
 

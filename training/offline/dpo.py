@@ -49,7 +49,7 @@ def run_dpo(spec: DpoStage, ctx: StageContext) -> dict[str, Path]:
         DataError: a row is wrong or too long; the message begins with `file:line`.
     """
     files = ctx.files("preferences")
-    start = start_causal(ctx.policy_model, spec, ctx)
+    start = start_causal(ctx.policy_model, spec, ctx, decoder_for="dpo trains decoders")
     reference = reference_of(start, spec, ctx)
     data = preference_dataset(files.train, start.tokenizer, start.stop_ids, spec.max_length)
     trainer = PreferenceTrainer(

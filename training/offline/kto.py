@@ -44,7 +44,7 @@ def run_kto(spec: KtoStage, ctx: StageContext) -> dict[str, Path]:
     micro = arguments["per_device_train_batch_size"]
     if micro < 2:
         raise ConfigError("kto.microBatchSize must be at least 2: the KL is estimated from mismatched rows of it")
-    start = start_causal(ctx.policy_model, spec, ctx)
+    start = start_causal(ctx.policy_model, spec, ctx, decoder_for="kto trains decoders")
     reference = reference_of(start, spec, ctx)
 
     def load(path: Path) -> Dataset:

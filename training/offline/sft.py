@@ -2,26 +2,30 @@
 
     L = - sum_t m_t log p(x_t | x_<t) / sum_t m_t,   m_t = 1 on assistant tokens of every turn
 
-TRL's SFTTrainer computes it. The labels are made here (see `steersman.nn.tokens`), because most published chat
-templates carry no `{% generation %}` marks, and so that an answer is trained behind exactly the prompt tokens that it
-is generated behind.
+TRL's SFTTrainer computes it, of an encoder-decoder `text_to_text`. The labels are made here (see
+`steersman.nn.tokens`), because most published chat templates carry no `{% generation %}` marks, and so that an answer
+is trained behind exactly the prompt tokens that it is generated behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from steersman.config.manifest import SftStage
 from steersman.data.records import Demonstration, at, numbered_rows, plain_messages
+from steersman.nn.encoder_decoder import is_encoder_decoder
 from steersman.nn.tokens import LabelledTokens, label_conversation
 from training.context import StageContext
+from training.offline.text_to_text import text_to_text_trainer
 from training.offline.trl_setup import (
     Progress,
+    Start,
     check_length,
     finish_causal,
     options,
@@ -51,17 +55,22 @@ def run_sft(spec: SftStage, ctx: StageContext, generated: Sequence[LabelledToken
         files = ctx.files("demonstrations")
         data = load(files.train)
         validation = load(files.validation) if files.validation else None
-    trainer = SFTTrainer(
-        model=start.model,
-        args=SFTConfig(**options(spec, ctx), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=data,
-        eval_dataset=validation,
-        processing_class=start.tokenizer,
-        callbacks=[Progress(ctx)],
-    )
+    make = text_to_text_trainer if is_encoder_decoder(start.model.config) else _decoder_trainer
+    trainer = make(start, options(spec, ctx), data, validation)
+    trainer.add_callback(Progress(ctx))
     train(trainer, spec, ctx)
     del trainer
     return finish_causal(start, spec, ctx)
+
+
+def _decoder_trainer(start: Start, arguments: dict[str, Any], data: Dataset, validation: Dataset | None) -> Trainer:
+    return SFTTrainer(
+        model=start.model,
+        args=SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=data,
+        eval_dataset=validation,
+        processing_class=start.tokenizer,
+    )
 
 
 def labelled_dataset(path: Path, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], max_length: int) -> Dataset:

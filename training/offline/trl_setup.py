@@ -22,13 +22,22 @@ import trl.trainer.utils
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 
 from steersman.artifacts import storage_errors
 from steersman.config.manifest import SupervisedStage
 from steersman.errors import ConfigError, DataError, FailedPreconditionError
 from steersman.leaving import asked, leave, saves_between_steps
 from steersman.nn.dropout import disable_dropout
+from steersman.nn.encoder_decoder import refuse_encoder_decoder
 from steersman.nn.load import load_causal_lm, load_tokenizer, quiet_libraries
 from steersman.nn.lora import attach_lora, merge_to_folder, quantization, save_adapter, save_model
 from steersman.nn.parity import skip_padding
@@ -63,9 +72,18 @@ class Start:
     stop_ids: list[int]
 
 
-def start_causal(folder: Path, spec: SupervisedStage, ctx: StageContext) -> Start:
-    """Loads the policy in fp32, with an adapter where the stage has one."""
+def start_causal(folder: Path, spec: SupervisedStage, ctx: StageContext, *, decoder_for: str | None = None) -> Start:
+    """Loads the policy in fp32, with an adapter where the stage has one.
+
+    Args:
+        decoder_for: of a stage that takes decoders only; the refusal of others begins with it.
+
+    Raises:
+        ConfigError: the model does not fit the tokenizer, or the stage.
+    """
     quiet_libraries()
+    if decoder_for is not None:
+        refuse_encoder_decoder(AutoConfig.from_pretrained(folder), decoder_for)
     tokenizer = load_tokenizer(folder, ctx.spec.model.template_options)
     model = load_causal_lm(folder, device=ctx.device, quantization_config=quantization(spec.lora, ctx.device))
     check_tokenizer_matches(model.config, tokenizer)

@@ -15,13 +15,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from services.policy.engine import Engine
 from services.policy.engines.decoder import DecoderName
 from steersman.errors import ConfigError, InternalError
 from steersman.generation import Event, GenerationRequest, RequestFailed, SampleFinished, SamplingParams
-from steersman.nn.parity import NATS, SameConfig, Verdict, changes_at, example_groups, table_of
+from steersman.nn.encoder_decoder import is_encoder_decoder, language_model_class
+from steersman.nn.parity import NATS, SameConfig, Verdict, changes_at, example_groups, logprobs_of
 from steersman.nn.tiny import LENGTH, tiny_model
 
 log = logging.getLogger("steersman.policy")
@@ -55,7 +56,7 @@ def engine_verdict(config: PreTrainedConfig, start: Start) -> tuple[DecoderName,
 def _verdict(same: SameConfig, start: Start) -> tuple[DecoderName, Verdict]:
     try:
         with torch.autocast("cpu", enabled=False):
-            model = tiny_model(AutoModelForCausalLM, same.config)
+            model = tiny_model(language_model_class(same.config), same.config)
             found = _first_that_agrees(model, start, None)
             original = changes_at(same.config)
             if original is not None and found[1].outcome != "agrees":
@@ -71,6 +72,8 @@ def _verdict(same: SameConfig, start: Start) -> tuple[DecoderName, Verdict]:
 def _first_that_agrees(model: PreTrainedModel, start: Start, longest: int | None) -> tuple[DecoderName, Verdict]:
     reason, difference = "", float("nan")
     names: tuple[DecoderName, ...] = ("llama", "generic", "cached", "uncached")
+    if is_encoder_decoder(model.config):
+        names = ("encoder-decoder",)
     for name in names:
         try:
             difference = difference_of(model, name, start, longest)
@@ -79,6 +82,8 @@ def _first_that_agrees(model: PreTrainedModel, start: Start, longest: int | None
             continue
         if difference <= NATS:
             fast = name in ("llama", "generic")
+            if name == "encoder-decoder":
+                reason = "the caches of an encoder-decoder are not shared"
             return name, Verdict("agrees" if fast else "plain", difference, "" if fast else reason)
         reason = f"its log-probabilities differ from those of single rows by {difference:.2g} nats"
     return "uncached", Verdict("refused", difference, reason)
@@ -102,9 +107,8 @@ def difference_of(model: PreTrainedModel, name: DecoderName, start: Start, longe
             if not isinstance(event, SampleFinished):
                 raise InternalError("the engine sent tokens that nobody asked for")
             prompt = prompts[event.prompt_index]
-            table = table_of(model, np.concatenate([prompt, event.token_ids]))
-            rows = np.arange(len(event.token_ids)) + len(prompt) - 1
-            wanted = table[rows, event.token_ids].numpy()
+            with torch.no_grad():
+                wanted = logprobs_of(model, prompt, event.token_ids).numpy()
             largest = max(largest, float(np.abs(event.logprobs - wanted).max()))
     finally:
         engine.close()

@@ -35,7 +35,7 @@ class Decoder(Protocol):
         ...
 
 
-DecoderName = Literal["llama", "generic", "cached", "uncached"]
+DecoderName = Literal["llama", "generic", "cached", "uncached", "encoder-decoder"]
 
 
 def build_decoder(
@@ -52,7 +52,10 @@ def build_decoder(
         return LlamaDecoder(model, store, dtype, layout), store
     if name == "generic":
         return GenericDecoder(model, store, layout), store
-    from services.policy.engines.plain import PlainDecoder
+    from services.policy.engines.plain import EncoderDecoder, PlainDecoder
+
+    if name == "encoder-decoder":
+        return EncoderDecoder(model, store), store
 
     return PlainDecoder(model, store, cached=name == "cached"), store
 

@@ -1,7 +1,7 @@
 """Decoders for architectures that nothing faster computes rightly: the model's own code, one sample at a time.
 
 `cached`: every row has the cache that the model makes itself, whatever its layers keep there. Otherwise the whole row
-is computed again for every token.
+is computed again for every token. An encoder-decoder has what its encoder made of the prompt, and the decoder's cache.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from services.policy.engines.attention import DecodeStep, PrefillStep
 from services.policy.engines.kv_cache import KVCache
 from services.policy.engines.weights import WeightStore, attach_parameters
+from steersman.nn.encoder_decoder import start_token
 
 
 class RowCache(KVCache):
@@ -78,3 +79,43 @@ class PlainDecoder:
             output = self._model(input_ids=torch.tensor([ids], device=device), use_cache=False)
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+class EncoderDecoder:
+    """See `services.policy.engines.decoder.Decoder`. The last token of a prompt comes with the first decode step; then
+    the encoder reads the prompt, and the decoder its start token.
+    """
+
+    def __init__(self, model: PreTrainedModel, store: WeightStore) -> None:
+        self._model: Any = model
+        self._start = start_token(model)
+        attach_parameters(model, store, held=frozenset())
+
+    def prefill(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> None:
+        cache = step.cache
+        assert isinstance(cache, RowCache)
+        parts = token_ids.split([span.end - span.start for span in step.spans])
+        for span, ids in zip(step.spans, parts, strict=True):
+            cache.seen[span.row] = ids.tolist(), None
+
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Tensor:
+        cache = step.cache
+        assert isinstance(cache, RowCache)
+        return torch.cat([self._next(cache, row, token) for row, token in enumerate(token_ids.tolist())])
+
+    def _next(self, cache: RowCache, row: int, token: int) -> Tensor:
+        ids, state = cache.seen.get(row) or ([], None)
+        if state is None:
+            ids, token = [*ids, token], self._start
+            encoded = self._model.get_encoder()(input_ids=self._ids(ids))
+            state = encoded, EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cache.seen[row] = ids, state
+        encoder_outputs, past = state
+        output = self._model(
+            encoder_outputs=encoder_outputs, decoder_input_ids=self._ids([token]), past_key_values=past, use_cache=True
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _ids(self, ids: list[int]) -> Tensor:
+        return torch.tensor([ids], device=self._model.device)

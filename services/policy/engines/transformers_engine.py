@@ -134,7 +134,7 @@ class TransformersEngine:
         if name is None:
             name, verdict = choose_decoder(model.config, with_decoder)
             context = verdict.limit or context
-        self._plain = name in ("cached", "uncached")
+        self._plain = name in ("cached", "uncached", "encoder-decoder")
         if self._plain:
             self._cache = RowCache(self._cache.budget, self._cache.max_rows)
         self._vocab: int = text.vocab_size

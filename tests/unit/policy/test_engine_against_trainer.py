@@ -14,7 +14,7 @@ from services.policy.engines.transformers_engine import TransformersEngine
 from steersman.config.manifest import Lora
 from steersman.errors import FailedPreconditionError
 from steersman.nn.packed import pack
-from steersman.testing.models import save_model_folder, tiny_llama
+from steersman.testing.models import save_model_folder, tiny_llama, tiny_t5
 from training.online.mask_policy import MaskPolicy
 from training.online.policy_model import PolicyModel
 
@@ -39,10 +39,13 @@ def test_the_mismatch_is_small(tmp_path: Path, device: str, precision: str, mism
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=4, target_modules=["q_proj", "down_proj"])], ids=["full", "lora"])
-@pytest.mark.parametrize("decoder", ["llama", "generic", "cached", "uncached"])
+@pytest.mark.parametrize("decoder", ["llama", "generic", "cached", "uncached", "encoder-decoder"])
 def test_tokens_are_drawn_from_the_sets_of_an_older_policy(tmp_path: Path, lora: Lora | None, decoder: str) -> None:
     """NLPO: both know the same sets and the same log-probabilities, after updates and a new mask policy, too."""
-    folder = save_model_folder(tmp_path, tiny_llama())
+    encodes = decoder == "encoder-decoder"
+    folder = save_model_folder(tmp_path, tiny_t5(seed=3) if encodes else tiny_llama())
+    if encodes and lora is not None:
+        lora = Lora(rank=4, target_modules=["q", "wo"])
     engine = TransformersEngine(folder, precision="fp32", device="cpu", decoder=decoder)  # type: ignore[arg-type]
     engine.start()
     prompts = random_prompts([5, 40, 17])
