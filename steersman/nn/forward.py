@@ -34,7 +34,7 @@ def trunk_of(model: nn.Module) -> nn.Module:
     the decoder."""
     base = unwrapped(model)
     if encoder_decoder.is_encoder_decoder(base.config):
-        return base.get_decoder()  # type: ignore[no-any-return]
+        return base.get_decoder()
     trunk: Any = getattr(base, base.base_model_prefix, None)  # Llama 4 text names a part that it does not have
     if trunk is None:
         trunk = base.model

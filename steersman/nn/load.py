@@ -122,7 +122,7 @@ def load_classifier(
 
 def load_trunk(folder: Path, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """An encoder, or a decoder without its head, in evaluation mode with dropout off."""
-    return ready(_load(AutoModel, folder, dtype, None), device)
+    return ready(_load(lambda config: AutoModel, folder, dtype, None), device)
 
 
 def load_reward_model(folder: Path, *, device: str = "cpu", precision: Literal["fp32", "bf16"] = "fp32") -> RewardModel:
@@ -211,7 +211,7 @@ def _load(
     try:
         config = AutoConfig.from_pretrained(folder)
         config.num_labels = options.pop("num_labels", config.num_labels)
-        return class_of(config).from_pretrained(  # type: ignore[no-any-return]
+        return class_of(config).from_pretrained(
             folder, config=config, dtype=kind, attn_implementation=attention, use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -148,7 +148,8 @@ def tiny_t5(
         pad_token_id=3,
         eos_token_id=2,
     )
-    config.update({"decoder_start_token_id": 3, "tie_word_embeddings": tie_word_embeddings, "n_positions": 512})
+    config.update({"decoder_start_token_id": 3, "n_positions": 512})
+    config.update({"tie_word_embeddings": tie_word_embeddings, "scale_decoder_outputs": tie_word_embeddings})
     model = _seeded(seed, T5ForConditionalGeneration, config)
     model.generation_config = GenerationConfig(eos_token_id=[2], pad_token_id=3, decoder_start_token_id=3)
     return model
