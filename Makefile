@@ -120,10 +120,6 @@ fuzz: $(READY) ## Throw a million hostile inputs at everything that reads (INPUT
 chaos: $(READY) ## Seeded random faults against the real processes (CHAOS_SEED=n repeats one, CHAOS_MINUTES=10); the last line is JSON.
 	@PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)
 
-.PHONY: soak
-soak: $(READY) ## An hour each of gateway load with swaps and of training steps (SOAK_MINUTES=60); the last line is JSON.
-	@$(BIN)/python -m benchmarks.soak $(ARGS)
-
 .PHONY: docs
 docs: $(READY) ## Build the documentation site in build/docs; any warning fails it.
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs

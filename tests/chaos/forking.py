@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import runpy
@@ -201,6 +202,7 @@ def _become(
         os.chdir(ROOT)
         die_with_parent(parent)
         ctypes.CDLL(None).prctl(_PR_SET_NAME, module.encode()[:15], 0, 0, 0)
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # where a process hangs
         if prepare is not None:
             prepare()
         if nursery:

@@ -432,7 +432,10 @@ class GatewayFamily:
             try:
                 code = site.running[name].wait(30)
             except subprocess.TimeoutExpired:
-                raise Bad(f"{name} does not end 30 s after SIGTERM") from None
+                site.running[name].send_signal(signal.SIGUSR2)
+                time.sleep(0.5)
+                stacks = (site.folder / f"{name}.log").read_text(errors="replace")[-4000:]
+                raise Bad(f"{name} does not end 30 s after SIGTERM: {stacks}") from None
             if code:
                 raise Bad(f"{name} ended with {code} after SIGTERM: {(site.folder / f'{name}.log').read_text()[-400:]}")
 
