@@ -4,30 +4,34 @@ The SDK brings protocol, data plane and model registry; REST routes and gRPC ser
 servers, because `ModelServer.start` knows no TLS for gRPC, no bind address and no drain of streams.
 
 Input tensors (BYTES, one element a question): `text_input`, a user message, or `messages`, a conversation as JSON.
-Parameters: max_tokens, temperature, top_p, seed. Outputs: `text_output`, `answer_id`, `finish_reason` (BYTES) and
-`weights_version` (INT64).
+Parameters: max_tokens, temperature, top_p, seed, stop. Outputs: `text_output`, `answer_id`, `finish_reason` (BYTES) and
+`weights_version` (INT64); `outputs` asks for some of them, and for binary ones. `generate` and `generate_stream` take
+one `text_input` as plain JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Annotated, Any
 
 import grpc
 import orjson
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from services.gateway.answer import Answer, Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
-from services.gateway.bodies import consent_of, request_id_of
+from services.gateway.bodies import consent_of, fingerprint_of, read_body, request_id_of
 from services.gateway.errors import BadRequestError, from_validation
-from services.gateway.openai.schema import ChatMessage
+from services.gateway.openai.documentation import json_body
+from services.gateway.openai.schema import ChatMessage, Wire, few_entries
+from services.gateway.openai.stream import EventStream, event, until_disconnect
 from services.gateway.openai.translate import to_message
 from services.gateway.refusals import Refusals, noted
 from steersman import __version__
@@ -44,7 +48,7 @@ try:
     from kserve.protocol.dataplane import DataPlane
     from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
     from kserve.protocol.grpc.servicer import InferenceServicer
-    from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, InferResponse
+    from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, InferResponse, RequestedOutput
     from kserve.protocol.model_repository_extension import ModelRepositoryExtension
     from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
 finally:
@@ -53,6 +57,7 @@ finally:
 SERVICE_NAME = "inference.GRPCInferenceService"
 _MOST_QUESTIONS = 64
 _CONVERSATION: TypeAdapter[list[ChatMessage]] = TypeAdapter(list[ChatMessage])
+_OUTPUTS = {"text_output": "BYTES", "answer_id": "BYTES", "finish_reason": "BYTES", "weights_version": "INT64"}
 _PARAMETERS = {"max_tokens": int, "temperature": float, "top_p": float, "seed": int}
 # Set by KServe's clients; they concern the encoding, not the answer.
 _IGNORED_PARAMETERS = {"binary_data_output", "content_type", "headers"}
@@ -77,8 +82,7 @@ class AssistantModel(kserve.Model):
         ]
 
     def get_output_types(self) -> list[dict[str, Any]]:
-        names = {"text_output": "BYTES", "answer_id": "BYTES", "finish_reason": "BYTES", "weights_version": "INT64"}
-        return [{"name": name, "datatype": datatype, "shape": [-1]} for name, datatype in names.items()]
+        return [{"name": name, "datatype": datatype, "shape": [-1]} for name, datatype in _OUTPUTS.items()]
 
     async def predict(
         self,
@@ -88,13 +92,17 @@ class AssistantModel(kserve.Model):
     ) -> InferResponse:
         headers = {name.lower(): value for name, value in (headers or {}).items()}
         caller = await self._auth.caller(headers)
-        sampling = _sampling(payload.parameters or {})
+        sampling, stop = _sampling(payload.parameters or {}), _stop(payload.parameters or {})
+        for output in payload.request_outputs or ():
+            if output.name not in _OUTPUTS:
+                known = ", ".join(_OUTPUTS)
+                raise BadRequestError(f"outputs: there is no '{output.name[:64]}'; use {known}", param="outputs")
         request_id = request_id_of(headers)
         questions = [
             Question(
                 caller,
                 request_id,
-                PolicyServiceChatRequest(messages=messages, sampling=sampling, n=1, whole=True),
+                PolicyServiceChatRequest(messages=messages, sampling=sampling, stop=stop, n=1, whole=True),
                 model=self.name,
                 id_prefix="infer-",
                 consent=consent_of(headers),
@@ -151,10 +159,10 @@ def _sampling(parameters: Mapping[str, Any]) -> common_pb2.SamplingParams:
     values: dict[str, Any] = {}
     for name, raw in parameters.items():
         value = _plain(raw)
-        if name in _IGNORED_PARAMETERS:
+        if name in _IGNORED_PARAMETERS or name == "stop":
             continue
         if name not in _PARAMETERS:
-            known = ", ".join(_PARAMETERS)
+            known = ", ".join((*_PARAMETERS, "stop"))
             raise BadRequestError(f"parameters.{name} is not known; use {known}", param=f"parameters.{name}")
         try:
             # Over gRPC the SDK's clients can send a fraction only as text.
@@ -170,6 +178,18 @@ def _sampling(parameters: Mapping[str, Any]) -> common_pb2.SamplingParams:
         raise BadRequestError("parameters: max_tokens, temperature (0 to 2) or top_p (0 to 1) is out of range")
     seed = values.get("seed", secrets.randbits(64)) % 2**64
     return common_pb2.SamplingParams(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+def _stop(parameters: Mapping[str, Any]) -> list[str]:
+    """Texts that end an answer: one, or several as a list, or as JSON where parameters know no lists (infer, gRPC)."""
+    value = _plain(parameters.get("stop", []))
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):
+            value = orjson.loads(value)
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadRequestError("parameters.stop must be a text or a list of texts", param="parameters.stop")
+    return texts
 
 
 def _plain(value: Any) -> Any:
@@ -190,7 +210,23 @@ def _response(request: InferRequest, model: str, answers: Sequence[Answer]) -> I
         for name, values in columns.items()
     ]
     outputs.append(InferOutput("weights_version", shape, "INT64", [answer.weights_version for answer in answers]))
-    return InferResponse(request.id or answers[0].id, model, outputs)
+    wanted = list(request.request_outputs or [])
+    if request.from_grpc and wanted:  # there the SDK gives all of them
+        outputs = [output for asked in wanted for output in outputs if output.name == asked.name]
+    return InferResponse(
+        request.id or answers[0].id,
+        model,
+        outputs,
+        use_binary_outputs=request.use_binary_outputs,
+        requested_outputs=[_binary(each, request) for each in wanted] or None,
+    )
+
+
+def _binary(asked: RequestedOutput, request: InferRequest) -> RequestedOutput:
+    """A requested output that says itself whether it is binary, as the request does for all where it does not."""
+    if asked.binary_data is None:
+        return RequestedOutput(asked.name, {"binary_data": request.use_binary_outputs})
+    return asked
 
 
 class _DataPlane(DataPlane):
@@ -201,7 +237,7 @@ class _DataPlane(DataPlane):
         self._assistant = assistant
 
     def metadata(self) -> dict[str, Any]:
-        return {"name": "steersman", "version": __version__, "extensions": []}
+        return {"name": "steersman", "version": __version__, "extensions": ["binary_tensor_data", "generate"]}
 
     async def ready(self) -> bool:
         return self._assistant.ready
@@ -265,6 +301,91 @@ async def _translated(call: Any) -> Any:
         raise BadRequestError(f"The inference request cannot be read: {error}") from None
 
 
+class GenerateBody(Wire):
+    """One question of the protocol's generate extension."""
+
+    text_input: Annotated[str, Field(min_length=1, max_length=10_000_000)]
+    """What the user says."""
+    parameters: Annotated[dict[str, Any], BeforeValidator(few_entries)] | None = None
+    """max_tokens, temperature, top_p, seed, stop."""
+    id: Annotated[str, Field(max_length=128)] | None = None
+
+
+def generate_router(assistant: Assistant, auth: Authenticator) -> APIRouter:
+    """`generate` and `generate_stream` of every model."""
+    router = APIRouter(prefix="/v2/models/{model_name}", tags=["V2"])
+    documented: dict[str, Any] = {
+        "openapi_extra": json_body(GenerateBody),
+        "responses": {200: {"description": "The answer.", "content": {"application/json": {}}}},
+    }
+
+    async def asked(request: Request, model_name: str, *, whole: bool) -> tuple[Answer, GenerateBody]:
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        caller = await auth.caller(headers)
+        body = await read_body(request, GenerateBody)
+        parameters = body.parameters or {}
+        ask = PolicyServiceChatRequest(
+            messages=[common_pb2.Message(role="user", content=body.text_input)],
+            sampling=_sampling(parameters),
+            stop=_stop(parameters),
+            n=1,
+            whole=whole,
+        )
+        question = Question(
+            caller,
+            request.state.request_id,
+            ask,
+            model=model_name,
+            id_prefix="infer-",
+            idempotency_key=headers.get("idempotency-key", ""),
+            fingerprint=fingerprint_of(body),
+            consent=consent_of(headers),
+        )
+        return await until_disconnect(request.receive, assistant.answer(question)), body
+
+    def part(answer: Answer, body: GenerateBody, text: str, finish: str | None) -> dict[str, Any]:
+        said: dict[str, Any] = {"id": body.id or answer.id, "model_name": answer.model, "text_output": text}
+        if finish is not None:
+            version = answer.weights_version
+            said["details"] = {"finish_reason": finish, "answer_id": answer.id, "weights_version": version}
+        return said
+
+    async def events(answer: Answer, body: GenerateBody) -> AsyncGenerator[bytes, None]:
+        try:
+            async with contextlib.aclosing(aiter(answer)) as responses:
+                async for response in responses:
+                    finish = openai_finish_name(response.finish_reason)
+                    if response.delta or finish:
+                        yield event(part(answer, body, response.delta, finish))
+        except SteersmanError as error:
+            yield event({"error": error.message})
+
+    @router.post("/generate", summary="Answer a text", **documented)
+    async def generate(request: Request, model_name: str) -> Response:
+        answer, body = await asked(request, model_name, whole=True)
+
+        async def read() -> None:
+            async for _ in answer:
+                pass
+
+        try:
+            await until_disconnect(request.receive, read())
+        finally:
+            await answer.close()
+        choice = answer.choices[0]
+        said = part(answer, body, choice.text, openai_finish_name(choice.finish_reason) or "stop")
+        return Response(orjson.dumps(said), media_type="application/json")
+
+    streamed = {**documented, "responses": {200: {"description": "Its parts.", "content": {"text/event-stream": {}}}}}
+
+    @router.post("/generate_stream", summary="Answer a text as it comes", **streamed)
+    async def generate_stream(request: Request, model_name: str) -> Response:
+        answer, body = await asked(request, model_name, whole=False)
+        return EventStream(events(answer, body), answer.close)
+
+    return router
+
+
 class OipServer(kserve.ModelServer):
     """KServe's model server with the assistant as its model; the gateway brings the listeners."""
 
@@ -273,11 +394,13 @@ class OipServer(kserve.ModelServer):
         super().__init__(registered_models=kserve.ModelRepository(), enable_latency_logging=False)
         self.dataplane = _DataPlane(self.registered_models, assistant)
         self.model_repository_extension = _Repository(self.registered_models)
+        self._generate = generate_router(assistant, auth)
         for name in assistant.config.model_names:
             self.register_model(AssistantModel(name, assistant, auth))
 
     def mount(self, app: FastAPI) -> None:
         """Adds the REST routes under /v2."""
+        app.include_router(self._generate)
         register_v2_endpoints(app, self.dataplane, self.model_repository_extension)
         failures = {
             kserve_errors.ModelNotFound: 404,

@@ -21,6 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRequest
 from kserve.inference_client import RESTConfig
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+from kserve.protocol.infer_type import RequestedOutput
 
 from services.gateway.auth.keys import create_key
 from services.gateway.server import Gateway
@@ -73,6 +75,74 @@ async def test_kserve_grpc_client(gateway: Gateway) -> None:
             await client.infer(broken)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     await client.close()
+
+
+async def test_oip_stop_some_outputs_and_binary_ones(gateway: Gateway) -> None:
+    rest, over_grpc = InferenceRESTClient(RESTConfig(protocol="v2")), f"127.0.0.1:{gateway.grpc_port}"
+    asked = question("hello there", stop=" there", binary_data_output=True)
+    everything = await rest.infer(gateway.url, asked, model_name="steersman")
+    assert everything.get_output_by_name("text_output").as_numpy().tolist() == ["You said: hello"]
+    assert len(everything.outputs) == 4
+    body = {
+        "inputs": [{"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["hi"]}],
+        "outputs": [{"name": "text_output", "parameters": {"binary_data": True}}, {"name": "weights_version"}],
+    }
+    async with httpx.AsyncClient(base_url=gateway.url) as http:
+        answer = await http.post("/v2/models/steersman/infer", json=body)
+        length = int(answer.headers["inference-header-content-length"])
+        head, raw = json.loads(answer.content[:length]), answer.content[length:]
+        assert [output["name"] for output in head["outputs"]] == ["text_output", "weights_version"]
+        assert head["outputs"][0]["parameters"]["binary_data_size"] == len(raw)
+        assert raw == (12).to_bytes(4, "little") + b"You said: hi"
+        assert head["outputs"][1]["data"] == [1]
+        unknown = await http.post("/v2/models/steersman/infer", json={**body, "outputs": [{"name": "x"}]})
+        assert unknown.status_code == 400
+        assert "outputs: there is no 'x'" in unknown.json()["error"]
+        for wrong in ({"stop": 5}, {"stop": [1]}, {"stop": "x" * 300}):
+            refused = await http.post("/v2/models/steersman/infer", json={**body, "parameters": wrong})
+            assert refused.status_code == 400, wrong
+
+    client = InferenceGRPCClient(over_grpc)
+    tensor = InferInput("text_input", [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([b"hello there"], dtype=object), binary_data=True)
+    outputs = [RequestedOutput("text_output"), RequestedOutput("weights_version")]
+    raw_request = InferRequest("steersman", [tensor], request_outputs=outputs, parameters={"stop": '[" there"]'})
+    found = await client.infer(raw_request)
+    assert [output.name for output in found.outputs] == ["text_output", "weights_version"]
+    assert found.outputs[0].as_numpy().tolist() == [b"You said: hello"]
+    assert found.outputs[1].as_numpy().tolist() == [1]
+    async with grpc.aio.insecure_channel(over_grpc) as channel:
+        raw = await GRPCInferenceServiceStub(channel).ModelInfer(raw_request.to_grpc())
+        assert raw.raw_output_contents[0] == (15).to_bytes(4, "little") + b"You said: hello"
+        assert not raw.outputs[0].HasField("contents")
+    await client.close()
+
+
+async def test_oip_generate(gateway: Gateway, policy: FakePolicy) -> None:
+    base = "/v2/models/steersman"
+    async with httpx.AsyncClient(base_url=gateway.url) as http:
+        body = {"text_input": "hello there", "parameters": {"max_tokens": 3, "stop": ["zz"]}, "id": "q"}
+        said = (await http.post(f"{base}/generate", json=body)).json()
+        assert (said["id"], said["model_name"], said["text_output"]) == ("q", "steersman", "You said: hello")
+        assert said["details"]["finish_reason"] == "length"
+        streamed = await http.post(f"{base}/generate_stream", json=body)
+        assert streamed.headers["content-type"].startswith("text/event-stream")
+        parts = [json.loads(block.removeprefix("data: ")) for block in streamed.text.strip().split("\n\n")]
+        assert "".join(part["text_output"] for part in parts) == "You said: hello"
+        assert [("details" in part) for part in parts] == [False] * (len(parts) - 1) + [True]
+        for change, status in (
+            ({"text_input": ""}, 400),
+            ({"text_input": 5}, 400),
+            ({"parameters": {"teleport": 1}}, 400),
+            ({"pixels": 1}, 400),
+        ):
+            refused = await http.post(f"{base}/generate", json={**body, **change})
+            assert refused.status_code == status, change
+            assert isinstance(refused.json()["error"], str)
+        assert (await http.post("/v2/models/other/generate", json=body)).status_code == 404
+        policy.fail_after_tokens = 1
+        broken = (await http.post(f"{base}/generate_stream", json=body)).text
+        assert "error" in json.loads(broken.strip().split("\n\n")[-1].removeprefix("data: "))
 
 
 async def test_oip_metadata_and_refusals(gateway: Gateway) -> None:
