@@ -82,6 +82,18 @@ test-gpu: ## Run the tests that need a CUDA device, with the libraries of the GP
 	@if nvidia-smi -L > /dev/null 2>&1; then $(MAKE) $(GPU_READY) && $(GPU_VENV)/bin/python -m pytest -m gpu $(GPU_TESTS); \
 	else echo "test-gpu  skipped: this machine has no CUDA device"; fi
 
+# What `make gpu-check` needs besides torch, transformers, peft and accelerate: wheels and a tokenizer, for a machine
+# without a network. Pack it where there is one, and take the checkout there with build/gpu.
+.PHONY: gpu-bundle
+gpu-bundle: $(READY) ## Pack into build/gpu what gpu-check needs on a machine without a network.
+	$(BIN)/python -m benchmarks.gpu.bundle
+
+.PHONY: gpu-check
+gpu-check: ## Check what the GPU here makes of everything: at most 9 minutes, no network (ARGS="--quick --device cpu").
+	@if ls build/gpu/wheels/*.whl > /dev/null 2>&1; then $(PYTHON) -m pip install --quiet --no-index --no-deps \
+	--no-compile --upgrade --target build/gpu/site build/gpu/wheels/*.whl; fi
+	PYTHONPATH=$(CURDIR):$(CURDIR)/build/gpu/site HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.gpu $(ARGS)
+
 .PHONY: test-cluster
 test-cluster: $(READY) ## Run the tests that need a Kubernetes API server.
 	$(BIN)/pytest -m cluster

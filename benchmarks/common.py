@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import torch
 from transformers import AutoTokenizer, LogitsProcessor
 
+from steersman.errors import UnavailableError
 from steersman.local.process import child_environment
 from steersman.rpc.client import open_channel, wait_ready
 
@@ -113,11 +115,21 @@ def service(kind: str, threads: int, *, shared: bool = True, **settings: Any) ->
         try:
             target = f"127.0.0.1:{port}"
             with open_channel(target) as channel:
-                wait_ready(channel, READY[kind], timeout=300)
+                _wait(channel, kind, process)
             yield Process(target, f"127.0.0.1:{weights_port}", process.pid)
         finally:
             process.terminate()
             process.wait(30)
+
+
+def _wait(channel: grpc.Channel, kind: str, process: subprocess.Popen[bytes]) -> None:
+    """Until the service serves; UnavailableError where it has ended or does not."""
+    for left in reversed(range(60)):
+        try:
+            return wait_ready(channel, READY[kind], timeout=5)
+        except UnavailableError:
+            if not left or process.poll() is not None:
+                raise
 
 
 def peak_gib(pid: int | str = "self") -> float:

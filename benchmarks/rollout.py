@@ -55,7 +55,7 @@ def workloads(folder: Path) -> list[Workload]:
     ]
 
 
-class _Logprobs(LogitsProcessor):
+class Logprobs(LogitsProcessor):
     """Keeps the log-probability of every sampled token, step by step, as a rollout needs it."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ def generate(model: PreTrainedModel, work: Workload) -> None:
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        logits_processor=LogitsProcessorList([_Logprobs()]),
+        logits_processor=LogitsProcessorList([Logprobs()]),
     )
 
 

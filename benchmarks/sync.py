@@ -46,8 +46,8 @@ class _Replica(PolicyReplica):
 
     size = 0
 
-    def publish(self, version: int, outbox: Outbox) -> float:
-        self.pause_seconds = super().publish(version, outbox)
+    async def load(self, version: int, outbox: Outbox) -> float:
+        self.pause_seconds = await super().load(version, outbox)
         self.size = outbox.manifest.size
         return self.pause_seconds
 
@@ -56,38 +56,63 @@ def change(model: PolicyModel, generator: torch.Generator) -> None:
     """As an optimizer step would: every trained weight gets another value."""
     with torch.no_grad():
         for parameter in model.policy_parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-4)
+            noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+            parameter.add_(noise, alpha=1e-4)
 
 
 def mismatch(model: PolicyModel, pool: PolicyPool, prompts: Sequence[np.ndarray]) -> float:
     """Mean absolute difference of the log-probabilities of sampled tokens, engine against trainer."""
     sampling = common_pb2.SamplingParams(max_new_tokens=16, min_new_tokens=16, seed=1)
     samples = list(pool.generate(prompts, 1, sampling))
-    packed = pack([(prompts[one.prompt_index], [one.token_ids]) for one in samples])
+    packed = pack([(prompts[one.prompt_index], [one.token_ids]) for one in samples], model.device)
     with torch.no_grad():
-        own = model.logprobs(packed).numpy()
+        own = model.logprobs(packed).cpu().numpy()
     return float(np.abs(own - np.concatenate([one.logprobs for one in samples])).mean())
 
 
 def measure(
-    folder: Path, kind: str, through: str, replicas: int, rounds: int, threads: int, precision: str
-) -> dict[str, object]:
+    folder: Path,
+    kind: str,
+    ways: Sequence[str],
+    replicas: int,
+    rounds: int,
+    threads: int,
+    precision: str,
+    device: str = "cpu",
+) -> list[dict[str, object]]:
+    """One report for each way that weights take to the same services."""
     lora = Lora() if kind == "lora" else None
-    model = PolicyModel(folder, lora, None, None, device="cpu", precision="fp32", temperature=1.0, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    fingerprint = tokenizer_fingerprint(load_tokenizer(folder))
-    times, pauses = [], []
+    trained = "fp32" if device == "cpu" else precision
+    model = PolicyModel(folder, lora, None, None, device=device, precision=trained, temperature=1.0, seed=0)
     with contextlib.ExitStack() as stack:
-        shared = None
-        options: dict[str, object] = {"model": str(folder), "precision": precision}
-        if through == "folder":
-            shared = stack.enter_context(memory_folder(sum(p.numel() * 4 for p in model.parameters())))
-            assert shared is not None, "memory has no room for a publication"
-            options["artifactUrls"] = [f"file://{shared}/"]
+        shared = stack.enter_context(memory_folder(sum(p.numel() * 4 for p in model.parameters())))
+        assert shared is not None, "memory has no room for a publication"
+        options = {
+            "model": str(folder),
+            "precision": precision,
+            "device": device,
+            "artifactUrls": [f"file://{shared}/"],
+        }
         services = [stack.enter_context(common.service("policy", threads, **options)) for _ in range(replicas)]
-        clients = [_Replica(one.target, one.weights_target, 60.0, print) for one in services]
-        pool = PolicyPool(clients, fingerprint, shared)
-        stack.callback(pool.close)
+        return [_publish(model, folder, kind, through, services, rounds, shared) for through in ways]
+
+
+def _publish(
+    model: PolicyModel,
+    folder: Path,
+    kind: str,
+    through: str,
+    services: Sequence[common.Process],
+    rounds: int,
+    shared: Path,
+) -> dict[str, object]:
+    generator = torch.Generator(model.device).manual_seed(0)
+    clients = [_Replica(one.target, one.weights_target, 60.0, print) for one in services]
+    pool = PolicyPool(clients, tokenizer_fingerprint(load_tokenizer(folder)), shared if through != "grpc" else None)
+    if through == "folder":
+        pool.leave_device()
+    times, pauses = [], []
+    with contextlib.closing(pool):
         served = pool.info().model.dtype
         dtype = torch.bfloat16 if served == "bfloat16" else torch.float32
         for number in range(rounds + 1):
@@ -95,25 +120,24 @@ def measure(
             start = time.perf_counter()
             pool.publish(model.payload(dtype))
             seconds = time.perf_counter() - start
-            print(f"{kind} through {through} x{replicas}: {seconds:.3f} s", flush=True)
+            print(f"{kind} through {through} x{len(services)}: {seconds:.3f} s", flush=True)
             if number:
                 times.append(seconds)
                 pauses.append(max(client.pause_seconds for client in clients))
         difference = mismatch(model, pool, common.chat_prompts(folder, 8))
-        peak = max(common.peak_gib(one.pid) for one in services)
     seconds = statistics.median(times)
     size = clients[0].size
     return {
         "kind": kind,
         "through": through,
-        "replicas": replicas,
+        "replicas": len(services),
         "served_dtype": served,
         "megabytes": size / 1e6,
         "pause_seconds": statistics.median(pauses),
         "seconds": seconds,
         "target_seconds": TARGETS[kind],
         "logprob_mismatch": difference,
-        "service_peak_gib": peak,
+        "service_peak_gib": max(common.peak_gib(one.pid) for one in services),
         "large_model_seconds": LARGE_BYTES / (size / seconds) if kind == "full" else None,
     }
 
@@ -134,10 +158,12 @@ def main() -> None:
     folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
     limits = common.ceilings()
     results = [
-        measure(folder, kind, through, replicas, arguments.rounds, arguments.threads, arguments.precision)
+        one
         for kind in arguments.kinds
-        for through in arguments.through
         for replicas in arguments.replicas
+        for one in measure(
+            folder, kind, arguments.through, replicas, arguments.rounds, arguments.threads, arguments.precision
+        )
     ]
     names = ("kind", "through", "replicas", "megabytes", "pause_seconds", "seconds", "target_seconds")
     header = ("weights", "through", "replicas", "MB", "pause s", "usable after s", "target s", "mismatch", "8B bf16 s")

@@ -16,6 +16,7 @@ import grpc
 from blake3 import blake3
 from isal import isal_zlib
 from safetensors.torch import load_file
+from torch import Tensor
 
 from services.policy.config import PolicyConfig
 from services.policy.engine import Engine, WeightsUpdate
@@ -28,6 +29,7 @@ from steersman.errors import (
     PermissionDeniedError,
     StorageError,
 )
+from steersman.nn.device_memory import SUFFIX, opened_tensors
 from steersman.nn.serialize import anonymous_file, digest_of, mapped
 from steersman.v1 import weights_pb2 as pb
 from steersman.v1 import weights_pb2_grpc
@@ -187,31 +189,33 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
 
     def _apply(self, transaction: _Transaction) -> float:
         manifest = transaction.manifest
-        if manifest.artifact_url.startswith(_FILE):  # read where it lies
-            path = Path(manifest.artifact_url.removeprefix(_FILE))
-            try:
-                with mapped(path) as data:
-                    size, digest = len(data), digest_of(data)
-            except (OSError, ValueError) as error:
-                raise FailedPreconditionError(
-                    f"{manifest.artifact_url} cannot be read ({error}); do trainer and replica see the same folder?"
-                ) from None
-        else:
+        if not manifest.artifact_url.startswith(_FILE):
             if manifest.artifact_url:
                 self._read_artifact(transaction)
             transaction.file.flush()
             path = Path(f"/proc/self/fd/{transaction.file.fileno()}")
-            size, digest = transaction.received, transaction.digest.hexdigest()
-        if size != manifest.size:
-            raise FailedPreconditionError(
-                f"{size} of {manifest.size} bytes are here; upload the rest before the commit"
-            )
-        if digest != manifest.digest:
-            raise ChecksumError("the payload does not have manifest.digest; abort and send it again")
+            _check_whole(manifest, transaction.received, transaction.digest.hexdigest())
+            return self._load(transaction, _tensors_in(path))
+        path = Path(manifest.artifact_url.removeprefix(_FILE))  # read where it lies
+        if path.name.endswith(SUFFIX):
+            info = self._engine.info()
+            if info.engine != "transformers" or not info.device.startswith("cuda"):
+                raise FailedPreconditionError(f"engine {info.engine} on {info.device} does not read a GPU's memory")
+            with opened_tensors(path) as (tensors, size, digest):
+                _check_whole(manifest, size, digest)
+                return self._load(transaction, tensors)
         try:
-            tensors = load_file(path)
-        except Exception as error:
-            raise InvalidArgumentError(f"the payload is not a safetensors file ({error})") from None
+            with mapped(path) as data:
+                size, digest = len(data), digest_of(data)
+        except (OSError, ValueError) as error:
+            raise FailedPreconditionError(
+                f"{manifest.artifact_url} cannot be read ({error}); do trainer and replica see the same folder?"
+            ) from None
+        _check_whole(manifest, size, digest)
+        return self._load(transaction, _tensors_in(path))
+
+    def _load(self, transaction: _Transaction, tensors: dict[str, Tensor]) -> float:
+        manifest = transaction.manifest
         update = WeightsUpdate(
             version=transaction.version,
             kind=_KINDS[manifest.kind],  # type: ignore[arg-type]
@@ -253,3 +257,17 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             pending_version=self._open.version if self._open else 0,
             received=self._open.received if self._open else 0,
         )
+
+
+def _check_whole(manifest: pb.WeightsManifest, size: int, digest: str) -> None:
+    if size != manifest.size:
+        raise FailedPreconditionError(f"{size} of {manifest.size} bytes are here; upload the rest before the commit")
+    if digest != manifest.digest:
+        raise ChecksumError("the payload does not have manifest.digest; abort and send it again")
+
+
+def _tensors_in(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise InvalidArgumentError(f"the payload is not a safetensors file ({error})") from None

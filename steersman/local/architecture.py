@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from steersman import __version__
 from steersman.config.manifest import AlignmentRun
 from steersman.errors import ConfigError
 from steersman.nn.load import quiet_libraries
@@ -81,7 +82,7 @@ class _Known:
             self._found = found if isinstance(found, dict) else {}
 
     def verdict(self, kind: str, config: Any, compute: Any) -> Verdict:
-        versions = [version(name) for name in ("steersman", "transformers", "torch")]
+        versions = [__version__, version("transformers"), version("torch")]
         key = hashlib.sha256(f"{kind} {versions} {SameConfig(config).key}".encode()).hexdigest()
         found = self._found.get(key)
         if isinstance(found, dict):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +52,18 @@ def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
     _refuse_tied_targets(wrapped)
     fuse_lora(wrapped)
     return wrapped
+
+
+def round_frozen_products(model: nn.Module) -> None:
+    """Keeps the frozen weights below plain LoRA layers in bf16, in place, for products that run in bf16.
+
+    Autocast would round them to the same numbers at every pass; this way they take half the memory.
+    """
+    for module in model.modules():
+        if type(module) is LoraLinear and not module.lora_variant and type(module.base_layer) is nn.Linear:
+            weight = module.base_layer.weight
+            if not weight.requires_grad:
+                weight.data = weight.data.to(torch.bfloat16)
 
 
 def _special_layers(model: nn.Module) -> list[str] | None:

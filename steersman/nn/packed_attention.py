@@ -131,7 +131,9 @@ def packed_attention(
         raise ConfigError("a model in packed mode was called without a layout; use hidden_states()")
     if isinstance(attention_mask, Tensor):
         raise ConfigError(f"{type(module).__name__} makes its own attention masks, which do not fit a packed row")
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    # Under autocast rotation leaves queries and keys in fp32, of which attention would round every padded copy.
+    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
+    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
     split, fold = packed.prompt_tokens, q.shape[1] // k.shape[1]
     how = _Scores(scaling, softcap, s_aux)
     (prompt_q,), (prompt_k,), (prompt_v,) = (_Pad.apply(states[:split], (packed.prompts,)) for states in (q, k, v))

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from steersman.config.algorithms import Critic
 from steersman.config.manifest import Lora
 from steersman.errors import FailedPreconditionError
 from steersman.generation import MASK_POLICY
 from steersman.nn.forward import predicting_states, unwrapped
+from steersman.nn.fused_norms import fuse_norms
 from steersman.nn.head import OutputHead
 from steersman.nn.load import load_causal_lm, load_reward_backbone
-from steersman.nn.lora import attach_lora, quantization
+from steersman.nn.lora import attach_lora, quantization, round_frozen_products
 from steersman.nn.packed import PackedBatch
 from steersman.nn.parity import choose_forward
 from training.online.mask_policy import MaskPolicy
@@ -43,7 +46,7 @@ class PolicyModel(nn.Module):
 
     def __init__(
         self,
-        folder: Path,
+        model: Path | PreTrainedModel,
         lora: Lora | None,
         critic: Critic | None,
         reward_model: Path | None,
@@ -55,7 +58,7 @@ class PolicyModel(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         """Args:
-        folder: the policy to start from.
+        model: folder of the policy to start from, or one in memory, which is changed.
         lora: None: all weights are trained.
         critic: None: no values (critic-free methods).
         reward_model: what a separate critic starts from.
@@ -70,11 +73,14 @@ class PolicyModel(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.device, self.precision, self._temperature = device, precision, temperature
-        base = load_causal_lm(
-            folder, dtype=torch.float32, device=device, quantization_config=quantization(lora, device)
-        )
+        if isinstance(model, Path):
+            quantized = quantization(lora, device)
+            model = load_causal_lm(model, dtype=torch.float32, device=device, quantization_config=quantized)
+        base = model
         self._lora = lora
         self.policy: Any = attach_lora(base, lora) if lora is not None else base
+        if lora is not None and precision == "bf16" and not dist.is_initialized():  # FSDP wants one dtype in a layer
+            round_frozen_products(self.policy)
         choose_forward(self.policy)
         self._head = OutputHead(self.policy)
         self.critic: nn.Module | None = None
@@ -92,6 +98,8 @@ class PolicyModel(nn.Module):
         self.shared_trunk = self.critic is None
         self.mask: MaskPolicy | None = None
         """Restricts `forward` to its top-p sets; set where a method asks for one."""
+        if device != "cpu":
+            fuse_norms(self)
         if gradient_checkpointing:
             for model in (base, self.critic):
                 if model is not None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from steersman.errors import ConflictError, SteersmanError, UnavailableError, from_grpc
+from steersman.errors import ConflictError, FailedPreconditionError, SteersmanError, UnavailableError, from_grpc
 from steersman.rpc.wire import pack_rows
 from steersman.v1 import common_pb2, policy_pb2
 from training.online.clients import PolicyReplica, Sample
@@ -105,6 +105,10 @@ class PolicyPool:
         """Of the first replica; they run the same model."""
         return self._replicas[0].info()
 
+    def leave_device(self) -> None:
+        """Weights go through the folder's file also where trainer and replicas share a GPU."""
+        self._outbox.leave_device()
+
     # -- weights ---------------------------------------------------------------------------------
 
     def publish(self, payload: WeightsPayload) -> float:
@@ -125,8 +129,16 @@ class PolicyPool:
             newest = max(status.loaded_version for status in statuses)
             version = newest if same == {newest} else newest + 1
             self._issued.add(version)
-            await asyncio.gather(*(replica.load(version, self._outbox) for replica in self._replicas))
-            self.version = version
+            try:
+                await asyncio.gather(*(replica.load(version, self._outbox) for replica in self._replicas))
+            except FailedPreconditionError:
+                if not self._outbox.on_device:
+                    raise
+                self._outbox.leave_device()  # a replica is on another GPU, or cannot read this one's memory
+            else:
+                self.version = version
+                return
+        await self._publish(payload)
 
     async def _restore(self, replica: PolicyReplica) -> None:
         """Gives a replica that came back with other weights the published ones."""

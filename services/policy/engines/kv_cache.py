@@ -52,6 +52,8 @@ class KVCache:
         self.rows = 0
         self.capacity = 0
         self.layers: dict[int, LayerCache] = {}
+        self.storage = 0
+        """Another number whenever the memory lies elsewhere."""
 
     def rows_for(self, capacity: int) -> int:
         """Rows of this capacity that the budget holds."""
@@ -60,6 +62,7 @@ class KVCache:
     def resize(self, capacity: int, used_rows: int, used_tokens: int) -> None:
         """Gives every row `capacity` tokens; keeps the first `used_tokens` of the first `used_rows` rows."""
         self.rows, self.capacity = self.rows_for(capacity), capacity
+        self.storage += 1
         for index, old in self.layers.items():
             new = self._allocate(old.keys.shape[2] if old.transposed else old.keys.shape[3], old.values, old.transposed)
             new.values[:used_rows, :, :used_tokens] = old.values[:used_rows, :, :used_tokens]
@@ -73,6 +76,7 @@ class KVCache:
         """The storage of a layer that holds what looks like these, [tokens, kv heads, head dim or value dim]."""
         found = self.layers.get(index)
         if found is None:
+            self.storage += 1
             transposed = keys.device.type == "cpu" and keys.dtype == torch.float32
             shape = values.new_empty((0, values.shape[1], 0, values.shape[2]))
             found = self.layers[index] = self._allocate(keys.shape[2], shape, transposed)
@@ -101,6 +105,7 @@ class KVCache:
 
     def clear(self) -> None:
         self.layers.clear()
+        self.storage += 1
         self.rows = self.capacity = 0
 
 

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from services.policy.engines.attention import DecodeStep, PrefillStep, Span
+from services.policy.engines.attention import PrefillStep, Span
 from services.policy.engines.choice import choose_decoder
+from services.policy.engines.decode_graphs import DecodeGraphs
 from services.policy.engines.decoder import Decoder, DecoderName, build_decoder
 from services.policy.engines.hardware import Precision, resolve_device, resolve_dtype, weight_layout
 from services.policy.engines.kv_cache import KVCache, row_capacity
@@ -145,6 +146,7 @@ class TransformersEngine:
         model.requires_grad_(False).eval().to(device)
         with torch.no_grad():
             self._decoder, self._store = build_decoder(model, name, dtype, weight_layout(device, dtype))
+        self._graphs = DecodeGraphs(self._decoder, self._cache, device)
         self._open = self._started = True
         self._thread = threading.Thread(target=self._run, name="transformers-engine", daemon=True)
         self._thread.start()
@@ -269,7 +271,8 @@ class TransformersEngine:
         with torch.no_grad():
             layout = weight_layout(self._device, self._dtype)
             decoder, store = build_decoder(model, self._chosen, self._dtype, layout)
-        return _MaskPolicy(decoder, store, type(self._cache)(self._cache.budget, self._cache.max_rows))
+        cache = type(self._cache)(self._cache.budget, self._cache.max_rows)
+        return _MaskPolicy(decoder, store, cache, DecodeGraphs(decoder, cache, self._device))
 
     # The engine's thread.
 
@@ -277,6 +280,11 @@ class TransformersEngine:
     def _caches(self) -> list[KVCache]:
         """What holds a row for every running sample."""
         return [self._cache] if self._mask is None else [self._cache, self._mask.cache]
+
+    def _forget_graphs(self) -> None:
+        self._graphs.forget()
+        if self._mask is not None:
+            self._mask.graphs.forget()
 
     def _copy_row(self, source: int, target: int, tokens: int) -> None:
         for cache in self._caches:
@@ -298,6 +306,7 @@ class TransformersEngine:
         for swap in swaps:
             swap.end(reason)
         self._fail({sample.handle for sample in (*self._rows, *self._waiting)}, reason)
+        self._forget_graphs()
         for cache in self._caches:
             cache.clear()
         if died:
@@ -352,6 +361,7 @@ class TransformersEngine:
         except BaseException as error:
             swap.end(InternalError(f"weights version {swap.version} could not be put in place ({error})"))
             raise
+        self._forget_graphs()
         self._version = swap.version
         swap.seconds = perf_counter() - start
         swap.end()
@@ -435,11 +445,9 @@ class TransformersEngine:
             return
         lengths = np.array([row.length for row in self._rows])
         token_ids = np.array([row.token_ids[-1] if row.token_ids else row.prompt[-1] for row in self._rows])
-        ids, positions, longest = self._tensor(token_ids), self._tensor(lengths), int(lengths.max()) + 1
-        logits = self._decoder.decode(ids, positions, DecodeStep(self._cache, positions, longest))
+        logits = self._graphs.decode(token_ids, lengths)
         if self._mask is not None and self._draw.needs_mask:
-            of_mask = self._mask.decoder.decode(ids, positions, DecodeStep(self._mask.cache, positions, longest))
-            how = replace(how, sets=self._draw.sets(of_mask))
+            how = replace(how, sets=self._draw.sets(self._mask.graphs.decode(token_ids, lengths)))
         self._record(draw(logits, how))
 
     def _record(self, drawn: Drawn) -> None:
@@ -502,6 +510,7 @@ class _MaskPolicy:
     decoder: Decoder
     store: WeightStore
     cache: KVCache
+    graphs: DecodeGraphs
 
 
 @dataclass(eq=False)

@@ -401,3 +401,25 @@ def test_an_engine_that_is_still_loading_says_so() -> None:
     engine = TransformersEngine(tiny_llama(), precision="fp32")
     with pytest.raises(UnavailableError, match="still being loaded"):
         engine.info()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here; `make gpu-check` runs this")
+def test_recorded_steps_give_what_single_steps_give() -> None:
+    """Rows and tokens are rounded up in a recorded step; samples of many lengths come and go."""
+    prompts, found = random_prompts(range(3, 40)), []
+    for recorded in (True, False):
+        engine = TransformersEngine(tiny_llama(), precision="fp32", device="cuda", max_rows=12)
+        engine.start()
+        engine._graphs.enabled = engine._graphs.enabled and recorded
+        parts = [
+            samples(engine, [one], SamplingParams(max_new_tokens=9 + 3 * n, seed=n)) for n, one in enumerate(prompts)
+        ]
+        together = samples(engine, prompts, SamplingParams(max_new_tokens=70, seed=5))
+        assert engine._graphs.enabled == recorded
+        assert bool(engine._graphs._graphs) == recorded
+        engine.close()
+        found.append([*(part[0, 0] for part in parts), *(together[index, 0] for index in range(len(prompts)))])
+    for one, other in zip(*found, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert_same(one.logprobs, other.logprobs)
