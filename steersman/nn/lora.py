@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steersman.artifacts import atomic_dir
@@ -21,6 +21,8 @@ from steersman.nn.encoder_decoder import is_encoder_decoder
 from steersman.nn.fused_lora import fuse_lora
 from steersman.nn.load import load_causal_lm, load_classifier, load_tokenizer
 
+MERGE_TOLERANCE = 1e-3
+"""Of logits, relative to the largest one: rounding in fp32 stays a hundred times below."""
 _HEADS = ("score", "classifier")
 
 
@@ -85,13 +87,32 @@ def load_adapter(model: nn.Module, adapter: Path, *, trainable: bool = False) ->
     """
     check_adapter_folder(adapter)
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        _restore(wrapped, adapter)
+        return wrapped
     except (RuntimeError, ValueError) as error:  # sizes that differ; modules that the model does not have
         made_for = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{adapter}: the adapter does not fit this base model ({reason}); it was made for {made_for or 'another'}"
         ) from None
+
+
+@torch.no_grad()
+def _restore(model: PeftModel, adapter: Path) -> None:
+    """Sets every value of the file that has not arrived.
+
+    PEFT renames what it loads as transformers renames a family's published checkpoints, also where the file has the
+    model's own names, and says nothing of what then finds no place. A file with other names is left to PEFT.
+    """
+    own = get_peft_model_state_dict(model)
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
+        given = set(tensors.keys())
+        if given.issuperset(own):
+            for name, value in own.items():
+                value.copy_(tensors.get_tensor(name))
+            if given != own.keys():
+                raise ValueError(f"it has no place for {min(given - own.keys())}")
 
 
 def save_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -122,10 +143,31 @@ def merge_to_folder(base: Path, adapter: Path, folder: Path, *, stop_ids: Sequen
         model = load_causal_lm(base)
     wrapped = load_adapter(model, adapter)
     _refuse_tied_targets(wrapped)
+    adapted = _example_logits(wrapped)
     merged = wrapped.merge_and_unload(safe_merge=True)
+    _check_same(adapted, _example_logits(merged), adapter)
     save_model(merged, tokenizer, folder, stop_ids)
     del model, wrapped, merged
     gc.collect()
+
+
+@torch.no_grad()
+def _example_logits(model: Any) -> Tensor:
+    ids = torch.arange(3, 19, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
+    options = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits.float()
+    return logits
+
+
+def _check_same(adapted: Tensor, merged: Tensor, adapter: Path) -> None:
+    """ConfigError where merging gives another model: one that reads an adapted weight past its layer (Mamba's)."""
+    difference, size = float((adapted - merged).abs().max()), float(adapted.abs().max())
+    if not difference <= MERGE_TOLERANCE * max(1.0, size):
+        raise ConfigError(
+            f"{adapter}: merged into its base model the adapter computes something else (logits differ by "
+            f"{difference:.2g}): the model reads a weight that the adapter changes past its layer; name "
+            "lora.targetModules without it and train again"
+        )
 
 
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, stop_ids: Sequence[int] = ()) -> None:

@@ -10,12 +10,21 @@ from numeric import assert_same
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from steersman.config.manifest import Lora
 from steersman.errors import ConfigError
 from steersman.nn.fused_lora import fuse_lora
 from steersman.nn.load import load_causal_lm, load_classifier
-from steersman.nn.lora import attach_lora, load_adapter, merge_to_folder, quantization, save_adapter
+from steersman.nn.lora import (
+    attach_lora,
+    load_adapter,
+    merge_to_folder,
+    quantization,
+    round_frozen_products,
+    save_adapter,
+)
+from steersman.nn.tiny import tiny_model
 from steersman.testing.models import save_model_folder, tiny_llama, tiny_qwen2, tiny_roberta_reward, tiny_tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -53,6 +62,26 @@ def test_the_fused_product_equals_pefts(build, dtype):
     computed = {"dtype": torch.float32} if dtype == "fp32" else {"dtype": torch.bfloat16, "roundings": 16}
     assert_same(results[0][0], results[1][0], **computed)
     assert_same(results[0][1], results[1][1], **computed)
+
+
+def test_frozen_weights_are_rounded_once_for_products_in_bf16():
+    """Autocast rounds them at every pass: the same numbers, bit for bit."""
+    model, values = attach_lora(tiny_llama(), Lora(rank=4)), []
+    train_a_little(model)
+    for rounded in (False, True):
+        if rounded:
+            round_frozen_products(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(IDS).logits
+        logits.float().square().mean().backward()
+        values.append([logits.detach(), *(one.grad.clone() for one in model.parameters() if one.grad is not None)])
+        model.zero_grad()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    assert model.base_model.model.lm_head.weight.dtype == torch.float32
+    for before, after in zip(*values, strict=True):
+        assert torch.equal(before, after)
 
 
 def test_a_disabled_adapter_gives_the_base_model():
@@ -108,6 +137,33 @@ def test_training_continues_from_an_adapter(tmp_path):
     assert all(parameter.grad is not None for parameter in again.parameters() if parameter.requires_grad)
     frozen = load_adapter(tiny_llama(), tmp_path / "adapter")
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+def test_an_adapter_arrives_whole_where_a_familys_checkpoints_have_other_names(tmp_path):
+    """PEFT renames `shared_experts` to what checkpoints call it, and drops those weights without a word."""
+    base = save_model_folder(tmp_path / "base", tiny_model(AutoModelForCausalLM, CONFIG_MAPPING["laguna"]()))
+    model = attach_lora(load_causal_lm(base), Lora(rank=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(load_causal_lm(base), tmp_path / "adapter")
+    for (name, one), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    merge_to_folder(base, tmp_path / "adapter", tmp_path / "merged")
+    assert_same(load_causal_lm(tmp_path / "merged")(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_a_merge_that_gives_another_model_is_refused(tmp_path):
+    """Jamba's Mamba layers read the weight of `dt_proj` without calling it, so that an adapter there does nothing."""
+    base = save_model_folder(tmp_path / "base", tiny_model(AutoModelForCausalLM, CONFIG_MAPPING["jamba"]()))
+    model = attach_lora(load_causal_lm(base), Lora(rank=4))
+    train_a_little(model)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="computes something else"):
+        merge_to_folder(base, tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_encoders_head_is_trained_saved_and_merged(tmp_path):
