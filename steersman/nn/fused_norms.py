@@ -20,10 +20,11 @@ def fuse_norms(model: nn.Module) -> int:
     Which ones do is found by computing: Gemma's, of the same name, adds 1 to the weight.
     """
     count = 0
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and _is_plain(module):
+    norms: list[Any] = [one for one in model.modules() if type(one).__name__.endswith("RMSNorm")]
+    for module in norms:
+        if _is_plain(module):
             module.steersman_own = module.forward
-            module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(_forward, module)
             count += 1
     return count
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -17,10 +16,14 @@ from benchmarks.gpu import __main__ as check
 from benchmarks.gpu import bundle, learning
 
 
+PARTS = [name for name in check.PARTS if name != "quickstart"]
+"""The quickstart as a whole is what test_local_run.py runs."""
+
+
 @pytest.mark.timeout(900)
 def test_everything_runs_with_tiny_sizes(repo_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "gpu_check.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--out", str(out), "--parts", *PARTS]
     environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, check=False)
     logs = "\n".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
@@ -29,7 +32,7 @@ def test_everything_runs_with_tiny_sizes(repo_root: Path, tmp_path: Path) -> Non
     assert report["quick"] is True
     assert report["device"] == "cpu"
     found = {name: part["found"] for name, part in report["parts"].items()}
-    assert set(found) == set(check.PARTS)
+    assert set(found) == set(PARTS)
     assert found["rollout"]["mismatch"] < 1e-5
     for part in ("update-1b", "update-8b"):
         assert all(one["finite"] and one["gemm_share"] > 0 for one in found[part].values())
@@ -38,8 +41,6 @@ def test_everything_runs_with_tiny_sizes(repo_root: Path, tmp_path: Path) -> Non
     assert all(one["megabytes"] > 0 for name, one in found["sync"].items() if "through" in name)
     assert found["tests"]["passed"]
     assert found["learning"]["mismatch_mean_abs"] < 1e-4
-    assert found["quickstart"]["rl_steps"] == 2
-    assert math.isfinite(found["quickstart"]["mismatch_mean_abs"])
 
 
 def test_a_part_that_fails_leaves_the_others_alone(
