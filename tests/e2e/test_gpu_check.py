@@ -15,7 +15,6 @@ import pytest
 from benchmarks.gpu import __main__ as check
 from benchmarks.gpu import bundle, learning
 
-
 PARTS = [name for name in check.PARTS if name != "quickstart"]
 """The quickstart as a whole is what test_local_run.py runs."""
 
@@ -23,7 +22,18 @@ PARTS = [name for name in check.PARTS if name != "quickstart"]
 @pytest.mark.timeout(900)
 def test_everything_runs_with_tiny_sizes(repo_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "gpu_check.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--out", str(out), "--parts", *PARTS]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--device",
+        "cpu",
+        "--quick",
+        "--out",
+        str(out),
+        "--parts",
+        *PARTS,
+    ]
     environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, check=False)
     logs = "\n".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
