@@ -1,13 +1,13 @@
 """How often a gate lets a model pass that is no better, and finds one that is: simulated evaluations.
 
-    python -m benchmarks.gates [--simulations 2000] [--prompts 96] [--samples 8]
+    python -m benchmarks.gates [--simulations 1000] [--prompts 96] [--samples 8]
 
 A simulated evaluation has prompts of different difficulty, on each of which the later model is better or worse by an
 amount of its own (standard deviation 1), and samples that scatter around it (standard deviation 1). Over all prompts
 the amounts average `gain`: 0 is a model that is no better, only otherwise. `training.evaluate.check_gates` decides with
 the gate `reward: 0`, whose limit is the lower end of a 95% interval, so that 2.5% pass wrongly. `independent` is the
 same decision taken as if all answers were independent. Writes build/bench/gates.json: `false_pass` with its interval,
-`coverage` of the interval, `power` by true gain.
+`coverage` of the interval, `power` by true gain; of `benchmarks.hacks` `hacks_planted`, `hacks_caught`, `good_passed`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import hacks
 from benchmarks.report import heading, table, write
 from steersman.config.manifest import EvaluateStage
 from steersman.errors import FailedPreconditionError
@@ -54,7 +55,7 @@ def evaluation(before: np.ndarray, after: np.ndarray) -> Evaluation:
 
 def passes(found: Evaluation) -> bool:
     try:
-        check_gates(EvaluateStage(gates={"reward": 0.0}), found)
+        check_gates(EvaluateStage.model_validate({"gates": {"reward": 0.0}}), found)
     except FailedPreconditionError:
         return False
     return True
@@ -88,7 +89,7 @@ def simulate(simulations: int, prompts: int, samples: int, seed: int = 0) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--simulations", type=int, default=2000)
+    parser.add_argument("--simulations", type=int, default=1000)
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("build/bench/gates.json"))
@@ -104,7 +105,11 @@ def main() -> None:
         ],
     )
     options = {"simulations": arguments.simulations, "prompts": arguments.prompts}
-    write({**heading(1), **main_case, **options, "cases": cases}, arguments.out)
+    planted = hacks.judge()
+    for name, found in planted["hacks"].items():
+        print(f"{name}: {'caught' if found['caught'] else 'NOT CAUGHT'}: {'; '.join(found['reasons'].values())}")
+    print(f"good candidate: {'passes' if planted['good_passed'] else planted['good_failed']}")
+    write({**heading(1), **main_case, **options, **planted, "cases": cases}, arguments.out)
 
 
 if __name__ == "__main__":

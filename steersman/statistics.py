@@ -165,15 +165,25 @@ def wilson_interval(successes: float, count: int, *, confidence: float = CONFIDE
 def calibration_bins(
     probabilities: Sequence[float], outcomes: Sequence[float], *, bins: int = 5
 ) -> list[CalibrationBin]:
-    """Bins of equally many predictions: mean predicted probability against the observed share of `outcomes`."""
+    """Bins of about equally many predictions: mean predicted probability against the observed share of `outcomes`.
+
+    Equal predictions stay in one bin: their order says nothing, and would decide what each half of them observes.
+    """
     predicted, observed = _pair(probabilities, outcomes, "calibration_bins")
     order = np.argsort(predicted, kind="stable")
     return [
         CalibrationBin(
             float(predicted[part].mean()), wilson_interval(float(observed[part].sum()), len(part)), len(part)
         )
-        for part in np.array_split(order, min(bins, len(order)))
+        for part in np.split(order, _edges_between_ties(predicted[order], min(bins, len(order))))
     ]
+
+
+def _edges_between_ties(ordered: np.ndarray, bins: int) -> list[int]:
+    """Where to cut ascending values into about equal bins without parting equal ones."""
+    wanted = [len(part) for part in np.array_split(ordered, bins)]
+    cuts = {int(np.searchsorted(ordered, ordered[cut], side="left")) for cut in np.cumsum(wanted)[:-1]}
+    return sorted(cuts - {0})
 
 
 def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float:

@@ -11,32 +11,37 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from steersman import gates
 from steersman.artifacts import storage_errors
-from steersman.config.manifest import EvaluateStage
+from steersman.config.manifest import EvaluateStage, Override
+from steersman.config.stages import data_digests
 from steersman.errors import FailedPreconditionError
+from steersman.gates import Finding
+from steersman.local.knowledge import Scores, compare_knowledge
 from steersman.nn.load import load_causal_lm
 from steersman.report.schema import Evaluation, Message, RewardModelEvaluation, Sample
 from steersman.rewards import Reward, build_reward
+from steersman.suites.asked import SuiteResult
 from training.context import StageContext
 from training.online.connect import Services
 from training.online.publication import WeightsPayload
 from training.online.rollout import Prompt, Scored, cut_share, reward_of, warn_of_cut_answers
+from training.suites import ask_suites
 
 
 def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
-    """Writes evaluation.json; a gate that is not passed ends the stage with FailedPreconditionError."""
-    models = {"base": context.base_model}
-    if context.sft_model is not None:
-        models["sft"] = context.sft_model
-    if context.policy_model not in models.values():
-        models["rlhf"] = context.policy_model
+    """Writes evaluation.json and gates.json; a gate that is not passed ends the stage with FailedPreconditionError,
+    unless the release that follows overrides it."""
+    models = _models(spec, context)
     with Services(context, context.policy_model, reference=bool(context.spec.services.reference.endpoints)) as services:
-        results, seconds = _answer(spec, context, services, models)
+        results, suites, seconds = _answer(spec, context, services, models)
     evaluation = Evaluation(
         name=context.run.metadata.name,
         seed=context.seed,
@@ -47,22 +52,62 @@ def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
         seconds=seconds,
         base_model=context.spec.model.base,
         hardware=f"{context.device}, {context.precision}",
+        suites=tuple(suites),
+        knowledge=_knowledge(spec, context, models),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        settings=spec.model_dump(mode="json", by_alias=True),
+        data=data_digests(context.run, context.run_dir),
     )
+    findings = gates.check_gates(spec.gates, evaluation)
     with storage_errors(context.stage_dir):
         (context.stage_dir / "evaluation.json").write_text(evaluation.model_dump_json(indent=1))
-    check_gates(spec, evaluation)
+        (context.stage_dir / "gates.json").write_text(json.dumps([asdict(found) for found in findings], indent=1))
+    check_gates(spec, evaluation, override_of(context))
+
+
+def _models(spec: EvaluateStage, context: StageContext) -> dict[str, Path]:
+    """What is compared, from before to after."""
+    models = {"champion": Path(spec.champion)} if spec.champion is not None else {}
+    models["base"] = context.base_model
+    if context.sft_model is not None:
+        models["sft"] = context.sft_model
+    if context.policy_model not in (context.base_model, context.sft_model):
+        models["rlhf"] = context.policy_model
+    return models
+
+
+def _knowledge(spec: EvaluateStage, context: StageContext, models: Mapping[str, Path]) -> Scores:
+    """The tasks of base and aligned model, and of what else a gate compares with."""
+    if spec.knowledge is None:
+        return {}
+    gate = spec.gates.knowledge  # type: ignore[attr-defined]
+    against = gate.against if gate is not None else "base"
+    before = against if against in models else list(models)[-2 if len(models) > 1 else -1]
+    chosen = {name: models[name] for name in dict.fromkeys((before, list(models)[-1]))}
+    asked = spec.knowledge
+    return compare_knowledge(
+        chosen, Path(asked.folder), asked.tasks, limit=asked.limit, device=context.device, note=context.reporter.note
+    )
+
+
+def override_of(context: StageContext) -> Override | None:
+    """That of the first release behind this stage, or of this one."""
+    names = context.run.stage_names()
+    later = context.spec.stages[names.index(context.name) :]
+    return next((stage.release.override for stage in later if stage.release is not None), None)
 
 
 def _answer(
     spec: EvaluateStage, context: StageContext, services: Services, models: Mapping[str, Path]
-) -> tuple[dict[str, tuple[Sample, ...]], dict[str, float]]:
-    """Scored answers of every model to the same prompts, and the seconds that they took."""
+) -> tuple[dict[str, tuple[Sample, ...]], list[SuiteResult], dict[str, float]]:
+    """Scored answers of every model to the same prompts, its suites, and the seconds that they took."""
     checks = {check.name: build_reward(check.name, check.options) for check in spec.checks}
     heldout = context.files("prompts").heldout is not None
     if not heldout:
         context.reporter.note("data.prompts.heldout is missing: the models answer training prompts, which shows less")
     prompts = services.prompts("heldout" if heldout else "train", spec.generation)[: spec.max_prompts]
     results: dict[str, tuple[Sample, ...]] = {}
+    suites: list[SuiteResult] = []
     seconds: dict[str, float] = {}
     for number, (name, folder) in enumerate(models.items(), start=1):
         start = time.monotonic()
@@ -75,11 +120,12 @@ def _answer(
             for prompt, items in zip(prompts, scored, strict=True)
             for index, item in enumerate(items)
         )
+        suites += ask_suites(spec, context, services.policy, name)
         seconds[name] = time.monotonic() - start
         warn_of_cut_answers(cut_share(itertools.chain(*scored)), spec.generation, context.reporter)
         rewards = [sample.reward for sample in results[name] if sample.reward is not None]
         context.reporter.step(number, len(models), reward=sum(rewards) / max(len(rewards), 1))
-    return results, seconds
+    return results, suites, seconds
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -100,6 +146,9 @@ def _sample(prompt: Prompt, index: int, item: Scored, checks: Mapping[str, Rewar
         answer=item.text,
         reward=reward if math.isfinite(reward := reward_of(item.score)) else None,
         rubric=rubric_of(prompt, item.text, checks),
+        scores={name: value for name, value in item.score.parts.items() if "." not in name and math.isfinite(value)}
+        if len(item.score.parts) > 1
+        else {},
         kl=kl,
         length=len(item.sample.token_ids),
         finish_reason="stop" if item.sample.ended else "length",
@@ -139,22 +188,14 @@ def _mean_mismatch(context: StageContext) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def check_gates(spec: EvaluateStage, evaluation: Evaluation) -> None:
-    """Raises FailedPreconditionError with the numbers when a gate is not passed."""
-    problems = []
-    for gate, limit in spec.gates.items():
-        if gate == "reward":
-            low = evaluation.change(evaluation.start, evaluation.aligned).difference.low
-            if low < limit:
-                problems.append(f"the reward gains at least {low:.3f} over {evaluation.start}, {limit} is asked for")
-        elif gate == "rewardAccuracy":
-            accuracy = evaluation.reward_model.accuracy if evaluation.reward_model else 0.0
-            if accuracy < limit:
-                problems.append(f"the reward model's accuracy is {accuracy:.3f}, {limit} is asked for")
-        else:
-            samples = evaluation.models[evaluation.aligned]
-            share = sum(sample.finish_reason != "stop" for sample in samples) / len(samples)
-            if share > limit:
-                problems.append(f"{share:.1%} of the answers do not end, at most {limit:.1%} may")
+def check_gates(spec: EvaluateStage, evaluation: Evaluation, override: Override | None = None) -> list[Finding]:
+    """What every gate found.
+
+    Raises:
+        FailedPreconditionError: one is not passed that the override does not cover; the message has the figures.
+    """
+    findings = gates.check_gates(spec.gates, evaluation)
+    problems = [found.text for found in gates.failed(findings) if override is None or not override.covers(found.gate)]
     if problems:
         raise FailedPreconditionError("the gates are not passed: " + "; ".join(problems))
+    return findings

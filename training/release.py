@@ -20,16 +20,18 @@ from huggingface_hub import ModelCardData
 from transformers import AutoConfig
 
 from steersman.artifacts import atomic_dir, file_digest, manifest_of_hashes, storage_errors, verify
-from steersman.config.manifest import EvaluateStage, ReleaseStage
+from steersman.config.manifest import ReleaseStage
 from steersman.config.stages import data_files, policy_folder, read_complete, stage_digest
 from steersman.errors import FailedPreconditionError
+from steersman.gates import check_gates, failed
 from steersman.nn.load import load_tokenizer
 from steersman.nn.prepare import check_tokenizer_matches
 from steersman.registry import Registry
 from steersman.report.schema import Evaluation, read_evaluation
 from steersman.report.summary import label, mean_kl, no_eos, summarise
 from training.context import StageContext
-from training.evaluate import check_gates
+from training.evaluate import check_gates as pass_gates
+from training.evaluate import override_of
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 """MLflow's own variable: the registry of a release outside a cluster; inside one the controller registers."""
@@ -70,6 +72,7 @@ def run_release(spec: ReleaseStage, context: StageContext) -> None:
 def check_evaluations(context: StageContext) -> Evaluation | None:
     """Checks the gates of every evaluation of the model to be released; returns the newest one, None without any."""
     newest: Evaluation | None = None
+    override = override_of(context)
     elsewhere: list[str] = []
     names = context.run.stage_names()
     released = policy_folder(context.run, context.name, context.run_dir)
@@ -81,7 +84,7 @@ def check_evaluations(context: StageContext) -> Evaluation | None:
             continue
         newest = read_evaluation(context.run_dir / name / "evaluation.json")
         elsewhere.clear()
-        check_gates(stage.evaluate, newest)
+        pass_gates(stage.evaluate, newest, override)
     if elsewhere:
         raise FailedPreconditionError(
             f"the gates of {elsewhere[-1]} were passed by an earlier model; put an evaluate stage behind the stage "
@@ -216,16 +219,26 @@ def _measured(context: StageContext, evaluation: Evaluation) -> str:
             f"Held-out accuracy of the reward model: {numbers['rm_accuracy']:.3f}; "
             f"length alone: {numbers['length_baseline']:.3f}."
         )
-    gates = [gate for stage in context.spec.stages if stage.evaluate is not None for gate in _gates(stage.evaluate)]
-    if gates:
-        lines.append("Gates passed: " + "; ".join(gates) + ".")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_gates(context, evaluation)])
 
 
-def _gates(spec: EvaluateStage) -> list[str]:
-    words = {
-        "reward": "reward gain, lower end of the interval, at least {}",
-        "rewardAccuracy": "reward accuracy at least {}",
-        "noEos": "answers cut short at most {}",
-    }
-    return [words[gate].format(limit) for gate, limit in spec.gates.items()]
+def _gates(context: StageContext, evaluation: Evaluation) -> list[str]:
+    """What the gates found, and who let the model through where one was not passed."""
+    found = [
+        finding
+        for stage in context.spec.stages
+        if stage.evaluate is not None
+        for finding in check_gates(stage.evaluate.gates, evaluation)
+    ]
+    if not found:
+        return []
+    lines = ["", "### Gates", "", *(f"- {'passed' if one.passed else '**failed**'}: {one.text}" for one in found), ""]
+    override = override_of(context)
+    if failed(found) and override is not None:
+        lines.append(f"Released in spite of the failed gates by {override.name}: {override.reason}")
+        lines.append("")
+    lines.append(
+        "A gate on an interval looks at one end of a 95% interval. All have to pass, so that together they let a model "
+        "through that misses one of them with at most 2.5% (intersection-union test)."
+    )
+    return lines

@@ -26,7 +26,19 @@ IMMUTABLE = ("seed", "model", "data", "stages", "services", "artifacts")
 """Fields of the spec that decide the result; changing them mid-run would mix two experiments."""
 
 _MAX_STAGES = 32
-_COPIED = ("type", "description", "enum", "minimum", "maximum", "pattern", "format", "minItems", "maxItems")
+_COPIED = (
+    "type",
+    "description",
+    "enum",
+    "minimum",
+    "maximum",
+    "pattern",
+    "format",
+    "minItems",
+    "maxItems",
+    "minLength",
+    "maxLength",
+)
 
 Json = dict[str, Any]
 

@@ -34,6 +34,7 @@ STOPPED = 130
 _EXTRA_OF_LIBRARY = {
     "engine": ("torch", "transformers", "peft", "safetensors", "accelerate", "gguf"),
     "training": ("trl", "datasets"),
+    "knowledge": ("lm_eval",),
     "data": ("matplotlib", "py3langid", "scipy"),
     "gateway": ("fastapi", "uvicorn", "kserve", "httpx", "mcp", "jwt", "prometheus_client"),
     "controller": ("kopf", "kubernetes"),
@@ -134,8 +135,24 @@ def _numbers(run: AlignmentRun, run_dir: Path) -> dict[str, Any]:
         from steersman.local.first_questions import ask_first_questions
 
         numbers["first_questions"] = ask_first_questions(run, run_dir)
+        numbers |= _knowledge(run_dir)
         path.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
     return numbers
+
+
+def _knowledge(run_dir: Path) -> dict[str, Any]:
+    """What the demo's base and aligned model know, where the questions are on this machine; it stands in the report."""
+    from steersman.local.executor import conclude
+    from steersman.local.knowledge import ask_demo_knowledge
+    from steersman.local.usage import Usage
+
+    base = Path(json.loads((run_dir / "prepared.json").read_text())["base"])
+    known = (run_dir / "knowledge.json").is_file()
+    if ask_demo_knowledge(run_dir, base) is None:
+        return {}
+    conclude(run_dir, Usage(run_dir / "usage.json"), again=not known)
+    found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return {"knowledge": found["knowledge"]}
 
 
 def _show_plan(run: AlignmentRun, run_dir: Path, *, force_restart: bool) -> None:

@@ -19,7 +19,7 @@ SUITES_FILE = "suites.json"
 
 def evaluate(
     targets: Annotated[list[str], typer.Argument(help="Model folders, runs' folders, or URLs that end with /v1.")],
-    suite: Annotated[list[Path], typer.Option(help="YAML or JSONL with conversations; repeatable.")],
+    suite: Annotated[list[Path], typer.Option(help="YAML or JSONL with conversations; repeatable.")] = [],  # noqa: B006
     decoding: Annotated[
         list[str], typer.Option(help="greedy, served (the endpoint's own), or a temperature; repeatable.")
     ] = ["greedy", "served"],  # noqa: B006
@@ -27,13 +27,18 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Token limit of an answer.", min=1, max=100_000)] = 256,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 17,
     concurrency: Annotated[int, typer.Option(help="Conversations at a time.", min=1, max=256)] = 4,
+    knowledge: Annotated[
+        Path | None, typer.Option(help="Folder with files of TruthfulQA, MMLU, GSM8K: what every model knows.")
+    ] = None,
+    task: Annotated[list[str], typer.Option(help="Task of knowledge; all that have files by default.")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(help="Only the first questions of a task.", min=1)] = None,
     previous: Annotated[Path | None, typer.Option(help="suites.json of the version before, to compare with.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for suites.json and suites.html.")] = Path("evaluation"),
     model: Annotated[str | None, typer.Option(help="Model's name at the endpoints; the first one by default.")] = None,
     key_env: Annotated[str | None, typer.Option(help="Environment variable with the endpoints' API key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
 ) -> None:
-    """Asks suites of models, runs and endpoints: results by tag, and what changed."""
+    """Asks suites of models, runs and endpoints: results by tag, and what changed; and what the models know."""
     from steersman.artifacts import storage_errors
     from steersman.errors import ConfigError
     from steersman.local.evaluate import ask_all
@@ -42,6 +47,12 @@ def evaluate(
     from steersman.suites.asking import Decoding
     from steersman.suites.schema import read_suite
 
+    if not suite and knowledge is None:
+        raise ConfigError("there is nothing to ask: give --suite FILE, or --knowledge FOLDER")
+    known = _knowledge(targets, knowledge, task, limit, model, key_env) if knowledge is not None else {}
+    if not suite:
+        _end(out, {}, known, as_json)
+        return
     suites = [read_suite(path) for path in suite]
     double = next((one.name for one in suites if [other.name for other in suites].count(one.name) > 1), None)
     if double is not None:
@@ -69,8 +80,68 @@ def evaluate(
     for result in results:
         Console().print(_table(result, before))
     typer.echo(f"{page}")
+    _end(out, summary(results, before), known, as_json)
+
+
+def _knowledge(
+    targets: list[str], folder: Path, tasks: list[str], limit: int | None, model: str | None, key_env: str | None
+) -> dict[str, Any]:
+    """Table and figures of every task; the first target is what the others are compared with."""
+    import tempfile
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from steersman.knowledge import ask_knowledge, available, write_tasks
+    from steersman.local.evaluate import is_url, names_of
+    from steersman.local.serve import find_model
+    from steersman.progress import ConsoleReporter
+    from steersman.report.inference import equivalence
+    from steersman.report.summary import KNOWLEDGE_BOUND
+    from steersman.statistics import mean_interval
+
+    names, tasks = names_of(targets), tasks or available(folder)
+    scores: dict[str, dict[str, tuple[float, ...]]] = {}
+    with tempfile.TemporaryDirectory(prefix="steersman-knowledge-") as files, ConsoleReporter("knowledge") as reporter:
+        write_tasks(folder, tasks, Path(files))
+        for target, name in zip(targets, names, strict=True):
+            reporter.activity(f"asking {name}")
+            place = target if is_url(target) else str(find_model(Path(target))[0])
+            scores[name] = ask_knowledge(place, tasks, Path(files), limit=limit, model_name=model, key_env=key_env)
+    table = Table(title="Knowledge", title_justify="left")
+    for title in ("task", *names):
+        table.add_column(title, justify="left" if title == "task" else "right")
+    found: dict[str, Any] = {}
+    for task in tasks:
+        cells, numbers = [], {}
+        for name in names:
+            mean = mean_interval(scores[name][task])
+            numbers[name] = {"score": [round(x, 4) for x in mean], "questions": len(scores[name][task])}
+            cells.append(f"{mean.estimate:.1%} ± {mean.high - mean.estimate:.1%}")
+            if name != names[0]:
+                result = equivalence(scores[names[0]][task], scores[name][task], KNOWLEDGE_BOUND)
+                numbers[name] |= {
+                    "difference": [round(x, 4) for x in result.difference],
+                    "bound": KNOWLEDGE_BOUND,
+                    "equivalent": result.equivalent,
+                }
+        table.add_row(task, *cells)
+        found[task] = numbers
+    Console().print(table)
+    return {"knowledge": found, "scores": {name: scores[name] for name in names}}
+
+
+def _end(out: Path, numbers: dict[str, Any], known: dict[str, Any], as_json: bool) -> None:
+    """Writes `knowledge.json` where there is some, and the line of JSON."""
+    from steersman.artifacts import storage_errors
+
+    if known:
+        with storage_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "knowledge.json").write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        numbers = numbers | {"knowledge": known["knowledge"]}
     if as_json:
-        typer.echo(json.dumps(summary(results, before)))
+        typer.echo(json.dumps(numbers))
 
 
 def summary(results: list[SuiteResult], earlier: Any = ()) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from steersman.config.base import (
 )
 from steersman.config.tls import ClientTls
 from steersman.errors import ConfigError
+from steersman.gates import Gates
 from steersman.rewards import check_reward, split_reference
 
 API_VERSION = "steersman.dev/v1alpha1"
@@ -275,6 +276,13 @@ class Generation(FrozenModel):
     """Texts of one token each that end an answer, beside the model's own ends; they are part of it."""
 
 
+class ServedGeneration(Generation):
+    """How answers are drawn where nothing is learned from them."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0: the likeliest token every time."""
+
+
 class KlController(FrozenModel):
     """Adaptive KL coefficient as in lm-human-preferences."""
 
@@ -443,19 +451,44 @@ class KtoStage(SupervisedStage):
     """AdamW."""
 
 
+class KnowledgeTasks(FrozenModel):
+    """What must not be forgotten (extra `knowledge`)."""
+
+    folder: str
+    """Folder with the authors' files of TruthfulQA, MMLU and GSM8K, relative to the manifest."""
+    tasks: Annotated[list[str], Field(min_length=1)] = ["truthfulqa_mc1", "truthfulqa_mc2"]
+    """`truthfulqa_mc1`, `truthfulqa_mc2`, `mmlu_SUBJECT`, `gsm8k`."""
+    limit: Positive | None = None
+    """Only the first questions of each; None: all."""
+
+
 class EvaluateStage(FrozenModel):
     """Base against SFT against the aligned model on held-out prompts."""
 
-    generation: Generation = Generation()
-    """How answers are drawn."""
+    generation: ServedGeneration = ServedGeneration()
+    """How answers are drawn: as they will be served. Temperature 0: the likeliest answer."""
     samples_per_prompt: Positive = 1
     """Answers to each prompt."""
     max_prompts: Positive | None = None
     """Use only the first prompts."""
     checks: list[VerifiableReward] = []
     """Exact scores beside the learned reward; training never sees them. The first one is the report's rubric."""
-    gates: dict[Literal["reward", "rewardAccuracy", "noEos"], float] = {}
-    """Least gain in reward over SFT (lower end of the interval), least accuracy, largest share without end."""
+    scorers: dict[str, str] = {}
+    """Further reward models, which training never used, by name: folders, relative to the manifest."""
+    suites: list[str] = []
+    """Suites that every model is asked: YAML or JSONL files, relative to the manifest."""
+    knowledge: KnowledgeTasks | None = None
+    """Tasks of lm-evaluation-harness that base and aligned model are asked; None: none."""
+    champion: str | None = None
+    """Folder of the model that is served now, which answers the same prompts; relative to the manifest."""
+    gates: Gates = Gates()
+    """What the model must show; a gate that is not passed ends the stage. A bare number is the gate's limit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateStage:
+        if self.generation.temperature == 0 and self.samples_per_prompt > 1:
+            raise ValueError("samplesPerPrompt must be 1 at generation.temperature 0: all answers would be the same")
+        return self
 
 
 class Canary(FrozenModel):
@@ -487,8 +520,26 @@ class Canary(FrozenModel):
         return self
 
 
+class Override(FrozenModel):
+    """Releases a model in spite of gates that it did not pass; stands in the model card."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")]
+    """Who decides so."""
+    reason: Annotated[str, Field(min_length=1, max_length=2000, pattern=r"\S")]
+    """Why."""
+    gates: list[str] = []
+    """Gates that may fail, as `reward` or `criteria.polite`; empty: all."""
+
+    def covers(self, gate: str) -> bool:
+        """Whether a failed gate is let through."""
+        return not self.gates or gate in self.gates or gate.partition(".")[0] in self.gates
+
+
 class ReleaseStage(FrozenModel):
     """Writes the merged model, registers it, and in a cluster releases it step by step."""
+
+    override: Override | None = None
+    """None: a gate that is not passed blocks the release."""
 
     canary: Canary | None = None
     """None: publish at once."""
@@ -700,6 +751,7 @@ class RunSpec(FrozenModel):
         for index, stage in enumerate(self.stages):
             online = stage.rl or stage.rejection_sampling
             names = [*models, *(reward.name for reward in online.reward.verifiable)] if online is not None else []
+            names += [*models, *stage.evaluate.scorers] if stage.evaluate is not None else []
             double = next((name for name in names if names.count(name) > 1), None)
             if double is not None:
                 raise ValueError(f"stages.{index}.reward has two scorers named {double}; each needs its own name")

@@ -19,6 +19,7 @@ from steersman.artifacts import file_digest, manifest_of_hashes, read_json, stor
 from steersman.config.manifest import AlignmentRun, DataSplits
 from steersman.data.records import read_lines
 from steersman.errors import ChecksumError, ConfigError, DataError, FailedPreconditionError
+from steersman.suites.schema import read_suite
 
 SEVERAL_RANKS = ("sft", "reward_model", "rl", "dpo", "kto")
 """Kinds of stages that `trainer.workers` ranks share; the others run as one process."""
@@ -46,7 +47,7 @@ def data_files(run: AlignmentRun, run_dir: Path) -> dict[str, dict[str, Path]]:
 def check_data_files(run: AlignmentRun, run_dir: Path) -> None:
     """Finds without a model or a GPU what data a run lacks.
 
-    Raises ConfigError for a file that is not there, DataError for one without a row.
+    Raises ConfigError for a file that is not there, or a suite that is wrong, DataError for one without a row.
     """
     for kind, splits in data_files(run, run_dir).items():
         for split, path in splits.items():
@@ -54,13 +55,23 @@ def check_data_files(run: AlignmentRun, run_dir: Path) -> None:
                 raise ConfigError(f"spec.data.{kind}.{split}: {path} does not exist; check the path in the manifest")
             if next(read_lines(path), None) is None:
                 raise DataError(f"spec.data.{kind}.{split}: {path} holds no row; name a file with rows or leave it out")
+    for path in suite_files(run, run_dir):
+        read_suite(path)
+
+
+def suite_files(run: AlignmentRun, run_dir: Path, last: int | None = None) -> list[Path]:
+    """Suites of the evaluations up to the stage number `last`; None: of all."""
+    stages = run.spec.stages[: None if last is None else last + 1]
+    return [run_dir / name for stage in stages if stage.evaluate is not None for name in stage.evaluate.suites]
 
 
 def stage_digest(run: AlignmentRun, name: str, run_dir: Path) -> str:
     """SHA-256 over everything that decides a stage's result: model, seed, data, this stage and all before it."""
     index = run.stage_names().index(name)
     spec = run.spec.model_dump(mode="json", by_alias=True)
+    suites = suite_files(run, run_dir, index)
     content = {
+        **({"suites": [file_digest(path) for path in suites if path.is_file()]} if suites else {}),
         "seed": spec["seed"],
         "model": spec["model"],
         "stages": spec["stages"][: index + 1],

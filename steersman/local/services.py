@@ -112,5 +112,11 @@ def _scorers(run: AlignmentRun, name: str, run_dir: Path) -> list[dict[str, Any]
         {"name": scorer, "kind": "model", "path": str(folder), "weight": mix.model_weight}
         for scorer, folder in reward_model_folders(run, name, run_dir).items()
     ]
+    evaluate = stages[-1].evaluate
+    # Without weight: they are read, and reward nothing.
+    unused = [
+        {"name": scorer, "kind": "model", "path": path, "weight": 0.0}
+        for scorer, path in (evaluate.scorers.items() if evaluate is not None else ())
+    ]
     verifiable = [{"kind": "verifiable", **reward.model_dump(exclude_none=True)} for reward in mix.verifiable]
-    return models + verifiable
+    return models + unused + verifiable

@@ -1,13 +1,26 @@
 """What an evaluation stage writes: `evaluation.json`."""
 
+import math
 import re
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from steersman.errors import DataError
-from steersman.statistics import Comparison, Interval, cluster_means, compare, mean_interval
+from steersman.report.wins import Duel
+from steersman.statistics import (
+    Comparison,
+    Interval,
+    calibration_bins,
+    cluster_means,
+    compare,
+    expected_calibration_error,
+    mean_interval,
+)
+from steersman.suites.asked import SuiteResult
 
 
 class _Frozen(BaseModel):
@@ -38,6 +51,8 @@ class Sample(_Frozen):
     """Score of the reward model; null where scoring failed."""
     rubric: dict[str, float] = Field(default_factory=dict)
     """Criteria of the exact rubric and their `total`; empty where no rubric applies."""
+    scores: dict[str, float] = Field(default_factory=dict)
+    """What every scorer said by itself, where there are several."""
     kl: float | None = None
     """KL to the reference policy, summed over the answer's tokens, in nats (the k1 estimate)."""
     length: int = Field(ge=0)
@@ -71,9 +86,45 @@ class RewardModelEvaluation(_Frozen):
         )
 
     @property
+    def calibration_error(self) -> float:
+        """Expected calibration error of the more likely answer of each pair; needs two pairs."""
+        gaps = [pair.chosen - pair.rejected for pair in self.pairs]
+        sure = [1.0 / (1.0 + math.exp(-min(abs(gap), 700.0))) for gap in gaps]
+        right = [0.5 if gap == 0 else float(gap > 0) for gap in gaps]
+        return expected_calibration_error(calibration_bins(sure, right))
+
+    @property
     def length_baseline(self) -> float:
         """The better of the two length baselines."""
         return max(self.longer_wins, self.shorter_wins)
+
+
+class JudgedPair(_Frozen):
+    """One comparison of a judge, in both orders."""
+
+    prompt_id: str
+    one: str
+    other: str
+    score: float = Field(ge=0, le=1)
+    """1: `one` wins in both orders; 0: `other` does; 0.5: a tie, or the order decided."""
+
+
+class JudgeResult(_Frozen):
+    """What a judge behind an endpoint said."""
+
+    model: str
+    pairs: tuple[JudgedPair, ...] = ()
+    calls: int = 0
+    """Requests that were sent."""
+    failures: int = 0
+    """Of these, the ones without a usable answer; their comparisons are missing, not ties."""
+    tokens: int = 0
+    cost: float | None = None
+    """By the price of a million tokens that the manifest gives."""
+    swapped: int = 0
+    """Comparisons that the order of the answers decided."""
+    kappa: tuple[float, float, float] | None = None
+    """Agreement with people on judged rows, with its interval: the judge's licence."""
 
 
 class Evaluation(_Frozen):
@@ -95,6 +146,18 @@ class Evaluation(_Frozen):
     """Peak over all processes."""
     base_model: str = ""
     hardware: str = ""
+    suites: tuple[SuiteResult, ...] = ()
+    """Suites, asked of every model; `target` is its name here."""
+    knowledge: dict[str, dict[str, tuple[float, ...]]] = Field(default_factory=dict)
+    """Task to model to the score of every question, in the same order for all models."""
+    judges: dict[str, JudgeResult] = Field(default_factory=dict)
+    """Comparisons of judges behind endpoints, by the judge's name."""
+    date: str = ""
+    """UTC, ISO 8601."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """The stage's configuration."""
+    data: dict[str, str] = Field(default_factory=dict)
+    """Name of every data file to its SHA-256."""
 
     @model_validator(mode="after")
     def _same_prompts(self) -> "Evaluation":
@@ -127,6 +190,24 @@ class Evaluation(_Frozen):
         differences = [second[key] - first[key] for key in common]
         return list(cluster_means(differences, list(map(prompt_of, common)), "changes"))
 
+    def duels(self, judge: str = "reward") -> list[Duel]:
+        """Comparisons of every two models on the same prompt: by reward, or by one of the judges."""
+        if judge != "reward":
+            found = self.judges.get(judge, JudgeResult(model=""))
+            return [Duel(prompt_of(pair.prompt_id), pair.one, pair.other, pair.score) for pair in found.pairs]
+        scores = {name: self.scores(name) for name in self.models}
+        return [
+            Duel(prompt_of(key), one, other, 0.5 if value == scores[other][key] else float(value > scores[other][key]))
+            for other, one in combinations(self.models, 2)
+            for key, value in scores[one].items()
+            if key in scores[other]
+        ]
+
+    @property
+    def scorers(self) -> list[str]:
+        """Scorers that spoke of the answers, where there are several."""
+        return list(dict.fromkeys(name for sample in self.models[self.aligned] for name in sample.scores))
+
     @property
     def kind(self) -> str:
         """What the prompts are, as titles call them."""
@@ -154,9 +235,15 @@ class Evaluation(_Frozen):
         return [first[key] for key in common], [second[key] for key in common]
 
     def scores(self, model: str, criterion: str | None = None) -> dict[str, float]:
-        """Prompt id to reward (or rubric criterion) of one model; missing scores are left out."""
+        """Prompt id to reward (or rubric criterion, or `scores.NAME` of one scorer) of one model; missing scores are
+        left out."""
+        kind, _, scorer = (criterion or "").partition(".")
         values = {
-            sample.prompt_id: sample.reward if criterion is None else sample.rubric.get(criterion)
+            sample.prompt_id: sample.reward
+            if criterion is None
+            else sample.scores.get(scorer)
+            if kind == "scores" and scorer
+            else sample.rubric.get(criterion)
             for sample in self.models[model]
         }
         return {key: value for key, value in values.items() if value is not None}

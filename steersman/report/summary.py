@@ -4,8 +4,11 @@ from typing import Any
 
 from rich.table import Table
 
+from steersman.report.inference import equivalence
 from steersman.report.schema import Evaluation
-from steersman.statistics import Interval, wilson_interval
+from steersman.report.wins import WinRate, win_rate
+from steersman.statistics import Interval, mean_interval, wilson_interval
+from steersman.suites.verdicts import share
 
 LABELS = {
     "base": "base",
@@ -64,10 +67,56 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
         result["criteria"] = {
             name: _triple(evaluation.change(start, aligned, name).difference) for name in criteria(evaluation)
         }
+    if start != aligned:
+        result["win_rate"] = {judge: _triple(found.rate) for judge, found in win_rates(evaluation).items()}
+        result["scorers"] = {
+            name: _triple(evaluation.change(start, aligned, f"scores.{name}").difference) for name in evaluation.scorers
+        }
+    if evaluation.suites:
+        result["suites"] = {}
+        for suite in evaluation.suites:
+            result["suites"].setdefault(suite.suite, {})[suite.target] = _triple(share(suite))
+    if evaluation.knowledge:
+        result["knowledge"] = knowledge(evaluation)
     if evaluation.reward_model:
         result["rm_accuracy"] = round(evaluation.reward_model.accuracy, 4)
         result["length_baseline"] = round(evaluation.reward_model.length_baseline, 4)
     return result
+
+
+def win_rates(evaluation: Evaluation) -> dict[str, WinRate]:
+    """How often the aligned model wins against the one before it, by `reward` and by every judge that compared both."""
+    start, aligned = evaluation.start, evaluation.aligned
+    found = {}
+    for judge in ("reward", *evaluation.judges):
+        duels = evaluation.duels(judge)
+        if any({duel.one, duel.other} == {start, aligned} for duel in duels):
+            found[judge] = win_rate(duels, aligned, start)
+    return found
+
+
+KNOWLEDGE_BOUND = 0.03
+"""Difference of a task's score that does not matter, where no gate says another one."""
+
+
+def knowledge(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """Every task before (the base model) and after: means with intervals, the paired difference, and whether it is
+    equivalent within `bound`."""
+    gate = evaluation.settings.get("gates", {}).get("knowledge") or {}
+    bound = gate.get("drop", KNOWLEDGE_BOUND)
+    found = {}
+    for task, scores in evaluation.knowledge.items():
+        names = list(scores)
+        result = equivalence(scores[names[0]], scores[names[-1]], bound)
+        found[task] = {
+            "before": _triple(mean_interval(scores[names[0]])),
+            "after": _triple(mean_interval(scores[names[-1]])),
+            "difference": _triple(result.difference),
+            "bound": bound,
+            "equivalent": result.equivalent,
+            "questions": len(scores[names[0]]),
+        }
+    return found
 
 
 def verdict(evaluation: Evaluation) -> str:

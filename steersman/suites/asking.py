@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -54,6 +54,27 @@ class Reply:
     actions: tuple[str, ...] = ()
     tokens: int = 0
     seconds: float = 0.0
+
+
+def converse(reply: Callable[[list[dict[str, Any]]], Reply], messages: Sequence[Mapping[str, Any]]) -> Spoken:
+    """The whole conversation: the bot also answers where two user messages follow each other."""
+    said: list[dict[str, Any]] = []
+    replies: list[Reply] = []
+    for place, message in enumerate(messages):
+        said.append(dict(message))
+        last = place + 1 == len(messages)
+        if last or (message["role"] == "user" and messages[place + 1]["role"] == "user"):
+            replies.append(reply(said))
+            if not last:
+                said.append({"role": "assistant", "content": replies[-1].text})
+    return Spoken(
+        answers=tuple(one.text for one in replies),
+        tool_calls=replies[-1].tool_calls,
+        actions=replies[-1].actions,
+        tokens=sum(one.tokens for one in replies),
+        seconds=sum(one.seconds for one in replies),
+        messages=tuple(said),
+    )
 
 
 class Endpoint:
@@ -118,27 +139,15 @@ class Endpoint:
             ) from None
 
     def converse(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], decoding: Decoding,
-        max_tokens: int, seed: int,
-    ) -> Spoken:  # fmt: skip
-        """The whole conversation: the bot also answers where two user messages follow each other."""
-        said: list[dict[str, Any]] = []
-        replies: list[Reply] = []
-        for place, message in enumerate(messages):
-            said.append(dict(message))
-            following = messages[place + 1]["role"] if place + 1 < len(messages) else "user"
-            if (message["role"] == "user" and following == "user") or place + 1 == len(messages):
-                replies.append(self.reply(said, tools, decoding, max_tokens, seed))
-                if place + 1 < len(messages):
-                    said.append({"role": "assistant", "content": replies[-1].text})
-        return Spoken(
-            answers=tuple(reply.text for reply in replies),
-            tool_calls=replies[-1].tool_calls,
-            actions=replies[-1].actions,
-            tokens=sum(reply.tokens for reply in replies),
-            seconds=sum(reply.seconds for reply in replies),
-            messages=tuple(said),
-        )
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        decoding: Decoding,
+        max_tokens: int,
+        seed: int,
+    ) -> Spoken:
+        """See `converse`."""
+        return converse(lambda said: self.reply(said, tools, decoding, max_tokens, seed), messages)
 
     def _first_model(self) -> str:
         try:

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from steersman.local.serve import find_model
+from steersman.report.schema import read_evaluation
 from steersman.testing.models import save_model_folder, tiny_llama, tiny_tokenizer
 
 STEERSMAN = str(Path(sys.executable).with_name("steersman"))
@@ -54,7 +55,14 @@ MANIFEST: dict[str, Any] = {
                     "reward": {"verifiable": [{"python": "mine:likes_length"}]},
                 }
             },
-            {"evaluate": {"generation": GENERATION, "checks": [{"name": "demo-rubric"}]}},
+            {
+                "evaluate": {
+                    "generation": GENERATION | {"temperature": 0},
+                    "checks": [{"name": "demo-rubric"}],
+                    "suites": ["short.jsonl"],
+                    "gates": {"noEos": 1, "suites": 0.1, "kl": 1000},
+                }
+            },
             {"release": {}},
         ],
     },
@@ -70,6 +78,8 @@ pytestmark = pytest.mark.timeout(1800)
 def write(folder: Path, manifest: dict[str, Any]) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(manifest))
+    case = {"messages": [{"role": "user", "content": "Hello"}], "expect": {"maxWords": 50}}
+    (folder / "short.jsonl").write_text("".join(json.dumps({"id": name} | case) + "\n" for name in "ab"))
     return path
 
 
@@ -149,6 +159,20 @@ def test_a_run_ends_with_all_numbers_and_artifacts(unbroken: Path) -> None:
     assert (run / "report" / "report.html").is_file()
     assert any(line.startswith(f"rl  [##########] step {STEPS}/{STEPS}  reward ") for line in lines)
     assert "file:///dev/shm/" in (run / "services" / "policy-0.yaml").read_text()
+    evaluation = read_evaluation(run / "evaluate" / "evaluation.json")
+    assert [(result.target, result.decoding) for result in evaluation.suites] == [
+        ("base", "greedy"),
+        ("sft", "greedy"),
+        ("rlhf", "greedy"),
+    ]
+    assert all(one.answers and one.tokens for result in evaluation.suites for one in result.asked)
+    assert evaluation.data
+    assert evaluation.date
+    assert {found["gate"]: found["passed"] for found in json.loads((run / "evaluate" / "gates.json").read_text())} == {
+        "noEos": True,
+        "suites.short": True,
+        "kl": True,
+    }
     assert no_process_of(run)
 
 

@@ -110,6 +110,14 @@ class PolicyReplica(Remote):
         commit = weights_pb2.CommitUpdateRequest(version=version)
         return (await self._weights.CommitUpdate(commit, timeout=CALL_SECONDS)).pause_seconds
 
+    async def chat(self, request: policy_pb2.PolicyServiceChatRequest) -> list[policy_pb2.PolicyServiceChatResponse]:
+        """The responses of one answer, which together are the whole of it."""
+
+        async def answer() -> list[policy_pb2.PolicyServiceChatResponse]:
+            return [response async for response in self._stub.Chat(request, timeout=CALL_SECONDS)]
+
+        return await self.call(answer)
+
     async def generate(self, request: policy_pb2.GenerateRequest) -> AsyncIterator[Sample]:
         """Samples as they finish; leaving the iteration ends the call, so that the replica stops working on it."""
         call: Any = self._stub.Generate(request, timeout=GENERATE_SECONDS)

@@ -109,6 +109,10 @@ class PolicyPool:
         """Weights go through the folder's file also where trainer and replicas share a GPU."""
         self._outbox.leave_device()
 
+    def chat(self, request: policy_pb2.PolicyServiceChatRequest) -> list[policy_pb2.PolicyServiceChatResponse]:
+        """One answer of the first replica; they run the same model."""
+        return background().run(self._replicas[0].chat(request))
+
     # -- weights ---------------------------------------------------------------------------------
 
     def publish(self, payload: WeightsPayload) -> float:

@@ -225,7 +225,8 @@ class Rollouts:
             return [None] * len(rows)
         pairs = [(prompt.ids, sample.token_ids) for prompt, sample in rows]
         async with self._reference.free() as client:
-            return await client.logprobs(pairs, self._generation.temperature)
+            # The engine's log-probabilities of greedy answers are of the untempered distribution, too.
+            return await client.logprobs(pairs, self._generation.temperature or 1.0)
 
 
 def _unmade(lost: Lost) -> Scored:

@@ -25,6 +25,16 @@ BEFORE = RNG.normal(0.0, 2.0, 80).tolist()
 AFTER = (0.3 * np.array(BEFORE) + RNG.normal(1.0, 0.6, 80)).tolist()
 
 
+def test_equal_predictions_are_one_bin_whatever_their_order() -> None:
+    outcomes = [1.0] * 8 + [0.0] * 2
+    for order in (outcomes, outcomes[::-1]):
+        bins = calibration_bins([0.9] * 10, order)
+        assert [part.size for part in bins] == [10]
+        assert expected_calibration_error(bins) == pytest.approx(0.1)
+    mixed = calibration_bins([0.6, 0.7, 0.7, 0.7, 0.7, 0.8], [1.0] * 6, bins=3)
+    assert [part.size for part in mixed] == [1, 5]
+
+
 def test_mean_interval_by_hand() -> None:
     # 1, 2, 3, 4: mean 2.5, standard error sqrt(5/3)/2, t(0.975, 3) = 3.18245
     interval = mean_interval([1, 2, 3, 4])

@@ -85,7 +85,7 @@ def test_the_model_is_a_plain_folder_with_its_card(make_run):
     assert str(run_dir.parent) not in card, "paths of this machine are nobody's business"
     assert "| reward | 0.250" in card
     assert "Gain in reward over base: 1.000" in card
-    assert "at least 0.5" in card
+    assert "passed: the reward gains at least 1.000 over base, 0.5 is asked for" in card
     assert "`demos.jsonl` sha256" in card
     pointer = json.loads((run_dir / "release" / "release.json").read_text())
     assert (pointer["model"], pointer["stage"], pointer["registered"]) == (str(model), "sft", None)
@@ -178,3 +178,15 @@ def test_the_card_of_the_base_model_stays_as_it_is(make_run):
 def test_it_needs_no_services(make_run, base_model):
     run_dir = make_run()
     assert services_of(load_manifest(run_dir / "manifest.yaml"), "release", run_dir, base_model) == []
+
+
+def test_an_override_releases_and_stands_in_the_card(make_run):
+    override = {"name": "Ada Example", "reason": "a pilot with ten customers"}
+    run_dir = make_run(
+        gain=0.2, stages=[{"sft": {}}, {"evaluate": {"gates": GATES}}, {"release": {"override": override}}]
+    )
+    run_stage(run_dir, "release", [])
+    card = (run_dir / "release" / "model" / "README.md").read_text()
+    assert "**failed**: the reward gains at least 0.200 over base, 0.5 is asked for" in card
+    assert "passed: 0.0% of the answers do not end" in card
+    assert "in spite of the failed gates by Ada Example: a pilot with ten customers" in card

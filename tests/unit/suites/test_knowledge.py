@@ -1,0 +1,104 @@
+"""Knowledge: the authors' files as the harness's tasks, and the same numbers as the harness alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steersman.errors import ConfigError, DataError, UnsupportedError
+from steersman.knowledge import ask_knowledge, available, write_tasks
+from steersman.report.schema import Evaluation, Sample
+from steersman.report.summary import knowledge, summarise
+
+TRUTHFUL = """Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source
+A,B,Where is Rome?,In Italy,In Italy; In Europe,In Spain; In Peru,x
+A,B,What is two and two?,Four,Four,"Five, surely; Six",x
+"""
+MMLU = 'Who is first?,Ann,Bob,Cid,Dan,A\n"Which, then?",Ann,Bob,Cid,Dan,C\n'
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for place, text in {
+        "truthfulqa/TruthfulQA.csv": TRUTHFUL,
+        "mmlu/dev/world_religions_dev.csv": MMLU,
+        "mmlu/test/world_religions_test.csv": MMLU,
+    }.items():
+        (tmp_path / "data" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / place).write_text(text)
+    return tmp_path / "data"
+
+
+TASKS = ["truthfulqa_mc1", "truthfulqa_mc2", "mmlu_world_religions"]
+
+
+def test_what_a_folder_has(folder: Path, tmp_path: Path) -> None:
+    assert available(folder) == TASKS
+    assert available(tmp_path / "nothing") == []
+
+
+def test_the_files_become_what_the_harness_reads(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `knowledge`)")
+    write_tasks(folder, TASKS, tmp_path / "tasks")
+    rows = [json.loads(line) for line in (tmp_path / "tasks" / "truthfulqa.jsonl").read_text().splitlines()]
+    assert rows[0]["mc1_targets"] == {"choices": ["In Italy", "In Spain", "In Peru"], "labels": [1, 0, 0]}
+    assert rows[0]["mc2_targets"] == {
+        "choices": ["In Italy", "In Europe", "In Spain", "In Peru"],
+        "labels": [1, 1, 0, 0],
+    }
+    assert rows[1]["mc1_targets"]["choices"] == ["Four", "Five, surely", "Six"]
+    asked = [json.loads(line) for line in (tmp_path / "tasks/mmlu_world_religions.test.jsonl").read_text().splitlines()]
+    assert asked[1] == {"question": "Which, then?", "choices": ["Ann", "Bob", "Cid", "Dan"], "answer": 2}
+    with pytest.raises(ConfigError, match="no files for gsm8k; there are truthfulqa_mc1"):
+        write_tasks(folder, ["gsm8k"], tmp_path / "tasks")
+    (folder / "mmlu/test/world_religions_test.csv").write_text("a,b\n")
+    with pytest.raises(DataError, match=r"world_religions_test\.csv:1"):
+        write_tasks(folder, TASKS[2:], tmp_path / "tasks")
+
+
+def test_the_numbers_are_those_of_the_harness_alone(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `knowledge`)")
+    from steersman.testing.models import save_model_folder, tiny_llama
+
+    model = save_model_folder(tmp_path / "model", tiny_llama())
+    write_tasks(folder, TASKS, tmp_path / "tasks")
+    found = ask_knowledge(str(model), TASKS, tmp_path / "tasks", batch_size=2)
+    assert {task: len(scores) for task, scores in found.items()} == dict.fromkeys(TASKS, 2)
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32",
+        "--tasks", ",".join(TASKS), "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--batch_size", "1",
+        "--output_path", str(tmp_path / "alone.json"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = tmp_path.rglob("alone*.json")
+    alone = json.loads(written.read_text())["results"]
+    for task in TASKS:
+        assert sum(found[task]) / 2 == pytest.approx(alone[task]["acc,none"], abs=1e-6), task
+
+
+def test_an_endpoint_has_no_log_probabilities_of_given_answers(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `knowledge`)")
+    with pytest.raises(UnsupportedError, match="ask the model's folder"):
+        ask_knowledge("http://127.0.0.1:1/v1", TASKS, tmp_path)
+
+
+def test_before_and_after_stand_in_the_summary_with_interval_and_equivalence() -> None:
+    samples = tuple(
+        Sample(prompt_id=f"p{n}", prompt=(), answer="", reward=float(n), length=1, finish_reason="stop")
+        for n in range(3)
+    )
+    before = (1.0, 0.0) * 200
+    known = {
+        "mmlu": {"base": before, "rlhf": tuple(1.0 - value if n == 0 else value for n, value in enumerate(before))}
+    }
+    evaluated = Evaluation(name="a", seed=1, models={"base": samples, "rlhf": samples}, knowledge=known)
+    found = knowledge(evaluated)["mmlu"]
+    assert found["before"][0] == 0.5
+    assert found["difference"][0] == pytest.approx(-1 / 400, abs=1e-4)
+    assert (found["equivalent"], found["questions"], found["bound"]) == (True, 400, 0.03)
+    assert summarise(evaluated)["knowledge"]["mmlu"] == found
