@@ -92,11 +92,11 @@ def _knowledge(
     from rich.console import Console
     from rich.table import Table
 
+    from steersman.inference import equivalence
     from steersman.knowledge import ask_knowledge, available, write_tasks
     from steersman.local.evaluate import is_url, names_of
     from steersman.local.serve import find_model
     from steersman.progress import ConsoleReporter
-    from steersman.report.inference import equivalence
     from steersman.report.summary import KNOWLEDGE_BOUND
     from steersman.statistics import mean_interval
 

@@ -26,7 +26,7 @@ class KnowledgeGate(Gate):
     """The model before."""
 
     def check(self, evaluation: Evaluation) -> list[Finding]:
-        from steersman.report.inference import equivalence
+        from steersman.inference import equivalence
 
         before = opponent(evaluation, self.against)
         if before is None:

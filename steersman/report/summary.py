@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from steersman.report.inference import equivalence
+from steersman.inference import equivalence
 from steersman.report.schema import Evaluation
 from steersman.report.wins import WinRate, win_rate
 from steersman.statistics import Interval, mean_interval, wilson_interval
