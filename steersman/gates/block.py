@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, create_model
 
-from steersman.config.base import FrozenModel
+from steersman.documents import FrozenModel
 from steersman.gates.registry import GATES, Finding, Gate
 
 if TYPE_CHECKING:

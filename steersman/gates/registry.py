@@ -10,7 +10,7 @@ from pydantic import GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from steersman.config.base import FrozenModel
+from steersman.documents import FrozenModel
 
 if TYPE_CHECKING:
     from steersman.report.schema import Evaluation

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from steersman.config.base import FrozenModel, load_model, read_yaml
+from steersman.documents import FrozenModel, load_model, read_yaml
 from steersman.errors import ConfigError, DataError
 
 MAX_CASES = 10_000
