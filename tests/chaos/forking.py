@@ -54,7 +54,7 @@ def preload(family: str) -> None:
     _import("services.policy.build", "services.policy.servicer", "services.policy.weights")
     if family == "run":
         _import("peft", "trl", "services.reward.servicer", "services.reference.servicer", "training.stage")
-        _import("training.online.rl_stage", "training.online.rejection_sampling", "training.release")
+        _import("training.online.rl_stage", "training.rejection_sampling", "training.release")
         _import("training.offline.sft", "training.offline.reward_model", "steersman.local.executor")
         _import("steersman.local.prepare", "steersman.nn.prepare", "transformers.models.llama.modeling_llama")
     else:
