@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 _CANDIDATE = re.compile(r"(?<![\w#@.,/=&-])(?:\+|00)?\(?\d[\d ()./\u2013\u00a0-]{4,22}\d(?![\w%@]|[.,]\d)")
+#: What every candidate holds from its first digit on, or one digit later: a text is searched for that much faster.
+_DIGITS = re.compile(r"\d[\d ()./\u2013\u00a0-]{4,22}\d")
 _LOOK_BACK = 48
 _NUMBER = re.compile(r"\d{4}")
 _PERSONAL = re.compile(
@@ -37,7 +39,7 @@ def phone_spans(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int, f
         text: Any text.
         regions: Countries whose numbers are recognised without a country code.
     """
-    for found in _CANDIDATE.finditer(text):
+    for found in _candidates(text):
         start, number = found.start(), found[0]
         # Of "(212) 555-0123 (home)" the bracket at the end is no part of it.
         number = number.rstrip(" (-./\u2013\u00a0")
@@ -49,6 +51,17 @@ def phone_spans(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int, f
         certainty = _certainty(text, start, number, regions)
         if certainty:
             yield start, start + len(number), certainty
+
+
+def _candidates(text: str) -> Iterator[re.Match[str]]:
+    """`_CANDIDATE.finditer`, but beginning at the digits."""
+    at = 0
+    while digits := _DIGITS.search(text, at):
+        found = _CANDIDATE.search(text, max(at, digits.start() - 2))  # behind + and (
+        if found is None:
+            return
+        yield found
+        at = found.end()
 
 
 def belongs_to_business(text: str, start: int) -> bool:

@@ -98,6 +98,8 @@ class Scrubber:
 
     def find(self, text: str, known: frozenset[str] = frozenset()) -> list[tuple[int, int, str]]:
         """(first character, character behind the last, tag) of what `scrub` would replace, from left to right."""
+        if not self._may_hold(text):
+            return []
         spans = [span for span in self._spans(text) if not self._is_known(text, span, known)]
         # Of overlapping finds the surer, then the longer stays.
         spans.sort(key=lambda span: (-span[3], span[0] - span[1]))
@@ -108,13 +110,19 @@ class Scrubber:
         return [(start, end, tag) for start, end, tag, _ in sorted(kept)]
 
     def scrub_row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row with all its texts scrubbed; what names the row, its source and its tenant stays."""
-        scrubbed = {name: value for name, value in row.items() if name not in _FIXED}
-        text = None if "name" in self._options.entities else plain_text(scrubbed)
-        if text is not None and "@" not in text and not _NUMBER.search(text):
+        """A row with all its texts scrubbed, itself where there is nothing to scrub; what names the row, its source and
+        its tenant stays."""
+        texts = {name: value for name, value in row.items() if name not in _FIXED}
+        text = plain_text(texts)
+        if text is not None and not self._may_hold(text):
             return row
-        known = frozenset(_business_numbers(row.get("facts")))
-        return row | {name: self._walk(value, known) for name, value in scrubbed.items()}
+        known, before = frozenset(_business_numbers(row.get("facts"))), self.found.total()
+        scrubbed = {name: self._walk(value, known) for name, value in texts.items()}
+        return row | scrubbed if self.found.total() != before else row
+
+    def _may_hold(self, text: str) -> bool:
+        """Whether it is worth a look: most texts are passed at a glance."""
+        return "name" in self._options.entities or "@" in text or _NUMBER.search(text) is not None
 
     def _is_known(self, text: str, span: Span, known: frozenset[str]) -> bool:
         start, end, tag, certainty = span
@@ -144,8 +152,9 @@ class Scrubber:
     def _pattern_spans(self, text: str) -> list[Span]:
         return [
             (find.start, find.end, _TAGS[find.entity_type], find.score)
-            for entity, recognizer in self._recognizers.items()
-            if _HINTS[entity].search(text)
+            for entity, hint in _HINTS.items()
+            if entity in self._options.entities and hint.search(text)
+            for recognizer in [self._recognizers[entity]]  # loaded only where something looks like it
             for find in recognizer.analyze(text, recognizer.supported_entities, None) or []
         ]
 
