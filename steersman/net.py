@@ -15,28 +15,38 @@ import asyncio
 import ipaddress
 import os
 import socket
-from collections.abc import Awaitable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from steersman.errors import PermissionDeniedError
+from steersman.errors import NotFoundError, PermissionDeniedError, UnavailableError, without_credentials
+
+if TYPE_CHECKING:
+    import httpx2
 
 ALLOW_VARIABLE = "STEERSMAN_ALLOWED_HOSTS"
 """Names, addresses and networks that are always allowed, separated by commas."""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Beside link-local 169.254.169.254, where AWS, Azure and Google answer: Alibaba, AWS over IPv6, Oracle.
+# Beside link-local 169.254.169.254 (AWS, Azure, Google): Alibaba, AWS and Google over IPv6, Oracle, Azure.
 _METADATA = frozenset(
-    ipaddress.ip_address(address) for address in ("100.100.100.200", "fd00:ec2::254", "192.0.0.192", "168.63.129.16")
+    ipaddress.ip_address(address)
+    for address in ("100.100.100.200", "fd00:ec2::254", "fd20:ce::254", "192.0.0.192", "168.63.129.16")
 )
+_EMBEDDING = tuple(ipaddress.IPv6Network(network) for network in ("64:ff9b::/96", "::/96"))
+"""Whose last 32 bits are an address of IPv4: NAT64, and the old compatible form."""
 
 
 def refusal(address: str, *, public_only: bool = False) -> str | None:
     """Why an IP address must not be connected to; None: it may."""
     ip: Address = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        ip = ip.ipv4_mapped or ip.sixtofour or ip
+        embedded = next((ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) for net in _EMBEDDING if ip in net), None)
+        teredo = ip.teredo[1] if ip.teredo else None
+        # Of ::/96 the smallest are addresses of IPv6 itself, :: and ::1.
+        ip = ip.ipv4_mapped or ip.sixtofour or teredo or (embedded if int(ip) > 0xFFFF else None) or ip
     if ip in _METADATA:
         return "a metadata service"
     if ip.is_link_local:
@@ -134,6 +144,47 @@ def guarded_sync_client(*, public_only: bool = False, allow: Sequence[str] = (),
     """The same for threads."""
     inner = options.pop("transport", None) or httpx.HTTPTransport()
     return httpx.Client(transport=Guard(inner, public_only=public_only, allow=allow), trust_env=False, **options)
+
+
+@contextmanager
+def fetched(url: str, *, seconds: float = 60.0) -> Iterator[Iterator[bytes]]:
+    """The pieces of what an HTTP(S) URL gives, as they are sent, from front to back.
+
+    Raises:
+        NotFoundError: there is nothing there (404).
+        PermissionDeniedError: the address, or one that it redirects to, must not be connected to.
+        UnavailableError: the server does not give it, or breaks off.
+    """
+    name = without_credentials(url)
+    asked = {"accept-encoding": "identity"}
+    try:
+        with (
+            guarded_sync_client(follow_redirects=True, timeout=seconds) as client,
+            client.stream("GET", url, headers=asked) as answer,
+        ):
+            if answer.status_code == 404:
+                raise NotFoundError(f"{name}: not found (404); check the address")
+            if not answer.is_success:
+                raise UnavailableError(f"{name}: refused with status {answer.status_code}; check address and access")
+            yield answer.iter_raw()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UnavailableError(f"{name}: {error or type(error).__name__}; check address and access") from error
+
+
+def guard_hub() -> None:
+    """Makes the asynchronous clients of `huggingface_hub` in this process look at every address, too."""
+    from huggingface_hub import set_async_client_factory
+
+    set_async_client_factory(lambda: guarded_client2(timeout=None))
+
+
+def guarded_client2(**options: Any) -> httpx2.AsyncClient:
+    """`guarded_client` for libraries that speak through httpx2."""
+    import httpx2
+
+    inner = httpx2.AsyncHTTPTransport()
+    guard: Any = Guard(inner, unreachable=(httpx2.ConnectError, httpx2.ConnectTimeout))
+    return httpx2.AsyncClient(transport=guard, trust_env=False, **options)
 
 
 def _port(url: httpx.URL) -> int:

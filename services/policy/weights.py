@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -26,9 +26,11 @@ from steersman.errors import (
     DeadlineError,
     FailedPreconditionError,
     InvalidArgumentError,
+    NotFoundError,
     PermissionDeniedError,
     StorageError,
 )
+from steersman.net import fetched
 from steersman.nn.device_memory import SUFFIX, opened_tensors
 from steersman.nn.serialize import anonymous_file, digest_of, mapped
 from steersman.v1 import weights_pb2 as pb
@@ -229,10 +231,9 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         transaction.file.truncate()
         transaction.received, transaction.digest = 0, blake3()
         try:
-            with fsspec.open(transaction.manifest.artifact_url, "rb") as source:
-                while data := source.read(8 * 1024 * 1024):
-                    self._store(transaction, data)
-        except FileNotFoundError:
+            for data in _pieces(transaction.manifest.artifact_url):
+                self._store(transaction, data)
+        except (FileNotFoundError, NotFoundError):
             raise FailedPreconditionError(f"{transaction.manifest.artifact_url} does not exist") from None
 
     async def AbortUpdate(
@@ -271,3 +272,14 @@ def _tensors_in(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:
         raise InvalidArgumentError(f"the payload is not a safetensors file ({error})") from None
+
+
+def _pieces(url: str) -> Iterator[bytes]:
+    """What a URL holds. HTTP goes to no metadata service, wherever it is redirected."""
+    if url.startswith(("http://", "https://")):
+        with fetched(url) as pieces:
+            yield from pieces
+        return
+    with fsspec.open(url, "rb") as source:
+        while data := source.read(8 * 1024 * 1024):
+            yield data

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from isal import isal_zlib
 
-from steersman.errors import ConfigError, DataError, UnavailableError
+from steersman.errors import ConfigError, DataError, NotFoundError, SteersmanError, UnavailableError
 
 STDIN = "-"
 #: Endings of packed files, to be taken off before the ending that tells the format.
@@ -143,13 +143,20 @@ def _open(target: str, stack: ExitStack) -> io.BufferedReader:
 
 
 def _remote(url: str, stack: ExitStack) -> Iterator[bytes]:
-    """Pieces of a remote file. HTTP is read from front to back: many servers know no ranges."""
+    """Pieces of a remote file. HTTP is read from front to back, since many servers know no ranges, and from no address
+    inside that nobody may ask (`steersman.net`)."""
     import fsspec
 
-    protocol = url.partition("://")[0]
-    options: dict[str, Any] = {"block_size": 0} if protocol in ("http", "https") else {}
     try:
-        remote = stack.enter_context(fsspec.open(url, "rb", **options).open())
+        if url.partition("://")[0] in ("http", "https"):
+            from steersman.net import fetched
+
+            return _unbroken(stack.enter_context(fetched(url)))
+        remote = stack.enter_context(fsspec.open(url, "rb").open())
+    except NotFoundError as error:
+        raise DataError(error.message) from None
+    except SteersmanError:
+        raise
     except ImportError as error:
         raise ConfigError(f"{url}: cannot be read here ({error}); install it, or download the file") from None
     except FileNotFoundError:
@@ -170,6 +177,13 @@ def _remote_pieces(remote: IO[bytes]) -> Iterator[bytes]:
         if not piece:
             return
         yield piece
+
+
+def _unbroken(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    try:
+        yield from pieces
+    except Exception as error:
+        raise DamagedError(f"the connection broke: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -13,11 +13,18 @@ from pathlib import Path
 import httpx
 import pytest
 
+from services.gateway.backends.openai import OpenAIReplica
+from services.gateway.backends.tgi import TgiReplica
+from services.policy.engines.tgi import TgiEngine
+from services.policy.weights import _pieces
 from steersman import net
-from steersman.errors import PermissionDeniedError, UnavailableError, without_credentials
-from steersman.net import guarded_client, guarded_sync_client, refusal
+from steersman.data.opening import open_bytes
+from steersman.errors import PermissionDeniedError, SteersmanError, UnavailableError, without_credentials
+from steersman.net import fetched, guarded_client, guarded_sync_client, refusal
 from steersman.openmp import remove_left_behind
 from steersman.rewards.builtin import http as http_reward
+from steersman.testing.models import tiny_tokenizer
+from steersman.v1.policy_pb2 import PolicyServiceChatRequest
 
 
 @pytest.mark.parametrize(
@@ -26,6 +33,8 @@ from steersman.rewards.builtin import http as http_reward
         ("169.254.169.254", "link-local"), ("169.254.170.2", "link-local"), ("fe80::1%eth0", "link-local"),
         ("::ffff:169.254.169.254", "link-local"), ("fd00:ec2::254", "a metadata service"),
         ("100.100.100.200", "a metadata service"), ("0.0.0.0", "unspecified"), ("::", "unspecified"),
+        ("64:ff9b::a9fe:a9fe", "link-local"), ("::a9fe:a9fe", "link-local"), ("2002:a9fe:a9fe::1", "link-local"),
+        ("2001:0:1:2:3:4:5601:5601", "link-local"), ("fd20:ce::254", "a metadata service"), ("::1", None),
         ("224.0.0.1", "multicast"), ("10.0.0.1", None), ("127.0.0.1", None), ("8.8.8.8", None),
     ],
 )  # fmt: skip
@@ -134,3 +143,39 @@ def test_shared_memory_of_killed_processes_is_removed(tmp_path: Path) -> None:
     # A container that is started again has the process numbers of the one that was killed.
     assert remove_left_behind(tmp_path, own=True) == 1
     assert sorted(tmp_path.iterdir()) == others[1:]
+
+
+def test_files_of_urls_come_from_no_address_inside(server: str, tmp_path: Path) -> None:
+    """Data files and weights: what a manifest names, and what it is redirected to."""
+    _Redirecting.target = "http://169.254.169.254/latest/meta-data"
+    for url in (f"http://{server}/away", "http://169.254.169.254/a.jsonl", "http://[64:ff9b::a9fe:a9fe]/a.jsonl"):
+        with pytest.raises(PermissionDeniedError, match="not connected to"), open_bytes(url):
+            pass
+        with pytest.raises(PermissionDeniedError, match="not connected to"):
+            list(_pieces(url))
+    with open_bytes(f"http://{server}/a.jsonl") as stream:
+        assert stream.read() == server.encode()
+    assert b"".join(_pieces(f"http://{server}/w")) == server.encode()
+    with (
+        pytest.raises(UnavailableError, match=r"http://\*\*\*@nowhere.invalid/a: "),
+        fetched("http://u:p@nowhere.invalid/a"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["openai", "tgi"])
+async def test_a_model_server_is_no_metadata_service(kind: str) -> None:
+    url = "http://169.254.169.254/v1"
+    replica = OpenAIReplica(url, "m", "", 1.0) if kind == "openai" else TgiReplica(url, "", 1.0)
+    with pytest.raises(UnavailableError, match="not connected to"):
+        async for _ in replica.stream(PolicyServiceChatRequest(prompt="a"), 5.0):
+            pass
+    with pytest.raises(SteersmanError, match="not connected to"):
+        await replica.probe()
+    await replica.close()
+
+
+def test_the_policys_tgi_server_is_no_metadata_service(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(PermissionDeniedError, match="not connected to"):
+        TgiEngine("http://169.254.169.254", tmp_path).start()

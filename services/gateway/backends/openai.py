@@ -14,10 +14,12 @@ from services.gateway.errors import BadRequestError
 from steersman.errors import (
     DeadlineError,
     InternalError,
+    PermissionDeniedError,
     RateLimitedError,
     SteersmanError,
     UnavailableError,
 )
+from steersman.net import guarded_client
 from steersman.rpc.finish import finish_reason
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import (
@@ -35,11 +37,11 @@ class OpenAIReplica:
         self.target = url
         self._model = model
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.AsyncClient(
+        self._client = guarded_client(
             base_url=url.rstrip("/").removesuffix("/v1") + "/v1/",
             headers=headers,
             timeout=httpx.Timeout(connect_seconds),
-            limits=httpx.Limits(max_connections=None),
+            transport=httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None)),
         )
 
     async def stream(
@@ -58,6 +60,8 @@ class OpenAIReplica:
                         continue
                     for translated in translator.take(json.loads(line[5:])):
                         yield translated
+        except PermissionDeniedError as error:  # of the guard: the operator's to mend, not the caller's
+            raise UnavailableError(error.message) from None
         except httpx.TimeoutException as error:
             if isinstance(error, httpx.ConnectTimeout):
                 raise UnavailableError(f"{self.target} cannot be reached") from None

@@ -12,7 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
 from services.gateway.backends.base import ReplicaInfo
 from services.gateway.backends.openai import Translator, request_body
 from services.gateway.errors import BadRequestError
-from steersman.errors import DeadlineError, RateLimitedError, UnavailableError
+from steersman.errors import DeadlineError, PermissionDeniedError, RateLimitedError, UnavailableError
+from steersman.net import guard_hub, guarded_client
 from steersman.rpc.finish import finish_reason
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse, TokenLogprob
 
@@ -32,7 +33,8 @@ class TgiReplica:
     def __init__(self, url: str, key: str, connect_seconds: float) -> None:
         self.target = url.rstrip("/")
         self._key = key or None
-        self._http = httpx.AsyncClient(timeout=connect_seconds)
+        self._http = guarded_client(timeout=connect_seconds)
+        guard_hub()
 
     async def stream(
         self, request: PolicyServiceChatRequest, seconds: float
@@ -52,6 +54,8 @@ class TgiReplica:
             stream = self._complete(client, request) if request.prompt else self._chat(client, request)
             async for response in stream:
                 yield response
+        except PermissionDeniedError as error:  # of the guard: the operator's to mend, not the caller's
+            raise UnavailableError(error.message) from None
         except (InferenceTimeoutError, httpx2.ReadTimeout):
             raise DeadlineError(f"{self.target} took longer than {seconds:g} s") from None
         except HfHubHTTPError as error:

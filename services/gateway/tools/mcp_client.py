@@ -9,7 +9,6 @@ import os
 from contextlib import AsyncExitStack
 from typing import Any
 
-import httpx2
 import jsonschema
 from mcp import MCPError
 from mcp.client import Client
@@ -21,7 +20,7 @@ from services.gateway.tools.records import visible
 from services.gateway.tools_config import McpServer, McpTool
 from steersman.background import Background
 from steersman.errors import ConfigError, UnavailableError
-from steersman.net import Guard
+from steersman.net import guarded_client2
 
 log = logging.getLogger("steersman.gateway")
 
@@ -133,7 +132,7 @@ class McpConnection:
             headers["authorization"] = os.environ.get(config.authorization_env, "")
             if not headers["authorization"]:
                 raise ConfigError(f"tools.mcpServers.{config.name}: {config.authorization_env} is not set")
-        http = await stack.enter_async_context(_guarded(headers, config.seconds))
+        http = await stack.enter_async_context(guarded_client2(headers=headers, timeout=config.seconds))
         assert config.url is not None
         return await stack.enter_async_context(Client(streamable_http_client(config.url, http_client=http)))
 
@@ -153,9 +152,3 @@ def _problem(schema: Any) -> str | None:
     except (jsonschema.SchemaError, RecursionError) as error:
         return str(error).partition("\n")[0]
     return None
-
-
-def _guarded(headers: dict[str, str], seconds: float) -> httpx2.AsyncClient:
-    inner = httpx2.AsyncHTTPTransport()
-    guard: Any = Guard(inner, unreachable=(httpx2.ConnectError, httpx2.ConnectTimeout))
-    return httpx2.AsyncClient(transport=guard, trust_env=False, headers=headers, timeout=seconds)

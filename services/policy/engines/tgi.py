@@ -42,6 +42,7 @@ from steersman.generation import (
     TokenEvent,
     WeightsUpdate,
 )
+from steersman.net import guard_hub, guarded_sync_client
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ class TgiEngine:
     def start(self) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(self._tokenizer_folder)
         try:
-            answer = httpx.get(f"{self._url}/info", timeout=30).raise_for_status().json()
+            with guarded_sync_client(timeout=30) as client:
+                answer = client.get(f"{self._url}/info").raise_for_status().json()
             self._context = int(answer["max_total_tokens"])
         except httpx.HTTPError as error:
             raise UnavailableError(f"the TGI server {self._url} does not answer ({error}); check engineUrl") from error
@@ -97,6 +99,7 @@ class TgiEngine:
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
+        guard_hub()
         self._client = AsyncInferenceClient(model=self._url)
         self._slots = asyncio.Semaphore(self._max_streams)
         loop.run_forever()
