@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ALLOW_VARIABLE = "STEERSMAN_ALLOWED_HOSTS"
 """Names, addresses and networks that are always allowed, separated by commas."""
+_LONGEST_REASON = 1_000_000
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Beside link-local 169.254.169.254 (AWS, Azure, Google): Alibaba, AWS and Google over IPv6, Oracle, Azure.
@@ -175,7 +176,13 @@ def guard_hub() -> None:
     """Makes the asynchronous clients of `huggingface_hub` in this process look at every address, too."""
     from huggingface_hub import set_async_client_factory
 
-    set_async_client_factory(lambda: guarded_client2(timeout=None))
+    async def with_reason(response: httpx2.Response) -> None:
+        """The library makes its errors of what a refusal says."""
+        length = response.headers.get("content-length", "")
+        if response.status_code >= 400 and length.isdigit() and int(length) < _LONGEST_REASON:
+            await response.aread()
+
+    set_async_client_factory(lambda: guarded_client2(timeout=None, event_hooks={"response": [with_reason]}))
 
 
 def guarded_client2(**options: Any) -> httpx2.AsyncClient:
