@@ -17,14 +17,14 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from services.gateway.answer import Answer, Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.auth.callers import Caller
 from services.gateway.bodies import consent_of, fingerprint_of, plain_headers, read_body
-from services.gateway.errors import BadRequestError
+from services.gateway.errors import BadRequestError, from_validation
 from services.gateway.openai.documentation import INPUT_ITEMS_DOC, RESPONSE_CANCEL_DOC, RESPONSE_DOC, RESPONSES_DOC
 from services.gateway.openai.objects import TokenInfo, token_infos
 from services.gateway.openai.response_events import events_of
@@ -157,30 +157,33 @@ def as_chat(body: ResponsesRequest) -> ChatCompletionRequest:
     said = body.text.format.model_dump(by_alias=True, exclude_none=True) if body.text and body.text.format else None
     if said is not None and said["type"] == "json_schema":
         said = {"type": said.pop("type"), "json_schema": said}
-    return ChatCompletionRequest.model_validate(
-        {
-            "model": body.model,
-            "messages": _messages(body),
-            "max_completion_tokens": body.max_output_tokens,
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "seed": body.seed,
-            "stream": body.stream,
-            "logprobs": body.logprobs or None,
-            "top_logprobs": body.top_logprobs if body.logprobs else None,
-            "tools": [
-                {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
-                for tool in body.tools or []
-            ],
-            "tool_choice": chosen
-            if chosen is None or isinstance(chosen, str)
-            else {"type": "function", "function": {"name": chosen.name}},
-            "parallel_tool_calls": body.parallel_tool_calls,
-            "response_format": said,
-            "reasoning_effort": body.reasoning.effort if body.reasoning else None,
-            "continue_final_message": False,
-        }
-    )
+    try:
+        return ChatCompletionRequest.model_validate(
+            {
+                "model": body.model,
+                "messages": _messages(body),
+                "max_completion_tokens": body.max_output_tokens,
+                "temperature": body.temperature,
+                "top_p": body.top_p,
+                "seed": body.seed,
+                "stream": body.stream,
+                "logprobs": body.logprobs or None,
+                "top_logprobs": body.top_logprobs if body.logprobs else None,
+                "tools": [
+                    {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
+                    for tool in body.tools or []
+                ],
+                "tool_choice": chosen
+                if chosen is None or isinstance(chosen, str)
+                else {"type": "function", "function": {"name": chosen.name}},
+                "parallel_tool_calls": body.parallel_tool_calls,
+                "response_format": said,
+                "reasoning_effort": body.reasoning.effort if body.reasoning else None,
+                "continue_final_message": False,
+            }
+        )
+    except ValidationError as error:
+        raise from_validation(error) from None
 
 
 def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
