@@ -8,7 +8,7 @@ from fastapi.responses import Response
 
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.auth.callers import Caller
-from services.gateway.openai.documentation import error_responses
+from services.gateway.documentation import error_responses
 from services.gateway.proposals import DONE
 from services.gateway.recorder import Record, Recorder, audit_row
 from services.gateway.tools.desk import Desk

@@ -13,13 +13,14 @@ from starlette.exceptions import HTTPException
 from services.gateway.actions import actions_router
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
+from services.gateway.documentation import definitions
 from services.gateway.errors import BadRequestError, error_response
 from services.gateway.feedback import FeedbackBody, FeedbackDesk, feedback_router
 from services.gateway.health import health_router
 from services.gateway.key_admin import NewKey, Rotation, keys_router
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import Endpoint
-from services.gateway.openai.documentation import BODIES, definitions
+from services.gateway.openai.documentation import BODIES
 from services.gateway.openai.embeddings import EmbeddingRequest, embeddings_router
 from services.gateway.openai.responses import responses_router
 from services.gateway.openai.router import openai_router

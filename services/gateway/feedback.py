@@ -16,8 +16,8 @@ from services.gateway.auth.origin import Attempts, current_visit
 from services.gateway.auth.tokens import FeedbackTokens
 from services.gateway.bodies import read_body
 from services.gateway.config import GatewayConfig
+from services.gateway.documentation import POST_ERRORS, json_body
 from services.gateway.metrics import Metrics
-from services.gateway.openai.documentation import POST_ERRORS, json_body
 from services.gateway.openai.schema import Wire
 from services.gateway.recorder import Record, Recorder, audit_row
 from steersman.errors import NotFoundError

@@ -7,8 +7,8 @@ from fastapi.responses import JSONResponse, Response
 
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
+from services.gateway.documentation import error_responses
 from services.gateway.metrics import CONTENT_TYPE, Metrics
-from services.gateway.openai.documentation import error_responses
 
 
 def health_router(assistant: Assistant, auth: Authenticator, metrics: Metrics) -> APIRouter:

@@ -19,7 +19,7 @@ from services.gateway.auth.authenticator import Authenticator
 from services.gateway.auth.callers import ANONYMOUS, Caller, Scope
 from services.gateway.auth.keys import create_key, revoke_key
 from services.gateway.bodies import read_body
-from services.gateway.openai.documentation import GET_ERRORS, POST_ERRORS, json_body
+from services.gateway.documentation import GET_ERRORS, POST_ERRORS, json_body
 from services.gateway.openai.schema import Wire
 from services.gateway.recorder import Record, Recorder, audit_row
 from services.gateway.store import ApiKey, KeyUse

@@ -31,7 +31,7 @@ from steersman.config.stages import SEVERAL_RANKS
 from steersman.errors import ChecksumError, ConfigError, ConflictError, StorageError, UnavailableError
 from steersman.local import folder, process
 from steersman.local.memory import memory_folder
-from steersman.local.prepare import data_digests
+from steersman.local.prepare import found_digests
 from steersman.local.services import GRPC_NAMES, endpoint_overrides, services_of
 from steersman.local.supervisor import Supervisor
 from steersman.local.takeover import source_folder, take_over
@@ -196,7 +196,7 @@ def run_child(
 
 def validate_run(run: AlignmentRun, run_dir: Path) -> None:
     """Does what a run does before its first stage, in a folder of its own; errors are those of the run."""
-    data_digests(run, run_dir)
+    found_digests(run, run_dir)
     folder.write_manifest(run, run_dir)
     log = run_dir / "logs" / "prepare.log"
     manifest = folder.manifest_path(run_dir)
@@ -209,7 +209,7 @@ def _prepare(run: AlignmentRun, run_dir: Path) -> tuple[AlignmentRun, Path]:
     manifest = folder.manifest_path(run_dir)
     data_is_there = run.spec.data.demo is None or (run_dir / "data").is_dir()
     known = _read_prepared(path)
-    digests = data_digests(run, run_dir)
+    digests = found_digests(run, run_dir)
     if (
         known is None
         or (known["for"], known["data"]) != (run.spec.model.base, digests)

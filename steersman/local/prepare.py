@@ -89,7 +89,7 @@ def _check_rows(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> 
                 if number % 1000 == 0:
                     reporter.activity(f"checking {path.name}, row {number:,}")
     check_rows_fit_stages(run, run_dir)
-    return data_digests(run, run_dir)
+    return found_digests(run, run_dir)
 
 
 def check_rows_fit_stages(run: AlignmentRun, run_dir: Path) -> None:
@@ -133,7 +133,7 @@ def check_rows_fit_stages(run: AlignmentRun, run_dir: Path) -> None:
                 raise DataError(f"{path.name}: every label is {labels.pop()}; stage {name} learns from both thumbs")
 
 
-def data_digests(run: AlignmentRun, run_dir: Path) -> dict[str, str]:
+def found_digests(run: AlignmentRun, run_dir: Path) -> dict[str, str]:
     """SHA-256 of every data file by its path; ConfigError where one is missing."""
     digests = {}
     for kind, splits in data_files(run, run_dir).items():
