@@ -101,9 +101,9 @@ class PolicyModel(nn.Module):
         if device != "cpu":
             fuse_norms(self)
         if gradient_checkpointing:
-            for model in (base, self.critic):
-                if model is not None:
-                    unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
+            for part in (base, self.critic):
+                if part is not None:
+                    unwrapped(part).gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: PackedBatch, *, detach_values: bool = False) -> Forward:
         """Log-probabilities and values of the response tokens of a packed batch.
