@@ -75,6 +75,10 @@ def test_every_target_and_example_exists(page: Path, text: str) -> None:
 def test_every_piece_of_configuration_loads(page: Path, text: str) -> None:
     """What it is a piece of is seen from its keys."""
     for document in yaml.safe_load_all(text):
+        if isinstance(document, list):  # stages that follow training
+            before = [{"sft": {}}, {"rewardModel": {}}, {"rl": {"algorithm": "rloo"}}]
+            before += [] if any("evaluate" in stage for stage in document) else [{"evaluate": {}}]
+            document = {"spec": {"data": {"demo": {}}, "stages": [*before, *document]}}
         keys = set(document)
         if "kind" in keys and document["kind"] == "AlignmentRun":
             load_model(AlignmentRun, document, page.name)
