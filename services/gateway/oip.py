@@ -28,8 +28,8 @@ from services.gateway.answer import Answer, Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.bodies import consent_of, fingerprint_of, read_body, request_id_of
+from services.gateway.documentation import json_body
 from services.gateway.errors import BadRequestError, from_validation
-from services.gateway.openai.documentation import json_body
 from services.gateway.openai.schema import ChatMessage, Wire, few_entries
 from services.gateway.openai.stream import EventStream, event, until_disconnect
 from services.gateway.openai.translate import to_message
