@@ -25,6 +25,7 @@ from steersman.config.stages import data_digests
 from steersman.errors import FailedPreconditionError
 from steersman.gates import Finding
 from steersman.local.knowledge import Scores, compare_knowledge
+from steersman.nn.ilql import read_heads
 from steersman.nn.load import load_causal_lm
 from steersman.report.schema import Evaluation, Message, RewardModelEvaluation, Sample
 from steersman.rewards import Reward, build_reward
@@ -131,9 +132,11 @@ def _answer(
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All parameters of a plain model folder by the names that the loaded model gives them, in the folder's dtype.
 
-    A file's own names are those of whoever wrote it: experts one by one, buffers, a hub's prefix, a second format.
+    A file's own names are those of whoever wrote it: experts one by one, buffers, a hub's prefix, a second format. The
+    heads of an ILQL policy are among them.
     """
-    return {name: one.data for name, one in load_causal_lm(folder, dtype="auto").named_parameters()}
+    own = {name: one.data for name, one in load_causal_lm(folder, dtype="auto").named_parameters()}
+    return {**own, **read_heads(folder)}
 
 
 def _sample(prompt: Prompt, index: int, item: Scored, checks: Mapping[str, Reward]) -> Sample:

@@ -55,6 +55,7 @@ _RUNNERS = {
     "rejection_sampling": ("training.rejection_sampling", "run_rejection_sampling"),
     "dpo": ("training.offline.dpo", "run_dpo"),
     "kto": ("training.offline.kto", "run_kto"),
+    "ilql": ("training.offline.ilql", "run_ilql"),
     "evaluate": ("training.evaluate", "run_evaluate"),
     "release": ("training.release", "run_release"),
 }

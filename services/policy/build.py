@@ -39,6 +39,7 @@ def load_chat_format(config: PolicyConfig) -> ChatFormat:
 
 def build_engine(config: PolicyConfig) -> Engine:
     """The engine that the configuration names; its libraries are imported here and not before."""
+    _check_heads(config)
     if config.engine == "tgi":
         from services.policy.engines.tgi import TgiEngine
 
@@ -60,6 +61,17 @@ def build_engine(config: PolicyConfig) -> Engine:
         ) from None
     options |= config.vllm.model_dump()
     return VllmEngine(model_folder(config), name=config.model_name, on_death=_stop_process, **options)
+
+
+def _check_heads(config: PolicyConfig) -> None:
+    """Raises ConfigError where the engine would serve the language model alone, which is another policy."""
+    from steersman.nn.ilql import has_heads
+
+    if config.engine != "transformers" and has_heads(model_folder(config)):
+        raise ConfigError(
+            f"{config.model} has the Q and V heads of ILQL, which engine {config.engine} cannot sample with; "
+            "use engine transformers"
+        )
 
 
 def _stop_process() -> None:

@@ -32,6 +32,7 @@ from steersman.errors import (
 )
 from steersman.net import fetched
 from steersman.nn.device_memory import SUFFIX, opened_tensors
+from steersman.nn.ilql import split_heads
 from steersman.nn.serialize import anonymous_file, digest_of, mapped
 from steersman.v1 import weights_pb2 as pb
 from steersman.v1 import weights_pb2_grpc
@@ -218,6 +219,11 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
 
     def _load(self, transaction: _Transaction, tensors: dict[str, Tensor]) -> float:
         manifest = transaction.manifest
+        if self._config.engine != "transformers" and split_heads(tensors)[1]:
+            raise FailedPreconditionError(
+                f"the update holds the Q and V heads of ILQL, which engine {self._config.engine} cannot sample with; "
+                "use engine transformers"
+            )
         update = WeightsUpdate(
             version=transaction.version,
             kind=_KINDS[manifest.kind],  # type: ignore[arg-type]

@@ -139,6 +139,8 @@ class DataSpec(FrozenModel):
     """Rows `{"prompt": [...], "completion": [...], "label": bool}` (thumbs)."""
     aspects: DataSplits | None = None
     """Rows `{"prompt": [...], "completion": [...], "aspects": {...}}`."""
+    returns: DataSplits | None = None
+    """Rows `{"prompt": [...], "completion": [...], "reward": 1.0}`: what the rest of a conversation was worth."""
 
 
 class Optimizer(FrozenModel):
@@ -451,6 +453,38 @@ class KtoStage(SupervisedStage):
     """AdamW."""
 
 
+class IlqlStage(SupervisedStage):
+    """Implicit language Q-learning (Snell et al. 2022; trlX): from what conversations were worth, offline.
+
+    The policy samples from log pi + beta (Q - V), which engine transformers does.
+    """
+
+    learn_from: Annotated[
+        list[Literal["returns", "preferences", "feedback", "aspects"]], Field(min_length=1, max_length=4)
+    ] = ["returns"]
+    """Files of `data`; comparisons, thumbs and ratings count as returns from -1 to 1."""
+    aspects: dict[str, float] = {}
+    """Weights of rated aspects, below 0 where less is better; none given: all 1, but length and complexity 0."""
+    beta: NonNegativeFloat = 4.0
+    """Weight of Q - V when tokens are drawn; 0: the language model alone."""
+    gamma: Probability = 1.0
+    """Discount of a token."""
+    expectile: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """Tau of V's regression: 0.5 is the mean of what was done, towards 1 the best of it."""
+    cql: NonNegativeFloat = 0.1
+    """Weight of the CQL term, which keeps Q of tokens that nobody said below."""
+    lm: NonNegativeFloat = 1.0
+    """Weight of the language-model term."""
+    lm_beta: NonNegativeFloat = 0.0
+    """Tokens count exp(lmBeta (Q - V)) in the language-model term; 0: all the same."""
+    polyak: Probability = 0.1
+    """Share of the Q heads that goes into their targets after each step."""
+    heads_learning_rate: PositiveFloat = 1e-3
+    """Of the Q and V heads, which begin at random."""
+    optimizer: Optimizer = Optimizer(learning_rate=1e-4)
+    """AdamW."""
+
+
 class KnowledgeTasks(FrozenModel):
     """What must not be forgotten (extra `knowledge`)."""
 
@@ -570,6 +604,8 @@ class Stage(FrozenModel):
     """Direct preference optimization."""
     kto: KtoStage | None = None
     """Kahneman-Tversky optimization."""
+    ilql: IlqlStage | None = None
+    """Implicit language Q-learning."""
     evaluate: EvaluateStage | None = None
     """Comparison on held-out prompts."""
     release: ReleaseStage | None = None
@@ -740,12 +776,32 @@ class RunSpec(FrozenModel):
                         f"{block}.critic.kind is rewardModel, but no rewardModel stage comes before; "
                         "use kind: valueHead"
                     )
+            if stage.ilql is not None:
+                self._ilql_has_its_inputs(index, stage.ilql)
         names = [stage.reward_model.name for stage in self.stages if stage.reward_model is not None]
         if len(set(names)) != len(names):
             raise ValueError("two rewardModel stages have the same name; give each its own")
         self._scorers_are_told_apart(names)
         self._batches_fit_the_ranks()
         return self
+
+    def _ilql_has_its_inputs(self, index: int, ilql: IlqlStage) -> None:
+        where = f"stages.{index} (ilql)"
+        for kind in ilql.learn_from:
+            if getattr(self.data, kind) is None and (self.data.demo is None or kind == "returns"):
+                mend = "set learnFrom: [preferences]" if self.data.demo is not None else "add it or change learnFrom"
+                raise ValueError(f"{where} learns from data.{kind}, which is missing; {mend}")
+        if self.services.policy.engine != "transformers":
+            raise ValueError(
+                f"{where}: its policy samples from log pi + beta (Q - V), which services.policy.engine "
+                f"{self.services.policy.engine} cannot; use transformers"
+            )
+        later = next((stage.kind for stage in self.stages[index + 1 :] if stage.kind in POLICY_STAGES), None)
+        if later is not None:
+            raise ValueError(
+                f"{where} is followed by {to_camel(later)}, which would train the language model without its Q and V "
+                "heads; put ilql last of the stages that train the policy"
+            )
 
     def _scorers_are_told_apart(self, models: list[str]) -> None:
         for index, stage in enumerate(self.stages):
@@ -772,6 +828,8 @@ class RunSpec(FrozenModel):
                 )
 
 
+POLICY_STAGES = ("sft", "rl", "rejection_sampling", "dpo", "kto", "ilql")
+"""Kinds of stages that train the policy."""
 _DATA_OF_STAGE = {
     "sft": "demonstrations",
     "reward_model": "preferences",

@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from steersman.artifacts import file_digest, manifest_of_hashes, read_json, storage_errors, verify
-from steersman.config.manifest import AlignmentRun, DataSplits
+from steersman.config.manifest import POLICY_STAGES, AlignmentRun, DataSplits
 from steersman.data.records import read_lines
 from steersman.errors import ChecksumError, ConfigError, DataError, FailedPreconditionError
 from steersman.suites.schema import read_suite
 
-SEVERAL_RANKS = ("sft", "reward_model", "rl", "dpo", "kto")
+SEVERAL_RANKS = ("sft", "reward_model", "rl", "dpo", "kto", "ilql")
 """Kinds of stages that `trainer.workers` ranks share; the others run as one process."""
-_POLICY_STAGES = ("sft", "rl", "rejection_sampling", "dpo", "kto")
 
 
 def data_files(run: AlignmentRun, run_dir: Path) -> dict[str, dict[str, Path]]:
     """Existing JSONL files by kind of data and split; relative paths are taken from the run's folder."""
     files: dict[str, dict[str, Path]] = {}
-    for kind in ("demonstrations", "preferences", "prompts", "feedback", "aspects"):
+    for kind in ("demonstrations", "preferences", "prompts", "feedback", "aspects", "returns"):
         splits: DataSplits | None = getattr(run.spec.data, kind)
         for split in ("train", "validation", "heldout"):
             if splits is not None:
@@ -141,7 +140,7 @@ def weights_folder(run: AlignmentRun, run_dir: Path) -> Path | None:
 
 def policy_folder(run: AlignmentRun, name: str, run_dir: Path) -> Path | None:
     """Model folder of the newest stage before `name` that trains the policy; None: the base model."""
-    return _newest(run, name, run_dir, _POLICY_STAGES)
+    return _newest(run, name, run_dir, POLICY_STAGES)
 
 
 def sft_folder(run: AlignmentRun, name: str, run_dir: Path) -> Path | None:

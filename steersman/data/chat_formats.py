@@ -31,7 +31,7 @@ def trl(record: dict[str, Any], options: ImportOptions) -> Converted:
     for name, role in _SIDES.items():
         if isinstance(row.get(name), str):
             row[name] = [message(role, row[name].strip())]
-    if "completion" in row and row.get("label") is None and "aspects" not in row:
+    if "completion" in row and row.get("label") is None and not {"aspects", "reward"} & row.keys():
         row["messages"] = row.pop("prompt") + row.pop("completion")
         row.pop("label", None)
     yield row

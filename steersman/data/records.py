@@ -7,6 +7,7 @@ row (its origin, licence, tenant, verifiable facts ...) lies beside the conversa
     preference     {"prompt": [...], "chosen": [...], "rejected": [...], "margin": 1.5}
     feedback       {"prompt": [...], "completion": [...], "label": true}
     aspects        {"prompt": [...], "completion": [...], "aspects": {"helpfulness": 4}}
+    return         {"prompt": [...], "completion": [...], "reward": 1.0}
     prompt         {"prompt": [...]}
 
 A wrong row raises `DataError` with `file:line`, the field, the reason and the mend.
@@ -224,6 +225,37 @@ class Aspects(Prompt):
         return self
 
 
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class Return(Prompt):
+    """What the assistant said in the rest of a conversation, and what that was worth (ILQL)."""
+
+    completion: list[Message] = Field(min_length=1)
+    """Turns of both sides; the assistant's are the actions."""
+    reward: _Number | list[_Number]
+    """At the end of the conversation, or one for each assistant turn of the completion."""
+
+    @model_validator(mode="after")
+    def _check_answers(self) -> Return:
+        _check_answer("completion", self.completion)
+        turns = sum(message.role == "assistant" for message in self.completion)
+        if isinstance(self.reward, list) and len(self.reward) != turns:
+            given = len(self.reward)
+            raise _wrong(
+                "reward",
+                f"{given} numbers for {turns} assistant turns; give one for each, or one for the conversation",
+            )
+        return self
+
+    def rewards(self) -> list[float]:
+        """One for each assistant turn of the completion."""
+        if isinstance(self.reward, list):
+            return self.reward
+        turns = sum(message.role == "assistant" for message in self.completion)
+        return [0.0] * (turns - 1) + [self.reward]
+
+
 RowT = TypeVar("RowT", bound=Row)
 
 #: The names that the command line and the manifest use.
@@ -232,6 +264,7 @@ ROW_TYPES: dict[str, type[Row]] = {
     "preference": Preference,
     "feedback": Feedback,
     "aspects": Aspects,
+    "return": Return,
     "prompt": Prompt,
 }
 
@@ -241,7 +274,7 @@ def row_type_of(data: dict[str, Any]) -> type[Row]:
     if "chosen" in data or "rejected" in data:
         return Preference
     if "completion" in data:
-        return Aspects if "aspects" in data else Feedback
+        return Aspects if "aspects" in data else Return if "reward" in data and "label" not in data else Feedback
     if "messages" in data:
         return Demonstration
     if "prompt" in data:

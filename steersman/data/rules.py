@@ -11,7 +11,7 @@ from steersman.data.pairs import DisagreementRule, TieRule
 from steersman.data.pii import PiiOptions
 
 Lookups = Literal["leave-out", "include"]
-Kind = Literal["preference", "feedback", "demonstration", "aspects"]
+Kind = Literal["preference", "feedback", "demonstration", "aspects", "return"]
 
 
 class ReleaseOptions(BaseModel):

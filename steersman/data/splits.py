@@ -15,7 +15,7 @@ import orjson
 from steersman.errors import ConfigError
 
 #: The keys that make a row what it is; the others are metadata.
-CONTENT = ("messages", "prompt", "chosen", "rejected", "completion", "label", "aspects")
+CONTENT = ("messages", "prompt", "chosen", "rejected", "completion", "label", "aspects", "reward")
 
 
 def normalise(text: str) -> str:

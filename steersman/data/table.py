@@ -9,6 +9,8 @@ A map names, for each part of a row, the column that it comes from, or a templat
         winner=label  with winners a=0, b=1, tie=2              -> preference, ties left out
     prompt=q  answer=a  label=thumb                             -> feedback
     prompt=q  answer=a  aspects.helpfulness=score               -> aspects
+    prompt=q  answer=a  reward=outcome                          -> return
+    messages=turns  reward=outcome                              -> return of the whole conversation
     prompt=article  answer=summary  aspects.true=scores.consistency   (a field of an object)
     prompt="{0}\\nA. {1}\\nB. {2}"  answer=5  facts.answer=5      -> demonstration from a headerless CSV
 
@@ -26,16 +28,27 @@ from typing import Any
 
 from steersman.data.chat_formats import trl
 from steersman.data.format import Converted, Converter, Format, ImportOptions, Skip, message
-from steersman.data.records import ROW_TYPES, Aspects, Demonstration, Feedback, Preference, Prompt, Row, row_type_of
+from steersman.data.records import (
+    ROW_TYPES,
+    Aspects,
+    Demonstration,
+    Feedback,
+    Preference,
+    Prompt,
+    Return,
+    Row,
+    row_type_of,
+)
+from steersman.data.returns import conversation
 from steersman.errors import ConfigError, DataError
 
 _TARGETS = {
-    "prompt", "system", "answer", "chosen", "rejected", "answer_a", "answer_b", "winner", "label", "margin", "id",
-    "customer", "source", "licence", "consent", "messages",
+    "prompt", "system", "answer", "chosen", "rejected", "answer_a", "answer_b", "winner", "label", "margin", "reward",
+    "id", "customer", "source", "licence", "consent", "messages",
 }  # fmt: skip
 _GROUPS = ("aspects.", "facts.", "meta.")
 _NAMES = ("id", "customer", "source", "licence")
-_JUDGED = (Preference, Feedback, Aspects)
+_JUDGED = (Preference, Feedback, Aspects, Return)
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,7 @@ class ColumnMap:
         """The row type that the mapped parts make."""
         have = set(self.columns)
         if "messages" in have:
-            return Feedback if "label" in have else Demonstration
+            return Feedback if "label" in have else Return if "reward" in have else Demonstration
         if "prompt" not in have:
             raise ConfigError("column map: names no prompt; add prompt=COLUMN (or messages=COLUMN)")
         if {"chosen", "rejected"} <= have or {"answer_a", "answer_b", "winner"} <= have:
@@ -69,6 +82,8 @@ class ColumnMap:
             return Prompt
         if any(target.startswith("aspects.") for target in have):
             return Aspects
+        if "reward" in have:
+            return Return
         return Feedback if "label" in have else Demonstration
 
 
@@ -115,6 +130,8 @@ def _converter(columns: ColumnMap) -> Converter:
             messages = _messages(_value(record, parts["messages"]), "user")
             if row_type is Demonstration:
                 yield row | {"messages": messages}
+            elif row_type is Return:
+                yield row | conversation(messages) | {"reward": float(_value(record, parts["reward"]))}
             else:
                 label = _value(record, parts["label"])
                 yield row | {"prompt": messages[:-1], "completion": messages[-1:], "label": label}
@@ -135,7 +152,11 @@ def _converter(columns: ColumnMap) -> Converter:
             yield row | {"prompt": prompt}
         else:
             row |= {"prompt": prompt, "completion": answers["answer"]}
-            yield row | {"label": _value(record, parts["label"])} if row_type is Feedback else row
+            if row_type is Feedback:
+                row["label"] = _value(record, parts["label"])
+            elif row_type is Return:
+                row["reward"] = float(_value(record, parts["reward"]))
+            yield row
 
     return convert
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from steersman import leaving
 from steersman.artifacts import atomic_dir, file_digest
-from steersman.config.manifest import AlignmentRun, load_manifest
+from steersman.config.manifest import POLICY_STAGES, AlignmentRun, IlqlStage, load_manifest
 from steersman.config.stages import data_files
 from steersman.errors import ConfigError, DataError, SteersmanError
 from steersman.local.lengths import check_prompts_leave_room
@@ -41,12 +42,19 @@ def prepare(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> None
     reporter.activity("loading libraries")
     from steersman.local.architecture import check_architectures
     from steersman.nn.hardware import pick_device, pick_precision
+    from steersman.nn.ilql import has_heads
     from steersman.nn.prepare import resolve_model
     from steersman.rpc.server import ServerConfig
 
     model = run.spec.model
     cache_dir = ServerConfig().cache_dir
     base = resolve_model(model.base, cache_dir, model.revision, note=reporter.note)
+    trains = next((stage.kind for stage in run.spec.stages if stage.kind in POLICY_STAGES), None)
+    if has_heads(base) and trains is not None:
+        raise ConfigError(
+            f"spec.model.base: {model.base} has the Q and V heads of ILQL, which stage {trains} would train without; "
+            "start from the model before its stage ilql"
+        )
     check_prompts_leave_room(run, run_dir, base, reporter)
     check_architectures(run, base, cache_dir, reporter)
     device = pick_device(model.device)
@@ -82,6 +90,7 @@ def _check_rows(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> 
         "prompts": records.Prompt,
         "feedback": records.Feedback,
         "aspects": records.Aspects,
+        "returns": records.Return,
     }
     for kind, splits in data_files(run, run_dir).items():
         for path in splits.values():
@@ -97,7 +106,7 @@ def check_rows_fit_stages(run: AlignmentRun, run_dir: Path) -> None:
 
     Raises:
         DataError: an aspect that nobody rated, a comparison without its margin, thumbs that all point one way, or two
-            prompts with one id.
+            prompts with one id, or returns that are all the same.
     """
     from steersman.data.records import Aspects, Feedback, Preference, keyed_prompts, numbered_rows, read_jsonl
 
@@ -131,6 +140,18 @@ def check_rows_fit_stages(run: AlignmentRun, run_dir: Path) -> None:
             labels = {row.label for row in read_jsonl(path, Feedback)}
             if len(labels) == 1:
                 raise DataError(f"{path.name}: every label is {labels.pop()}; stage {name} learns from both thumbs")
+        elif stage.ilql is not None:
+            _check_returns(stage.ilql, files)
+
+
+def _check_returns(ilql: IlqlStage, files: Mapping[str, Mapping[str, Path]]) -> None:
+    from steersman.data.records import read_jsonl
+    from steersman.data.returns import SOURCES, check_they_differ, returns_of
+
+    paths = [(kind, files[kind]["train"]) for kind in ilql.learn_from]
+    rows = (row for kind, path in paths for row in read_jsonl(path, SOURCES[kind]))
+    rewards = (reward for row in rows for one in returns_of(row, ilql.aspects) for reward in one.rewards())
+    check_they_differ(rewards, ", ".join(path.name for _, path in paths))
 
 
 def found_digests(run: AlignmentRun, run_dir: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steersman.config.manifest import Canary, load_manifest
+from steersman.config.manifest import POLICY_STAGES, Canary, load_manifest
 from steersman.config.stages import read_complete
 from steersman.demo.shop import gateway_options, open_shop
 from steersman.errors import ConfigError, NotFoundError
@@ -21,7 +21,6 @@ from steersman.progress import say
 
 PORT, GRPC_PORT = 8080, 8081
 LAST_PORT = 65_535
-_POLICY_STAGES = ("sft", "rl", "rejection_sampling", "dpo", "kto", "release")
 
 
 def find_model(path: Path) -> tuple[Path, str, dict[str, Any]]:
@@ -43,7 +42,7 @@ def find_model(path: Path) -> tuple[Path, str, dict[str, Any]]:
     options = {"precision": model.precision, "device": model.device, "threads": model.threads}
     stages = list(zip(run.stage_names(), run.spec.stages, strict=True))
     for name, stage in reversed(stages):
-        if stage.kind in _POLICY_STAGES and read_complete(path, name):
+        if stage.kind in (*POLICY_STAGES, "release") and read_complete(path, name):
             return (path / name / "model").resolve(), run.metadata.name, options
     raise NotFoundError(f"{path} has no complete stage that trained a model; run it first: steersman run")
 

@@ -19,6 +19,7 @@ from steersman.config.manifest import Lora
 from steersman.errors import ConfigError
 from steersman.nn.encoder_decoder import is_encoder_decoder
 from steersman.nn.fused_lora import fuse_lora
+from steersman.nn.ilql import HeadTensors, read_heads, write_heads
 from steersman.nn.load import load_causal_lm, load_classifier, load_tokenizer
 
 MERGE_TOLERANCE = 1e-3
@@ -115,17 +116,22 @@ def _restore(model: PeftModel, adapter: Path) -> None:
                 raise ValueError(f"it has no place for {min(given - own.keys())}")
 
 
-def save_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Writes adapter weights (safetensors) and config, and a tokenizer that differs from the base's, atomically."""
+def save_adapter(
+    model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, heads: HeadTensors | None = None
+) -> None:
+    """Writes adapter weights (safetensors) and config, a tokenizer that differs from the base's, and the heads of ILQL
+    where there are some, atomically."""
     with atomic_dir(folder) as partial:
         model.save_pretrained(str(partial), save_embedding_layers=False)
+        if heads:
+            write_heads(partial, heads)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         (partial / "README.md").unlink(missing_ok=True)
 
 
 def merge_to_folder(base: Path, adapter: Path, folder: Path, *, stop_ids: Sequence[int] = ()) -> None:
-    """Writes base plus adapter as a plain fp32 model folder with its tokenizer.
+    """Writes base plus adapter as a plain fp32 model folder with its tokenizer, and with the adapter's ILQL heads.
 
     Merging starts from the base folder rather than from the trained module, so that a model trained in 4 bits merges
     into the original weights.
@@ -146,7 +152,7 @@ def merge_to_folder(base: Path, adapter: Path, folder: Path, *, stop_ids: Sequen
     adapted = _example_logits(wrapped)
     merged = wrapped.merge_and_unload(safe_merge=True)
     _check_same(adapted, _example_logits(merged), adapter)
-    save_model(merged, tokenizer, folder, stop_ids)
+    save_model(merged, tokenizer, folder, stop_ids, read_heads(adapter))
     del model, wrapped, merged
     gc.collect()
 
@@ -170,13 +176,22 @@ def _check_same(adapted: Tensor, merged: Tensor, adapter: Path) -> None:
         )
 
 
-def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, stop_ids: Sequence[int] = ()) -> None:
-    """Writes a plain model folder (safetensors, config, generation config, tokenizer), whole or not at all."""
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    folder: Path,
+    stop_ids: Sequence[int] = (),
+    heads: HeadTensors | None = None,
+) -> None:
+    """Writes a plain model folder (safetensors, config, generation config, tokenizer, and the heads of ILQL where there
+    are some), whole or not at all."""
     if stop_ids and getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = list(stop_ids)
     with atomic_dir(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if heads:
+            write_heads(partial, heads)
 
 
 def quantization(lora: Lora | None, device: str) -> object | None:

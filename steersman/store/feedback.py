@@ -19,6 +19,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from steersman.data.format import Skip
+from steersman.data.returns import conversation
 from steersman.data.rules import Lookups
 from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError, RateLimitedError
 from steersman.store.models import Answer, FeedbackChannel, FeedbackEvent, FeedbackKind, now
@@ -189,7 +190,32 @@ def preference_rows(
 
 
 def feedback_rows(session: Session, *, lookups: Lookups = "leave-out") -> Iterator[dict[str, Any] | Skip]:
-    """Answers with a thumb or a telling outcome, as labelled rows.
+    """Answers with a thumb or a telling outcome, as labelled rows; see `_labelled`."""
+    for found in _labelled(session, lookups):
+        yield found if isinstance(found, Skip) else found.row | {"label": found.good}
+
+
+def return_rows(session: Session, *, lookups: Lookups = "leave-out") -> Iterator[dict[str, Any] | Skip]:
+    """The same as returns: a thumb is about its answer, an outcome about everything the assistant had said by then."""
+    for found in _labelled(session, lookups):
+        if isinstance(found, Skip):
+            yield found
+            continue
+        turns = conversation([*found.row["prompt"], *found.row["completion"]]) if found.by_outcome else {}
+        yield found.row | turns | {"reward": 1.0 if found.good else -1.0}
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    row: dict[str, Any]
+    """With `prompt` and `completion`."""
+    good: bool
+    by_outcome: bool
+    """What became of the conversation decided, not a thumb."""
+
+
+def _labelled(session: Session, lookups: Lookups) -> Iterator[_Labelled | Skip]:
+    """Answers with a thumb or a telling outcome.
 
     The last thumb decides, of staff and applications before browsers; without one, outcomes do, and a bad one outweighs
     a good one. Of one end customer, address or tenant as many rows are given as `Caps` allows. `lookups` as for
@@ -214,10 +240,8 @@ def feedback_rows(session: Session, *, lookups: Lookups = "leave-out") -> Iterat
         deciding = (known or thumbs or events)[-1]
         if tally.refusal(Voice.of(answer, deciding)) is not None:
             continue
-        yield _origin(answer, prompt) | {
-            "completion": [{"role": "assistant", "content": answer.answer}],
-            "label": label,
-        }
+        row = _origin(answer, prompt) | {"completion": [{"role": "assistant", "content": answer.answer}]}
+        yield _Labelled(row, label, by_outcome=not thumbs)
 
 
 def _answers_with(session: Session, kinds: tuple[str, ...]) -> Iterator[tuple[Answer, list[FeedbackEvent]]]:

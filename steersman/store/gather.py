@@ -15,11 +15,12 @@ from steersman.data.grouping import Groups
 from steersman.data.opening import display_name
 from steersman.data.pairs import Preferred, keep, mean_ratings, preferences, rated_pairs
 from steersman.data.plain import is_plain
-from steersman.data.records import ROW_TYPES, Aspects, describe_validation_error
+from steersman.data.records import ROW_TYPES, Aspects, Return, at, describe_validation_error, row_type_of
+from steersman.data.returns import SOURCES, ranked_returns, rating_return, returns_of
 from steersman.data.rules import ReleaseOptions
 from steersman.data.sources import read_records
 from steersman.errors import DataError
-from steersman.store.feedback import feedback_rows, preference_rows
+from steersman.store.feedback import feedback_rows, preference_rows, return_rows
 from steersman.store.judging import get_project
 from steersman.store.models import Item, Judgement, Project
 
@@ -36,14 +37,33 @@ def source_rows(session: Session, options: ReleaseOptions, source: str) -> Kept:
             return preference_rows(session, browser_edits=options.browser_edits, lookups=options.lookups)
         if options.kind == "feedback":
             return feedback_rows(session, lookups=options.lookups)
-        raise DataError(f"feedback: gives rows of type preference and feedback, not {options.kind}")
+        if options.kind == "return":
+            return return_rows(session, lookups=options.lookups)
+        raise DataError(f"feedback: gives rows of type preference, feedback and return, not {options.kind}")
     return _file_rows(source, options)
 
 
 def _file_rows(path: str, options: ReleaseOptions) -> Kept:
-    """Canonical rows; ratings become pairs where a preference is asked."""
+    """Canonical rows; ratings become pairs where a preference is asked, judgements of any kind returns."""
+    if options.kind == "return":
+        return _returns_of_file(path, options)
     rows = _typed_rows(path, options.kind)
     return _pairs_of_ratings(rows, options) if options.kind == "preference" else rows
+
+
+def _returns_of_file(path: str, options: ReleaseOptions) -> Kept:
+    name = display_name(path)
+    for record in read_records(path):
+        if isinstance(record.data, DataError):
+            raise record.data
+        row_type = row_type_of(record.data)
+        try:
+            read = (row_type if row_type in SOURCES.values() else Return).model_validate(record.data)
+        except ValidationError as error:
+            raise DataError(f"{name}:{record.line}: {describe_validation_error(error)}") from None
+        with at(f"{name}:{record.line}"):
+            returns: list[dict[str, Any] | Skip] = [one.to_dict() for one in returns_of(read, options.aspects)]
+        yield from returns or [Skip("no rated aspect counts")]
 
 
 def _typed_rows(path: str, kind: str) -> Kept:
@@ -69,13 +89,16 @@ def _project_rows(session: Session, project: Project, options: ReleaseOptions) -
         rated = _rated_rows(rows)
         if options.kind == "aspects":
             yield from rated
+        elif options.kind == "return":
+            for row in rated:
+                yield row if isinstance(row, Skip) else _rated_return(row, options)
         elif options.kind == "preference":
             yield from _pairs_of_ratings(rated, options)
         else:
-            raise DataError(f"project {project.name}: ratings give rows of type aspects and preference")
-    elif project.kind == "edit" and options.kind in ("preference", "demonstration"):
+            raise DataError(f"project {project.name}: ratings give rows of type aspects, preference and return")
+    elif project.kind == "edit" and options.kind in ("preference", "demonstration", "return"):
         yield from _edited_rows(rows, options)
-    elif project.kind in ("compare", "rank") and options.kind == "preference":
+    elif project.kind in ("compare", "rank") and options.kind in ("preference", "return"):
         yield from _ranked_rows(rows, options)
     else:
         raise DataError(f"project {project.name}: a {project.kind} project gives no rows of type {options.kind}")
@@ -122,7 +145,13 @@ def _ranked_rows(items: Iterator[Judged | Skip], options: ReleaseOptions) -> Kep
             continue
         item, verdicts = entry
         answers = [candidate["messages"] for candidate in item.candidates]
-        yield from _pair_rows(preferences(verdicts), _origin(item), answers, options)
+        pairs = preferences(verdicts)
+        if options.kind == "preference":
+            yield from _pair_rows(pairs, _origin(item), answers, options)
+            continue
+        for number, worth in ranked_returns(pairs).items():
+            origin = _origin(item)
+            yield origin | {"id": f"{origin['id']}#{number}", "completion": answers[number], "reward": worth}
 
 
 def _rated_rows(items: Iterator[Judged | Skip]) -> Kept:
@@ -145,17 +174,27 @@ def _edited_rows(items: Iterator[Judged | Skip], options: ReleaseOptions) -> Kep
             yield entry
             continue
         item, verdicts = entry
-        for at, verdict in enumerate(verdicts):
+        for number, verdict in enumerate(verdicts):
             if not verdict.get("edit"):
                 continue
             better = [{"role": "assistant", "content": verdict["edit"]}]
             origin = _origin(item)
-            origin["id"] += f".{at}" if at else ""
+            origin["id"] += f".{number}" if number else ""
             if options.kind == "demonstration":
                 prompt = origin.pop("prompt")
                 yield origin | {"messages": prompt + better}
+            elif options.kind == "return":
+                yield origin | {"completion": better, "reward": 1.0}
+                yield origin | {"id": f"{origin['id']}#0", "completion": item.candidates[0]["messages"], "reward": -1.0}
             else:
                 yield origin | {"chosen": better, "rejected": item.candidates[0]["messages"]}
+
+
+def _rated_return(row: dict[str, Any], options: ReleaseOptions) -> dict[str, Any] | Skip:
+    worth = rating_return(row, options.aspects)
+    if worth is None:
+        return Skip("no rated aspect counts")
+    return {name: value for name, value in row.items() if name not in ("aspects", "scales")} | {"reward": worth}
 
 
 def _pairs_of_ratings(rows: Kept, options: ReleaseOptions) -> Kept:

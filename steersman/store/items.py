@@ -22,7 +22,7 @@ from steersman.store.verdicts import MAX_CANDIDATES, Verdict
 
 _CHUNK = 2000
 # What a row says of its answers; an item is judged anew.
-_JUDGED = ("margin", "soft_label", "label", "aspects", "scales")
+_JUDGED = ("margin", "soft_label", "label", "aspects", "scales", "reward")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "rewardModel": TRL,
     "dpo": TRL,
     "kto": TRL,
+    "ilql": TRL,
     "rejectionSampling": {
         "promptsPerRound": 16,
         "samplesPerPrompt": 8,

@@ -76,7 +76,8 @@ class Trainer:
         self.ranks = ranks
         if self.method.mask is not None:
             model.mask = MaskPolicy(model.policy, self.method.mask.top_p, self.method.mask.refresh_every)
-        self.optimizer = PolicyOptimizer(model, spec.optimizer, self.method.critic, ranks)
+        critic = self.method.critic
+        self.optimizer = PolicyOptimizer(model, spec.optimizer, critic.learning_rate if critic else None, ranks)
         self.passes = Passes(spec, self.method, model, ranks, reporter, seed)
         self.kl_controller: FixedKL | AdaptiveKL = FixedKL(spec.kl_coefficient)
         if spec.adaptive_kl is not None:

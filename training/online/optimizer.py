@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from steersman.config.algorithms import Critic
 from steersman.config.manifest import Optimizer
 from training.online.policy_model import PolicyModel
 from training.parallel import Ranks, sharded_like, whole
@@ -17,14 +16,16 @@ from training.schedule import learning_rate_factor
 class PolicyOptimizer:
     """AdamW with eps 1e-5, as the Adam of lm-human-preferences; the critic has a learning rate of its own."""
 
-    def __init__(self, model: PolicyModel, options: Optimizer, critic: Critic | None, ranks: Ranks) -> None:
+    def __init__(
+        self, model: PolicyModel, options: Optimizer, critic_learning_rate: float | None, ranks: Ranks
+    ) -> None:
         self._options = options
         self._ranks = ranks
         self._policy, self._critic = model.policy_parameters(), model.critic_parameters()
         groups = [{"params": self._policy, "lr": options.learning_rate, "weight_decay": options.weight_decay}]
         if self._critic:
-            assert critic is not None
-            groups.append({"params": self._critic, "lr": critic.learning_rate, "weight_decay": 0.0})
+            assert critic_learning_rate is not None
+            groups.append({"params": self._critic, "lr": critic_learning_rate, "weight_decay": 0.0})
         # fused: one kernel for all parameters; it takes no mixture of sharded and whole ones.
         kernel = {"fused": True} if ranks.world == 1 else {"foreach": False}
         self._adam = torch.optim.AdamW(groups, eps=1e-5, **kernel)  # type: ignore[arg-type]

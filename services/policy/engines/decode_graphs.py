@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from services.policy.engines.attention import DecodeStep
-from services.policy.engines.decoder import Decoder, LlamaDecoder
+from services.policy.engines.decoder import Decoded, Decoder, LlamaDecoder
 from services.policy.engines.kv_cache import KVCache
 
 log = logging.getLogger("steersman.policy")
@@ -41,8 +41,8 @@ def padded_length(tokens: int, most: int) -> int:
 @dataclass(frozen=True, eq=False)
 class _Recorded:
     graph: torch.cuda.CUDAGraph
-    logits: Tensor
-    """[rows, V]; overwritten by the next replay of any graph."""
+    decoded: Decoded
+    """Of all rows; overwritten by the next replay of any graph."""
 
 
 class DecodeGraphs:
@@ -67,8 +67,8 @@ class DecodeGraphs:
         if self.enabled:
             self._pool = torch.cuda.graph_pool_handle()  # memory goes with the last graph that was recorded in it
 
-    def decode(self, token_ids: np.ndarray, positions: np.ndarray) -> Tensor:
-        """int64 [B] last tokens and their places -> logits [B, V], valid until the next call."""
+    def decode(self, token_ids: np.ndarray, positions: np.ndarray) -> Decoded:
+        """From int64 [B] last tokens and their places; valid until the next call."""
         rows, longest = len(token_ids), int(positions.max()) + 1
         if not self.enabled:
             places = self._tensor(positions)
@@ -82,11 +82,11 @@ class DecodeGraphs:
             self._storage = self._cache.storage
         found = self._graphs.get(size) or self._record(size)
         if found is None:
-            return self._step(size)[:rows]
+            return self._step(size).first(rows)
         found.graph.replay()
-        return found.logits[:rows]
+        return found.decoded.first(rows)
 
-    def _step(self, size: tuple[int, int]) -> Tensor:
+    def _step(self, size: tuple[int, int]) -> Decoded:
         token_ids, positions = self._inputs[:, : size[0]]
         return self._decoder.decode(token_ids, positions, DecodeStep(self._cache, positions, size[1]))
 
@@ -113,14 +113,14 @@ class DecodeGraphs:
             # Other threads prepare weights meanwhile: what they ask of the device does not concern the recording.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                logits = self._step(size)
+                decoded = self._step(size)
             finally:
                 graph.capture_end()
         except RuntimeError as error:
             log.warning("decode steps are not recorded as CUDA graphs: %s", str(error).splitlines()[0])
             self.enabled = False
             return None
-        return _Recorded(graph, logits)
+        return _Recorded(graph, decoded)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64, copy=False)).to(self._device)

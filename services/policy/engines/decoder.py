@@ -7,7 +7,7 @@ is. Which of them gives a model's own numbers is found by computing (`choice.py`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from services.policy.engines.attention import SLOT_ATTENTION, DecodeStep, Prefil
 from services.policy.engines.hardware import Layout
 from services.policy.engines.weights import Linear, Parameter, WeightStore, attach_parameters
 from steersman.errors import ConfigError
+from steersman.nn.forward import trunk_of
 
 if TYPE_CHECKING:
     from services.policy.engines.few_rows import FewRows
@@ -25,13 +26,23 @@ if TYPE_CHECKING:
 _LLAMA_FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
 
+class Decoded(NamedTuple):
+    """logits [B, V] and the trunk's last hidden states [B, D] that they were made of."""
+
+    logits: Tensor
+    hidden: Tensor
+
+    def first(self, rows: int) -> Decoded:
+        return Decoded(self.logits[:rows], self.hidden[:rows])
+
+
 class Decoder(Protocol):
     def prefill(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> None:
         """Fills the cache. token_ids and positions: int64 [T]."""
         ...
 
-    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Tensor:
-        """int64 [B], int64 [B] -> logits [B, V]."""
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Decoded:
+        """From int64 [B] and int64 [B]."""
         ...
 
 
@@ -108,8 +119,9 @@ class LlamaDecoder:
     def prefill(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> None:
         self._forward(token_ids, positions, step)
 
-    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Tensor:
-        return self._head(self._norm(self._forward(token_ids, positions, step)).to(self._dtype))
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Decoded:
+        hidden = self._norm(self._forward(token_ids, positions, step)).to(self._dtype)
+        return Decoded(self._head(hidden), hidden)
 
     def _forward(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Tensor:
         x = F.embedding(token_ids, self._embedding).float()
@@ -215,12 +227,30 @@ class LlamaLayer:
         return self.down.accumulate(hidden, x)
 
 
+class LastHidden:
+    """Remembers what a transformers model's trunk gave last."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._states: Tensor | None = None
+        trunk_of(model).register_forward_hook(self._keep)
+
+    def _keep(self, trunk: nn.Module, given: Any, output: Any) -> None:
+        self._states = output.last_hidden_state
+
+    def take(self) -> Tensor:
+        """[rows, tokens, D]"""
+        assert self._states is not None
+        states, self._states = self._states, None
+        return states
+
+
 class GenericDecoder:
     """Any transformers causal LM whose attention goes through the AttentionInterface."""
 
     def __init__(self, model: PreTrainedModel, store: WeightStore, layout: Layout) -> None:
         self._model = model
         model.set_attn_implementation(SLOT_ATTENTION)
+        self._seen = LastHidden(model)
         held = self._exchange_linears(model, store, layout)
         attach_parameters(model, store, held)
 
@@ -240,8 +270,9 @@ class GenericDecoder:
     def prefill(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> None:
         self._call(token_ids, positions, step, token_ids.new_zeros(1))
 
-    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Tensor:
-        return self._call(token_ids, positions, step, torch.arange(len(token_ids), device=token_ids.device))
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Decoded:
+        logits = self._call(token_ids, positions, step, torch.arange(len(token_ids), device=token_ids.device))
+        return Decoded(logits, self._seen.take()[0])
 
     def _call(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep, keep: Tensor) -> Tensor:
         ids = token_ids.unsqueeze(0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from services.policy.engines.attention import DecodeStep, PrefillStep
+from services.policy.engines.decoder import Decoded, LastHidden
 from services.policy.engines.kv_cache import KVCache
 from services.policy.engines.weights import WeightStore, attach_parameters
 from steersman.nn.encoder_decoder import start_token
@@ -48,6 +49,7 @@ class PlainDecoder:
     def __init__(self, model: PreTrainedModel, store: WeightStore, *, cached: bool) -> None:
         self._model = model
         self._cached = cached
+        self._seen = LastHidden(model)
         attach_parameters(model, store, held=frozenset())
 
     def prefill(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> None:
@@ -61,12 +63,13 @@ class PlainDecoder:
                 self._model(input_ids=ids[None], past_key_values=state, use_cache=True)
             cache.seen[span.row] = ids.tolist(), state
 
-    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Tensor:
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Decoded:
         cache = step.cache
         assert isinstance(cache, RowCache)
-        return torch.cat([self._next(cache, row, token) for row, token in enumerate(token_ids.tolist())])
+        rows = [self._next(cache, row, token) for row, token in enumerate(token_ids.tolist())]
+        return Decoded(torch.cat([row.logits for row in rows]), torch.cat([row.hidden for row in rows]))
 
-    def _next(self, cache: RowCache, row: int, token: int) -> Tensor:
+    def _next(self, cache: RowCache, row: int, token: int) -> Decoded:
         ids, state = cache.seen.get(row) or ([], DynamicCache(config=self._model.config) if self._cached else None)
         ids = [*ids, token]
         cache.seen[row] = ids, state
@@ -77,8 +80,7 @@ class PlainDecoder:
             )
         else:
             output = self._model(input_ids=torch.tensor([ids], device=device), use_cache=False)
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        return Decoded(output.logits[:, -1], self._seen.take()[:, -1])
 
 
 class EncoderDecoder:
@@ -89,6 +91,7 @@ class EncoderDecoder:
     def __init__(self, model: PreTrainedModel, store: WeightStore) -> None:
         self._model: Any = model
         self._start = start_token(model)
+        self._seen = LastHidden(model)
         attach_parameters(model, store, held=frozenset())
 
     def prefill(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> None:
@@ -98,12 +101,13 @@ class EncoderDecoder:
         for span, ids in zip(step.spans, parts, strict=True):
             cache.seen[span.row] = ids.tolist(), None
 
-    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Tensor:
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Decoded:
         cache = step.cache
         assert isinstance(cache, RowCache)
-        return torch.cat([self._next(cache, row, token) for row, token in enumerate(token_ids.tolist())])
+        rows = [self._next(cache, row, token) for row, token in enumerate(token_ids.tolist())]
+        return Decoded(torch.cat([row.logits for row in rows]), torch.cat([row.hidden for row in rows]))
 
-    def _next(self, cache: RowCache, row: int, token: int) -> Tensor:
+    def _next(self, cache: RowCache, row: int, token: int) -> Decoded:
         ids, state = cache.seen.get(row) or ([], None)
         if state is None:
             ids, token = [*ids, token], self._start
@@ -114,8 +118,7 @@ class EncoderDecoder:
         output = self._model(
             encoder_outputs=encoder_outputs, decoder_input_ids=self._ids([token]), past_key_values=past, use_cache=True
         )
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        return Decoded(output.logits[:, -1], self._seen.take()[:, -1])
 
     def _ids(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self._model.device)

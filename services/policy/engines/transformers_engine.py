@@ -48,6 +48,7 @@ from steersman.generation import (
     TokenEvent,
     WeightsUpdate,
 )
+from steersman.nn.ilql import AdvantageHeads, HeadTensors, read_heads, split_heads
 from steersman.nn.load import context_of, load_causal_lm
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,8 @@ class TransformersEngine:
         self._draw: DrawPlan | None = None
         self._version = 0
         self._mask: _MaskPolicy | None = None
+        self._heads: AdvantageHeads | None = None
+        """Of ILQL; they move the logits of every token."""
 
     def start(self) -> None:
         if self._model is None:
@@ -129,6 +132,7 @@ class TransformersEngine:
         if self._threads:
             torch.set_num_threads(self._threads)
         model = load_causal_lm(self._model, dtype="auto") if isinstance(self._model, Path) else self._model
+        heads = read_heads(self._model) if isinstance(self._model, Path) else {}
         self._model = None
         text = model.config.get_text_config(decoder=True)
         name, context = self._decoder_name, context_of(text)
@@ -143,6 +147,8 @@ class TransformersEngine:
         self._eos = end_tokens(model.generation_config, text)
         self._chosen = name
         self._device, self._dtype = device, dtype
+        self._hidden_size: int = getattr(text, "hidden_size", 0)
+        self._heads = self._prepared(heads)
         model.requires_grad_(False).eval().to(device)
         with torch.no_grad():
             self._decoder, self._store = build_decoder(model, name, dtype, weight_layout(device, dtype))
@@ -150,6 +156,12 @@ class TransformersEngine:
         self._open = self._started = True
         self._thread = threading.Thread(target=self._run, name="transformers-engine", daemon=True)
         self._thread.start()
+
+    def _prepared(self, heads: HeadTensors) -> AdvantageHeads | None:
+        """Heads that compute as the model does; None where there are none."""
+        if not heads:
+            return None
+        return AdvantageHeads.of(heads, self._hidden_size, self._vocab).to(self._device, self._dtype)
 
     def _must_be_started(self) -> None:
         if not self._started:
@@ -248,7 +260,16 @@ class TransformersEngine:
 
     def _prepare(self, update: WeightsUpdate) -> Place:
         own, of_mask = update.split()
-        place = self._store.prepare(own)
+        tensors, of_heads = split_heads(own.tensors)
+        heads = self._prepared(of_heads)
+        place_weights = self._store.prepare(replace(own, tensors=tensors))
+
+        def place() -> object:
+            """Weights and heads come together: an update without heads is of a policy that has none."""
+            old = place_weights(), self._heads
+            self._heads = heads
+            return old
+
         if of_mask is None:
             return place
         mask = self._mask or self._new_mask()
@@ -445,9 +466,11 @@ class TransformersEngine:
             return
         lengths = np.array([row.length for row in self._rows])
         token_ids = np.array([row.token_ids[-1] if row.token_ids else row.prompt[-1] for row in self._rows])
-        logits = self._graphs.decode(token_ids, lengths)
+        logits, hidden = self._graphs.decode(token_ids, lengths)
+        if self._heads is not None:
+            logits = logits.float() + self._heads(hidden)
         if self._mask is not None and self._draw.needs_mask:
-            how = replace(how, sets=self._draw.sets(self._mask.graphs.decode(token_ids, lengths)))
+            how = replace(how, sets=self._draw.sets(self._mask.graphs.decode(token_ids, lengths).logits))
         self._record(draw(logits, how))
 
     def _record(self, drawn: Drawn) -> None:

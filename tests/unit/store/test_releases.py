@@ -234,7 +234,7 @@ def test_ratings_become_aspects_or_pairs(store: Store, tmp_path: Path) -> None:
     found = {(row.chosen[0].content, row.rejected[0].content): row.margin for row in rows(pairs.url)}
     assert found == {("Here.", "No idea."): 3.0, ("There.", "No idea."): 3.0}
     assert pairs.card["left out"] == {"tie": 1}
-    with pytest.raises(DataError, match="aspects and preference"):
+    with pytest.raises(DataError, match="aspects, preference and return"):
         publish(store, options("project:rated", kind="demonstration"), tmp_path)
 
 

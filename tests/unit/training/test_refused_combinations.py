@@ -63,6 +63,10 @@ def rl(**options: Any) -> list[dict[str, Any]]:
         ([{"dpo": {"loss": "robust"}}], "set labelSmoothing above 0"),
         ([{"dpo": {"loss": "ipo", "labelSmoothing": 0.1}}], "no meaning for the loss ipo"),
         ([{"kto": {"microBatchSize": 1}}], "must be at least 2"),
+        ([{"ilql": {"learnFrom": ["returns"]}}], "learns from data.returns, which is missing"),
+        ([{"ilql": {"learnFrom": []}}], "learnFrom"),
+        ([{"ilql": {"expectile": 1.0}}], "expectile"),
+        ([{"ilql": {"learnFrom": ["preferences"]}}, {"dpo": {}}], "followed by dpo, which would train"),
     ],
 )
 def test_refused(stages: list[dict[str, Any]], reason: str) -> None:
@@ -122,6 +126,11 @@ def test_aspects_without_rated_rows_are_refused() -> None:
             {"kto": {}},
             {"feedback": [{"completion": ANSWER, "label": True}] * 2},
             r"feedback\.jsonl: every label is True; stage kto learns from both thumbs",
+        ),
+        (
+            {"ilql": {"learnFrom": ["returns"]}},
+            {"returns": [{"completion": ANSWER, "reward": 0.5}] * 2},
+            r"returns\.jsonl: every return is 0\.5; ILQL learns from what was worth more",
         ),
     ],
 )
