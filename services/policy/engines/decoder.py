@@ -7,7 +7,7 @@ is. Which of them gives a model's own numbers is found by computing (`choice.py`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from services.policy.engines.attention import SLOT_ATTENTION, DecodeStep, PrefillStep, Scores
+from services.policy.engines.decoded import Decoded, LastHidden
 from services.policy.engines.hardware import Layout
 from services.policy.engines.weights import Linear, Parameter, WeightStore, attach_parameters
 from steersman.errors import ConfigError
-from steersman.nn.forward import trunk_of
 
 if TYPE_CHECKING:
     from services.policy.engines.few_rows import FewRows
 
 _LLAMA_FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-
-
-class Decoded(NamedTuple):
-    """logits [B, V] and the trunk's last hidden states [B, D] that they were made of."""
-
-    logits: Tensor
-    hidden: Tensor
-
-    def first(self, rows: int) -> Decoded:
-        return Decoded(self.logits[:rows], self.hidden[:rows])
 
 
 class Decoder(Protocol):
@@ -225,23 +215,6 @@ class LlamaLayer:
             gate, up = self.gate_up(normed).chunk(2, -1)
             hidden = F.silu(gate).mul_(up)
         return self.down.accumulate(hidden, x)
-
-
-class LastHidden:
-    """Remembers what a transformers model's trunk gave last."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._states: Tensor | None = None
-        trunk_of(model).register_forward_hook(self._keep)
-
-    def _keep(self, trunk: nn.Module, given: Any, output: Any) -> None:
-        self._states = output.last_hidden_state
-
-    def take(self) -> Tensor:
-        """[rows, tokens, D]"""
-        assert self._states is not None
-        states, self._states = self._states, None
-        return states
 
 
 class GenericDecoder:

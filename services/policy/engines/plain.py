@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from services.policy.engines.attention import DecodeStep, PrefillStep
-from services.policy.engines.decoder import Decoded, LastHidden
+from services.policy.engines.decoded import Decoded, LastHidden
 from services.policy.engines.kv_cache import KVCache
 from services.policy.engines.weights import WeightStore, attach_parameters
 from steersman.nn.encoder_decoder import start_token
