@@ -184,6 +184,15 @@ class SftStage(SupervisedStage):
     """AdamW."""
 
 
+class AspectThreshold(FrozenModel):
+    """What an answer must reach before anything else about it counts."""
+
+    aspect: str
+    """One of the stage's aspects."""
+    limit: Annotated[float, Field(allow_inf_nan=False)]
+    """Least rating, in the unit of the ratings; of an aspect with a weight below 0 the largest."""
+
+
 class RewardModelStage(SupervisedStage):
     """Reward model through TRL with the pairwise ranking loss."""
 
@@ -201,6 +210,11 @@ class RewardModelStage(SupervisedStage):
     """Weight of the auxiliary loss that keeps rewards centered (Eisenstein et al. 2023); 0: off."""
     aspects: dict[str, float] = {}
     """Weight of every aspect in the reward; only for the objective `aspects`."""
+    decide: Literal["sum", "threshold", "lexicographic"] = "sum"
+    """How aspects become one reward: their weighted sum; that sum only where every threshold is met, and the shortfall
+    below all of those otherwise; or the first threshold of the list that is missed decides, then the next."""
+    thresholds: list[AspectThreshold] = []
+    """For `threshold` and `lexicographic`, the most important first."""
     ensemble: Positive = 1
     """Number of models trained with different seeds."""
     ensemble_mode: Literal["mean", "worst"] = "mean"
@@ -216,6 +230,18 @@ class RewardModelStage(SupervisedStage):
             raise ValueError(f"aspects has no meaning for the objective {self.objective}; set objective: aspects")
         if self.objective == "aspects" and not any(self.aspects.values()):
             raise ValueError("aspects is empty or has only zeros; give the weight of every aspect")
+        if (self.decide == "sum") != (not self.thresholds):
+            raise ValueError(
+                f"decide {self.decide} {'has no thresholds; remove them' if self.thresholds else 'needs thresholds'}"
+            )
+        named = [threshold.aspect for threshold in self.thresholds]
+        for name in named:
+            if name not in self.aspects:
+                raise ValueError(
+                    f"thresholds: {name} is none of the aspects; give it a weight, 0 where it adds nothing"
+                )
+            if named.count(name) > 1:
+                raise ValueError(f"thresholds: {name} stands there twice")
         if self.ensemble_mode == "worst" and self.ensemble == 1:
             raise ValueError("ensembleMode worst needs several models; set ensemble to at least 2")
         return self
@@ -771,6 +797,12 @@ class RunSpec(FrozenModel):
                 block = f"{where}.rl.{options.name}"
                 if options.ptx_coefficient and self.data.demo is None and self.data.demonstrations is None:
                     raise ValueError(f"{block}.ptxCoefficient needs data.demonstrations")
+                models = [earlier.reward_model for earlier in self.stages[:index] if earlier.reward_model is not None]
+                if options.critic.kind == "rewardModel" and models and models[0].decide != "sum":
+                    raise ValueError(
+                        f"{block}.critic.kind is rewardModel, but reward model {models[0].name} decides by thresholds, "
+                        "which a linear value head cannot; use kind: valueHead"
+                    )
                 if options.critic.kind == "rewardModel" and "reward_model" not in kinds[:index]:
                     raise ValueError(
                         f"{block}.critic.kind is rewardModel, but no rewardModel stage comes before; "

@@ -146,6 +146,8 @@ def load_reward_backbone(folder: Path, *, device: str = "cpu") -> tuple[PreTrain
         ConfigError: an encoder, which has no value for the tokens on the way.
     """
     settings = read_settings(folder)
+    if settings.thresholds:
+        raise ConfigError(f"{folder}: decides by thresholds, which no value head can; use ppo.critic.kind: valueHead")
     member = settings.members[0]
     model = load_classifier(folder / member.folder, device=device)
     if not is_decoder(model):

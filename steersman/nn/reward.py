@@ -1,6 +1,7 @@
 """A trained reward model: one or several sequence classifiers that give a conversation one number.
 
-    raw_m    = score of member m, or sum_a weight_a * (std_a * output_a + mean_a)
+    raw_m    = score of member m, or of its aspects: sum_a weight_a rating_a, rating_a = std_a * output_a + mean_a,
+               or what `decided` makes of their thresholds
     z_m      = (raw_m - mean_m) / std_m
     reward   = (combine_m(z_m) - mean) / std,   combine: mean or worst case of the members
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from steersman.config.base import FrozenModel
+from steersman.config.manifest import AspectThreshold
 from steersman.errors import InvalidArgumentError
 from steersman.nn.forward import is_decoder, trunk_of
 from steersman.nn.render import Messages, Tools
@@ -58,6 +60,10 @@ class RewardSettings(FrozenModel):
     """What it was trained for."""
     aspects: dict[str, Aspect] = {}
     """In the order of the head's outputs; empty where there is one output."""
+    decide: Literal["sum", "threshold", "lexicographic"] = "sum"
+    """How aspects become one reward; see `decided`."""
+    thresholds: list[AspectThreshold] = []
+    """The most important first."""
     members: Annotated[list[Member], Field(min_length=1)] = [Member(folder=".")]
     """The models of an ensemble; one member is the usual case."""
     ensemble_mode: Literal["mean", "worst"] = "mean"
@@ -157,7 +163,8 @@ class RewardModel:
         settings = self.settings
         aspects = list(settings.aspects.values()) or [Aspect(weight=1.0)]
         ratings = raw * torch.tensor([a.std for a in aspects]) + torch.tensor([a.mean for a in aspects])
-        values = ratings @ torch.tensor([a.weight for a in aspects])
+        weights = torch.tensor([a.weight for a in aspects])
+        values = decided(settings, ratings) if settings.thresholds else ratings @ weights
         return Scores(
             reward=(combined(settings, values) - settings.mean) / settings.std,
             members=values,
@@ -168,6 +175,33 @@ class RewardModel:
         if self._precision != "bf16":
             return nullcontext()
         return torch.autocast(self.device, dtype=torch.bfloat16)
+
+
+def decided(settings: RewardSettings, ratings: Tensor) -> Tensor:
+    """One value [...] of the aspects' ratings [..., A] by thresholds, so that no sum outweighs one that is missed.
+
+        s_a   = what the rating lacks to its limit (of a weight below 0: has beyond it), in spreads of the aspect
+        last  = sigmoid(sum_a w_a (rating_a - mean_a) / sum_a |w_a| std_a)                        in (0, 1)
+        value = exp(-s) where s > 0, else 1 + the value of what comes next
+
+    with one s for all thresholds together (`threshold`: their sum) or each in its turn (`lexicographic`), as in the
+    thresholded lexicographic ordering of Gabor, Kalmar and Szepesvari 1998: whatever misses an earlier threshold is
+    worth less than what misses only later ones, and that less than what misses none.
+    """
+    names = list(settings.aspects)
+    weights, means, stds = (
+        torch.tensor([getattr(aspect, field) for aspect in settings.aspects.values()], dtype=ratings.dtype)
+        for field in ("weight", "mean", "std")
+    )
+    value = ((ratings - means) @ weights / (weights.abs() * stds).sum()).sigmoid()
+    lacks = []
+    for threshold in settings.thresholds:
+        place = names.index(threshold.aspect)
+        sign = -1.0 if weights[place] < 0 else 1.0
+        lacks.append((sign * (threshold.limit - ratings[..., place]) / stds[place]).clamp(min=0))
+    for lack in reversed(lacks if settings.decide == "lexicographic" else [torch.stack(lacks).sum(0)]):
+        value = torch.where(lack > 0, (-lack).exp(), 1 + value)
+    return value
 
 
 def combined(settings: RewardSettings, raw: Tensor) -> Tensor:

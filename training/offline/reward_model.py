@@ -84,6 +84,8 @@ def run_reward_model(spec: RewardModelStage, ctx: StageContext) -> dict[str, Pat
         name=spec.name,
         objective=spec.objective,
         aspects=data.aspect_scales(files.train),
+        decide=spec.decide,
+        thresholds=spec.thresholds,
         ensemble_mode=spec.ensemble_mode,
         members=[Member(folder=f"member-{number}") for number in range(spec.ensemble)],
         max_length=spec.max_length,

@@ -17,6 +17,7 @@ FILES = {"train": "rows.jsonl"}
 ANSWER = [{"role": "assistant", "content": "yes"}]
 REFUSAL = [{"role": "assistant", "content": "no"}]
 KINDS = ("demonstrations", "preferences", "prompts", "feedback")
+SAFE = {"aspect": "helpfulness", "limit": 3}
 ASPECTS = {"objective": "aspects", "aspects": {"helpfulness": 1.0}}
 
 
@@ -59,6 +60,14 @@ def rl(**options: Any) -> list[dict[str, Any]]:
         ([{"rewardModel": {"margin": "0.5"}}], "rewardModel.margin"),
         ([{"rewardModel": {"aspects": {"tone": 1.0}}}], "set objective: aspects"),
         ([{"rewardModel": {"objective": "aspects"}}], "give the weight of every aspect"),
+        ([{"rewardModel": {**ASPECTS, "decide": "threshold"}}], "decide threshold needs thresholds"),
+        ([{"rewardModel": {**ASPECTS, "thresholds": [SAFE]}}], "decide sum has no thresholds; remove them"),
+        (
+            [{"rewardModel": {**ASPECTS, "decide": "threshold", "thresholds": [{**SAFE, "aspect": "tone"}]}}],
+            "tone is none",
+        ),
+        ([{"rewardModel": {**ASPECTS, "decide": "lexicographic", "thresholds": [SAFE, SAFE]}}], "stands there twice"),
+        ([{"rewardModel": {**ASPECTS, "decide": "threshold", "thresholds": [SAFE]}}, {"rl": {}}], "kind: valueHead"),
         ([{"rewardModel": {"ensembleMode": "worst"}}], "set ensemble to at least 2"),
         ([{"dpo": {"loss": "robust"}}], "set labelSmoothing above 0"),
         ([{"dpo": {"loss": "ipo", "labelSmoothing": 0.1}}], "no meaning for the loss ipo"),
