@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from steersman.config.base import dump_yaml, load_model
 from steersman.config.manifest import AlignmentRun
+from steersman.nn.ilql import read_heads
 from training.parallel import Ranks
 from training.stage import run_stage
 
@@ -57,7 +58,7 @@ def test_two_ranks_give_the_loss_curve_of_one(tiny_model: Path, tmp_path: Path) 
 
 
 def test_two_ranks_train_the_stages_of_trl_as_one_does(tiny_model: Path, tmp_path: Path) -> None:
-    """SFT, reward models and DPO, sharded by Accelerate: losses and weights are those of one rank, also when the ranks
+    """SFT, reward models, DPO and ILQL, sharded by FSDP: losses and weights are those of one rank, also when the ranks
     are killed and go on from their checkpoint, with all weights (SFT) or an adapter (reward model).
     """
     from test_dpo_kto import pairs, thumbs
@@ -90,6 +91,7 @@ def test_two_ranks_train_the_stages_of_trl_as_one_does(tiny_model: Path, tmp_pat
                 {"rewardModel": {**sizes, "name": "judge", "objective": "binary", "lora": None}},
                 {"dpo": sizes},
                 {"dpo": {**sizes, "lora": None}},
+                {"ilql": {**sizes, "learnFrom": ["feedback"]}},
             ],
         },
     }
@@ -111,7 +113,8 @@ def test_two_ranks_train_the_stages_of_trl_as_one_does(tiny_model: Path, tmp_pat
             for folder in ("one", "two")
         )
         assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-4), name
-        weights = [load_file(tmp_path / folder / name / "model" / "model.safetensors") for folder in ("one", "two")]
+        models = [tmp_path / folder / name / "model" for folder in ("one", "two")]
+        weights = [load_file(model / "model.safetensors") | dict(read_heads(model)) for model in models]
         assert weights[0].keys() == weights[1].keys()
         for key, value in weights[0].items():
             torch.testing.assert_close(weights[1][key], value, atol=1e-3, rtol=1e-3, msg=f"{name}: {key}")
