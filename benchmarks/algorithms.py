@@ -4,10 +4,13 @@
     python -m benchmarks.algorithms --methods ppo,dpo --seeds 17 --jobs 1
     python -m benchmarks.algorithms --base FOLDER --budget 32 --prompts 8    # a tiny model, to try the script
 
-Every method of a seed starts from the same SFT model and has the same reward model; both are trained once a seed. The
-budget counts answers that pass through the policy, generated or learned from, and so tokens (answers are as long as the
-data's, about 20 tokens): an on-policy step spends it twice on each sample, DPO twice on each pair, rejection sampling
-on every candidate and then on the winners. All train a LoRA adapter at the same rank.
+Every method of a seed but the offline ones starts from the same SFT model and has the same reward model; both are
+trained once a seed. Their budget counts answers that pass through the policy, generated or learned from, and so tokens
+(answers are as long as the data's, about 20 tokens): an on-policy step spends it twice on each sample, DPO twice on
+each pair, rejection sampling on every candidate and then on the winners. All train a LoRA adapter at the same rank.
+
+`offline-sft` and `ilql` learn from the demo's 640 rated answers and nothing else, the same rows in the same number of
+steps, from the base model; `ilql_minus_sft` is the difference of their rubrics.
 
 Evaluation is apart from the training code: the merged model answers held-out prompts by transformers' own `generate`;
 the reward model, the exact rubric (which no method sees) and the KL to the SFT model are computed here. The intervals
@@ -20,6 +23,7 @@ with one thread a process.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -37,7 +41,9 @@ import yaml
 from benchmarks.report import heading
 
 ONLINE = ("ppo", "nlpo", "rloo", "grpo", "dapo", "gspo", "cispo", "reinforce-plus-plus", "online-dpo")
-METHODS = ("sft", "rejection-sampling", *ONLINE, "dpo")
+OFFLINE = ("offline-sft", "ilql")
+"""From the answers of the judged comparisons alone, and what they were rated: imitation of all, and ILQL."""
+METHODS = ("sft", "rejection-sampling", *ONLINE, "dpo", *OFFLINE)
 GENERATION = {"maxNewTokens": 40, "temperature": 0.7}
 EVALUATION_SEED = 5
 EVALUATION_BATCH = 16
@@ -50,6 +56,14 @@ def stages_of(method: str, budget: int) -> list[dict[str, Any]]:
     adam = {"learningRate": 3e-4, "schedule": "constant", "warmupRatio": 0.0}
     if method == "sft":
         return [{"sft": {"optimizer": adam, "batchSize": 8, "maxSteps": budget // 8}}]
+    if method in OFFLINE:
+        # The same rows and as many passes: imitation, then imitation with Q and V beside it.
+        sizes = {"optimizer": adam, "batchSize": 16, "microBatchSize": 16, "maxLength": 256}
+        first, steps = {"sft": {**sizes, "maxSteps": max(2, budget // 16)}}, max(2, budget // 4)
+        if method == "offline-sft":
+            return [first, {"sft": {**sizes, "maxSteps": steps}}]
+        values = {"beta": 8.0, "expectile": 0.8, "learnFrom": ["returns"], "headsLearningRate": 2e-3}
+        return [first, {"ilql": {**sizes, "maxSteps": steps, **values}}]
     if method == "dpo":
         return [{"dpo": {"optimizer": adam, "batchSize": 8, "maxSteps": budget // 16}}]
     if method == "rejection-sampling":
@@ -65,13 +79,17 @@ def stages_of(method: str, budget: int) -> list[dict[str, Any]]:
 
 
 def manifest(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
-    """The run of a cell; `start` is what all of a seed share."""
+    """The run of a cell; `start` is what all of a seed share, but for the offline methods, which begin at the base."""
     adam = {"learningRate": 1e-3}
     steps = 2 if arguments.budget < 64 else 30
     shared = [
         {"sft": {"optimizer": adam, "batchSize": 8, "maxSteps": steps}},
         {"rewardModel": {"optimizer": adam, "batchSize": 8, "maxSteps": steps}},
     ]
+    data: dict[str, Any] = {"demo": {"heldoutPrompts": arguments.prompts}}
+    if method in OFFLINE:
+        shared = []
+        data = {kind: {"train": f"{kind}.jsonl"} for kind in ("demonstrations", "returns")}
     return {
         "apiVersion": "steersman.dev/v1alpha1",
         "kind": "AlignmentRun",
@@ -79,7 +97,7 @@ def manifest(arguments: argparse.Namespace, method: str, seed: int) -> dict[str,
         "spec": {
             "seed": seed,
             "model": {"base": arguments.base, "threads": 1, "precision": "fp32", "device": "cpu"},
-            "data": {"demo": {"heldoutPrompts": arguments.prompts}},
+            "data": data,
             "stages": shared + stages_of(method, arguments.budget),
             "services": {"startTimeoutSeconds": 1800},
         },
@@ -102,7 +120,9 @@ def run_cell(arguments: argparse.Namespace, method: str, seed: int) -> dict[str,
         shutil.rmtree(folder)
     run = folder / "run"
     start = arguments.out / f"seed-{seed}" / "start" / "run"
-    if method != "start" and not run.is_dir():
+    if method in OFFLINE:
+        write_offline_rows(start / "data", folder)
+    elif method != "start" and not run.is_dir():
         run.mkdir(parents=True)
         for part in ("data", "prepared.json", "sft", "reward-model"):
             (shutil.copytree if (start / part).is_dir() else shutil.copy2)(start / part, run / part)
@@ -113,7 +133,7 @@ def run_cell(arguments: argparse.Namespace, method: str, seed: int) -> dict[str,
     with (folder / "log.txt").open("a") as log:
         for command in (
             [Path(sys.executable).with_name("steersman"), "run", "-f", folder / "run.yaml", "--run-dir", run],
-            [sys.executable, "-m", "benchmarks.algorithms", "--evaluate", run],
+            [sys.executable, "-m", "benchmarks.algorithms", "--evaluate", run, "--start", start],
         ):
             done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
             if done.returncode:
@@ -128,8 +148,25 @@ def run_cell(arguments: argparse.Namespace, method: str, seed: int) -> dict[str,
     return cell
 
 
-def evaluate(run: Path) -> None:
-    """Answers the held-out prompts with a run's last model and writes `scores.json`."""
+def write_offline_rows(demo: Path, folder: Path) -> None:
+    """What the offline methods learn from: every rated answer as a demonstration, and with what it was worth."""
+    from steersman.data import records
+    from steersman.data.returns import returns_of
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rated = records.read_jsonl(demo / "aspects.train.jsonl", records.Aspects)
+    returns = [one for row in rated for one in returns_of(row, {})]
+    records.write_jsonl(folder / "returns.jsonl", returns)
+    said = (records.Demonstration(messages=[*row.prompt, *row.completion]) for row in returns)
+    records.write_jsonl(folder / "demonstrations.jsonl", said)
+
+
+def evaluate(run: Path, start: Path) -> None:
+    """Answers the held-out prompts with a run's last model and writes `scores.json`.
+
+    Args:
+        start: the seed's shared run: data, the reward model, and the SFT model that the KL is measured to.
+    """
     import torch
 
     from steersman.config.manifest import load_manifest
@@ -144,10 +181,10 @@ def evaluate(run: Path) -> None:
     names = manifest.stage_names()
     last = next(run / name / "model" for name in reversed(names) if name != "reward-model")
     tokenizer = load_tokenizer(last)
-    policy, start = load_causal_lm(last), load_causal_lm(run / "sft" / "model")
-    rubric, reward_model = build_reward("demo-rubric"), load_reward_model(run / "reward-model" / "model")
+    policy, reference = with_heads(load_causal_lm(last), last), load_causal_lm(start / "sft" / "model")
+    rubric, reward_model = build_reward("demo-rubric"), load_reward_model(start / "reward-model" / "model")
     stops = stop_ids(tokenizer, policy.generation_config)
-    rows = list(records.read_jsonl(run / "data" / "prompts.heldout.jsonl", records.Prompt))
+    rows = list(records.read_jsonl(start / "data" / "prompts.heldout.jsonl", records.Prompt))
     chats = [[message.model_dump(exclude_none=True) for message in row.prompt] for row in rows]
     prompts = [prompt_ids(tokenizer, chat) for chat in chats]
     columns: dict[str, list[float]] = {name: [] for name in ("reward", "rubric", "kl", "length", "cut")}
@@ -155,12 +192,34 @@ def evaluate(run: Path) -> None:
         text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
         columns["reward"].append(reward_model.score([prompt + answer]).reward.item())
         columns["rubric"].append(rubric(chat, text, row.facts or {}).value)
-        columns["kl"].append(logprob(policy, prompt, answer) - logprob(start, prompt, answer))
+        columns["kl"].append(logprob(policy, prompt, answer) - logprob(reference, prompt, answer))
         columns["length"].append(float(len(answer)))
         columns["cut"].append(float(answer[-1] not in stops))
     seconds = json.loads((run / "usage.json").read_text())["seconds"]
-    trained = sum(seconds.get(name, 0.0) for name in names[2:])
+    shared = 0 if "reward-model" not in names else 2
+    trained = sum(seconds.get(name, 0.0) for name in names[shared:])
     (run / "scores.json").write_text(json.dumps({**columns, "seconds": trained}))
+
+
+def with_heads(policy: Any, folder: Path) -> Any:
+    """The model with ILQL's advantages in its logits, where its folder has heads: `generate` draws with them."""
+    from steersman.nn.ilql import AdvantageHeads, read_heads
+
+    tensors = read_heads(folder)
+    if not tensors:
+        return policy
+    text = policy.config.get_text_config(decoder=True)
+    heads = AdvantageHeads.of(tensors, text.hidden_size, text.vocab_size)
+    forward = policy.forward
+
+    @functools.wraps(forward)
+    def steered(*inputs: Any, **options: Any) -> Any:
+        output = forward(*inputs, **{**options, "output_hidden_states": True})
+        output.logits = output.logits + heads(output.hidden_states[-1][:, -output.logits.shape[1] :])
+        return output
+
+    policy.forward = steered
+    return policy
 
 
 def sample(policy: Any, prompts: list[list[int]], stops: list[int]) -> Iterator[list[int]]:
@@ -212,6 +271,16 @@ def table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def difference(cells: list[dict[str, Any]], one: str, other: str) -> list[float] | None:
+    """Mean and 95% interval of the rubric's difference, prompt by prompt over the seeds; None: one was not run."""
+    from steersman.statistics import mean_interval
+
+    rubric = {(cell["method"], cell["seed"]): cell["rubric"] for cell in cells}
+    seeds = sorted({seed for method, seed in rubric if method == one} & {s for m, s in rubric if m == other})
+    pairs = [(a, b) for seed in seeds for a, b in zip(rubric[one, seed], rubric[other, seed], strict=True)]
+    return [round(value, 4) for value in mean_interval([a - b for a, b in pairs])] if pairs else None
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
 
@@ -239,9 +308,10 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m-instruct", help="base model")
     parser.add_argument("--out", type=Path, default=Path("build/bench/algorithms"), help="folder of the cells")
     parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.evaluate:
-        return evaluate(arguments.evaluate)
+        return evaluate(arguments.evaluate, arguments.start)
     methods, seeds = arguments.methods.split(","), [int(seed) for seed in arguments.seeds.split(",")]
     unknown = sorted(set(methods) - set(METHODS))
     if unknown or arguments.budget % 32:
@@ -268,10 +338,12 @@ def main() -> None:
         "budget": arguments.budget,
         "prompts": arguments.prompts,
         "table": rows,
+        "ilql_minus_sft": difference(cells, "ilql", "offline-sft"),
     }
-    (arguments.out / "result.json").write_text(json.dumps(result, indent=1))
+    figures = arguments.out.with_suffix(".json")
+    figures.write_text(json.dumps(result, indent=1))
     show(rows)
-    print(f"\n{arguments.out / 'result.json'}")
+    print(f"\nilql_minus_sft: {result['ilql_minus_sft']}\n{figures}")
     if failures:
         raise SystemExit("\n".join(failures))
 

@@ -165,6 +165,20 @@ def test_the_head_runs_only_where_a_label_is(make_context, monkeypatch):
     assert projected == [labelled]
 
 
+def test_sft_loss_equals_the_equation(make_context, base_model):
+    """Mean of -log p over the assistant's tokens, by a plain forward of each row."""
+    rows = chats(4)
+    context = make_context("demonstrations", rows)
+    run_sft(stage(batch_size=4, micro_batch_size=2, max_steps=1), context)
+    model, tokenizer = load_causal_lm(base_model), load_tokenizer(base_model)
+    terms: list[float] = []
+    for row in labelled_dataset(context.files("demonstrations").train, tokenizer, [2], 256):
+        with torch.no_grad():
+            logprobs = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        terms += [-logprobs[at - 1, label].item() for at, label in enumerate(row["labels"]) if label != -100]
+    assert context.reporter.steps[0][2]["loss"] == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+
+
 def test_padding_and_micro_batches_change_nothing(make_context):
     """Rows of very different length, in one micro-batch or in four, padded with EOS or not: the same weights."""
     rows = chats(12)
