@@ -58,7 +58,7 @@ def stages_of(method: str, budget: int) -> list[dict[str, Any]]:
         return [{"sft": {"optimizer": adam, "batchSize": 8, "maxSteps": budget // 8}}]
     if method in OFFLINE:
         # The same rows and as many passes: imitation, then imitation with Q and V beside it.
-        sizes = {"optimizer": adam, "batchSize": 16, "microBatchSize": 16, "maxLength": 256}
+        sizes = {"optimizer": adam, "batchSize": 16, "microBatchSize": 16, "maxLength": 1024}
         first, steps = {"sft": {**sizes, "maxSteps": max(2, budget // 16)}}, max(2, budget // 4)
         if method == "offline-sft":
             return [first, {"sft": {**sizes, "maxSteps": steps}}]
