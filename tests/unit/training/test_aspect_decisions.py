@@ -33,7 +33,7 @@ def settings(decide: str, *thresholds: AspectThreshold) -> RewardSettings:
 
 
 def value(found: RewardSettings, helpful: float, safe: float, rude: float) -> float:
-    return float(decided(found, torch.tensor([helpful, safe, rude])))
+    return float(decided(found, torch.tensor([helpful, safe, rude], dtype=torch.float32)))
 
 
 def sigmoid(number: float) -> float:
