@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from steersman.config.manifest import IlqlStage
 from steersman.leaving import asked, leave, saves_between_steps
+from steersman.nn.encoder_decoder import refuse_encoder_decoder
 from steersman.nn.forward import predicting_states
 from steersman.nn.hardware import use_fast_exact_matmul
 from steersman.nn.ilql import AdvantageHeads, Head, HeadTensors
@@ -52,8 +54,10 @@ def run_ilql(spec: IlqlStage, ctx: StageContext) -> dict[str, Path]:
 
     Raises:
         DataError: a row is wrong or too long, or every return is the same.
+        ConfigError: the policy is an encoder-decoder.
     """
     quantization(spec.lora, ctx.device)
+    refuse_encoder_decoder(AutoConfig.from_pretrained(ctx.policy_model), "ilql puts its heads on a decoder")
     use_fast_exact_matmul()
     tokenizer = load_tokenizer(ctx.policy_model, ctx.spec.model.template_options)
     stops = stop_ids(tokenizer, generation_config_of(ctx.policy_model))

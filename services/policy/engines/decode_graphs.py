@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from services.policy.engines.attention import DecodeStep
-from services.policy.engines.decoder import Decoded, Decoder, LlamaDecoder
+from services.policy.engines.decoded import Decoded
+from services.policy.engines.decoder import Decoder, LlamaDecoder
 from services.policy.engines.kv_cache import KVCache
 
 log = logging.getLogger("steersman.policy")
