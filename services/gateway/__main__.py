@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
+import os
 import sys
 from pathlib import Path
 
@@ -43,7 +45,18 @@ def _run(config: GatewayConfig) -> None:
         # What is there now stays: a full collection would walk all of it and hold every stream up meanwhile.
         gc.collect()
         gc.freeze()
-        await gateway.run_until_signal()
+        try:
+            await gateway.run_until_signal()
+            code = 0
+        except SteersmanError as error:
+            print(f"gateway: {error}", file=sys.stderr)
+            code = error.exit_code
+        # What was acknowledged is stored. A thread that waits for a database or a server which does not answer would
+        # be joined without a limit by the end of the loop.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     configure_logging()
     # The thread that writes to the database hands the interpreter back sooner than after the usual 5 ms.

@@ -191,7 +191,11 @@ class Gateway:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
-        await self.drain()
+        try:
+            async with asyncio.timeout(self.config.drain_seconds + 2 * _LAST_WRITE_SECONDS):
+                await self.drain()
+        except TimeoutError:
+            log.error("something does not close; the gateway ends without it")
         if self.background.failed.is_set():
             raise InternalError(f"The gateway cannot go on: {'; '.join(self.background.down.values())}")
 

@@ -179,6 +179,38 @@ async def test_sigterm_cuts_no_stream(repo_root: Path) -> None:
     assert policy.cancelled == 0
 
 
+async def test_a_system_that_never_answers_does_not_hold_the_end_up(repo_root: Path, tmp_path: Path) -> None:
+    records, port = tmp_path / "records.json", free_port()
+    records.write_text('{"order": []}')
+    kind = {"entity": "order", "number": "number", "owner": "owner", "fields": {"number": "number"}}
+    config = {
+        "port": port,
+        "grpcPort": 0,
+        "drainSeconds": 1,
+        "policy": {"endpoints": ["127.0.0.1:9"]},
+        "identity": {"localCustomer": "C-A"},
+        "tools": {"systems": [{"name": "shop", "type": "file", "path": str(records), "kinds": {"order": kind}}]},
+    }
+    path = tmp_path / "gateway.yaml"
+    path.write_text(json.dumps(config))
+    command = [sys.executable, "-m", "services.gateway", "--config", str(path)]
+    process = subprocess.Popen(command, cwd=repo_root, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
+    try:
+        await asyncio.to_thread(wait_for_port, port, process)
+        records.unlink()
+        os.mkfifo(records)  # who reads it waits for ever
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            question = {**BODY, "messages": [{"role": "user", "content": "where is order 2?"}]}
+            asked = asyncio.create_task(http.post(CHAT, json=question))
+            await asyncio.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.wait, 60) == 0
+            await asyncio.gather(asked, return_exceptions=True)
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
 # --- other engines ----------------------------------------------------------------------------------------------
 
 
