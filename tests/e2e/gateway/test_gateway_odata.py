@@ -39,9 +39,12 @@ def cap(repo_root: Path) -> Iterator[str]:
     shutil.copytree(HERE / "cap", project, dirs_exist_ok=True)
     server = project / "node_modules" / "@sap" / "cds" / "bin" / "serve.js"
     if not server.is_file():
-        done = subprocess.run(
-            ["npm", "install", "--no-audit", "--no-fund"], cwd=project, capture_output=True, text=True, timeout=280
-        )
+        try:
+            done = subprocess.run(
+                ["npm", "install", "--no-audit", "--no-fund"], cwd=project, capture_output=True, text=True, timeout=180
+            )
+        except subprocess.TimeoutExpired:
+            pytest.skip("@sap/cds cannot be installed within three minutes")
         if done.returncode:
             pytest.skip(f"@sap/cds cannot be installed: {done.stderr[-300:]}")
     port = free_port()
