@@ -28,6 +28,7 @@ app.add_typer(cluster.app)
 for command in (init.init, doctor.doctor, runs.runs, validate.validate):
     app.command()(command)
 app.command(name="eval")(evaluation.evaluate)
+app.command()(evaluation.compare)
 
 STOPPED = 130
 """Exit code of a process that was interrupted, as shells have it."""
