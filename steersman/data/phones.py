@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 _CANDIDATE = re.compile(r"(?<![\w#@.,/=&-])(?:\+|00)?\(?\d[\d ()./\u2013\u00a0-]{4,22}\d(?![\w%@]|[.,]\d)")
-#: What every candidate holds from its first digit on, or one digit later: a text is searched for that much faster.
-_DIGITS = re.compile(r"\d[\d ()./\u2013\u00a0-]{4,22}\d")
+#: What every candidate of seven digits holds from its first digit on: a text is searched for that much faster.
+_DIGITS = re.compile(r"\d[\d ()./\u2013\u00a0-]{5,22}\d")
 _LOOK_BACK = 48
 _NUMBER = re.compile(r"\d{4}")
 _PERSONAL = re.compile(
@@ -70,16 +70,19 @@ def belongs_to_business(text: str, start: int) -> bool:
 
 
 def _certainty(text: str, start: int, number: str, regions: Sequence[str]) -> float:
+    grouped = len(re.findall(r"\d+", number)) > 1
+    international = number.startswith(("+", "00"))
+    if not grouped and not international and not _PERSONAL.search(text, max(0, start - _LOOK_BACK), start):
+        return 0.0  # a run of digits that nobody calls a phone number: most numbers of a business
     nearest = _nearest(text, start)
-    if number.startswith(("+", "00")):
-        international = "+" + number[2:] if number.startswith("00") else number
-        if _is_valid(international, None) or (number.startswith("+") and nearest == "personal"):
+    if international:
+        written = "+" + number[2:] if number.startswith("00") else number
+        if _is_valid(written, None) or (number.startswith("+") and nearest == "personal"):
             return 0.95 if number.startswith("+") or nearest != "business" else 0.0
     if nearest == "business":
         return 0.0
     if nearest == "personal" and any(_is_valid(number, region) for region in regions):
         return 0.9
-    grouped = len(re.findall(r"\d+", number)) > 1
     return 0.5 if grouped and any(_is_written_so(number, region) for region in regions) else 0.0
 
 

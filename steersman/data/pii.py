@@ -33,7 +33,7 @@ _HINTS = {
     "iban": re.compile(r"\d(?<=[A-Za-z]{2}\d)\d"),
 }
 # What every number that is looked for holds. It begins with a digit: a text without one is passed at a glance.
-_NUMBER = re.compile(r"\d(?:[\d ()./\u2013\u00a0-]{4,22}\d|(?<=[A-Za-z]{2}\d)\d)")
+_NUMBER = re.compile(r"\d(?:[\d ()./\u2013\u00a0-]{5,22}\d|(?<=[A-Za-z]{2}\d)\d)")
 _NUMBERS = ("<PHONE>", "<CARD>")
 _FIXED = frozenset({"id", "source", "licence", "customer", "origin"})
 _SAMPLES = 5
