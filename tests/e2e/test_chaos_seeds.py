@@ -13,8 +13,9 @@ import pytest
 pytestmark = pytest.mark.timeout(900)
 
 
-# Kills, small files and a scorer with NaN; of the gateways a kill. No seed with a flipped bit: that is open.
-@pytest.mark.parametrize(("family", "shape", "first", "count"), [("run", "ppo", 20, 2), ("gateway", "sqlite", 34, 1)])
+# A scorer that says too little, artifacts away and a stop; of the gateways a kill. These seeds draw the same whatever
+# the machine may do (mounts, clocks, PostgreSQL). No seed with a flipped bit: that is open.
+@pytest.mark.parametrize(("family", "shape", "first", "count"), [("run", "ppo", 21, 1), ("gateway", "sqlite", 34, 1)])
 def test_a_few_seeds(family: str, shape: str, first: int, count: int, repo_root: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "chaos", "--family", family, "--shape", shape, "--first", str(first)]
     command += ["--schedules", str(count), "--out", str(tmp_path / "chaos.json")]
