@@ -7,9 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = ["Dockerfile", "Dockerfile.gpu"]
@@ -88,3 +91,15 @@ def test_the_gpu_image_holds_what_was_tested_wherever_vllm_allows() -> None:
     tested, gpu = pins("constraints.txt"), pins("constraints.gpu.txt")
     for name in ("accelerate", "datasets", "grpcio", "peft", "protobuf", "safetensors", "tokenizers", "torch", "trl"):
         assert gpu[name] == tested[name], name
+
+
+def test_every_library_installs_on_the_oldest_python_that_is_promised() -> None:
+    """Pins are made on some 3.11.x; Debian 12 has 3.11.2, and a library may ask for a later one."""
+    promised = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    oldest = promised.removeprefix(">=") + ".0"
+    wrong = {
+        found.name: wanted
+        for found in distributions()
+        if (wanted := found.metadata["Requires-Python"]) and not SpecifierSet(wanted).contains(oldest)
+    }
+    assert wrong == {}
