@@ -7,17 +7,14 @@ the key of its customer.
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-import httpx
 from pydantic import Field
 
 from services.gateway.fetching import fetch_json
 from services.gateway.systems.base import Kind, Query, RecordKind, SystemOptions
-from steersman.errors import ConfigError, UnavailableError
-from steersman.net import guarded_client
+from services.gateway.systems.remote import Remote, equalities, paths_of, secret_of
 
 
 def _odoo_kinds() -> dict[Kind, RecordKind]:
@@ -93,47 +90,31 @@ class OdooSystem(SystemOptions):
         return Odoo(self)
 
 
-class Odoo:
+class Odoo(Remote):
     """See `services.gateway.systems.base.System`."""
 
     def __init__(self, config: OdooSystem) -> None:
-        self._key = os.environ.get(config.key_env, "")
-        if not self._key:
-            raise ConfigError(
-                f"tools.systems.{config.name}.keyEnv: the environment variable {config.key_env} is not set"
-            )
-        self.name = config.name
-        self.tenants: Sequence[str] = config.tenants
-        self.kinds: Mapping[Kind, RecordKind] = config.kinds
+        self._key = secret_of(config, "keyEnv", config.key_env)
         self._database = config.database
         self._login = config.login
         self._user: int | None = None
         self._logging_in = asyncio.Lock()
-        headers = {"accept": "application/json", "x-odoo-database": config.database}
+        headers = {"x-odoo-database": config.database}
         if self._login is None:
             headers["authorization"] = f"bearer {self._key}"
-        self._client = guarded_client(base_url=config.url.rstrip("/") + "/", headers=headers, timeout=config.seconds)
+        super().__init__(config, config.url, headers)
 
-    async def fetch(self, query: Query) -> list[dict[str, Any]]:
+    async def _ask(self, query: Query) -> Any:
         kind = query.kind
-        paths = {*kind.fields.values(), kind.number, *([kind.owner] if kind.owner else [])}
-        arguments = {"domain": domain(query), "specification": specification(paths), "limit": query.limit}
+        wanted = specification(paths_of(kind))
+        arguments = {"domain": domain(query), "specification": wanted, "limit": query.limit}
         if query.number is None and kind.newest_first:
             arguments["order"] = f"{kind.newest_first} desc"
-        try:
-            if self._login is None:
-                found = await fetch_json(self._client, "POST", f"json/2/{kind.entity}/web_search_read", json=arguments)
-            else:
-                found = await self._call_remotely(kind.entity, arguments)
-            rows = found["records"]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise UnavailableError(f"{self.name} cannot be asked at the moment ({type(error).__name__})") from None
-        if not isinstance(rows, list):
-            raise UnavailableError(f"{self.name} answered something else than records")
-        return [_plain(row) for row in rows if isinstance(row, dict)]
-
-    async def close(self) -> None:
-        await self._client.aclose()
+        if self._login is None:
+            found = await fetch_json(self._client, "POST", f"json/2/{kind.entity}/web_search_read", json=arguments)
+        else:
+            found = await self._call_remotely(kind.entity, arguments)
+        return _plain(found["records"])
 
     async def _call_remotely(self, model: str, arguments: dict[str, Any]) -> Any:
         async with self._logging_in:
@@ -160,20 +141,16 @@ class Odoo:
 
 def domain(query: Query) -> list[Any]:
     """Odoo's search domain; a list of conditions is a conjunction, and values cannot become conditions."""
-    conditions: list[Any] = []
-    if query.owner is not None and query.kind.owner is not None:
-        conditions.append([query.kind.owner, "=", query.owner])
-    if query.number is not None:
-        conditions.append([query.kind.number, "=", query.number])
+    conditions: list[Any] = [[field, "=", value] for field, value in equalities(query)]
     if isinstance(query.kind.where, list):
         conditions.extend(query.kind.where)
     return conditions
 
 
-def specification(paths: set[str]) -> dict[str, Any]:
+def specification(paths: Iterable[str]) -> dict[str, Any]:
     """What `web_search_read` shall read: `partner_id.ref` as {"partner_id": {"fields": {"ref": {}}}}."""
     wanted: dict[str, Any] = {}
-    for path in sorted(paths):
+    for path in paths:
         *relations, field = path.split(".")
         at = wanted
         for relation in relations:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import httpx
 from pydantic import Field
 
 from services.gateway.fetching import fetch_json
 from services.gateway.systems.base import Kind, Query, RecordKind, SystemOptions
-from steersman.errors import ConfigError, UnavailableError
-from steersman.net import guarded_client
+from services.gateway.systems.remote import Remote, equalities, paths_of, secret_of
 
 
 def _tryton_kinds() -> dict[Kind, RecordKind]:
@@ -93,57 +89,33 @@ class TrytonSystem(SystemOptions):
         return Tryton(self)
 
 
-class Tryton:
+class Tryton(Remote):
     """See `services.gateway.systems.base.System`."""
 
     def __init__(self, config: TrytonSystem) -> None:
-        key = os.environ.get(config.key_env, "")
-        if not key:
-            raise ConfigError(
-                f"tools.systems.{config.name}.keyEnv: the environment variable {config.key_env} is not set"
-            )
-        self.name = config.name
-        self.tenants: Sequence[str] = config.tenants
-        self.kinds: Mapping[Kind, RecordKind] = config.kinds
+        key = secret_of(config, "keyEnv", config.key_env)
+        url = f"{config.url.rstrip('/')}/{config.database}/rest/model/"
+        super().__init__(config, url, {"authorization": f"bearer {key}"})
         self._locations = config.stock_locations
-        self._client = guarded_client(
-            base_url=f"{config.url.rstrip('/')}/{config.database}/rest/model/",
-            headers={"authorization": f"bearer {key}", "accept": "application/json"},
-            timeout=config.seconds,
-        )
 
-    async def fetch(self, query: Query) -> list[dict[str, Any]]:
+    async def _ask(self, query: Query) -> Any:
         kind = query.kind
-        paths = {*kind.fields.values(), kind.number, *([kind.owner] if kind.owner else [])}
         parameters: list[tuple[str, str | int | float | bool | None]] = [
             ("d", _encode(domain(query))),
             ("s", query.limit),
         ]
-        parameters += [("f", path) for path in sorted(paths)]
+        parameters += [("f", path) for path in paths_of(kind)]
         if query.number is None and kind.newest_first:
             parameters.append(("o", _encode([[kind.newest_first, "DESC"]])))
         headers = {}
         if self._locations:
             headers["x-tryton-context"] = _encode({"locations": self._locations})
-        try:
-            rows = await fetch_json(self._client, "GET", kind.entity, params=parameters, headers=headers)
-        except (httpx.HTTPError, ValueError) as error:
-            raise UnavailableError(f"{self.name} cannot be asked at the moment ({type(error).__name__})") from None
-        if not isinstance(rows, list):
-            raise UnavailableError(f"{self.name} answered something else than records")
-        return [_plain(row) for row in rows if isinstance(row, dict)]
-
-    async def close(self) -> None:
-        await self._client.aclose()
+        return _plain(await fetch_json(self._client, "GET", kind.entity, params=parameters, headers=headers))
 
 
 def domain(query: Query) -> list[Any]:
     """Tryton's search domain; a list is a conjunction, and values cannot become conditions."""
-    conditions: list[Any] = []
-    if query.owner is not None and query.kind.owner is not None:
-        conditions.append([query.kind.owner, "=", query.owner])
-    if query.number is not None:
-        conditions.append([query.kind.number, "=", query.number])
+    conditions: list[Any] = [[field, "=", value] for field, value in equalities(query)]
     if isinstance(query.kind.where, list):
         conditions.append(query.kind.where)
     return conditions
