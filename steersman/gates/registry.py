@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -47,9 +48,9 @@ class Gate(FrozenModel):
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return {"anyOf": [{"type": "number"}, handler(core)]}
 
+    @abstractmethod
     def check(self, evaluation: Evaluation) -> list[Finding]:
         """One finding or several; what was not measured is not passed."""
-        raise NotImplementedError
 
 
 def gate(name: str) -> Any:
