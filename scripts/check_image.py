@@ -58,7 +58,9 @@ class Builder:
         self._source = source
         self._prefix = prefix
         self._directory = prefix
-        self._environment = {"PATH": os.environ["PATH"], "HOME": str(prefix)}
+        # The base image calls its interpreter `python`; Debian's own has no such name outside of environments.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self._environment = {"PATH": path, "HOME": str(prefix)}
         self._environment |= {
             key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "REQUESTS_"))
         }

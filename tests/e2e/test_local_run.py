@@ -5,6 +5,7 @@ One unbroken run of a tiny model is made once; the others start from copies of i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -214,8 +215,12 @@ class Watched:
                 yield json.loads(line)
 
     def child(self, module: str) -> psutil.Process:
-        children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if module in child.cmdline())
+        def runs_it(child: psutil.Process) -> bool:
+            with contextlib.suppress(psutil.Error):  # one that has just ended has no command line
+                return module in child.cmdline()
+            return False
+
+        return next(filter(runs_it, psutil.Process(self.process.pid).children()))
 
     def wait(self) -> tuple[int, str]:
         _, errors = self.process.communicate()
@@ -230,10 +235,7 @@ def watch() -> Iterator[Callable[[Path], Watched]]:
         started.append(Watched(folder))
         return started[-1]
 
-    # A shell's background job ignores SIGINT, and so would its children; a handler is not inherited.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield start
-    signal.signal(signal.SIGINT, before)
     for watched in started:
         watched.process.kill()
         watched.process.communicate()

@@ -46,7 +46,7 @@ def test_taken_ports_feedback_that_stays_and_one_interrupt(tmp_path: Path) -> No
             assert httpx.post(f"{found.group(1)}/v1/feedback", json=judged, timeout=60).is_success
             assert "has no database" not in httpx.get(found.group(1), timeout=60).text
             serving.send_signal(signal.SIGINT)
-            assert serving.wait(150) == 0
+            assert serving.wait(60) == 0
         finally:
             serving.kill()
     rest = serving.stdout.read()
