@@ -65,7 +65,8 @@ class Gateway:
         database = config.database_url
         if database is None:
             log.warning("no database is configured: judgements, feedback and projects are gone when the gateway stops")
-            self._scratch = tempfile.TemporaryDirectory(prefix="steersman-gateway-")
+            # A thread that a cancelled task left behind may still write while the folder goes.
+            self._scratch = tempfile.TemporaryDirectory(prefix="steersman-gateway-", ignore_cleanup_errors=True)
             database = f"sqlite:///{self._scratch.name}/gateway.db"
         self.store = open_store(database)
         secret = read_secret(self.store, config.secret_file, config.secret_env)
