@@ -14,10 +14,10 @@ from services.gateway.actions import actions_router
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.documentation import definitions
-from services.gateway.errors import BadRequestError, error_response
+from services.gateway.errors import error_response, from_problems
 from services.gateway.feedback import FeedbackBody, FeedbackDesk, feedback_router
 from services.gateway.health import health_router
-from services.gateway.key_admin import NewKey, Rotation, keys_router
+from services.gateway.key_admin import KeyChange, NewKey, Rotation, keys_router
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import Endpoint
 from services.gateway.openai.documentation import BODIES
@@ -76,9 +76,9 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        problem = error.errors()[0]
-        location = ".".join(str(part) for part in problem["loc"])
-        return error_response(BadRequestError(f"{location}: {problem['msg']}", param=location), path=request.url.path)
+        # A place begins with where the field was: query, path, header.
+        problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
+        return error_response(from_problems(problems), path=request.url.path)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -116,7 +116,7 @@ def _extend_openapi(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = generate()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            schemas.update(definitions(*BODIES, EmbeddingRequest, FeedbackBody, NewKey, Rotation))
+            schemas.update(definitions(*BODIES, EmbeddingRequest, FeedbackBody, KeyChange, NewKey, Rotation))
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)
             for path, operations in document["paths"].items():

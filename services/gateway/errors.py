@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -76,7 +77,11 @@ _UNION_MEMBER = re.compile(r"[A-Z]|.*\[|(?:str|int|float|bool|dict|constrained-s
 
 def from_validation(error: ValidationError) -> BadRequestError:
     """The first problem of a request body as one sentence that names the field."""
-    problems = error.errors(include_url=False, include_input=False)
+    return from_problems(error.errors(include_url=False, include_input=False))
+
+
+def from_problems(problems: Sequence[Any]) -> BadRequestError:
+    """The first of pydantic's problems (`ErrorDetails`) as one sentence that names the field."""
     first = problems[0]
     if first["type"] == "json_invalid":
         message = first["msg"].removeprefix("Invalid JSON: ")

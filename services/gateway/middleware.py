@@ -66,7 +66,7 @@ def across_origins(app: ASGIApp, cors: Cors | None) -> ASGIApp:
     return CORSMiddleware(
         app,
         allow_origins=cors.origins,
-        allow_methods=["GET", "POST", "DELETE"],
+        allow_methods=["GET", "POST", "PATCH", "DELETE"],
         allow_headers=["*"],
         allow_credentials=False,
         expose_headers=["x-request-id", "retry-after"],

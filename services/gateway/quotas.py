@@ -47,8 +47,7 @@ class Quotas:
         Raises:
             RateLimitedError: past a limit, with the seconds to wait.
         """
-        limits = (caller.requests_per_minute, caller.tokens_per_minute, caller.tokens_per_day, caller.concurrent)
-        if not any(limits):
+        if not caller.limited:
             return None
         return await asyncio.to_thread(self._reserve, caller, tokens)
 
@@ -72,13 +71,15 @@ class Quotas:
             if caller.tokens_per_minute and window.tokens + held >= caller.tokens_per_minute:
                 wait = left if window.tokens >= caller.tokens_per_minute else min(left, 5.0)
                 _refuse(wait, f"This key may use {caller.tokens_per_minute} tokens a minute")
-            if caller.tokens_per_day:
-                use = session.get(KeyUse, (caller.key_id, now().date()))
-                used = use.tokens if use is not None else 0
-                if used + held >= caller.tokens_per_day:
-                    midnight = dt.datetime.combine(now().date() + dt.timedelta(days=1), dt.time(), dt.UTC)
-                    wait = (midnight - now()).total_seconds() if used >= caller.tokens_per_day else 5.0
-                    _refuse(wait, f"This key may use {caller.tokens_per_day} tokens a day")
+            for limit, (first, after), span in (
+                (caller.tokens_per_day, day_of(now()), "day"),
+                (caller.tokens_per_month, month_of(now()), "month"),
+            ):
+                used = _used_since(session, caller.key_id, first) if limit else 0
+                if limit and used + held >= limit:
+                    begins = dt.datetime.combine(after, dt.time(), dt.UTC)
+                    wait = (begins - now()).total_seconds() if used >= limit else 5.0
+                    _refuse(wait, f"This key may use {limit} tokens a {span}")
             window.requests += 1
             session.add(
                 Reservation(id=reserved.id, key_id=reserved.key_id, tokens=tokens, expires_at=now() + self._longest)
@@ -95,6 +96,24 @@ def settle(session: Session, settled: Sequence[tuple[Reserved, int]]) -> None:
         _window(session, key_id).tokens += spent[key_id]
     if settled:
         session.execute(sa.delete(Reservation).where(Reservation.id.in_([reserved.id for reserved, _ in settled])))
+
+
+def day_of(moment: dt.datetime) -> tuple[dt.date, dt.date]:
+    """A moment's day, and the first after it."""
+    return moment.date(), moment.date() + dt.timedelta(days=1)
+
+
+def month_of(moment: dt.datetime) -> tuple[dt.date, dt.date]:
+    """The first day of a moment's month, and of the next."""
+    first = moment.date().replace(day=1)
+    return first, (first + dt.timedelta(days=31)).replace(day=1)
+
+
+def _used_since(session: Session, key_id: str, first: dt.date) -> int:
+    tokens = sa.select(sa.func.coalesce(sa.func.sum(KeyUse.tokens), 0)).where(
+        KeyUse.key_id == key_id, KeyUse.day >= first
+    )
+    return int(session.scalar(tokens) or 0)
 
 
 def _window(session: Session, key_id: str) -> KeyWindow:

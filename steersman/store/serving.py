@@ -38,6 +38,7 @@ class ApiKey(Base):
     requests_per_minute: Mapped[int | None]
     tokens_per_minute: Mapped[int | None]
     tokens_per_day: Mapped[int | None] = mapped_column(sa.BigInteger)
+    tokens_per_month: Mapped[int | None] = mapped_column(sa.BigInteger)
     concurrent: Mapped[int | None]
     """Answers at once."""
     created_at: Mapped[dt.datetime] = mapped_column(default=now)

@@ -37,7 +37,7 @@ class Authenticator:
         self._secret = secret
         self._failures = Attempts(config.limits.failed_logins_per_minute, "failed logins")
         self._required = config.auth_required
-        self._keys = keys
+        self.keys = keys
         self._sessions = sessions
         self._customers = customers
 
@@ -85,7 +85,7 @@ class Authenticator:
         """
         if self._required or key:
             with self._counted():
-                return self._sessions.issue((await self._keys.verify(key)).key_id)
+                return self._sessions.issue((await self.keys.verify(key)).key_id)
         name = name.strip()
         if not 1 <= len(name) <= 60 or not name.isprintable():
             raise UnauthenticatedError("Say your name in 1 to 60 characters")
@@ -96,11 +96,11 @@ class Authenticator:
         scheme, _, credential = headers.get("authorization", "").partition(" ")
         credential = credential.strip()
         if scheme.lower() == "bearer" and credential.startswith("sk-"):
-            return await self._keys.verify(credential)
+            return await self.keys.verify(credential)
         if (cookie := _cookie(headers)) is not None:
             subject = self._sessions.verify(cookie)
             if not subject.startswith(_BY_NAME):
-                return replace(await self._keys.by_id(subject), by_session=True)
+                return replace(await self.keys.by_id(subject), by_session=True)
             if not self._required:
                 return replace(_OPEN, name=bytes.fromhex(subject.removeprefix(_BY_NAME)).decode())
         if not self._required:

@@ -9,10 +9,12 @@ from steersman.errors import PermissionDeniedError
 
 Scope = Literal["chat", "feedback", "act", "label", "operate", "admin"]
 """chat: ask questions; feedback: judge answers; act: confirmed writes in business systems; label: the labelling pages;
-operate: the operator's page and metrics; admin: load and unload models."""
+operate: the operator's page and metrics; admin: manage keys, load and unload models."""
 
 ALL_SCOPES: frozenset[str] = frozenset(get_args(Scope))
 ANONYMOUS = "anonymous"
+LIMITS = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month", "concurrent")
+"""What a key may be limited by: fields of a caller, and columns of a key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,19 @@ class Caller:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+    """Of a calendar month, in UTC as the day."""
     concurrent: int | None = None
 
     def require(self, scope: Scope) -> None:
         """Raises PermissionDeniedError without the scope."""
         if scope not in self.scopes:
             raise PermissionDeniedError(f"This key lacks the scope '{scope}'; use a key that has it")
+
+    @property
+    def limited(self) -> bool:
+        """What the key uses is counted before it is used."""
+        return any(getattr(self, name) for name in LIMITS)
 
     @property
     def customer_id(self) -> str:

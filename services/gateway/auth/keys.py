@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from services.gateway.auth.callers import ALL_SCOPES, Caller
+from services.gateway.auth.callers import ALL_SCOPES, LIMITS, Caller
 from services.gateway.auth.origin import Attempts
 from services.gateway.store import ApiKey, open_store
 from steersman.errors import InvalidArgumentError, NotFoundError, SteersmanError, UnauthenticatedError
@@ -38,6 +38,7 @@ DATABASE_ENV = "STEERSMAN_DATABASE"
 _CACHE_SECONDS = 10.0
 """A revoked key works at most this much longer."""
 _CACHE_SIZE = 10_000
+LARGEST_LIMIT = 2**31 - 1
 V = TypeVar("V")
 _MISSES_PER_MINUTE = 3000
 """Unknown key ids that are looked for in the database, of all callers together."""
@@ -50,26 +51,18 @@ def create_key(
     *,
     note: str = "",
     days: float | None = None,
-    requests_per_minute: int | None = None,
-    tokens_per_minute: int | None = None,
-    tokens_per_day: int | None = None,
-    concurrent: int | None = None,
+    **limits: int | None,
 ) -> str:
-    """Stores a new key and returns it: the only time that it is seen."""
+    """Stores a new key and returns it: the only time that it is seen. `limits`: of `callers.LIMITS`; None: no limit."""
     scopes = set(scopes)
     unknown = scopes - ALL_SCOPES
     if unknown or not scopes:
         raise InvalidArgumentError(f"scope: {sorted(unknown)} unknown; choose from {', '.join(sorted(ALL_SCOPES))}")
     if not _TENANT.fullmatch(tenant):
         raise InvalidArgumentError("tenant: give 1 to 200 printable characters")
-    for name, limit in (
-        ("requests_per_minute", requests_per_minute),
-        ("tokens_per_minute", tokens_per_minute),
-        ("tokens_per_day", tokens_per_day),
-        ("concurrent", concurrent),
-    ):
-        if limit is not None and not 0 < limit < 2**31:
-            raise InvalidArgumentError(f"{name}: must be between 1 and {2**31 - 1}; leave it out for no limit")
+    for name, limit in limits.items():
+        if limit is not None and not 0 < limit <= LARGEST_LIMIT:
+            raise InvalidArgumentError(f"{name}: must be between 1 and {LARGEST_LIMIT}; leave it out for no limit")
     key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     with store.transaction() as session:
         session.add(
@@ -79,11 +72,8 @@ def create_key(
                 tenant=tenant,
                 scopes=sorted(scopes),
                 note=note,
-                requests_per_minute=requests_per_minute,
-                tokens_per_minute=tokens_per_minute,
-                tokens_per_day=tokens_per_day,
-                concurrent=concurrent,
                 expires_at=now() + dt.timedelta(days=days) if days else None,
+                **limits,
             )
         )
     return f"sk-{key_id}-{secret}"
@@ -138,6 +128,10 @@ class KeyRing:
             _remember(self._known, key_id, (moment + _CACHE_SECONDS, digest, caller))
         return digest, caller
 
+    def forget(self, key_id: str) -> None:
+        """A key has changed or ended: here at once, at other gateways after some seconds."""
+        self._known.pop(key_id, None)
+
     async def by_id(self, key_id: str) -> Caller:
         """The caller of a session that was begun with a key; the same errors."""
         _, caller = await asyncio.to_thread(self._load, key_id)
@@ -155,10 +149,7 @@ class KeyRing:
             tenant=key.tenant,
             scopes=frozenset(key.scopes),
             name=key.note or key.id,
-            requests_per_minute=key.requests_per_minute,
-            tokens_per_minute=key.tokens_per_minute,
-            tokens_per_day=key.tokens_per_day,
-            concurrent=key.concurrent,
+            **{name: getattr(key, name) for name in LIMITS},
         )
         return key.digest, caller
 
@@ -186,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     create.add_argument("--requests-per-minute", type=int)
     create.add_argument("--tokens-per-minute", type=int)
     create.add_argument("--tokens-per-day", type=int)
+    create.add_argument("--tokens-per-month", type=int, help="of the calendar month")
     create.add_argument("--concurrent", type=int, help="answers at once")
     commands.add_parser("list", help="show all keys")
     commands.add_parser("revoke", help="end a key").add_argument("id")
