@@ -52,6 +52,7 @@ def build_engine(config: PolicyConfig) -> Engine:
     if config.engine == "transformers":
         from services.policy.engines.transformers_engine import TransformersEngine
 
+        options |= config.model_dump(include={"prefix_tokens", "lookahead"})
         return TransformersEngine(model_folder(config), name=config.model_name, on_death=_stop_process, **options)
     try:
         from services.policy.engines.vllm_engine import VllmEngine

@@ -54,6 +54,11 @@ class PolicyConfig(ServerConfig):
     """Longest prompt plus answer; None: the model's."""
     kv_cache_tokens: Annotated[int, Field(gt=0)] = 16_384
     """Tokens that the KV cache holds; samples beyond it wait."""
+    prefix_tokens: Annotated[int, Field(ge=0)] = 4_096
+    """Tokens of ended conversations that the engine `transformers` remembers beside that, so that their next turn
+    computes only what is new; 0: none."""
+    lookahead: bool = True
+    """Whether the engine `transformers` drafts a single chat's answer on a CPU from the words in it."""
     vllm: VllmOptions = VllmOptions()
     """Settings of the engine `vllm`."""
     embeddings: EmbeddingOptions | None = None

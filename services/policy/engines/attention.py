@@ -179,7 +179,7 @@ class _Block:
 
 
 class PrefillStep:
-    """Spans of prompts, one after the other in the packed row."""
+    """Spans of several tokens, one after the other in the packed row: prompts, or a draft of what comes next."""
 
     def __init__(self, cache: KVCache, spans: Sequence[Span], device: torch.device) -> None:
         self.cache = cache

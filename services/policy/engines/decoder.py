@@ -31,8 +31,10 @@ class Decoder(Protocol):
         """Fills the cache. token_ids and positions: int64 [T]."""
         ...
 
-    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Decoded:
-        """From int64 [B] and int64 [B]."""
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Decoded:
+        """From int64 [B] and int64 [B]: the next token's logits after each of B tokens. Decoders with a cache of the
+        model's own know one token a row only.
+        """
         ...
 
 
@@ -107,13 +109,15 @@ class LlamaDecoder:
         return config.hidden_act == "silu" and rotary == head_dim and model.lm_head.bias is None
 
     def prefill(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> None:
-        self._forward(token_ids, positions, step)
+        self._forward(token_ids, positions, step, fill=True)
 
-    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Decoded:
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Decoded:
         hidden = self._norm(self._forward(token_ids, positions, step)).to(self._dtype)
         return Decoded(self._head(hidden), hidden)
 
-    def _forward(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Tensor:
+    def _forward(
+        self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep, fill: bool = False
+    ) -> Tensor:
         x = F.embedding(token_ids, self._embedding).float()
         cos, sin = self._rotary(x, positions.unsqueeze(0))
         cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
@@ -126,7 +130,7 @@ class LlamaDecoder:
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             q, k, v = layer.project(x, cos, sin, self._dtype)
-            if index == last and isinstance(step, PrefillStep):
+            if index == last and fill and isinstance(step, PrefillStep):
                 step.store(index, k, v)  # nobody reads what the last layer makes of a prompt
                 break
             attended = step.attend(index, q, k, v, layer.scores)
@@ -243,7 +247,7 @@ class GenericDecoder:
     def prefill(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> None:
         self._call(token_ids, positions, step, token_ids.new_zeros(1))
 
-    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Decoded:
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Decoded:
         logits = self._call(token_ids, positions, step, torch.arange(len(token_ids), device=token_ids.device))
         return Decoded(logits, self._seen.take()[0])
 

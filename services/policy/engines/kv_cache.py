@@ -38,6 +38,11 @@ class LayerCache:
         return self._arrays
 
 
+RowState = dict[int, tuple[Tensor, Tensor]]
+"""By layer: keys [kv heads, tokens, head dim], or [kv heads, head dim, tokens] where they are stored transposed, and
+values [kv heads, tokens, value dim]."""
+
+
 class KVCache:
     """A rectangle of `rows` x `capacity` tokens a layer, at most `budget` tokens in all.
 
@@ -102,6 +107,26 @@ class KVCache:
     def copy_all(self, source: int, target: int, tokens: int) -> None:
         for layer in self.layers.values():
             self.copy(layer, source, target, tokens)
+
+    def take(self, row: int, tokens: int) -> RowState:
+        """A copy of the first `tokens` of a row."""
+        return {
+            index: (
+                (layer.keys[row, :, :, :tokens] if layer.transposed else layer.keys[row, :, :tokens]).clone(),
+                layer.values[row, :, :tokens].clone(),
+            )
+            for index, layer in self.layers.items()
+        }
+
+    def put(self, row: int, state: RowState, tokens: int) -> None:
+        """Puts the first `tokens` of what was taken into a row."""
+        for index, (keys, values) in state.items():
+            layer = self.layers[index]
+            layer.values[row, :, :tokens] = values[:, :tokens]
+            if layer.transposed:
+                layer.keys[row, :, :, :tokens] = keys[:, :, :tokens]
+            else:
+                layer.keys[row, :, :tokens] = keys[:, :tokens]
 
     def clear(self) -> None:
         self.layers.clear()

@@ -63,7 +63,7 @@ class PlainDecoder:
                 self._model(input_ids=ids[None], past_key_values=state, use_cache=True)
             cache.seen[span.row] = ids.tolist(), state
 
-    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Decoded:
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Decoded:
         cache = step.cache
         assert isinstance(cache, RowCache)
         rows = [self._next(cache, row, token) for row, token in enumerate(token_ids.tolist())]
@@ -101,7 +101,7 @@ class EncoderDecoder:
         for span, ids in zip(step.spans, parts, strict=True):
             cache.seen[span.row] = ids.tolist(), None
 
-    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep) -> Decoded:
+    def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Decoded:
         cache = step.cache
         assert isinstance(cache, RowCache)
         rows = [self._next(cache, row, token) for row, token in enumerate(token_ids.tolist())]

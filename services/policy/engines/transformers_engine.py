@@ -3,7 +3,8 @@
 A sample's cache holds all its tokens but the last; every decode step feeds the last token of every running sample.
 So a prompt's last token is a decode step like all others, and a sample whose prompt begins like that of a running
 one (the n samples of a prompt, a common system prompt) copies the keys and values of what they share and computes
-only the rest.
+only the rest. The next turn of a conversation finds those of the turns before it in the same way (`prefixes`), and a
+single chat on a CPU draws several tokens a step where it repeats what was said (`lookahead`).
 
     submit -> waiting -> [admit: cache row, shared prefix, prefill] -> running -> decode steps -> finished
 """
@@ -28,7 +29,9 @@ from services.policy.engines.decode_graphs import DecodeGraphs
 from services.policy.engines.decoder import Decoder, DecoderName, build_decoder
 from services.policy.engines.hardware import Precision, resolve_device, resolve_dtype, weight_layout
 from services.policy.engines.kv_cache import KVCache, row_capacity
+from services.policy.engines.lookahead import Lookahead
 from services.policy.engines.plain import RowCache
+from services.policy.engines.prefixes import PrefixMemory, common_prefix
 from services.policy.engines.sampling import Drawn, draw, end_tokens, stream_key
 from services.policy.engines.transformers_samples import ConstraintError, DrawPlan, Sample, deliver, report
 from services.policy.engines.weights import Place, WeightStore
@@ -77,6 +80,8 @@ class TransformersEngine:
         max_rows: int = 64,
         kv_cache_tokens: int = 16_384,
         prefill_tokens: int = 2_048,
+        prefix_tokens: int = 4_096,
+        lookahead: bool = True,
         decoder: DecoderName | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
@@ -92,6 +97,9 @@ class TransformersEngine:
             kv_cache_tokens: tokens that the cache holds for all running samples; it bounds the memory.
             prefill_tokens: prompt tokens computed between two decode steps; it bounds how long running samples
                 stand still for new ones.
+            prefix_tokens: tokens of ended conversations that are remembered for their next turns, beside
+                `kv_cache_tokens`; 0: none.
+            lookahead: draft the answer of a single chat from its own words, on a CPU; the samples stay the same.
             decoder: None: the fastest that is right for the model, which is found by computing.
             on_death: called from the engine's thread when that ends without `close`.
         """
@@ -104,6 +112,8 @@ class TransformersEngine:
         self._max_context = max_context
         self._cache = KVCache(kv_cache_tokens, max_rows)
         self._prefill_tokens = prefill_tokens
+        self._prefixes = PrefixMemory(prefix_tokens)
+        self._looks_ahead = lookahead
         self._decoder_name = decoder
         self._on_death = on_death
         self._wake = threading.Condition()
@@ -140,13 +150,15 @@ class TransformersEngine:
             name, verdict = choose_decoder(model.config, with_decoder)
             context = verdict.limit or context
         self._plain = name in ("cached", "uncached", "encoder-decoder")
-        if self._plain:
+        if self._plain:  # a model's own cache cannot be cut, and knows one token a step
             self._cache = RowCache(self._cache.budget, self._cache.max_rows)
+            self._prefixes, self._looks_ahead = PrefixMemory(0), False
         self._vocab: int = text.vocab_size
         self._context = min(self._max_context or context, context)
         self._eos = end_tokens(model.generation_config, text)
         self._chosen = name
         self._device, self._dtype = device, dtype
+        self._looks_ahead &= device.type == "cpu"  # a GPU's recorded steps have one token a row
         self._hidden_size: int = getattr(text, "hidden_size", 0)
         self._heads = self._prepared(heads)
         model.requires_grad_(False).eval().to(device)
@@ -193,6 +205,7 @@ class TransformersEngine:
             details={
                 "kv_cache_tokens": float(self._cache.budget),
                 "kv_cache_tokens_used": float(sum(row.length for row in rows)),
+                "prefix_tokens_used": float(self._prefixes.used),
             },
         )
 
@@ -328,6 +341,7 @@ class TransformersEngine:
             swap.end(reason)
         self._fail({sample.handle for sample in (*self._rows, *self._waiting)}, reason)
         self._forget_graphs()
+        self._prefixes.clear()
         for cache in self._caches:
             cache.clear()
         if died:
@@ -383,6 +397,7 @@ class TransformersEngine:
             swap.end(InternalError(f"weights version {swap.version} could not be put in place ({error})"))
             raise
         self._forget_graphs()
+        self._prefixes.clear()
         self._version = swap.version
         swap.seconds = perf_counter() - start
         swap.end()
@@ -440,9 +455,14 @@ class TransformersEngine:
                 continue
             if other.prompt is sample.prompt:
                 return Span(len(self._rows), end, end, row if end else None)
-            common = _common_prefix(sample.prompt[:end], other.prompt[:-1])
+            common = common_prefix(sample.prompt[:end], other.prompt[:-1])
             if common > shared:
                 donor, shared = row, common
+        if sample.is_chat and self._mask is None:
+            known = self._prefixes.longest(sample.prompt[:end])
+            if known > max(shared, _SHARE_AT_LEAST):
+                self._prefixes.restore(sample.prompt[:known], self._cache, len(self._rows))
+                return Span(len(self._rows), known, end)
         if shared < _SHARE_AT_LEAST:
             return Span(len(self._rows), 0, end)
         return Span(len(self._rows), shared, end, donor)
@@ -456,7 +476,10 @@ class TransformersEngine:
             self._mask.decoder.prefill(ids, places, PrefillStep(self._mask.cache, spans, self._device))
 
     def _decode(self) -> None:
-        """One token for every running sample."""
+        """One token for every running sample, or several for the only one."""
+        if len(self._rows) == 1 and (draft := self._draft(self._rows[0])):
+            self._decode_ahead(self._rows[0], draft)
+            return
         if self._draw is None:
             self._draw = DrawPlan(self._rows, self._device)
         try:
@@ -473,29 +496,67 @@ class TransformersEngine:
             how = replace(how, sets=self._draw.sets(self._mask.graphs.decode(token_ids, lengths).logits))
         self._record(draw(logits, how))
 
+    def _draft(self, sample: Sample) -> list[int]:
+        if not (self._looks_ahead and self._heads is None and sample.may_look_ahead):
+            return []
+        if sample.lookahead is None:
+            sample.lookahead = Lookahead(sample.prompt)
+        return sample.lookahead.draft(sample.token_ids, sample.limit - len(sample.token_ids) - 1)
+
+    def _decode_ahead(self, sample: Sample, draft: list[int]) -> None:
+        """The next token, and those after it as long as the draft is what is drawn."""
+        before = len(sample.token_ids)
+        last = sample.token_ids[-1] if sample.token_ids else int(sample.prompt[-1])
+        places = np.arange(sample.length, sample.length + len(draft) + 1)
+        step = PrefillStep(self._cache, [Span(0, int(places[0]), int(places[-1]) + 1)], self._device)
+        logits = self._decoder.decode(self._tensor(np.array([last, *draft])), self._tensor(places), step).logits
+        rows = [sample] * len(places)
+        drawn = draw(logits, DrawPlan(rows, self._device).at(rows, np.arange(len(places))))
+        tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
+        ended: FinishReason | None = None
+        for place, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+            ended = self._take(sample, place, token, logprob, drawn)
+            if ended is not None or place == len(draft) or token != draft[place]:
+                break
+        assert sample.lookahead is not None
+        sample.lookahead.learn(len(draft), len(sample.token_ids) - before - 1)
+        if ended is not None:
+            self._finish([(0, ended)])
+
     def _record(self, drawn: Drawn) -> None:
-        """Adds the drawn tokens to their samples, tells who streams, and ends what is at its end."""
+        """Adds the drawn tokens to their samples, and ends what is at its end."""
         tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
         ended: list[tuple[int, FinishReason]] = []
         for row, (sample, token, logprob) in enumerate(zip(self._rows, tokens, logprobs, strict=True)):
-            sample.token_ids.append(token)
-            sample.logprobs.append(logprob)
-            if not sample.versions or sample.versions[-1] != self._version:
-                sample.versions.append(self._version)
-            if sample.request.stream:
-                count = sample.request.params.top_logprobs
-                top = drawn.top(row, count) if count else ()
-                event = TokenEvent(sample.prompt_index, sample.sample_index, token, logprob, self._version, top)
-                deliver(sample, event)
-            if token in sample.stops:
-                ended.append((row, "stop"))
-            elif len(sample.token_ids) == sample.limit:
-                ended.append((row, "length"))
+            reason = self._take(sample, row, token, logprob, drawn)
+            if reason is not None:
+                ended.append((row, reason))
         self._finish(ended)
+
+    def _take(self, sample: Sample, place: int, token: int, logprob: float, drawn: Drawn) -> FinishReason | None:
+        """Adds the token drawn at a place to its sample and tells who streams; why the sample ends with it, if so."""
+        sample.token_ids.append(token)
+        sample.logprobs.append(logprob)
+        if not sample.versions or sample.versions[-1] != self._version:
+            sample.versions.append(self._version)
+        if sample.request.stream:
+            count = sample.request.params.top_logprobs
+            top = drawn.top(place, count) if count else ()
+            event = TokenEvent(sample.prompt_index, sample.sample_index, token, logprob, self._version, top)
+            deliver(sample, event)
+        if token in sample.stops:
+            return "stop"
+        return "length" if len(sample.token_ids) == sample.limit else None
 
     def _finish(self, ended: Sequence[tuple[int, FinishReason]]) -> None:
         """Ends samples, given by rows in ascending order."""
         samples = [(self._rows[row], reason) for row, reason in ended]
+        for (row, _), (sample, _) in zip(ended, samples, strict=True):
+            # Where weights came in the middle, the row is of several versions.
+            if sample.is_chat and sample.sample_index == 0 and sample.versions == [self._version]:
+                seen = np.concatenate([sample.prompt, sample.token_ids[:-1]]).astype(np.int32)
+                if sample.prompt_version == self._version:
+                    self._prefixes.keep(seen, self._cache, row)
         for row, _ in reversed(ended):
             self._drop(row)
         for sample, reason in samples:
@@ -551,12 +612,6 @@ class _Swap:
     def end(self, error: SteersmanError | None = None) -> None:
         self.error = error
         self.done.set()
-
-
-def _common_prefix(one: np.ndarray, other: np.ndarray) -> int:
-    count = min(len(one), len(other))
-    different = one[:count] != other[:count]
-    return int(different.argmax()) if different.any() else count
 
 
 def with_decoder(model: PreTrainedModel, decoder: DecoderName) -> TransformersEngine:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from services.policy.engines.lookahead import Lookahead
 from services.policy.engines.sampling import Draw, Filter, uniforms
 from steersman.errors import InternalError, InvalidArgumentError, SteersmanError
 from steersman.generation import Event, FinishReason, GenerationRequest, SampleFinished
@@ -35,6 +36,22 @@ class Sample:
     versions: list[int] = field(default_factory=list)
     prompt_version: int = 0
     """Weights version of the prompt's keys and values."""
+    lookahead: Lookahead | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Somebody reads along; otherwise it is a rollout, which must not depend on what was asked before it."""
+        return self.request.stream
+
+    @property
+    def may_look_ahead(self) -> bool:
+        """Whether several tokens can be drawn at once: nothing restricts one by those before it."""
+        params = self.request.params
+        return (
+            self.is_chat
+            and self.request.constraint is None
+            and not (params.presence_penalty or params.frequency_penalty or params.mask_top_p < 1.0)
+        )
 
     @property
     def length(self) -> int:
@@ -90,9 +107,13 @@ class DrawPlan:
             found[members] = top_p_sets(scores[members], top_p)
         return rows, found
 
-    def at(self, rows: Sequence[Sample]) -> Draw:
-        """Raises ConstraintError when a caller's constraint does."""
-        positions = np.array([len(row.token_ids) for row in rows])
+    def at(self, rows: Sequence[Sample], ahead: int | np.ndarray = 0) -> Draw:
+        """Raises ConstraintError when a caller's constraint does.
+
+        Args:
+            ahead: int64 [B], how many tokens after its next one a row stands for.
+        """
+        positions = np.array([len(row.token_ids) for row in rows]) + ahead
         pairs = [
             (row, stop)
             for row in self._minimum
