@@ -1,40 +1,44 @@
 """SFT, rejection sampling, the online methods and DPO on the demo's task, with the same token budget and several seeds.
 
     python -m benchmarks.algorithms                        # everything; resumes where it was stopped
-    python -m benchmarks.algorithms --methods ppo,dpo --seeds 17 --jobs 1
-    python -m benchmarks.algorithms --base FOLDER --budget 32 --prompts 8    # a tiny model, to try the script
+    python -m benchmarks.algorithms --methods ilql,offline-sft --seeds 17 --jobs 1      # a part; joins what is there
+    python -m benchmarks.algorithms_base build/bench/base && python -m benchmarks.algorithms --base build/bench/base
 
-Every method of a seed but the offline ones starts from the same SFT model and has the same reward model; both are
-trained once a seed. Their budget counts answers that pass through the policy, generated or learned from, and so tokens
+The last line takes a small model of its own instead of the default one, with which everything is done in an hour.
+
+Every method of a seed starts from the same SFT model (`start`) and has the same reward model (`judge`); both are
+trained once a seed. The budget counts answers that pass through the policy, generated or learned from, and so tokens
 (answers are as long as the data's, about 20 tokens): an on-policy step spends it twice on each sample, DPO twice on
 each pair, rejection sampling on every candidate and then on the winners. All train a LoRA adapter at the same rank.
 
-`offline-sft` and `ilql` learn from the demo's 640 rated answers and nothing else, the same rows in the same number of
-steps, from the base model; `ilql_minus_sft` is the difference of their rubrics.
+`offline-sft` and `ilql` go on from the SFT model with the demo's 640 rated answers, good and bad, and nothing else: the
+same answers in equally many steps, which is a budget of its own (--offline-steps). `ilql_minus_sft` is the difference
+of their rubrics. They need no reward model; asked for alone, none is trained, and the table has no reward.
 
-Evaluation is apart from the training code: the merged model answers held-out prompts by transformers' own `generate`;
-the reward model, the exact rubric (which no method sees) and the KL to the SFT model are computed here. The intervals
-are 95% over the prompts of all seeds; beside them stand the seeds' own means.
+Evaluation is apart from the training code (`benchmarks.algorithms_scores`). The intervals are 95% over the prompts of
+all seeds; beside them stand the seeds' own means.
 
-Each cell (method, seed) is a file `cell.json` below --out and is not done again. Training runs through `steersman run`
-with one thread a process.
+Each cell (method, seed) is a file `cell.json` below --out and is not done again. The table is written anew after each,
+from all cells there that were made with the same options. What needs services runs through `steersman run`; stages that
+learn from files run here, one at a time, as `steersman run` would run them. Either computes with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -43,27 +47,31 @@ from benchmarks.report import heading
 ONLINE = ("ppo", "nlpo", "rloo", "grpo", "dapo", "gspo", "cispo", "reinforce-plus-plus", "online-dpo")
 OFFLINE = ("offline-sft", "ilql")
 """From the answers of the judged comparisons alone, and what they were rated: imitation of all, and ILQL."""
-METHODS = ("sft", "rejection-sampling", *ONLINE, "dpo", *OFFLINE)
+SERVED = ("rejection-sampling", *ONLINE)
+"""What samples, through services."""
+METHODS = ("sft", *SERVED, "dpo", *OFFLINE)
+HERE = threading.Lock()
+"""Torch's seeds and settings are the process's own: one cell at a time."""
+OPTIONS = ("base", "learning_rate", "budget", "start_steps", "offline_steps", "prompts")
+"""What a cell depends on besides method and seed."""
+ILQL = {"learnFrom": ["aspects"], "beta": 8.0, "expectile": 0.8, "headsLearningRate": 2e-3}
+"""Chosen on validation prompts of a seed that is not in the table."""
 GENERATION = {"maxNewTokens": 40, "temperature": 0.7}
-EVALUATION_SEED = 5
-EVALUATION_BATCH = 16
+COLUMNS = ("reward", "rubric", "kl", "length", "cut")
+"""What is measured of each answer; see `benchmarks.algorithms_scores`."""
 
 
-def stages_of(method: str, budget: int) -> list[dict[str, Any]]:
+def stages_of(method: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The stages that a method adds to SFT and reward model."""
-    if method == "start":
+    if method in ("start", "judge"):
         return []
-    adam = {"learningRate": 3e-4, "schedule": "constant", "warmupRatio": 0.0}
+    adam = {"learningRate": arguments.learning_rate, "schedule": "constant", "warmupRatio": 0.0}
+    budget = arguments.budget
     if method == "sft":
         return [{"sft": {"optimizer": adam, "batchSize": 8, "maxSteps": budget // 8}}]
     if method in OFFLINE:
-        # The same rows and as many passes: imitation, then imitation with Q and V beside it.
-        sizes = {"optimizer": adam, "batchSize": 16, "microBatchSize": 16, "maxLength": 1024}
-        first, steps = {"sft": {**sizes, "maxSteps": max(2, budget // 16)}}, max(2, budget // 4)
-        if method == "offline-sft":
-            return [first, {"sft": {**sizes, "maxSteps": steps}}]
-        values = {"beta": 8.0, "expectile": 0.8, "learnFrom": ["returns"], "headsLearningRate": 2e-3}
-        return [first, {"ilql": {**sizes, "maxSteps": steps, **values}}]
+        sizes = {"optimizer": adam, "batchSize": 16, "microBatchSize": 16, "maxSteps": arguments.offline_steps}
+        return [{"sft": sizes} if method == "offline-sft" else {"ilql": {**sizes, **ILQL}}]
     if method == "dpo":
         return [{"dpo": {"optimizer": adam, "batchSize": 8, "maxSteps": budget // 16}}]
     if method == "rejection-sampling":
@@ -79,180 +87,123 @@ def stages_of(method: str, budget: int) -> list[dict[str, Any]]:
 
 
 def manifest(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
-    """The run of a cell; `start` is what all of a seed share, but for the offline methods, which begin at the base."""
-    adam = {"learningRate": 1e-3}
-    steps = 2 if arguments.budget < 64 else 30
-    shared = [
-        {"sft": {"optimizer": adam, "batchSize": 8, "maxSteps": steps}},
-        {"rewardModel": {"optimizer": adam, "batchSize": 8, "maxSteps": steps}},
-    ]
+    """The run of a cell; `start` (SFT) and `judge` (a reward model behind it) are what a seed's methods share."""
+    sizes = {"optimizer": {"learningRate": 1e-3}, "batchSize": 8, "maxSteps": arguments.start_steps}
+    shared: list[dict[str, Any]] = [{"sft": sizes}] if method == "start" else [{"sft": sizes}, {"rewardModel": sizes}]
     data: dict[str, Any] = {"demo": {"heldoutPrompts": arguments.prompts}}
-    if method in OFFLINE:
-        shared = []
-        data = {kind: {"train": f"{kind}.jsonl"} for kind in ("demonstrations", "returns")}
+    base, start = arguments.base, shared_run(arguments, "start", seed)
+    if method in OFFLINE:  # its data are files of its own, so it begins as a run of its own at the SFT model
+        shared, base = [], str(start / "sft" / "model")
+        rated = {"aspects": {"train": str(start / "data" / "aspects.train.jsonl")}}
+        said = {"demonstrations": {"train": str(arguments.out / f"seed-{seed}" / method / "demonstrations.jsonl")}}
+        data = rated if method == "ilql" else said
     return {
         "apiVersion": "steersman.dev/v1alpha1",
         "kind": "AlignmentRun",
         "metadata": {"name": f"bench-{method}"},
         "spec": {
             "seed": seed,
-            "model": {"base": arguments.base, "threads": 1, "precision": "fp32", "device": "cpu"},
+            "model": {"base": base, "threads": 1, "precision": "fp32", "device": "cpu"},
             "data": data,
-            "stages": shared + stages_of(method, arguments.budget),
+            "stages": shared + stages_of(method, arguments),
             "services": {"startTimeoutSeconds": 1800},
         },
     }
+
+
+def shared_run(arguments: argparse.Namespace, name: str, seed: int) -> Path:
+    """The run `start` or `judge` of a seed."""
+    return arguments.out / f"seed-{seed}" / name / "run"
 
 
 class CellFailed(Exception):
     """A cell could not be trained or evaluated."""
 
 
-def run_cell(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
-    """Trains and evaluates; returns the cell's content, from its file where that was made by the same manifest."""
+def done(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any] | None:
+    """The cell's content, where it was made by the manifest that these options give."""
+    path = arguments.out / f"seed-{seed}" / method / "cell.json"
+    cell = json.loads(path.read_text()) if path.is_file() else None
+    return cell if cell and cell["manifest"] == manifest(arguments, method, seed) else None
+
+
+def run_cell(arguments: argparse.Namespace, method: str, seed: int) -> None:
+    """Trains and evaluates, unless it is done."""
+    if done(arguments, method, seed):
+        return
     folder = arguments.out / f"seed-{seed}" / method
+    start, judge = (shared_run(arguments, name, seed) for name in ("start", "judge"))
     wanted = manifest(arguments, method, seed)
-    path = folder / "cell.json"
-    if path.is_file():
-        cell = json.loads(path.read_text())
-        if cell["manifest"] == wanted:
-            return cell
+    document, run = folder / "run.yaml", folder / "run"
+    if document.is_file() and yaml.safe_load(document.read_text()) != wanted:
         shutil.rmtree(folder)
-    run = folder / "run"
-    start = arguments.out / f"seed-{seed}" / "start" / "run"
-    if method in OFFLINE:
-        write_offline_rows(start / "data", folder)
-    elif method != "start" and not run.is_dir():
-        run.mkdir(parents=True)
-        for part in ("data", "prepared.json", "sft", "reward-model"):
-            (shutil.copytree if (start / part).is_dir() else shutil.copy2)(start / part, run / part)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.yaml").write_text(yaml.safe_dump(wanted))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if method == "offline-sft":
+        write_rated_answers(start / "data", folder)
+    if method not in ("start", *OFFLINE) and not run.is_dir():
+        copied = folder / "run.partial"
+        shutil.rmtree(copied, ignore_errors=True)
+        copied.mkdir()
+        for part in ("data", "prepared.json", "sft", *(() if method == "judge" else ("reward-model",))):
+            of = judge if part == "reward-model" else start
+            (shutil.copytree if (of / part).is_dir() else shutil.copy2)(of / part, copied / part)
+        copied.rename(run)
+    document.write_text(yaml.safe_dump(wanted))
     began = time.monotonic()
     with (folder / "log.txt").open("a") as log:
-        for command in (
-            [Path(sys.executable).with_name("steersman"), "run", "-f", folder / "run.yaml", "--run-dir", run],
-            [sys.executable, "-m", "benchmarks.algorithms", "--evaluate", run, "--start", start],
-        ):
-            done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
-            if done.returncode:
-                raise CellFailed(f"{method}, seed {seed}: failed, see {folder / 'log.txt'}")
-    cell = {"method": method, "seed": seed, "manifest": wanted, **json.loads((run / "scores.json").read_text())}
-    partial = path.with_suffix(".partial")
+        if method in SERVED:
+            command = [Path(sys.executable).with_name("steersman"), "run", "-f", document, "--run-dir", run]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            failed = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        else:
+            failed = train_here(document, run, log)
+    if failed:
+        raise CellFailed(f"{method}, seed {seed}: failed, see {folder / 'log.txt'}")
+    seconds = time.monotonic() - began
+    with HERE:
+        from benchmarks.algorithms_scores import evaluate
+
+        scores = evaluate(run, start, judge)
+    cell = {"method": method, "seed": seed, "manifest": wanted, **scores, "seconds": round(seconds, 1)}
+    partial = folder / "cell.partial"
     partial.write_text(json.dumps(cell))
-    partial.rename(path)
-    if method != "start":
+    partial.rename(folder / "cell.json")
+    if method not in ("start", "judge"):
         shutil.rmtree(run)  # a cell's models take 2 GB
-    print(f"{method}, seed {seed}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return cell
+    print(f"{method}, seed {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def write_offline_rows(demo: Path, folder: Path) -> None:
-    """What the offline methods learn from: every rated answer as a demonstration, and with what it was worth."""
+def train_here(document: Path, run: Path, log: TextIO) -> int:
+    """Stages without services in this process; what they say goes to the log. Returns an exit code."""
+    with HERE, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        from steersman.config.base import dump_yaml
+        from steersman.config.manifest import load_manifest
+        from steersman.errors import SteersmanError
+        from steersman.local.prepare import prepare
+        from steersman.progress import ConsoleReporter
+        from training.stage import run_stage
+
+        try:
+            manifest = load_manifest(document)
+            run.mkdir(exist_ok=True)
+            (run / "manifest.yaml").write_text(dump_yaml(manifest))
+            with ConsoleReporter("prepare") as reporter:
+                prepare(manifest, run, reporter)
+            for name in manifest.stage_names():
+                run_stage(run, name, [])
+        except SteersmanError as error:
+            print(error, file=log)
+            return error.exit_code
+    return 0
+
+
+def write_rated_answers(demo: Path, folder: Path) -> None:
+    """What the offline methods learn from, as demonstrations too: every rated answer, good or bad."""
     from steersman.data import records
-    from steersman.data.returns import returns_of
 
-    folder.mkdir(parents=True, exist_ok=True)
     rated = records.read_jsonl(demo / "aspects.train.jsonl", records.Aspects)
-    returns = [one for row in rated for one in returns_of(row, {})]
-    records.write_jsonl(folder / "returns.jsonl", returns)
-    said = (records.Demonstration(messages=[*row.prompt, *row.completion]) for row in returns)
+    said = (records.Demonstration(messages=[*row.prompt, *row.completion]) for row in rated)
     records.write_jsonl(folder / "demonstrations.jsonl", said)
-
-
-def evaluate(run: Path, start: Path) -> None:
-    """Answers the held-out prompts with a run's last model and writes `scores.json`.
-
-    Args:
-        start: the seed's shared run: data, the reward model, and the SFT model that the KL is measured to.
-    """
-    import torch
-
-    from steersman.config.manifest import load_manifest
-    from steersman.data import records
-    from steersman.nn.load import load_causal_lm, load_reward_model, load_tokenizer
-    from steersman.nn.tokens import prompt_ids, stop_ids
-    from steersman.rewards import build_reward
-
-    torch.set_num_threads(1)
-    torch.manual_seed(EVALUATION_SEED)
-    manifest = load_manifest(run / "manifest.yaml")
-    names = manifest.stage_names()
-    last = next(run / name / "model" for name in reversed(names) if name != "reward-model")
-    tokenizer = load_tokenizer(last)
-    policy, reference = with_heads(load_causal_lm(last), last), load_causal_lm(start / "sft" / "model")
-    rubric, reward_model = build_reward("demo-rubric"), load_reward_model(start / "reward-model" / "model")
-    stops = stop_ids(tokenizer, policy.generation_config)
-    rows = list(records.read_jsonl(start / "data" / "prompts.heldout.jsonl", records.Prompt))
-    chats = [[message.model_dump(exclude_none=True) for message in row.prompt] for row in rows]
-    prompts = [prompt_ids(tokenizer, chat) for chat in chats]
-    columns: dict[str, list[float]] = {name: [] for name in ("reward", "rubric", "kl", "length", "cut")}
-    for row, chat, prompt, answer in zip(rows, chats, prompts, sample(policy, prompts, stops), strict=True):
-        text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-        columns["reward"].append(reward_model.score([prompt + answer]).reward.item())
-        columns["rubric"].append(rubric(chat, text, row.facts or {}).value)
-        columns["kl"].append(logprob(policy, prompt, answer) - logprob(reference, prompt, answer))
-        columns["length"].append(float(len(answer)))
-        columns["cut"].append(float(answer[-1] not in stops))
-    seconds = json.loads((run / "usage.json").read_text())["seconds"]
-    shared = 0 if "reward-model" not in names else 2
-    trained = sum(seconds.get(name, 0.0) for name in names[shared:])
-    (run / "scores.json").write_text(json.dumps({**columns, "seconds": trained}))
-
-
-def with_heads(policy: Any, folder: Path) -> Any:
-    """The model with ILQL's advantages in its logits, where its folder has heads: `generate` draws with them."""
-    from steersman.nn.ilql import AdvantageHeads, read_heads
-
-    tensors = read_heads(folder)
-    if not tensors:
-        return policy
-    text = policy.config.get_text_config(decoder=True)
-    heads = AdvantageHeads.of(tensors, text.hidden_size, text.vocab_size)
-    forward = policy.forward
-
-    @functools.wraps(forward)
-    def steered(*inputs: Any, **options: Any) -> Any:
-        output = forward(*inputs, **{**options, "output_hidden_states": True})
-        output.logits = output.logits + heads(output.hidden_states[-1][:, -output.logits.shape[1] :])
-        return output
-
-    policy.forward = steered
-    return policy
-
-
-def sample(policy: Any, prompts: list[list[int]], stops: list[int]) -> Iterator[list[int]]:
-    """An answer to every prompt, its end token included."""
-    import torch
-
-    for first in range(0, len(prompts), EVALUATION_BATCH):
-        batch = prompts[first : first + EVALUATION_BATCH]
-        width = max(map(len, batch))
-        answers = policy.generate(
-            torch.tensor([[stops[0]] * (width - len(prompt)) + prompt for prompt in batch]),
-            attention_mask=torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch]),
-            do_sample=True,
-            temperature=GENERATION["temperature"],
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=GENERATION["maxNewTokens"],
-            eos_token_id=stops,
-            pad_token_id=stops[0],
-        )[:, width:].tolist()
-        for answer in answers:
-            end = next((place for place, token in enumerate(answer) if token in stops), len(answer) - 1)
-            yield answer[: end + 1]
-
-
-def logprob(model: Any, prompt: list[int], answer: list[int]) -> float:
-    """Log-probability of the answer at the temperature of the sampling, in nats."""
-    import torch
-
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + answer]), logits_to_keep=len(answer) + 1).logits[0, :-1]
-    logprobs = (logits / GENERATION["temperature"]).log_softmax(-1)
-    return logprobs.gather(1, torch.tensor(answer)[:, None]).sum().item()
 
 
 def table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -263,9 +214,12 @@ def table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for method in dict.fromkeys(cell["method"] for cell in cells):
         own = [cell for cell in cells if cell["method"] == method]
         row: dict[str, Any] = {"method": method, "seeds": [cell["seed"] for cell in own]}
-        for name in ("reward", "rubric", "kl", "length", "cut"):
-            row[name] = [round(value, 4) for value in mean_interval([v for cell in own for v in cell[name]])]
-            row[f"{name}_by_seed"] = [round(sum(cell[name]) / len(cell[name]), 4) for cell in own]
+        for name in COLUMNS:
+            with_it = [cell[name] for cell in own if cell[name]]
+            row[name] = (
+                [round(value, 4) for value in mean_interval(list(chain.from_iterable(with_it)))] if with_it else None
+            )
+            row[f"{name}_by_seed"] = [round(sum(values) / len(values), 4) for values in with_it]
         row["seconds"] = [cell["seconds"] for cell in own]
         found.append(row)
     return found
@@ -284,8 +238,8 @@ def difference(cells: list[dict[str, Any]], one: str, other: str) -> list[float]
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
 
-    def interval(values: list[float], digits: int = 2) -> str:
-        return f"{values[0]:.{digits}f} ± {values[0] - values[1]:.{digits}f}"
+    def interval(values: list[float] | None, digits: int = 2) -> str:
+        return "—" if values is None else f"{values[0]:.{digits}f} ± {values[0] - values[1]:.{digits}f}"
 
     head = ("method", "reward", "by seed", "rubric", "KL, nats", "tokens", "cut short", "seconds")
     lines = [head, ("---",) * len(head)]
@@ -298,52 +252,71 @@ def show(rows: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(line) + " |")
 
 
-def main() -> None:
+def write_figures(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report of all cells below --out that were made with these options, of whatever methods and seeds."""
+    seeds = sorted(int(folder.name.removeprefix("seed-")) for folder in arguments.out.glob("seed-*"))
+    found = [done(arguments, method, seed) for method in METHODS for seed in seeds]
+    # The same model, with the reward model beside it.
+    begun = [done(arguments, "judge", seed) or done(arguments, "start", seed) for seed in seeds]
+    cells = [{**cell, "method": "start"} for cell in begun if cell] + [cell for cell in found if cell]
+    report = {
+        **heading(1),
+        **{name: getattr(arguments, name) for name in OPTIONS},
+        "ilql": ILQL,
+        "table": table(cells),
+        "ilql_minus_sft": difference(cells, "ilql", "offline-sft"),
+    }
+    figures = arguments.out.with_suffix(".json")
+    figures.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--seeds", default="17,29,43", help="comma-separated")
     parser.add_argument("--budget", type=int, default=256, help="answers through the policy, a multiple of 32")
+    parser.add_argument("--start-steps", type=int, default=30, help="steps of 8 rows of SFT and of the reward model")
+    parser.add_argument(
+        "--offline-steps", type=int, default=40, help="steps of 16 rated answers of offline-sft and ilql"
+    )
     parser.add_argument("--prompts", type=int, default=48, help="held-out prompts a seed")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of all methods behind the start")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="cells at the same time")
     parser.add_argument("--base", default="smollm2-135m-instruct", help="base model")
     parser.add_argument("--out", type=Path, default=Path("build/bench/algorithms"), help="folder of the cells")
-    parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.evaluate:
-        return evaluate(arguments.evaluate, arguments.start)
-    methods, seeds = arguments.methods.split(","), [int(seed) for seed in arguments.seeds.split(",")]
-    unknown = sorted(set(methods) - set(METHODS))
+    arguments.out = arguments.out.absolute()
+    arguments.methods = arguments.methods.split(",")
+    arguments.seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    unknown = sorted(set(arguments.methods) - {"start", *METHODS})
     if unknown or arguments.budget % 32:
         parser.error(f"unknown method {unknown[0]}" if unknown else "--budget must be a multiple of 32")
-    arguments.out = arguments.out.absolute()
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
     failures: list[str] = []
 
-    def attempt(cell: tuple[str, int]) -> list[dict[str, Any]]:
+    def attempt(cell: tuple[str, int]) -> None:
         try:
-            return [run_cell(arguments, *cell)]
+            run_cell(arguments, *cell)
+            write_figures(arguments)
         except CellFailed as failure:
             failures.append(str(failure))
             print(failure, file=sys.stderr, flush=True)
-            return []
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        cells = [cell for found in pool.map(attempt, [("start", seed) for seed in seeds]) for cell in found]
-        wanted = [(method, cell["seed"]) for cell in cells for method in methods]
-        cells += [cell for found in pool.map(attempt, wanted) for cell in found]
-    rows = table(cells)
-    result = {
-        **heading(1),
-        "base": arguments.base,
-        "budget": arguments.budget,
-        "prompts": arguments.prompts,
-        "table": rows,
-        "ilql_minus_sft": difference(cells, "ilql", "offline-sft"),
-    }
-    figures = arguments.out.with_suffix(".json")
-    figures.write_text(json.dumps(result, indent=1))
-    show(rows)
-    print(f"\nilql_minus_sft: {result['ilql_minus_sft']}\n{figures}")
+        list(pool.map(attempt, [("start", seed) for seed in arguments.seeds]))
+        begun = [seed for seed in arguments.seeds if done(arguments, "start", seed)]
+        if set(arguments.methods) - {"start", *OFFLINE}:
+            list(pool.map(attempt, [("judge", seed) for seed in begun]))
+            begun = [seed for seed in begun if done(arguments, "judge", seed)]
+        list(pool.map(attempt, [(method, seed) for method in arguments.methods if method != "start" for seed in begun]))
+    report = write_figures(arguments)
+    show(report["table"])
+    print(f"\nilql_minus_sft: {report['ilql_minus_sft']}\n{arguments.out.with_suffix('.json')}")
     if failures:
         raise SystemExit("\n".join(failures))
 

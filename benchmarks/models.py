@@ -1,4 +1,4 @@
-"""Which architecture goes through which path: every causal and encoder configuration that transformers offers.
+"""Which architecture goes through which path: every decoder, encoder and encoder-decoder that transformers offers.
 
     python -m benchmarks.models [--only llama gemma2 ...] [--docs docs/models.md] [--workers 2] [--seconds 120]
 
@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
@@ -41,6 +43,7 @@ from services.policy.engines.choice import difference_of, engine_verdict
 from services.policy.engines.transformers_engine import with_decoder
 from steersman.config.manifest import Lora
 from steersman.nn import parity
+from steersman.nn.encoder_decoder import collated, is_encoder_decoder, language_model_class, refuse_encoder_decoder
 from steersman.nn.forward import is_decoder, predicting_states, unwrapped
 from steersman.nn.head import OutputHead
 from steersman.nn.load import load_causal_lm, quiet_libraries
@@ -48,6 +51,7 @@ from steersman.nn.lora import attach_lora, merge_to_folder, save_adapter
 from steersman.nn.packed import pack
 from steersman.nn.parity import Verdict, causal_verdict, choose_forward, example_groups, score_verdict, skip_padding
 from steersman.nn.tiny import LENGTH, tiny_model
+from steersman.nn.tokens import IGNORE
 from steersman.testing.models import save_model_folder
 
 CAUSAL_PATHS = ("sft", "dpo", "rlFull", "rlLora", "reference", "engine", "merge")
@@ -82,6 +86,21 @@ _FIRST = {
     *("bert", "deberta-v2", "modernbert", "distilbert", "xlm-roberta", "electra", "albert", *VARIANTS),
 }
 """What people bring is measured first."""
+
+
+def _default(family: str) -> PreTrainedConfig | None:
+    """The configuration of a family without options; None where it cannot be made."""
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[family]()
+    except Exception:  # whatever a configuration's own code raises
+        return None
+    return config
+
+
+ENCODER_DECODERS = [
+    family for family in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if is_encoder_decoder(_default(family))
+]
+"""Those that write text from text; the mapping has models of speech, too, whose text part is a decoder."""
 _REPORT = Path("build/bench/models.json")
 INDEPENDENT_SEED = 11
 MARKS = {"agrees": "agrees", "plain": "plain", "refused": "–"}
@@ -115,7 +134,7 @@ def measure(name: str, seconds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     started, paths = time.monotonic(), {}
     family = VARIANTS.get(name, (name, {}))[0]
-    offered = (CAUSAL_PATHS if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ()) + (
+    offered = (CAUSAL_PATHS if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or family in ENCODER_DECODERS else ()) + (
         SCORE_PATHS if family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES else ()
     )
     for path in offered:
@@ -129,6 +148,8 @@ def measure(name: str, seconds: int) -> dict[str, Any]:
 
 
 def _path(path: str, config: PreTrainedConfig) -> dict[str, Any]:
+    if path == "dpo":
+        refuse_encoder_decoder(config, "DPO is for decoders")
     if path == "engine":
         decoder, verdict = engine_verdict(config, with_decoder)
     else:
@@ -150,7 +171,7 @@ def _path(path: str, config: PreTrainedConfig) -> dict[str, Any]:
 
 def _again(path: str, config: PreTrainedConfig, verdict: Verdict, decoder: Any) -> float:
     """Largest difference on another random model and other rows, through the functions that the path calls."""
-    auto = AutoModelForSequenceClassification if path in SCORE_PATHS else AutoModelForCausalLM
+    auto = AutoModelForSequenceClassification if path in SCORE_PATHS else language_model_class(config)
     model = tiny_model(auto, config, seed=INDEPENDENT_SEED)
     longest = LENGTH if verdict.limit else None
     if path == "engine":
@@ -176,7 +197,19 @@ def _own(model: Any, groups: list[parity.Group]) -> Tensor:
 def _padded_difference(model: PreTrainedModel, groups: list[parity.Group]) -> float:
     trained = copy.deepcopy(model)
     skip_padding(trained)
-    return _largest(parity.of_padded_batch(trained, groups), _own(model, groups))
+    padded = _collated_batch if is_encoder_decoder(model.config) else parity.of_padded_batch
+    return _largest(padded(trained, groups), _own(model, groups))
+
+
+@torch.no_grad()
+def _collated_batch(trained: Any, groups: list[parity.Group]) -> Tensor:
+    """As `of_padded_batch`, in the batch from which an encoder-decoder learns."""
+    pairs = [(prompt, answer) for prompt, answers in groups for answer in answers]
+    rows = [{"input_ids": prompt.tolist(), "labels": answer.tolist()} for prompt, answer in pairs]
+    batch = collated(rows, trained, IGNORE)
+    labels = batch.pop("labels").long()
+    table = trained(**batch).logits.float().log_softmax(-1)
+    return table.gather(2, labels.clamp(min=0)[..., None])[..., 0][labels != IGNORE]
 
 
 def _packed_difference(model: PreTrainedModel, groups: list[parity.Group]) -> float:
@@ -238,7 +271,8 @@ included.
 - **agrees**: without padding, prompts shared between answers, sliding windows past their end; the engine has a cache of
   its own with continuous batching.
 - **plain**: the model's own code on rows of equal length (the engine: one sample at a time). Slower, announced, and
-  right. Recurrent and convolution layers, ALiBi, and masks that a model makes itself end here.
+  right. Recurrent and convolution layers, ALiBi, and masks that a model makes itself end here, and encoder-decoders,
+  whose prompts and answers are padded.
 - **–**: refused with the measured reason, which is in `build/bench/models.json`: an output layer that is more than one
   linear layer (language-model heads of encoders), a training mode that computes something else than evaluation mode
   (Phi-3.5 MoE draws its experts), LoRA on a weight that the model reads past its layer (Mamba's `dt_proj` under
@@ -290,7 +324,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=120, help="of one path of one architecture")
     arguments = parser.parse_args()
-    everything = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, *VARIANTS]
+    mapped = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    everything = [*chain.from_iterable(mapped), *ENCODER_DECODERS, *VARIANTS]
     names = arguments.only or sorted(set(everything), key=lambda name: (name not in _FIRST, name))
     results: list[dict[str, Any]] = []
     with ProcessPoolExecutor(arguments.workers, get_context("spawn"), max_tasks_per_child=25) as pool:

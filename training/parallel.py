@@ -1,4 +1,4 @@
-"""Several ranks under torchrun: decoder layers sharded by FSDP2, everything else replicated.
+"""Several ranks under torchrun: layers sharded by FSDP2, everything else replicated.
 
     torchrun --nproc-per-node N -m training.stage ...
 
@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from steersman.nn.forward import trunk_of
+from steersman.nn.forward import layers_of
 from training import RANKS_FILE
 
 T = TypeVar("T")
@@ -61,11 +61,15 @@ class Ranks:
         return float(self.world)
 
     def shard(self, model: nn.Module) -> None:
-        """Shards the decoder layers of a transformers model, PEFT-wrapped or not, in place."""
+        """Shards the layers of a transformers model, PEFT-wrapped or not, in place.
+
+        Raises:
+            ConfigError: a model whose layers are not found.
+        """
         if self.world == 1:
             return
         mesh = init_device_mesh(self.device, (self.world,))
-        for layer in trunk_of(model).layers:  # type: ignore[union-attr]
+        for layer in layers_of(model):
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
     def from_first(self, make: Callable[[], T]) -> T:

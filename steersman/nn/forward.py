@@ -43,6 +43,30 @@ def trunk_of(model: nn.Module) -> nn.Module:
     return trunk.decoder if "decoder" in calls and hasattr(trunk, "decoder") else trunk
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers that make up the trunk, one like the other; of an encoder-decoder those of both stacks.
+
+    Raises:
+        ConfigError: the model keeps them elsewhere.
+    """
+    base = unwrapped(model)
+    stacks = (
+        (base.get_encoder(), base.get_decoder())
+        if encoder_decoder.is_encoder_decoder(base.config)
+        else (trunk_of(model),)
+    )
+    found: list[nn.Module] = []
+    for stack in stacks:
+        layers = getattr(stack, "layers", getattr(stack, "block", None))  # `block`: T5 and its family
+        if not isinstance(layers, nn.ModuleList):
+            raise ConfigError(
+                f"{type(base).__name__} cannot be shared among ranks: {type(stack).__name__} has no list of layers; "
+                "set trainer.workers to 1"
+            )
+        found += layers
+    return found
+
+
 def is_decoder(model: nn.Module) -> bool:
     """True for a causal LM, or a classifier that reads the last token of one; False for encoders."""
     base = unwrapped(model)

@@ -14,14 +14,14 @@ from transformers import BartConfig, MT5Config, PreTrainedConfig, T5Config, T5Fo
 from steersman.config.manifest import Lora
 from steersman.errors import ConfigError
 from steersman.nn.encoder_decoder import TEXT_TO_TEXT, collated, start_token
-from steersman.nn.forward import predicting_states
+from steersman.nn.forward import layers_of, predicting_states
 from steersman.nn.head import OutputHead
 from steersman.nn.load import load_causal_lm, load_classifier, load_tokenizer
 from steersman.nn.lora import attach_lora, merge_to_folder, save_adapter
 from steersman.nn.packed import pack
 from steersman.nn.parity import causal_verdict, choose_forward, example_groups, score_verdict
 from steersman.nn.tokens import label_conversation, prompt_and_answer_ids, prompt_ids, stop_ids
-from steersman.testing.models import save_model_folder, tiny_t5, tiny_tokenizer
+from steersman.testing.models import save_model_folder, tiny_llama, tiny_t5, tiny_tokenizer
 
 USER = {"role": "user", "content": "sum up"}
 ANSWER = {"role": "assistant", "content": "short"}
@@ -151,3 +151,13 @@ def test_what_is_not_for_an_encoder_decoder_is_refused_in_one_sentence(tmp_path:
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
     with pytest.raises(ConfigError, match="names no decoder_start_token_id"):
         start_token(model)
+
+
+def test_the_layers_of_both_stacks_are_found() -> None:
+    assert len(layers_of(tiny_t5())) == 4
+    assert len(layers_of(attach_lora(tiny_t5(), Lora(rank=2)))) == 4
+    decoder = tiny_llama()
+    assert layers_of(decoder) == list(decoder.model.layers)
+    del decoder.model.layers
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot be shared .* set trainer.workers to 1"):
+        layers_of(decoder)
