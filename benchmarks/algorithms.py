@@ -91,7 +91,8 @@ def manifest(arguments: argparse.Namespace, method: str, seed: int) -> dict[str,
     sizes = {"optimizer": {"learningRate": 1e-3}, "batchSize": 8, "maxSteps": arguments.start_steps}
     shared: list[dict[str, Any]] = [{"sft": sizes}] if method == "start" else [{"sft": sizes}, {"rewardModel": sizes}]
     data: dict[str, Any] = {"demo": {"heldoutPrompts": arguments.prompts}}
-    base, start = arguments.base, shared_run(arguments, "start", seed)
+    folder, start = Path(arguments.base).absolute(), shared_run(arguments, "start", seed)
+    base = str(folder) if folder.is_dir() else arguments.base
     if method in OFFLINE:  # its data are files of its own, so it begins as a run of its own at the SFT model
         shared, base = [], str(start / "sft" / "model")
         rated = {"aspects": {"train": str(start / "data" / "aspects.train.jsonl")}}
