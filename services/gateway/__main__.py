@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
-import os
 import sys
 from pathlib import Path
 
 from services.gateway.config import GatewayConfig, load_config
 from steersman.config import dump_yaml
+from steersman.ending import end_within
 from steersman.errors import SteersmanError
 
 
@@ -25,21 +24,20 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print_config:
             print(dump_yaml(config), end="")
             return 0
-        _run(config)
+        return _run(config)
     except SteersmanError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
-def _run(config: GatewayConfig) -> None:
+def _run(config: GatewayConfig) -> int:
     # Imported late: `--help` and configuration errors need none of it.
     import uvloop
 
     from services.gateway.logs import configure_logging
     from services.gateway.server import Gateway
 
-    async def serve() -> None:
+    async def serve() -> int:
         gateway = Gateway(config)
         await gateway.start()
         # What is there now stays: a full collection would walk all of it and hold every stream up meanwhile.
@@ -51,17 +49,13 @@ def _run(config: GatewayConfig) -> None:
         except SteersmanError as error:
             print(f"gateway: {error}", file=sys.stderr)
             code = error.exit_code
-        # What was acknowledged is stored. A thread that waits for a database or a server which does not answer would
-        # be joined without a limit by the end of the loop.
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_within(2.0, code)  # what was acknowledged is stored
+        return code
 
     configure_logging()
     # The thread that writes to the database hands the interpreter back sooner than after the usual 5 ms.
     sys.setswitchinterval(0.001)
-    uvloop.run(serve())
+    return uvloop.run(serve())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from steersman.config.base import apply_overrides, load_model, read_yaml
+from steersman.ending import end_within
 from steersman.errors import SteersmanError
 from steersman.openmp import prefer_yielding_threads
 from steersman.rpc.server import ServerConfig
@@ -19,6 +20,9 @@ from steersman.rpc.server import ServerConfig
 OVERRIDES = "STEERSMAN_SET"
 """Environment variable with a line `a.b=c` for each override of the file, weaker than `--set`: what a controller sets
 on a Deployment that somebody else made."""
+
+END_SECONDS = 5.0
+"""How long the end of a process may wait for threads, once calls have been drained."""
 
 C = TypeVar("C", bound=ServerConfig)
 
@@ -35,9 +39,25 @@ def service_main(name: str, config_type: type[C], serve: Callable[[C], Awaitable
         given = [line for line in os.environ.get(OVERRIDES, "").splitlines() if line.strip()]
         data = apply_overrides(read_yaml(arguments.config) if arguments.config else {}, [*given, *arguments.set])
         config = load_model(config_type, data, str(arguments.config or "--set"))
-        asyncio.run(serve(config))  # type: ignore[arg-type]
+        code = asyncio.run(_served(name, serve(config)))
     except SteersmanError as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    if code:
+        raise SystemExit(code)
+
+
+async def _served(name: str, service: Awaitable[None]) -> int:
+    """The exit code of a service that has ended; from then on its threads have END_SECONDS."""
+    code = 130
+    try:
+        await service
+        code = 0
+    except SteersmanError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        code = error.exit_code
+    finally:
+        end_within(END_SECONDS, code)
+    return code

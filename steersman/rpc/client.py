@@ -46,10 +46,15 @@ def open_channel(
 
 
 def open_aio_channel(
-    target: str, tls: ClientTls | None = None, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
+    target: str,
+    tls: ClientTls | None = None,
+    token: str | None = None,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    *,
+    alone: bool = False,
 ) -> grpc.aio.Channel:
-    """The same for asyncio."""
-    options = _options(tls, max_message_bytes)
+    """The same for asyncio. `alone`: with connections that no other channel to the same target shares."""
+    options = [*_options(tls, max_message_bytes), ("grpc.use_local_subchannel_pool", int(alone))]
 
     def make() -> grpc.aio.Channel:
         shown = aio_interceptors(token) if token else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ from steersman.config.base import FrozenModel
 from steersman.config.tls import Tls
 from steersman.errors import ERROR_DOMAIN, ConfigError, RateLimitedError, SteersmanError
 from steersman.rpc.metrics import serve_metrics, track
+from steersman.rpc.sealed import Unreadable, checked
 from steersman.rpc.tls import server_credentials
 from steersman.rpc.token import TokenCheck, read_token
 
@@ -128,6 +129,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         def unary(function: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
+                    request = _readable(request)
                     with self._counted(method):
                         return await function(request, context)
                 except (asyncio.CancelledError, grpc.aio.AbortError):
@@ -140,6 +142,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         def stream(function: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
+                    _readable(request)
                     with self._counted(method):
                         async for response in function(request, context):
                             yield response
@@ -150,19 +153,28 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
             return call
 
+        read, write = checked(method, handler.request_deserializer), handler.response_serializer
         if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(
-                unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
-            )
+            return grpc.unary_unary_rpc_method_handler(unary(handler.unary_unary), read, write)
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(
-                stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
-            )
+            return grpc.unary_stream_rpc_method_handler(stream(handler.unary_stream), read, write)
         if handler.stream_unary:
-            return grpc.stream_unary_rpc_method_handler(
-                unary(handler.stream_unary), handler.request_deserializer, handler.response_serializer
-            )
+            return grpc.stream_unary_rpc_method_handler(unary(handler.stream_unary), read, write)
         return handler
+
+
+def _readable(request: Any) -> Any:
+    """The request, or each of a stream of them; raises what is wrong with one that could not be read."""
+    if isinstance(request, AsyncIterator):
+        return _each_readable(request)
+    if isinstance(request, Unreadable):
+        raise request.error
+    return request
+
+
+async def _each_readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _readable(request)
 
 
 Service = tuple[Callable[[Any, grpc.aio.Server], None], Any, str]

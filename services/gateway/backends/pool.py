@@ -13,13 +13,22 @@ from services.gateway.backends.neutral import Neutraliser, NeutralReplica
 from services.gateway.backends.policy import PolicyReplica
 from services.gateway.config import GatewayConfig
 from steersman.background import Background
-from steersman.errors import ConfigError, InternalError, RateLimitedError, SteersmanError, UnavailableError
+from steersman.errors import (
+    ChecksumError,
+    ConfigError,
+    InternalError,
+    RateLimitedError,
+    SteersmanError,
+    UnavailableError,
+)
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
 
 log = logging.getLogger("steersman.gateway")
 
 # The same request may succeed elsewhere: generation has no side effects.
-_RETRIED = (UnavailableError, RateLimitedError, InternalError)
+_RETRIED = (UnavailableError, RateLimitedError, InternalError, ChecksumError)
+# It may succeed at the same replica, where there is no other: it was damaged on its way, or its connection was.
+_AGAIN = (InternalError, ChecksumError)
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +87,8 @@ class ReplicaPool:
     ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         """Streams the answer of one replica; before its first response others are tried, each once.
 
+        One that is alone is tried twice where the fault may have been on the way.
+
         Raises:
             RateLimitedError: every replica is full.
             UnavailableError: no replica can be reached.
@@ -98,7 +109,8 @@ class ReplicaPool:
             except _RETRIED as error:
                 if isinstance(error, UnavailableError):
                     member.info = None
-                if started or len(tried) == len(self._members):
+                most = max(len(self._members), 2 if isinstance(error, _AGAIN) else 1)
+                if started or len(tried) >= most:
                     raise
                 self.retries += 1
                 log.warning("replica failed, trying another", extra={"replica": member.replica.target})
@@ -108,7 +120,7 @@ class ReplicaPool:
                 await stream.aclose()  # type: ignore[attr-defined]
 
     def _choose(self, tried: list[_Member]) -> _Member:
-        candidates = [member for member in self._members if member not in tried]
+        candidates = [member for member in self._members if member not in tried] or self._members
         return min(candidates, key=lambda member: (member.info is None, member.running))
 
     async def _probe_forever(self) -> None:

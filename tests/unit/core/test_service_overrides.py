@@ -17,6 +17,7 @@ from steersman.rpc.server import ServerConfig
 def test_the_environment_is_weaker_than_the_command_line(tmp_path: Path, monkeypatch, environment, arguments, wanted):
     (tmp_path / "config.yaml").write_text("drainSeconds: 1")
     monkeypatch.setenv(OVERRIDES, environment)
+    monkeypatch.setattr("steersman.rpc.app.end_within", lambda seconds, code: None)  # this process goes on
     monkeypatch.setattr("sys.argv", ["service", "--config", str(tmp_path / "config.yaml"), *arguments])
     seen: list[ServerConfig] = []
 
