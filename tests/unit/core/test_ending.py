@@ -37,7 +37,11 @@ def test_a_service_ends_although_a_thread_waits_for_ever(hang) -> None:
 
 
 def test_its_error_is_said_all_the_same() -> None:
-    command = [sys.executable, "-c", _SERVICE.format(hang=_HANGS["of the loop"], end='raise ConfigError("no; mend it")')]
+    command = [
+        sys.executable,
+        "-c",
+        _SERVICE.format(hang=_HANGS["of the loop"], end='raise ConfigError("no; mend it")'),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
     assert "policy: no; mend it" in done.stderr
