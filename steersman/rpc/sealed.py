@@ -1,8 +1,8 @@
 """Requests that carry a checksum of their own bytes, and what a server makes of those that arrive otherwise.
 
 TCP lets one damaged segment in about 65,000 through, and a proxy may damage what it copies; TLS finds it, plain text
-does not. A client of ours puts a field behind a request that no message declares: a `fixed32` with the CRC-32 of all bytes
-before it. Who does not know it skips it, as protobuf says of unknown fields; a server of ours compares.
+does not. A client of ours puts a field behind a request that no message declares: a `fixed32` with the CRC-32 of all
+bytes before it. Who does not know it skips it, as protobuf says of unknown fields; a server of ours compares.
 """
 
 from __future__ import annotations
