@@ -11,12 +11,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from pydantic.alias_generators import to_camel
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from steersman import __version__
 from steersman.config.manifest import AlignmentRun
 from steersman.errors import ConfigError
+from steersman.nn.encoder_decoder import language_model_class
 from steersman.nn.load import quiet_libraries
+from steersman.nn.lora import attach_lora
 from steersman.nn.parity import SameConfig, Verdict, causal_verdict, describe, score_verdict
 from steersman.progress import ConsoleReporter
 
@@ -31,7 +35,8 @@ def check_architectures(run: AlignmentRun, base: Path, cache_dir: Path, reporter
         base: folder of the base model.
 
     Raises:
-        ConfigError: a model that a stage or the engine would compute wrongly, or not at all.
+        ConfigError: a model that a stage or the engine would compute wrongly, or not at all; a stage's
+            lora.targetModules that do not fit it.
     """
     quiet_libraries()
     config = AutoConfig.from_pretrained(base)
@@ -44,12 +49,30 @@ def check_architectures(run: AlignmentRun, base: Path, cache_dir: Path, reporter
     if any(stage.reward_model is not None and stage.reward_model.base is None for stage in stages):
         scores = known.verdict("score", config, lambda: score_verdict(config))
         _note(scores, f"{name} as a reward model", "spec.model.base", reporter, quiet=scores.outcome == causal.outcome)
+    _check_targets(run, config)
     policy = run.spec.services.policy
     generates = any(getattr(stage, kind, None) is not None for stage in stages for kind in _GENERATING)
     if generates and policy.engine == "transformers" and not policy.endpoints:
         reporter.activity(f"checking {name} in the generation engine")
         engine = known.verdict("engine", config, lambda: _asked_engine(base))
         _note(engine, f"{name} in the engine", "spec.model.base", reporter, quiet=engine.outcome == causal.outcome)
+
+
+def _check_targets(run: AlignmentRun, config: Any) -> None:
+    """Refuses what `attach_lora` would refuse when the stage begins; the model has its real layers, and no weights."""
+    for index, stage in enumerate(run.spec.stages):
+        lora = getattr(stage.spec, "lora", None)
+        if lora is None or lora.target_modules == "all-linear":
+            continue
+        if stage.reward_model is not None and stage.reward_model.base is not None:
+            continue
+        auto = language_model_class(config) if stage.reward_model is None else AutoModelForSequenceClassification
+        with torch.device("meta"):
+            model = auto.from_config(config)
+        try:
+            attach_lora(model, lora)
+        except ConfigError as error:
+            raise ConfigError(f"spec.stages.{index}.{to_camel(stage.kind)}.{error.message}") from None
 
 
 def _note(verdict: Verdict, name: str, field: str, reporter: ConsoleReporter, *, quiet: bool = False) -> None:

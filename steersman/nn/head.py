@@ -23,6 +23,9 @@ from steersman.nn.encoder_decoder import is_encoder_decoder
 from steersman.nn.forward import trunk_of, unwrapped
 from steersman.nn.logprobs import token_logprobs, top_p_sets_of
 
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What families call the cap of their logits."""
+
 
 class OutputHead:
     """The output layer of a model; new values of its parameters count at once, adapters on it included."""
@@ -42,7 +45,7 @@ class OutputHead:
             )
         self._module: Any = module
         text = base.config.get_text_config(decoder=True)
-        self.softcap: float | None = getattr(text, "final_logit_softcapping", None)
+        self.softcap: float | None = next(filter(None, (getattr(text, name, None) for name in _CAPS)), None)
         self.scale = _measured_scale(base, self._parameters(), self.softcap)
 
     def token_logprobs(

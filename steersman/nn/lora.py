@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +13,27 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, ge
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from steersman.artifacts import atomic_dir
 from steersman.config.manifest import Lora
 from steersman.errors import ConfigError
-from steersman.nn.encoder_decoder import is_encoder_decoder
+from steersman.nn.encoder_decoder import is_encoder_decoder, language_model_class
 from steersman.nn.fused_lora import fuse_lora
 from steersman.nn.ilql import HeadTensors, read_heads, write_heads
 from steersman.nn.load import load_causal_lm, load_classifier, load_tokenizer
+from steersman.nn.parity import SameConfig
+from steersman.nn.tiny import tiny_model
 
 MERGE_TOLERANCE = 1e-3
 """Of logits, relative to the largest one: rounding in fp32 stays a hundred times below."""
 _HEADS = ("score", "classifier")
+_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Families whose fused kernels read the weight of `out_proj`; PEFT refuses an adapter there."""
 
 
 def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
@@ -33,17 +42,18 @@ def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
     A classification head is new, so it is trained whole. Everything starts as the identity.
 
     Raises:
-        ConfigError: target modules that the model lacks, or tied embeddings as target.
+        ConfigError: target modules that the model lacks or whose weights it reads itself, or tied embeddings as target.
     """
     heads = [name for name in _HEADS if any(True for _ in getattr(model, name, nn.Identity()).parameters())]
     causal = not heads and getattr(model, "get_output_embeddings", lambda: None)() is not None
+    misread = _misread_layers(model, classifies=bool(heads))
     writes = TaskType.SEQ_2_SEQ_LM if is_encoder_decoder(getattr(model, "config", None)) else TaskType.CAUSAL_LM
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        exclude_modules=_special_layers(model) if lora.target_modules == "all-linear" else None,
+        exclude_modules=[*_special_layers(model), *misread] or None if lora.target_modules == "all-linear" else None,
         use_dora=lora.use_dora,
         modules_to_save=heads or None,
         task_type=TaskType.SEQ_CLS if heads else writes if causal else None,
@@ -53,6 +63,7 @@ def attach_lora(model: nn.Module, lora: Lora) -> PeftModel:
     except ValueError as error:
         raise ConfigError(f"lora.targetModules {lora.target_modules!r} does not fit the model ({error})") from None
     _refuse_tied_targets(wrapped)
+    _refuse_misread_targets(wrapped, misread)
     fuse_lora(wrapped)
     return wrapped
 
@@ -69,7 +80,7 @@ def round_frozen_products(model: nn.Module) -> None:
                 weight.data = weight.data.to(torch.bfloat16)
 
 
-def _special_layers(model: nn.Module) -> list[str] | None:
+def _special_layers(model: nn.Module) -> list[str]:
     """Layers that are linear by inheritance only, such as Llama 4's router, which gives two results."""
     return [
         name
@@ -77,7 +88,36 @@ def _special_layers(model: nn.Module) -> list[str] | None:
         if isinstance(module, nn.Linear)
         and type(module).__module__.startswith("transformers.models.")
         and type(module).forward is not nn.Linear.forward
-    ] or None
+    ]
+
+
+def _misread_layers(model: nn.Module, *, classifies: bool) -> tuple[str, ...]:
+    """The last two parts of the names of linear layers whose weight the model reads without calling the layer, such as
+    `mamba.dt_proj` and a router's `classifier`: an adapter there would do nothing until it is merged."""
+    if not isinstance(model, PreTrainedModel):
+        return ()
+    fused = ("mixer.out_proj", "mamba.out_proj") if model.config.model_type in _MAMBAS else ()
+    return _misread(SameConfig(model.config), classifies) + fused
+
+
+@functools.lru_cache(maxsize=64)
+def _misread(same: SameConfig, classifies: bool) -> tuple[str, ...]:
+    """Found by computing, on a small random model: a weight has a gradient, and its layer was not called. Draws no
+    random number of the caller's."""
+    try:
+        small = tiny_model(
+            AutoModelForSequenceClassification if classifies else language_model_class(same.config), same.config
+        )
+    except ConfigError:
+        return ()  # no small model can be built; merging compares once more
+    linear = {name: module for name, module in small.named_modules() if isinstance(module, nn.Linear)}
+    called: set[str] = set()
+    for name, module in linear.items():
+        module.register_forward_hook(lambda layer, given, result, name=name: called.add(name))
+    with torch.inference_mode(False), torch.enable_grad():
+        _example_outputs(small).float().square().sum().backward()
+    read = [name for name, module in linear.items() if name not in called and module.weight.grad is not None]
+    return tuple(sorted({".".join(name.split(".")[-2:]) for name in read}))
 
 
 def load_adapter(model: nn.Module, adapter: Path, *, trainable: bool = False) -> PeftModel:
@@ -159,9 +199,16 @@ def merge_to_folder(base: Path, adapter: Path, folder: Path, *, stop_ids: Sequen
 
 @torch.no_grad()
 def _example_logits(model: Any) -> Tensor:
-    ids = torch.arange(3, 19, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
-    options = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits.float()
+    return _example_outputs(model).float()
+
+
+def _example_outputs(model: Any) -> Tensor:
+    text = model.config.get_text_config()
+    ids = torch.arange(3, 19, device=next(model.parameters()).device)[None] % text.vocab_size
+    options: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    if hasattr(text, "use_cache"):
+        options["use_cache"] = False
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits
     return logits
 
 
@@ -231,6 +278,15 @@ def _outputs_of(adapter: Path) -> int:
         if not heads:
             raise ConfigError(f"{adapter}: the adapter of a classifier has no head; train it with modules_to_save")
         return int(tensors.get_slice(heads[0]).get_shape()[0])
+
+
+def _refuse_misread_targets(model: PeftModel, misread: Sequence[str]) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and name.endswith(tuple(misread)):
+            raise ConfigError(
+                f"lora.targetModules names {name.split('.')[-1]}, whose weight {type(model.get_base_model()).__name__} "
+                "reads itself, so that an adapter there would do nothing; leave it out"
+            )
 
 
 def _refuse_tied_targets(model: PeftModel) -> None:

@@ -66,6 +66,17 @@ def test_a_model_that_no_path_computes_is_refused(tmp_path: Path) -> None:
         check_architectures(run_of(tmp_path), tmp_path, tmp_path, Heard())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("targets", "said"), [
+    (["q_proj", "dt_proj"], "names dt_proj, whose weight JambaForCausalLM reads itself"),
+    (["nothing"], r"\['nothing'\] does not fit the model"),
+])  # fmt: skip
+def test_an_adapter_that_would_do_nothing_is_refused_before_anything_is_spent(tmp_path: Path, targets, said) -> None:
+    base = save_model_folder(tmp_path / "base", tiny_model(AutoModelForCausalLM, CONFIG_MAPPING["jamba"]()))
+    run = run_of(base, {"sft": {"lora": {"targetModules": targets}}})
+    with pytest.raises(ConfigError, match=rf"spec\.stages\.0\.sft\.lora\.targetModules {said}"):
+        check_architectures(run, base, tmp_path, Heard())  # type: ignore[arg-type]
+
+
 def validate(manifest: Path, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "steersman", "validate", "-f", str(manifest)],

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from numeric import assert_same
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -48,6 +48,7 @@ def peft_forward_everywhere(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16 autocast"])
 def test_the_fused_product_equals_pefts(build, dtype):
+    torch.manual_seed(0)  # of the adapters' beginning
     fused = attach_lora(build(), Lora(rank=4))
     train_a_little(fused)
     plain = copy.deepcopy(fused)
@@ -155,11 +156,34 @@ def test_an_adapter_arrives_whole_where_a_familys_checkpoints_have_other_names(t
     assert_same(load_causal_lm(tmp_path / "merged")(IDS).logits, model.eval()(IDS).logits)
 
 
-def test_a_merge_that_gives_another_model_is_refused(tmp_path):
-    """Jamba's Mamba layers read the weight of `dt_proj` without calling it, so that an adapter there does nothing."""
-    base = save_model_folder(tmp_path / "base", tiny_model(AutoModelForCausalLM, CONFIG_MAPPING["jamba"]()))
+@pytest.mark.parametrize(
+    ("family", "read"), [("jamba", "dt_proj"), ("longcat_flash", "classifier"), ("mamba", "dt_proj")]
+)
+def test_a_weight_that_the_model_reads_itself_gets_no_adapter(tmp_path, family, read):
+    """Jamba's Mamba layers read the weight of `dt_proj` without calling it, and LongCat's router that of `classifier`:
+    an adapter there would do nothing until it is merged."""
+    base = save_model_folder(tmp_path / "base", tiny_model(AutoModelForCausalLM, CONFIG_MAPPING[family]()))
+    with pytest.raises(ConfigError, match=rf"lora\.targetModules names {read}, whose weight \w+ reads itself"):
+        attach_lora(load_causal_lm(base), Lora(rank=4, target_modules=[read, "q_proj", "x_proj"]))
     model = attach_lora(load_causal_lm(base), Lora(rank=4))
+    adapted = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted
+    assert read not in adapted
     train_a_little(model)
+    save_adapter(model, tmp_path / "adapter")
+    merge_to_folder(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = load_causal_lm(tmp_path / "merged")(IDS).logits
+    assert (merged - model.eval()(IDS).logits).abs().max() < 1e-3  # a recurrence carries roundings on
+
+
+def test_a_merge_that_gives_another_model_is_refused(tmp_path):
+    """An adapter that came from elsewhere, with targets that do nothing before they are merged."""
+    base = save_model_folder(tmp_path / "base", tiny_model(AutoModelForCausalLM, CONFIG_MAPPING["jamba"]()))
+    model = get_peft_model(load_causal_lm(base), LoraConfig(target_modules=["dt_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5)
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(ConfigError, match="computes something else"):
         merge_to_folder(base, tmp_path / "adapter", tmp_path / "merged")

@@ -73,6 +73,7 @@ PLAIN = {
     "jamba": {},
     "llama4_text": {},
     "nemotron": {"num_key_value_heads": 8},
+    "recurrent_gemma": {},
 }
 
 
@@ -87,7 +88,8 @@ def test_they_train_without_padding(family: str) -> None:
 @pytest.mark.parametrize("family", PLAIN)
 def test_they_train_in_the_plain_way(family: str) -> None:
     """Recurrence, convolutions, masks of their own, queries scaled by their place in the batch: a packed row would
-    change with its neighbours.
+    change with its neighbours. RecurrentGemma keeps the state it computed last, and calls the cap of its logits by a
+    name of its own.
     """
     verdict = causal_verdict(config_of(family, **PLAIN[family]))
     assert verdict.outcome == "plain"
