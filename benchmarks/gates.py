@@ -7,7 +7,9 @@ amount of its own (standard deviation 1), and samples that scatter around it (st
 the amounts average `gain`: 0 is a model that is no better, only otherwise. `training.evaluate.check_gates` decides with
 the gate `reward: 0`, whose limit is the lower end of a 95% interval, so that 2.5% pass wrongly. `independent` is the
 same decision taken as if all answers were independent. Writes build/bench/gates.json: `false_pass` with its interval,
-`coverage` of the interval, `power` by true gain; of `benchmarks.hacks` `hacks_planted`, `hacks_caught`, `good_passed`.
+`coverage` of the interval, `power` by true gain; of `benchmarks.hacks` `hacks_planted`, `hacks_caught`, `good_passed`;
+`false_alarm`: share of trainings in which `rl.watch` sounds although the scorer that training never uses stays where it
+is while the reward rises, stated as 5%; `alarm_found`: of trainings in which it falls by two standard deviations.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from benchmarks import hacks
 from benchmarks.report import heading, table, write
 from steersman.config.manifest import EvaluateStage
 from steersman.errors import FailedPreconditionError
+from steersman.report.overoptimisation import Look, find_alarm
 from steersman.report.schema import Evaluation, Sample
 from steersman.statistics import compare, wilson_interval
 from training.evaluate import check_gates
 
 GAINS = (0.2, 0.4)
+FALSE_ALARMS = 0.05
 PROMPT_SD, EFFECT_SD, SAMPLE_SD = 1.0, 1.0, 1.0
 
 
@@ -87,6 +91,25 @@ def simulate(simulations: int, prompts: int, samples: int, seed: int = 0) -> dic
     }
 
 
+def alarms(trainings: int, fall: float, *, prompts: int = 32, looks: int = 7, seed: int = 0) -> float:
+    """Share of trainings with an alarm, where the unseen scorer ends `fall` standard deviations lower."""
+    generator = np.random.default_rng(seed)
+    sounded = 0
+    for _ in range(trainings):
+        hard = generator.normal(size=prompts)
+        seen: list[Look] = []
+        for number in range(looks):
+            gold = hard - fall * number / (looks - 1) + generator.normal(size=prompts)
+            names = [f"p{prompt}" for prompt in range(prompts)]
+            reward = dict(zip(names, (hard + 9.0 * number + generator.normal(size=prompts)).tolist(), strict=True))
+            scorers = {"gold": dict(zip(names, gold.tolist(), strict=True))}
+            seen.append(Look(step=number, kl=float(number), reward=reward, scorers=scorers))
+            if find_alarm(seen, looks, FALSE_ALARMS) is not None:
+                sounded += 1
+                break
+    return sounded / trainings
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=1000)
@@ -109,7 +132,10 @@ def main() -> None:
     for name, found in planted["hacks"].items():
         print(f"{name}: {'caught' if found['caught'] else 'NOT CAUGHT'}: {'; '.join(found['reasons'].values())}")
     print(f"good candidate: {'passes' if planted['good_passed'] else planted['good_failed']}")
-    write({**heading(1), **main_case, **options, **planted, "cases": cases}, arguments.out)
+    share, found = alarms(arguments.simulations, 0.0), alarms(max(1, arguments.simulations // 10), 2.0)
+    print(f"over-optimisation: {share:.1%} false alarms ({FALSE_ALARMS:.0%} stated), {found:.0%} of falls by 2 found")
+    watched = {"false_alarm": share, "false_alarm_stated": FALSE_ALARMS, "alarm_found": found}
+    write({**heading(1), **main_case, **options, **planted, **watched, "cases": cases}, arguments.out)
 
 
 if __name__ == "__main__":

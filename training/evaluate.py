@@ -27,13 +27,15 @@ from steersman.gates import Finding
 from steersman.local.knowledge import Scores, compare_knowledge
 from steersman.nn.ilql import read_heads
 from steersman.nn.load import load_causal_lm
-from steersman.report.schema import Evaluation, Message, RewardModelEvaluation, Sample
+from steersman.report.overoptimisation import LOOKS_FILE, read_looks
+from steersman.report.schema import Evaluation, Message, RewardModelEvaluation, Sample, Watched
 from steersman.rewards import Reward, build_reward
 from steersman.suites.asked import SuiteResult
 from training.context import StageContext
 from training.online.connect import Services
 from training.online.publication import WeightsPayload
 from training.online.rollout import Prompt, Scored, cut_share, reward_of, warn_of_cut_answers
+from training.online.watch import planned_looks
 from training.suites import ask_suites
 
 
@@ -55,6 +57,7 @@ def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
         hardware=f"{context.device}, {context.precision}",
         suites=tuple(suites),
         knowledge=_knowledge(spec, context, models),
+        watched=_watched(context),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         settings=spec.model_dump(mode="json", by_alias=True),
         data=data_digests(context.run, context.run_dir),
@@ -177,6 +180,21 @@ def _reward_model_evaluation(context: StageContext) -> RewardModelEvaluation | N
         data: dict[str, Any] = json.loads(path.read_text())
         if "pairs" in data:
             return RewardModelEvaluation.model_validate({key: data[key] for key in RewardModelEvaluation.model_fields})
+    return None
+
+
+def _watched(context: StageContext) -> Watched | None:
+    """Of the newest online stage before this one."""
+    names = context.run.stage_names()
+    before = list(zip(names[: names.index(context.name)], context.spec.stages, strict=False))
+    for name, stage in reversed(before):
+        if stage.rl is not None:
+            looks = read_looks(context.run_dir / name / LOOKS_FILE)
+            watch = stage.rl.watch
+            if watch is None or not looks:
+                return None
+            planned = len(planned_looks(watch, stage.rl.steps))
+            return Watched(looks=looks, planned=planned, false_alarms=watch.false_alarms)
     return None
 
 

@@ -331,6 +331,27 @@ class KlLoss(FrozenModel):
     """Multiply by the probability ratio, without which the gradient is not that of the KL."""
 
 
+class Watch(FrozenModel):
+    """Looks at checkpoints with scorers that training never uses: the reward models of `scorers`, and verifiable
+    rewards of weight 0. A look asks the same prompts, those of `data.prompts.validation` where there are some."""
+
+    every: Positive = 4
+    """Steps between looks; the first is before training, the last after it."""
+    prompts: Annotated[int, Field(ge=3)] = 32
+    """Prompts of a look."""
+    samples_per_prompt: Positive = 1
+    """Answers to each."""
+    scorers: dict[str, str] = {}
+    """Reward models by name: folders, relative to the manifest. They reward nothing."""
+    false_alarms: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Chance that a training has an alarm in which no such scorer falls while the reward rises, over all looks."""
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """`warn`, or `stop` training and go on with the next stage."""
+    take: Literal["recommended", "last"] = "recommended"
+    """The stage's model: the newest checkpoint that no such scorer calls worse than its best one by more than a
+    standard error, or the last one."""
+
+
 class RlStage(ChosenMethod):
     """Online reinforcement learning against the policy, reward and reference services."""
 
@@ -388,6 +409,8 @@ class RlStage(ChosenMethod):
     """Steps between checkpoints; a killed trainer repeats at most these."""
     deterministic: bool = False
     """Bit-equal repetition: deterministic kernels and a fixed composition of scoring batches."""
+    watch: Watch | None = None
+    """Looks for over-optimisation; None: off."""
 
     @model_validator(mode="after")
     def _check(self) -> RlStage:
@@ -406,6 +429,17 @@ class RlStage(ChosenMethod):
             raise ValueError("stopKl needs epochs or minibatches above 1: a single update starts at a KL of 0")
         if self.deterministic and self.max_staleness:
             raise ValueError("deterministic needs maxStaleness 0: generation ahead of training is a matter of timing")
+        if self.watch is not None and self.max_staleness:
+            raise ValueError("watch needs maxStaleness 0: a look asks the policy of one step, with nothing beside it")
+        if (
+            self.watch is not None
+            and not self.watch.scorers
+            and self.reward.verifiable
+            and all(reward.weight for reward in self.reward.verifiable)
+        ):
+            raise ValueError(
+                "watch needs a scorer that training never uses: add watch.scorers, or a verifiable reward of weight 0"
+            )
         return self
 
     @property
@@ -839,6 +873,7 @@ class RunSpec(FrozenModel):
         for index, stage in enumerate(self.stages):
             online = stage.rl or stage.rejection_sampling
             names = [*models, *(reward.name for reward in online.reward.verifiable)] if online is not None else []
+            names += stage.rl.watch.scorers if stage.rl is not None and stage.rl.watch is not None else []
             names += [*models, *stage.evaluate.scorers] if stage.evaluate is not None else []
             double = next((name for name in names if names.count(name) > 1), None)
             if double is not None:

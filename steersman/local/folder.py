@@ -43,10 +43,12 @@ def resolve(run: AlignmentRun, run_dir: Path, manifest_dir: Path) -> AlignmentRu
         for reward in online.get("reward", {}).get("verifiable", ()):
             if reward["python"] is not None:
                 reward["python"] = _own_code(reward["python"], manifest_dir)
+        watch = (stage.get("rl") or {}).get("watch") or {}
         evaluate = stage.get("evaluate") or {}
         evaluate["suites"] = [str((manifest_dir / path).resolve()) for path in evaluate.get("suites", ())]
-        scorers = evaluate.get("scorers") or {}
-        evaluate["scorers"] = {name: str((manifest_dir / path).resolve()) for name, path in scorers.items()}
+        for block in (watch, evaluate):
+            scorers = block.get("scorers") or {}
+            block["scorers"] = {name: str((manifest_dir / path).resolve()) for name, path in scorers.items()}
         if evaluate.get("knowledge") is not None:
             evaluate["knowledge"]["folder"] = str((manifest_dir / evaluate["knowledge"]["folder"]).resolve())
         if evaluate.get("champion") is not None:

@@ -113,10 +113,9 @@ def _scorers(run: AlignmentRun, name: str, run_dir: Path) -> list[dict[str, Any]
         for scorer, folder in reward_model_folders(run, name, run_dir).items()
     ]
     evaluate = stages[-1].evaluate
+    watch = stages[-1].rl.watch if stages[-1].rl is not None else None
+    further = evaluate.scorers if evaluate is not None else watch.scorers if watch is not None else {}
     # Without weight: they are read, and reward nothing.
-    unused = [
-        {"name": scorer, "kind": "model", "path": path, "weight": 0.0}
-        for scorer, path in (evaluate.scorers.items() if evaluate is not None else ())
-    ]
+    unused = [{"name": scorer, "kind": "model", "path": path, "weight": 0.0} for scorer, path in further.items()]
     verifiable = [{"kind": "verifiable", **reward.model_dump(exclude_none=True)} for reward in mix.verifiable]
     return models + unused + verifiable

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from steersman.errors import DataError
+from steersman.report.overoptimisation import Look
 from steersman.report.wins import Duel
 from steersman.statistics import (
     Comparison,
@@ -127,6 +128,15 @@ class JudgeResult(_Frozen):
     """Agreement with people on judged rows, with its interval: the judge's licence."""
 
 
+class Watched(_Frozen):
+    """What `rl.watch` saw."""
+
+    looks: tuple[Look, ...]
+    planned: int
+    """Looks of the whole training."""
+    false_alarms: float
+
+
 class Evaluation(_Frozen):
     """All models of a run on the same prompts."""
 
@@ -152,6 +162,8 @@ class Evaluation(_Frozen):
     """Task to model to the score of every question, in the same order for all models."""
     judges: dict[str, JudgeResult] = Field(default_factory=dict)
     """Comparisons of judges behind endpoints, by the judge's name."""
+    watched: Watched | None = None
+    """Looks at the checkpoints of the newest online stage; None: it had no `watch`."""
     date: str = ""
     """UTC, ISO 8601."""
     settings: dict[str, Any] = Field(default_factory=dict)

@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from steersman.inference import equivalence
+from steersman.report import overoptimisation
 from steersman.report.schema import Evaluation
 from steersman.report.wins import WinRate, win_rate
 from steersman.statistics import Interval, mean_interval, wilson_interval
@@ -78,6 +79,9 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
             result["suites"].setdefault(suite.suite, {})[suite.target] = _triple(share(suite))
     if evaluation.knowledge:
         result["knowledge"] = knowledge(evaluation)
+    if evaluation.watched is not None:
+        watched = evaluation.watched
+        result["overoptimisation"] = overoptimisation.summary(watched.looks, watched.planned, watched.false_alarms)
     if evaluation.reward_model:
         result["rm_accuracy"] = round(evaluation.reward_model.accuracy, 4)
         result["length_baseline"] = round(evaluation.reward_model.length_baseline, 4)

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from steersman.config.algorithms import ONLINE_METHODS
+from steersman.report.overoptimisation import read_looks
 
 PROMPTS = [f"p{number}" for number in range(8)]
 # An answer with a lower-case letter is rewarded: about one in six of a random model's, all of the best policy's.
@@ -46,3 +49,40 @@ def test_learns_the_rewarded_token(algorithm: str, cluster: Any, tiny_model: Pat
     assert rows[0]["reward"] < 0.4
     assert sum(row["reward"] for row in rows[-5:]) / 5 > 0.9
     assert max(row["mismatch_mean_abs"] for row in rows) < 1e-4
+
+
+# Gold wants the opposite of what is rewarded: the plainest reward hack.
+FEARS_LETTERS = {
+    "name": "gold",
+    "type": "regex",
+    "kind": "verifiable",
+    "weight": 0.0,
+    "options": {"pattern": "^[^a-z]*$"},
+}
+
+
+def test_a_scorer_that_training_never_uses_sounds_the_alarm_and_the_better_checkpoint_is_taken(
+    cluster: Any, tiny_model: Path, run_manifest: Callable
+) -> None:
+    cluster.start_policy(tiny_model)
+    cluster.start_reference(tiny_model)
+    cluster.start_reward([*LIKES_LETTERS, FEARS_LETTERS])
+    watch = {"every": 10, "prompts": 24, "samplesPerPrompt": 2, "onAlarm": "stop"}
+    stage = run_manifest(
+        cluster,
+        tiny_model,
+        {"rl": {**BANDIT, "algorithm": "rloo", "watch": watch}},
+        prompts=[f"p{number}" for number in range(24)],
+    )
+    looks = read_looks(stage / "watch.jsonl")
+    rows = metrics(stage)
+    assert len(rows) < 40, "the alarm ends the training"
+    assert rows[-1]["watch_alarm"] == 1.0
+    assert looks[0].step == 0
+    assert looks[-1].mean() > looks[0].mean()
+    assert looks[-1].mean("gold") < looks[0].mean("gold")
+    assert looks[0].kl == pytest.approx(0.0, abs=1e-3)
+    assert looks[-1].kl > 0.1
+    # The recommended checkpoint is the one before training: the stage's model is the one it began with.
+    before, after = (load_file(next(folder.glob("*.safetensors"))) for folder in (tiny_model, stage / "model"))
+    assert all(torch.equal(before[name], after[name]) for name in after)

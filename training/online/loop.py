@@ -41,6 +41,7 @@ from training.online.passes import Pair, Passes
 from training.online.policy_model import PolicyModel
 from training.online.pool import PolicyPool
 from training.online.rollout import Prompt, Rollouts, warn_of_cut_answers
+from training.online.watch import Found, Watcher
 from training.parallel import Ranks
 
 
@@ -60,11 +61,13 @@ class Trainer:
         seed: int,
         demonstrations: Sequence[Pair] = (),
         ranks: Ranks = Ranks(),
+        watcher: Watcher | None = None,
     ) -> None:
         """Args:
         rollouts, policy: only rank 0 uses them.
         demonstrations: for PPO-ptx.
         ranks: this process among those that train together; the model is sharded already.
+        watcher: of rank 0, where `spec.watch` asks for one.
         """
         self.spec = spec
         self.method = build(spec)
@@ -74,6 +77,7 @@ class Trainer:
         self.reporter = reporter
         self.demonstrations = demonstrations
         self.ranks = ranks
+        self.watcher = watcher
         if self.method.mask is not None:
             model.mask = MaskPolicy(model.policy, self.method.mask.top_p, self.method.mask.refresh_every)
         critic = self.method.critic
@@ -93,9 +97,10 @@ class Trainer:
         """All steps that are not done yet."""
         done, ready = self.restore()
         self.publish(done)
-        steps = range(done, self.spec.steps)
+        self.watch(done, begins=True)
+        steps = range(done, done if self._stopped() else self.spec.steps)
         with saves_between_steps(), Ahead(self.collector.collect, steps, self.spec.max_staleness, ready) as ahead:
-            for step in range(done, self.spec.steps):
+            for step in steps:
                 started = time.monotonic()
                 experience = self.ranks.from_first(ahead.take)
                 collected = time.monotonic()
@@ -108,22 +113,28 @@ class Trainer:
                 keep = going or (step + 1) % self.spec.checkpoint_every == 0 or step + 1 == self.spec.steps
                 begun = ahead.finished() if keep and self.ranks.is_first else []
                 publishing = 0.0 if going else self.publish(step + 1)
+                looked = self.watch(step + 1) if not going else None
+                stops = looked is not None and looked.stop
                 row = {
                     **experience.metrics,
                     **metrics,
+                    **(looked.metrics if looked is not None else {}),
                     "weights_version": float(self.policy.version or 0) if self.ranks.is_first else 0.0,
                     "seconds_update": updated - collected,
                     "seconds_publish": publishing,
                     "seconds": time.monotonic() - started,
                 }
                 row["tokens_per_s"] = row["generated_tokens"] / row["seconds"]
-                if keep:
+                if keep or looked is not None:
                     self.save(step + 1, row, begun)
                 self.reporter.step(step + 1, self.spec.steps, **row)
                 if step == 0:
                     warn_of_cut_answers(row.get("no_eos", 0.0), self.spec.generation, self.reporter)
                 if going:
                     leave()
+                if stops:
+                    self.reporter.note(f"rl.watch ends the training after step {step + 1}")
+                    break
 
     # -- update ----------------------------------------------------------------------------------
 
@@ -166,6 +177,36 @@ class Trainer:
         self.kl_controller = self.kl_controller.update(sequence_kl(batch, estimates), len(batch))
         metrics = update_metrics(batch, estimates, collected, norms, spec.mismatch_cap)
         return {"kl_coefficient": beta, "bad_updates": bad, **metrics}
+
+    # -- over-optimisation -----------------------------------------------------------------------
+
+    def watch(self, step: int, *, begins: bool = False) -> Found | None:
+        """Looks at the published policy where one is due; every rank must call it.
+
+        Args:
+            begins: what a killed run has looked at and does again is forgotten first.
+        """
+        if self.spec.watch is None:
+            return None
+
+        def look() -> Found | None:
+            assert self.watcher is not None
+            if begins:
+                self.watcher.restart(step)
+            return self.watcher.look(step) if self.watcher.due(step) else None
+
+        found = self.ranks.from_first(look)
+        if found is not None and found.keep:
+            state = self.model.trained_state()
+            if self.watcher is not None:
+                self.watcher.keep(state)
+        return found
+
+    def _stopped(self) -> bool:
+        """Whether a look had ended the training when the process was stopped."""
+        return self.spec.watch is not None and self.ranks.from_first(
+            lambda: self.watcher is not None and self.watcher.stopped
+        )
 
     # -- weights and state -----------------------------------------------------------------------
 

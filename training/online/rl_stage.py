@@ -24,6 +24,7 @@ from training.online.loop import Trainer
 from training.online.passes import Pair
 from training.online.policy_model import PolicyModel
 from training.online.prompts import load_answers
+from training.online.watch import open_watcher
 from training.parallel import Ranks
 
 
@@ -49,10 +50,14 @@ def run_rl(spec: RlStage, context: StageContext) -> None:
                 ranks.shard(part)
         mask = build(spec).mask
         options: dict[str, Any] = {"deterministic": spec.deterministic, "mask_top_p": mask.top_p if mask else None}
+        rollouts = services.rollouts(spec.generation, **options) if services is not None else None
+        watcher = (
+            open_watcher(spec, services, context, rollouts) if services is not None and rollouts is not None else None
+        )
         Trainer(
             spec,
             model,
-            services.rollouts(spec.generation, **options) if services is not None else None,  # type: ignore[arg-type]
+            rollouts,  # type: ignore[arg-type]
             services.policy if services is not None else None,  # type: ignore[arg-type]
             prompts,
             Checkpoints(context.checkpoints),
@@ -60,11 +65,14 @@ def run_rl(spec: RlStage, context: StageContext) -> None:
             seed=context.seed,
             demonstrations=demonstrations,
             ranks=ranks,
+            watcher=watcher,
         ).run()
-    if ranks.world > 1:
-        state = model.trained_state()
-        if ranks.is_first:
+    state = model.trained_state() if ranks.world > 1 else None
+    if ranks.is_first:
+        state = (watcher.kept() if watcher is not None else None) or state
+        if ranks.world > 1:
             model = build_model(spec, context, critic_folder)
+        if state is not None:
             model.load_trained_state(state)
     if ranks.is_first:
         context.reporter.activity("writing the aligned model")
