@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from steersman.openmp import prefer_yielding_threads
 # A shell's background job ignores SIGINT, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ["STEERSMAN_TRACKING"] = "off"  # runs of the tests leave no database beside them; tests of tracking set it
 prefer_yielding_threads()  # as services and stages do, before anything imports torch
 
 settings.register_profile("steersman", deadline=None)  # a busy machine is no fault of the code

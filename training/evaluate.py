@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,19 +20,31 @@ from torch import Tensor
 
 from steersman import gates
 from steersman.artifacts import storage_errors
-from steersman.config.manifest import EvaluateStage, Override
+from steersman.config.manifest import EvaluateStage, Override, RewardMix
 from steersman.config.stages import data_digests
 from steersman.errors import FailedPreconditionError
 from steersman.gates import Finding
+from steersman.judges.comparing import JudgeOfPairs, Rivals
+from steersman.judges.licence import enforce
 from steersman.local.knowledge import Scores, compare_knowledge
 from steersman.nn.ilql import read_heads
 from steersman.nn.load import load_causal_lm
 from steersman.report.overoptimisation import LOOKS_FILE, read_looks
-from steersman.report.schema import Evaluation, Message, RewardModelEvaluation, Sample, Watched
+from steersman.report.schema import (
+    Evaluation,
+    JudgeResult,
+    LicenceResult,
+    Message,
+    RewardModelEvaluation,
+    Sample,
+    Watched,
+    prompt_of,
+)
 from steersman.rewards import Reward, build_reward
 from steersman.suites.asked import SuiteResult
 from training.context import StageContext
 from training.online.connect import Services
+from training.online.licences import check_judge, check_rewards
 from training.online.publication import WeightsPayload
 from training.online.rollout import Prompt, Scored, cut_share, reward_of, warn_of_cut_answers
 from training.online.watch import planned_looks
@@ -44,6 +56,8 @@ def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
     unless the release that follows overrides it."""
     models = _models(spec, context)
     with Services(context, context.policy_model, reference=bool(context.spec.services.reference.endpoints)) as services:
+        licences = check_rewards(context, services, _mix(context), "gate")
+        judges = _licensed(spec, context, licences)
         results, suites, seconds = _answer(spec, context, services, models)
     evaluation = Evaluation(
         name=context.run.metadata.name,
@@ -58,6 +72,8 @@ def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
         suites=tuple(suites),
         knowledge=_knowledge(spec, context, models),
         watched=_watched(context),
+        judges=_judge(judges, context, results),
+        licences=licences,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         settings=spec.model_dump(mode="json", by_alias=True),
         data=data_digests(context.run, context.run_dir),
@@ -181,6 +197,61 @@ def _reward_model_evaluation(context: StageContext) -> RewardModelEvaluation | N
         if "pairs" in data:
             return RewardModelEvaluation.model_validate({key: data[key] for key in RewardModelEvaluation.model_fields})
     return None
+
+
+def _mix(context: StageContext) -> RewardMix:
+    """Of the newest online stage before this one, which evaluation scores with."""
+    names = context.run.stage_names()
+    before = context.spec.stages[: names.index(context.name)]
+    online = [stage.rl or stage.rejection_sampling for stage in before if stage.rl or stage.rejection_sampling]
+    return online[-1].reward if online and online[-1] is not None else RewardMix()
+
+
+def _licensed(
+    spec: EvaluateStage, context: StageContext, licences: dict[str, LicenceResult]
+) -> dict[str, JudgeOfPairs]:
+    """The LLM judges, whose licences go to the others.
+
+    Raises:
+        FailedPreconditionError: one has none, and `spec.licence.without` is `refuse`.
+    """
+    judges = {}
+    for judge in spec.judges:
+        context.reporter.activity(f"judge {judge.name}: agreement with people")
+        judges[judge.name] = JudgeOfPairs(judge)
+        licences[judge.name] = check_judge(context, judges[judge.name])
+        enforce({judge.name: licences[judge.name]}, context.spec.licence, context.reporter.note, "gate")
+    return judges
+
+
+def _judge(
+    judges: Mapping[str, JudgeOfPairs], context: StageContext, results: Mapping[str, Sequence[Sample]]
+) -> dict[str, JudgeResult]:
+    """What every judge says of every two models' first answers."""
+    found = {}
+    for name, judge in judges.items():
+        context.reporter.activity(f"judge {name}")
+        found[name] = judge.result(rivals(results, judge.spec.prompts))
+        if found[name].missing:
+            context.reporter.note(f"judge {name}: {found[name].missing} comparisons without a verdict")
+    return found
+
+
+def rivals(results: Mapping[str, Sequence[Sample]], prompts: int) -> list[Rivals]:
+    """Every two models' first answers to the first prompts, the later model first."""
+    first: dict[str, dict[str, Sample]] = {}
+    for name, samples in results.items():
+        for sample in samples:
+            first.setdefault(name, {}).setdefault(prompt_of(sample.prompt_id), sample)
+    chosen = list(itertools.islice(next(iter(first.values())), prompts))
+    return [
+        Rivals(
+            first[one][key].prompt_id, [message.model_dump() for message in first[one][key].prompt], one, other,
+            first[one][key].answer, first[other][key].answer,
+        )
+        for other, one in itertools.combinations(first, 2)
+        for key in chosen
+    ]  # fmt: skip
 
 
 def _watched(context: StageContext) -> Watched | None:

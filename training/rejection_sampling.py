@@ -23,6 +23,7 @@ from training.context import StageContext
 from training.evaluate import read_weights
 from training.offline.sft import run_sft
 from training.online.connect import Services
+from training.online.licences import check_rewards
 from training.online.publication import WeightsPayload
 from training.online.rollout import Prompt, Scored, count_failed, cut_share, reward_of, warn_of_cut_answers
 
@@ -31,6 +32,7 @@ def run_rejection_sampling(spec: RejectionSamplingStage, context: StageContext) 
     """Writes `model/` and, per round, the winners; complete rounds are not repeated."""
     with Services(context, context.policy_model, reference=False) as services:
         prompts = services.prompts("train", spec.generation)
+        check_rewards(context, services, spec.reward)
         model = context.policy_model
         for number in range(spec.rounds):
             folder = context.stage_dir / f"round-{number + 1}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from transformers import AutoConfig
 
 from steersman.artifacts import atomic_dir, file_digest, manifest_of_hashes, storage_errors, verify
@@ -28,7 +28,7 @@ from steersman.nn.load import load_tokenizer
 from steersman.nn.prepare import check_tokenizer_matches
 from steersman.registry import Registry
 from steersman.report.schema import Evaluation, read_evaluation
-from steersman.report.summary import label, mean_kl, no_eos, summarise
+from steersman.report.summary import criteria, label, mean_kl, no_eos, summarise
 from training.context import StageContext
 from training.evaluate import check_gates as pass_gates
 from training.evaluate import override_of
@@ -166,6 +166,8 @@ def model_card(context: StageContext, evaluation: Evaluation | None) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["steersman", *dict.fromkeys(_method(stage) for _, stage in made_by if stage.evaluate is None)],
+        model_name=run.metadata.name if evaluation is not None else None,
+        eval_results=eval_results(evaluation) if evaluation is not None else None,
     )
     made = [f"- `{name}`: {_method(stage)}" for name, stage in made_by if stage.evaluate is None]
     files = [
@@ -188,6 +190,41 @@ def model_card(context: StageContext, evaluation: Evaluation | None) -> str:
         "figures above hold for prompts like the held-out ones.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def eval_results(evaluation: Evaluation) -> list[EvalResult]:
+    """The card's `model-index`, in Hugging Face's format: reward, rubric, wins, suites and knowledge of the aligned
+    model."""
+    numbers, aligned = summarise(evaluation), evaluation.aligned
+    own = {"task_type": "text-generation", "dataset_name": "held-out prompts", "dataset_type": "steersman-prompts"}
+    found = [
+        EvalResult(**own, metric_type="reward", metric_name="mean reward", metric_value=numbers["reward"][aligned][0])
+    ]
+    if numbers["rubric"]:
+        found += [
+            EvalResult(
+                **own, metric_type=f"rubric-{name}", metric_name=f"rubric: {label(name)}",
+                metric_value=round(evaluation.interval(aligned, name).estimate, 4),
+            )
+            for name in ("total", *criteria(evaluation))
+        ]  # fmt: skip
+    found += [
+        EvalResult(
+            **own, metric_type=f"win-rate-{judge}", metric_value=rate[0],
+            metric_name=f"win rate by {judge} against {label(evaluation.start)}",
+        )
+        for judge, rate in numbers.get("win_rate", {}).items()
+    ]  # fmt: skip
+    for suite, models in numbers.get("suites", {}).items():
+        if aligned in models:
+            about = own | {"dataset_name": f"suite {suite}", "dataset_type": f"steersman-suite-{suite}"}
+            found.append(
+                EvalResult(**about, metric_type="accuracy", metric_name="cases passed", metric_value=models[aligned][0])
+            )
+    for task, scores in numbers.get("knowledge", {}).items():
+        about = own | {"dataset_name": task, "dataset_type": task}
+        found.append(EvalResult(**about, metric_type="accuracy", metric_name="score", metric_value=scores["after"][0]))
+    return found
 
 
 def _method(stage: Any) -> str:

@@ -30,6 +30,7 @@ from steersman.config.stages import (
 )
 from steersman.errors import ConfigError, SteersmanError
 from steersman.local.takeover import made_elsewhere, take_over
+from steersman.local.tracked import followed
 from steersman.openmp import prefer_yielding_threads
 from steersman.progress import ConsoleReporter
 
@@ -107,6 +108,12 @@ def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if is_first:
             (folder / "config.yaml").write_text(dump_yaml(stage.spec))
+    with followed(run, run_dir, os.environ, part=True) if is_first else contextlib.nullcontext():
+        _run(run, name, run_dir, is_first)
+
+
+def _run(run: AlignmentRun, name: str, run_dir: Path, is_first: bool) -> None:
+    stage, folder = run.spec.stages[run.stage_names().index(name)], run_dir / name
     module, function = _RUNNERS[stage.kind]
     with ConsoleReporter(name, folder / "metrics.jsonl") if is_first else SilentReporter() as reporter:
         context = build_context(run, name, run_dir, reporter)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from steersman.artifacts import refusal
-from steersman.cli import cluster, data, doctor, evaluation, init, runs, validate
+from steersman.cli import cluster, data, doctor, evaluation, init, runs, tracking, validate
 
 if TYPE_CHECKING:
     from steersman.config.manifest import AlignmentRun
@@ -25,7 +25,7 @@ model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 app.add_typer(data.app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(cluster.app)
-for command in (init.init, doctor.doctor, runs.runs, validate.validate):
+for command in (init.init, doctor.doctor, runs.runs, tracking.track, validate.validate):
     app.command()(command)
 app.command(name="eval")(evaluation.evaluate)
 app.command()(evaluation.compare)
@@ -36,6 +36,7 @@ _EXTRA_OF_LIBRARY = {
     "engine": ("torch", "transformers", "peft", "safetensors", "accelerate", "gguf"),
     "training": ("trl", "datasets"),
     "knowledge": ("lm_eval",),
+    "tracking": ("mlflow", "tensorboard", "wandb"),
     "data": ("matplotlib", "py3langid", "scipy"),
     "gateway": ("fastapi", "uvicorn", "kserve", "httpx", "mcp", "jwt", "prometheus_client"),
     "controller": ("kopf", "kubernetes"),

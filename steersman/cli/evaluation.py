@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from steersman.report.schema import JudgeResult
     from steersman.suites.asked import SuiteResult
 
 SUITES_FILE = "suites.json"
@@ -32,6 +33,12 @@ def evaluate(
     ] = None,
     task: Annotated[list[str], typer.Option(help="Task of knowledge; all that have files by default.")] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(help="Only the first questions of a task.", min=1)] = None,
+    judge: Annotated[
+        list[Path], typer.Option(help="YAML of an LLM judge that compares the targets' answers; repeatable.")
+    ] = [],  # noqa: B006
+    people: Annotated[
+        Path | None, typer.Option(help="Comparisons that people judged (JSONL): do the judges agree with them?")
+    ] = None,
     previous: Annotated[Path | None, typer.Option(help="suites.json of the version before, to compare with.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for suites.json and suites.html.")] = Path("evaluation"),
     model: Annotated[str | None, typer.Option(help="Model's name at the endpoints; the first one by default.")] = None,
@@ -42,6 +49,7 @@ def evaluate(
     from steersman.artifacts import storage_errors
     from steersman.errors import ConfigError
     from steersman.local.evaluate import ask_all
+    from steersman.local.judges import ask_judges, read_judges
     from steersman.report.pages import write_suites
     from steersman.suites.asked import SuiteReport, read_results
     from steersman.suites.asking import Decoding
@@ -53,6 +61,9 @@ def evaluate(
     if not suite:
         _end(out, {}, known, as_json)
         return
+    if judge and len(targets) < 2:
+        raise ConfigError("--judge compares the answers of targets: name at least two")
+    judges = read_judges(judge)
     suites = [read_suite(path) for path in suite]
     double = next((one.name for one in suites if [other.name for other in suites].count(one.name) > 1), None)
     if double is not None:
@@ -73,14 +84,19 @@ def evaluate(
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / SUITES_FILE).write_text(report.model_dump_json(indent=1), encoding="utf-8")
-    page = write_suites(report, out, earlier)
+    judged, licences = ask_judges(judges, results, people, out)
+    page = write_suites(report, out, earlier, judged, licences)
     from rich.console import Console
 
     before = earlier.results if earlier is not None else ()
     for result in results:
         Console().print(_table(result, before))
+    for name, found in wins(judged).items():
+        for pair, rate in found["win_rates"].items():
+            typer.echo(f"{name}: {pair} in {rate[0]:.1%} ({rate[1]:.1%} to {rate[2]:.1%})")
     typer.echo(f"{page}")
-    _end(out, summary(results, before), known, as_json)
+    numbers = summary(results, before) | ({"judges": wins(judged)} if judged else {})
+    _end(out, numbers, known, as_json)
 
 
 def _knowledge(
@@ -142,6 +158,19 @@ def _end(out: Path, numbers: dict[str, Any], known: dict[str, Any], as_json: boo
         numbers = numbers | {"knowledge": known["knowledge"]}
     if as_json:
         typer.echo(json.dumps(numbers))
+
+
+def wins(judged: dict[str, JudgeResult]) -> dict[str, Any]:
+    """What every judge said: win rates [share, low, high] by pair, calls, failures, cost."""
+    from steersman.report.wins import Duel, win_rate
+
+    found: dict[str, Any] = {}
+    for name, result in judged.items():
+        duels = [Duel(pair.prompt_id, pair.one, pair.other, pair.score) for pair in result.pairs]
+        pairs = dict.fromkeys((duel.one, duel.other) for duel in duels)
+        rates = {f"{one} over {other}": [round(x, 4) for x in win_rate(duels, one, other).rate] for one, other in pairs}
+        found[name] = {"win_rates": rates, **result.model_dump(exclude={"pairs"})}
+    return found
 
 
 def summary(results: list[SuiteResult], earlier: Any = ()) -> dict[str, Any]:

@@ -108,6 +108,82 @@ def edit_project(
 
 
 @app.command()
+def compare_run(
+    run: Annotated[Path, typer.Argument(help="Folder of a run with an evaluation.")],
+    project: Annotated[str, typer.Option(help="Made where it does not exist; the run's name by default.")] = "",
+    model: Annotated[list[str], typer.Option(help="Models to compare; all by default; repeatable.")] = [],  # noqa: B006
+    prompts: Annotated[int | None, typer.Option(help="Only the first prompts.", min=1)] = None,
+    overlap: Annotated[int, typer.Option(help="Labelers for each pair, in a new project.", min=1)] = 3,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Puts a run's answers before people, blind: which of two models' answers is better?"""
+    from steersman.errors import NotFoundError
+    from steersman.report.schema import read_evaluation
+    from steersman.store import Store, judging
+    from steersman.store.blind import items_of
+    from steersman.store.judging import add as add_to
+
+    found = sorted(run.glob("evaluate*/evaluation.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise NotFoundError(f"{run} has no evaluation.json; run a manifest with an evaluate stage first")
+    evaluation = read_evaluation(found[-1])
+    name = project or evaluation.name
+    with Store.open(store).transaction() as session:
+        try:
+            target = judging.get_project(session, name)
+        except NotFoundError:
+            target = judging.create_project(session, name, "compare", overlap=overlap)
+        added = add_to(session, target, items_of(evaluation, model or list(evaluation.models), prompts))
+    said = added.describe()
+    typer.echo(f"{added.new:,} pairs added to {name}{f'; {said}' if said else ''}; steersman data wins {name} counts")
+
+
+@app.command()
+def wins(
+    project: str,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Which model people prefer in a blind comparison: win rates and Bradley and Terry's strengths, with intervals."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from steersman.errors import NotFoundError
+    from steersman.report.wins import matrix
+    from steersman.store import Store
+    from steersman.store.blind import duels_of
+    from steersman.store.judging import get_project
+
+    with Store.open(store).reading() as session:
+        duels = duels_of(session, get_project(session, project))
+    if not duels:
+        raise NotFoundError(f"{project}: no comparison of models has been judged yet")
+    names = list(dict.fromkeys(name for duel in duels for name in (duel.one, duel.other)))
+    rows = matrix(duels, names)
+    if as_json:
+        cells = {
+            row.name: {
+                other: [round(x, 4) for x in cell.rate] for other, cell in zip(names, row.cells, strict=True) if cell
+            }
+            for row in rows
+        }
+        strengths = {row.name: [round(x, 4) for x in row.strength] if row.strength else None for row in rows}
+        typer.echo(json.dumps({"judgements": len(duels), "win_rates": cells, "strengths": strengths}))
+        return
+    table = Table(f"{len(duels)} judgements: wins of", *(f"against {name}" for name in names), "strength")
+    for row in rows:
+        shares = [
+            "" if cell is None else f"{cell.rate.estimate:.1%} ({cell.rate.low:.1%} to {cell.rate.high:.1%})"
+            for cell in row.cells
+        ]
+        strength = "" if row.strength is None else f"{row.strength.estimate:+.2f}"
+        table.add_row(row.name, *shares, strength)
+    Console().print(table)
+
+
+@app.command()
 def add(
     project: str,
     files: Annotated[list[str], typer.Argument(help="Canonical rows; a preference gives two candidates.")],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -61,6 +60,7 @@ def _look(folder: Path) -> RunLine:
     from steersman.config.manifest import load_manifest
     from steersman.config.stages import read_complete
     from steersman.errors import SteersmanError
+    from steersman.local.folder import is_held
 
     changed = max(path.stat().st_mtime for path in (folder, *folder.glob("*/metrics.jsonl"), *folder.glob("*.json")))
     age = max(0.0, time.time() - changed)
@@ -73,7 +73,7 @@ def _look(folder: Path) -> RunLine:
     reward, rubric = _numbers(folder / "summary.json")
     if not left:
         phase = "Complete"
-    elif _is_held(folder / ".lock"):
+    elif is_held(folder):
         phase = "Running"
     else:
         phase = "Stopped" if complete or (folder / left[0]).exists() else "Begun"
@@ -92,18 +92,6 @@ def _numbers(summary: Path) -> tuple[float | None, float | None]:
 
 def _last(models: Any) -> float | None:
     return list(models.values())[-1][0] if models else None
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a `steersman run` works on the folder."""
-    try:
-        with lock.open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _age(seconds: float) -> str:

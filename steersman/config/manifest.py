@@ -28,6 +28,7 @@ from steersman.config.base import (
 from steersman.config.tls import ClientTls
 from steersman.errors import ConfigError
 from steersman.gates import Gates
+from steersman.judges.options import Licence, LlmJudge
 from steersman.rewards import check_reward, split_reference
 
 API_VERSION = "steersman.dev/v1alpha1"
@@ -573,6 +574,8 @@ class EvaluateStage(FrozenModel):
     """Suites that every model is asked: YAML or JSONL files, relative to the manifest."""
     knowledge: KnowledgeTasks | None = None
     """Tasks of lm-evaluation-harness that base and aligned model are asked; None: none."""
+    judges: list[LlmJudge] = []
+    """Language models that compare every two models' answers."""
     champion: str | None = None
     """Folder of the model that is served now, which answers the same prompts; relative to the manifest."""
     gates: Gates = Gates()
@@ -582,6 +585,9 @@ class EvaluateStage(FrozenModel):
     def _check(self) -> EvaluateStage:
         if self.generation.temperature == 0 and self.samples_per_prompt > 1:
             raise ValueError("samplesPerPrompt must be 1 at generation.temperature 0: all answers would be the same")
+        names = [judge.name for judge in self.judges]
+        if len(set(names)) < len(names):
+            raise ValueError("judges: two have the same name; give each its own")
         return self
 
 
@@ -770,6 +776,22 @@ class Trainer(FrozenModel):
     """Retries of a stage's Job."""
 
 
+class Tracking(FrozenModel):
+    """Where parameters, metrics and artifacts of every stage are sent, through the trackers' own libraries."""
+
+    enabled: bool = True
+    """False: nowhere."""
+    mlflow: str | None = "embedded"
+    """URL of a server; `embedded`: the one of MLFLOW_TRACKING_URI, else a SQLite database beside the run's folder,
+    where the library is installed (extra `tracking`); None: not there."""
+    experiment: Annotated[str, Field(min_length=1)] = "steersman"
+    """MLflow's experiment."""
+    tensorboard: bool = False
+    """Event files in the run's folder `tensorboard`."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project at Weights & Biases; None: not there."""
+
+
 class RunSpec(FrozenModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     """Everything random derives from it; below 2^32, which is as far as numpy's seeds go."""
@@ -783,6 +805,10 @@ class RunSpec(FrozenModel):
     """The services that stages use."""
     trainer: Trainer = Trainer()
     """Where stages run."""
+    licence: Licence = Licence()
+    """What reward models and LLM judges must show before they reward or gate."""
+    tracking: Tracking = Tracking()
+    """Where the run's numbers are sent."""
     artifacts: str | None = None
     """fsspec URL of the artifact store; None: the run's folder."""
     from_run: Annotated[str | None, Field(alias="from")] = None

@@ -35,6 +35,7 @@ from steersman.local.prepare import found_digests
 from steersman.local.services import GRPC_NAMES, endpoint_overrides, services_of
 from steersman.local.supervisor import Supervisor
 from steersman.local.takeover import source_folder, take_over
+from steersman.local.tracked import SWITCH, followed
 from steersman.local.usage import Usage
 from steersman.progress import ConsoleReporter, clock, say
 from steersman.rpc.client import Access, wait_ready
@@ -74,14 +75,16 @@ def run_manifest(run: AlignmentRun, run_dir: Path, *, force_restart: bool = Fals
             removed += folder.settle(run, run_dir, force_restart=force_restart)
             for name in removed:
                 usage.forget(name)
-            _run_stages(run, run_dir, base, usage)
-            with usage.phase("report"):
-                conclude(run_dir, usage)
+            with followed(run, run_dir, _environment(run, base, shared=False)):
+                _run_stages(run, run_dir, base, usage)
+                with usage.phase("report"):
+                    conclude(run_dir, usage)
     return run
 
 
 def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> None:
-    token = {RUN_TOKEN: secrets.token_urlsafe(32)}  # other users of this machine reach the ports, too
+    # Other users of this machine reach the ports, too.
+    token = {RUN_TOKEN: secrets.token_urlsafe(32), SWITCH: "parent"}
     with (
         _weights_in_memory(run, base) as run,
         Supervisor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,9 @@ def resolve(run: AlignmentRun, run_dir: Path, manifest_dir: Path) -> AlignmentRu
             block["scorers"] = {name: str((manifest_dir / path).resolve()) for name, path in scorers.items()}
         if evaluate.get("knowledge") is not None:
             evaluate["knowledge"]["folder"] = str((manifest_dir / evaluate["knowledge"]["folder"]).resolve())
+        for judge in evaluate.get("judges", ()):
+            if judge["cache"] is not None:
+                judge["cache"] = str((manifest_dir / judge["cache"]).resolve())
         if evaluate.get("champion") is not None:
             evaluate["champion"] = str((manifest_dir / evaluate["champion"]).resolve())
     before = _earlier(run_dir)
@@ -81,6 +85,18 @@ def write_manifest(run: AlignmentRun, run_dir: Path) -> None:
         partial = run_dir / ".manifest.yaml"
         partial.write_text(dump_yaml(run), encoding="utf-8")
         partial.replace(manifest_path(run_dir))
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a `steersman run` works on the folder."""
+    try:
+        with (run_dir / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @dataclass(frozen=True)

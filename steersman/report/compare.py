@@ -22,7 +22,7 @@ from steersman.report import plots
 from steersman.report.pages import environment
 from steersman.report.schema import Evaluation, Sample, prompt_of
 from steersman.report.summary import criteria, label, mean_kl
-from steersman.report.wins import Duel, strengths, win_rate
+from steersman.report.wins import Duel, matrix
 from steersman.statistics import Interval, compare, mean_interval
 from steersman.suites.verdicts import share
 
@@ -137,27 +137,8 @@ def _wins(versions: Sequence[Version]) -> dict[str, Any]:
             for key in _common(one, other)
             if key in first and key in second
         ]
-    names = [version.name for version in versions]
-    pairs = {frozenset((duel.one, duel.other)) for duel in duels}
-    title = "the rubric's total" if by else "reward"
-    try:
-        logits = strengths(duels, names) if duels else {}
-    except DataError:  # not all of them are connected
-        logits = {}
-    if not logits:
-        return {"wins": [], "wins_by": title}
-    rows = [
-        {
-            "name": name,
-            "cells": [
-                win_rate(duels, name, other).rate if frozenset((name, other)) in pairs and name != other else None
-                for other in names
-            ],
-            "strength": logits[name],
-        }
-        for name in names
-    ]
-    return {"wins": rows, "wins_by": title}
+    rows = matrix(duels, [version.name for version in versions])
+    return {"wins": [{"by": "the rubric's total" if by else "reward", "rows": rows}] if rows else []}
 
 
 def _suites(versions: Sequence[Version]) -> list[dict[str, Any]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from steersman.report.evidence import judged_wins
+from steersman.report.schema import JudgeResult, LicenceResult
 from steersman.report.summary import label
 from steersman.suites.asked import SuiteReport, SuiteResult
 from steersman.suites.verdicts import by_check, change, earlier_of, failures, lines
@@ -35,11 +38,18 @@ def p_value(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
-def write_suites(report: SuiteReport, out: Path, earlier: SuiteReport | None = None) -> Path:
+def write_suites(
+    report: SuiteReport,
+    out: Path,
+    earlier: SuiteReport | None = None,
+    judged: Mapping[str, JudgeResult] = {},
+    licences: Mapping[str, LicenceResult] = {},
+) -> Path:
     """Writes `suites.html` and returns its path.
 
     Args:
         earlier: results of the version before; None: the first target is what the others are compared with.
+        judged: what LLM judges said of the targets' answers.
     """
     rows = suite_rows(report.results, earlier.results if earlier is not None else ())
     path = out / "suites.html"
@@ -47,6 +57,7 @@ def write_suites(report: SuiteReport, out: Path, earlier: SuiteReport | None = N
         environment().get_template("suites.html.j2").render(
             report=report, earlier=earlier, rows=rows, headline=_headline(rows),
             targets=list(dict.fromkeys(result.target for result in report.results)),
+            wins=judged_wins(judged), licences=licences,
         ),
         encoding="utf-8",
     )  # fmt: skip

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from steersman.errors import DataError
 from steersman.report import plots
+from steersman.report.evidence import evidence
 from steersman.report.pages import environment
 from steersman.report.schema import Evaluation, Sample, prompt_of
 from steersman.report.summary import criteria, label, mean_kl, no_eos, verdict
@@ -57,6 +58,7 @@ def write_report(run_dir: Path, evaluation: Evaluation, out_dir: Path) -> Path:
             colours=plots.colours(list(evaluation.models)),
             images=images,
             examples=pick_examples(evaluation, EXAMPLES),
+            evidence=evidence(evaluation),
             **_numbers(evaluation),
         )
     )

@@ -115,17 +115,32 @@ class JudgeResult(_Frozen):
 
     model: str
     pairs: tuple[JudgedPair, ...] = ()
+    missing: int = 0
+    """Comparisons without a verdict; they are no ties."""
     calls: int = 0
-    """Requests that were sent."""
+    """Requests that were sent, those for the licence included."""
     failures: int = 0
-    """Of these, the ones without a usable answer; their comparisons are missing, not ties."""
+    """Of these, the ones without a usable answer."""
     tokens: int = 0
     cost: float | None = None
     """By the price of a million tokens that the manifest gives."""
     swapped: int = 0
     """Comparisons that the order of the answers decided."""
-    kappa: tuple[float, float, float] | None = None
-    """Agreement with people on judged rows, with its interval: the judge's licence."""
+
+
+class LicenceResult(_Frozen):
+    """Whether a reward model or a judge agrees with people on rows that they judged."""
+
+    granted: bool
+    text: str
+    """The figures in a sentence."""
+    rows: int = 0
+    accuracy: Interval | None = None
+    """Share of people's preferences that it shares, ties half; None: not measured."""
+    kappa: Interval | None = None
+    """Cohen's, with people's preferences; None: not defined."""
+    people: float | None = None
+    """How often one person agrees with the majority; None: the rows do not say."""
 
 
 class Watched(_Frozen):
@@ -162,6 +177,8 @@ class Evaluation(_Frozen):
     """Task to model to the score of every question, in the same order for all models."""
     judges: dict[str, JudgeResult] = Field(default_factory=dict)
     """Comparisons of judges behind endpoints, by the judge's name."""
+    licences: dict[str, LicenceResult] = Field(default_factory=dict)
+    """Of every reward model and judge that rewards or gates, by name."""
     watched: Watched | None = None
     """Looks at the checkpoints of the newest online stage; None: it had no `watch`."""
     date: str = ""

@@ -73,6 +73,17 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
         result["scorers"] = {
             name: _triple(evaluation.change(start, aligned, f"scores.{name}").difference) for name in evaluation.scorers
         }
+    if evaluation.judges:
+        result["judges"] = {
+            name: {
+                "model": judge.model,
+                "comparisons": len(judge.pairs),
+                **judge.model_dump(exclude={"pairs", "model"}),
+            }
+            for name, judge in evaluation.judges.items()
+        }
+    if evaluation.licences:
+        result["licences"] = {name: one.model_dump(exclude={"text"}) for name, one in evaluation.licences.items()}
     if evaluation.suites:
         result["suites"] = {}
         for suite in evaluation.suites:

@@ -66,6 +66,36 @@ def win_rate(duels: Sequence[Duel], one: str, other: str) -> WinRate:
     )
 
 
+class Row(NamedTuple):
+    """A line of the matrix of wins."""
+
+    name: str
+    cells: list[WinRate | None]
+    """Against every version in order; None: never compared, or itself."""
+    strength: Interval | None
+    """None where not all versions are connected by comparisons."""
+
+
+def matrix(duels: Sequence[Duel], names: Sequence[str]) -> list[Row]:
+    """Everybody's wins against everybody, and strengths; empty without a comparison."""
+    pairs = {frozenset((duel.one, duel.other)) for duel in duels}
+    if not pairs:
+        return []
+    try:
+        logits: dict[str, Interval] = strengths(duels, names)
+    except DataError:
+        logits = {}
+    return [
+        Row(
+            name,
+            [win_rate(duels, name, other) if frozenset((name, other)) in pairs and name != other else None
+             for other in names],
+            logits.get(name),
+        )
+        for name in names
+    ]  # fmt: skip
+
+
 def strengths(duels: Sequence[Duel], names: Sequence[str]) -> dict[str, Interval]:
     """Logits by version with 95% intervals; the first one's is 0.
 

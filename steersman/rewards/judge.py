@@ -17,8 +17,9 @@ import os
 import sqlite3
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,23 +175,49 @@ def _points(judge: Judge, rubric: str, scale: int, concurrency: int) -> BatchRew
     return reward
 
 
-def _pairs(judge: Judge, rubric: str, concurrency: int) -> BatchReward:
-    instruction = _PAIRS.format(rubric=rubric)
-    better = {"type": "string", "enum": ["A", "B", "tie"]}
-    schema = {"type": "object", "properties": {"better": better}, "required": ["better"], "additionalProperties": False}
+@dataclass(frozen=True)
+class Compared:
+    """Two answers in both orders."""
 
-    def first_wins(first: Answered, second: Answered) -> float | Failed:
-        data = {"conversation": _spoken(first), "A": first.answer, "B": second.answer}
-        said = judge.ask(instruction, data, schema)
+    score: float
+    """1: the first wins in both, 0: the other does, 0.5: a tie, or the order decided."""
+    swapped: bool
+    """The order decided: in both, the answer in the same place won."""
+
+
+class PairJudge:
+    """Compares two answers by a rubric, in both orders."""
+
+    def __init__(self, judge: Judge, rubric: str) -> None:
+        self.judge = judge
+        self._instruction = _PAIRS.format(rubric=rubric)
+        better = {"type": "string", "enum": ["A", "B", "tie"]}
+        self._schema = {
+            "type": "object", "properties": {"better": better}, "required": ["better"], "additionalProperties": False,
+        }  # fmt: skip
+
+    def compare(self, conversation: Sequence[Mapping[str, Any]], one: str, other: str) -> Compared | Failed:
+        spoken = _plain(conversation)
+        forward = self._first_wins(spoken, one, other)
+        if isinstance(forward, Failed):
+            return forward
+        backward = self._first_wins(spoken, other, one)
+        if isinstance(backward, Failed):
+            return backward
+        agrees = forward == 1.0 - backward
+        return Compared(forward if agrees else 0.5, swapped=forward == backward != 0.5)
+
+    def _first_wins(self, conversation: list[dict[str, str]], first: str, second: str) -> float | Failed:
+        said = self.judge.ask(self._instruction, {"conversation": conversation, "A": first, "B": second}, self._schema)
         return said if isinstance(said, Failed) else {"A": 1.0, "tie": 0.5, "B": 0.0}[said["better"]]
 
+
+def _pairs(judge: Judge, rubric: str, concurrency: int) -> BatchReward:
+    pairs = PairJudge(judge, rubric)
+
     def compare(pair: tuple[Answered, Answered]) -> float | Failed:
-        """1: the first wins in both orders, 0: the second does, 0.5: a tie."""
-        one, other = pair
-        forward, backward = first_wins(one, other), first_wins(other, one)
-        if isinstance(forward, Failed) or isinstance(backward, Failed):
-            return forward if isinstance(forward, Failed) else backward
-        return forward if forward == 1.0 - backward else 0.5
+        found = pairs.compare(pair[0].prompt, pair[0].answer, pair[1].answer)
+        return found.score if isinstance(found, Compared) else found
 
     def reward(items: Sequence[Answered]) -> list[Outcome]:
         groups: dict[str, list[int]] = defaultdict(list)
@@ -217,4 +244,8 @@ def _pairs(judge: Judge, rubric: str, concurrency: int) -> BatchReward:
 
 
 def _spoken(item: Answered) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"] or ""} for message in item.prompt]
+    return _plain(item.prompt)
+
+
+def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"] or ""} for message in messages]

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from judge_endpoint import judging
 
 from steersman.local.serve import find_model
 from steersman.report.schema import read_evaluation
@@ -115,8 +116,12 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     save_model_folder(folder / "base", tiny_llama())
     (folder / "mine.py").write_text(OWN_REWARD)
-    write(folder, MANIFEST)
-    done = steersman(folder, "--check")
+    manifest = json.loads(json.dumps(MANIFEST))
+    with judging() as endpoint:
+        judge = {"name": "llm", "url": endpoint.url, "model": "m", "rubric": "Be long.", "prompts": 3}
+        manifest["spec"]["stages"][-2]["evaluate"]["judges"] = [judge]
+        write(folder, manifest)
+        done = steersman(folder, "--check")
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)
     return folder
@@ -169,6 +174,13 @@ def test_a_run_ends_with_all_numbers_and_artifacts(unbroken: Path) -> None:
     assert all(one.answers and one.tokens for result in evaluation.suites for one in result.asked)
     assert evaluation.data
     assert evaluation.date
+    # Of three models every two, on three prompts; the judge's licence was measured on the held-out comparisons.
+    judged = evaluation.judges["llm"]
+    assert len(judged.pairs) == 9
+    assert judged.failures == 0
+    assert set(evaluation.licences) == {"preference", "llm"}
+    assert all(licence.accuracy is not None for licence in evaluation.licences.values())
+    assert "warning: preference has no licence to reward" in (unbroken / "stdout").read_text()
     assert {found["gate"]: found["passed"] for found in json.loads((run / "evaluate" / "gates.json").read_text())} == {
         "noEos": True,
         "suites.short": True,

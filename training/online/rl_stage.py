@@ -20,6 +20,7 @@ from training.algorithms import build
 from training.context import StageContext
 from training.online.checkpoint import Checkpoints
 from training.online.connect import Services
+from training.online.licences import check_rewards
 from training.online.loop import Trainer
 from training.online.passes import Pair
 from training.online.policy_model import PolicyModel
@@ -44,6 +45,8 @@ def run_rl(spec: RlStage, context: StageContext) -> None:
             f"{len(prompts)} prompts, {spec.algorithm}, {'LoRA' if spec.lora else 'full fine-tuning'}"
             + (f", rank {ranks.rank} of {ranks.world}" if ranks.world > 1 else "")
         )
+        if services is not None:
+            check_rewards(context, services, spec.reward)
         model = build_model(spec, context, critic_folder)
         for part in (model.policy, model.critic):
             if part is not None:

@@ -82,6 +82,10 @@ def test_the_model_is_a_plain_folder_with_its_card(make_run):
     front = yaml.safe_load(card.split("---")[1])
     assert front["tags"] == ["steersman", "sft"]
     assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "text-generation")
+    (entry,) = front["model-index"]
+    assert entry["name"] == "support-bot"
+    metrics = {metric["name"]: metric["value"] for result in entry["results"] for metric in result["metrics"]}
+    assert metrics == {"mean reward": 1.25, "win rate by reward against base": 1.0}
     assert str(run_dir.parent) not in card, "paths of this machine are nobody's business"
     assert "| reward | 0.250" in card
     assert "Gain in reward over base: 1.000" in card
