@@ -28,6 +28,8 @@ app.add_typer(cluster.app)
 for command in (init.init, doctor.doctor, runs.runs, tracking.track, validate.validate):
     app.command()(command)
 app.command(name="eval")(evaluation.evaluate)
+app.command(name="eval-live")(evaluation.evaluate_live)
+app.command(name="eval-reward")(evaluation.evaluate_reward)
 app.command()(evaluation.compare)
 
 STOPPED = 130

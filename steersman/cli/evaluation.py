@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steersman.cli.options import DEFAULT_STORE, StoreOption
+
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from steersman.judges.comparing import JudgeOfPairs
     from steersman.report.schema import JudgeResult
-    from steersman.suites.asked import SuiteResult
+    from steersman.suites.asked import SuiteReport, SuiteResult
 
 SUITES_FILE = "suites.json"
 
@@ -46,12 +50,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
 ) -> None:
     """Asks suites of models, runs and endpoints: results by tag, and what changed; and what the models know."""
-    from steersman.artifacts import storage_errors
     from steersman.errors import ConfigError
     from steersman.local.evaluate import ask_all
-    from steersman.local.judges import ask_judges, read_judges
-    from steersman.report.pages import write_suites
-    from steersman.suites.asked import SuiteReport, read_results
+    from steersman.local.judges import read_judges
+    from steersman.suites.asked import read_results
     from steersman.suites.asking import Decoding
     from steersman.suites.schema import read_suite
 
@@ -78,16 +80,127 @@ def evaluate(
         "targets": targets, "suites": [str(path) for path in suite], "decoding": [one.name for one in decodings],
         "samples": samples, "max_tokens": max_tokens, "seed": seed, "previous": str(previous) if previous else None,
     }  # fmt: skip
+    _end(out, _shown(results, settings, earlier, judges, people, out), known, as_json)
+
+
+def evaluate_live(
+    suite: Annotated[list[Path], typer.Option(help="YAML or JSONL with conversations; repeatable.")],
+    store: StoreOption = DEFAULT_STORE,
+    since: Annotated[str, typer.Option(help="Begin: a time in ISO 8601, or days back as 7d, hours as 12h.")] = "7d",
+    until: Annotated[str | None, typer.Option(help="End, likewise; now by default.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only answers to this tenant.")] = None,
+    judge: Annotated[
+        list[Path], typer.Option(help="YAML of an LLM judge that compares the deployments; repeatable.")
+    ] = [],  # noqa: B006
+    people: Annotated[
+        Path | None, typer.Option(help="Comparisons that people judged (JSONL): do the judges agree with them?")
+    ] = None,
+    previous: Annotated[Path | None, typer.Option(help="suites.json of an earlier time span, to compare with.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for suites.json and suites.html.")] = Path("evaluation"),
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Suites and judges over what the gateway recorded in a time span, by deployment."""
+    from steersman.errors import NotFoundError
+    from steersman.local.judges import read_judges
+    from steersman.store import Store
+    from steersman.store.live import ask_recorded, by_question, recorded
+    from steersman.suites.asked import read_results
+    from steersman.suites.schema import read_suite
+
+    judges, suites = read_judges(judge), [read_suite(path) for path in suite]
+    earlier = read_results(previous) if previous is not None else None
+    now = datetime.now(UTC)
+    begin, end = _time(since, now, "--since"), now if until is None else _time(until, now, "--until")
+    with Store.open(store).reading() as session:
+        answers = recorded(session, begin, end, tenant)
+    results = [result for one in suites for result in ask_recorded(one, answers)]
+    if not results:
+        raise NotFoundError(f"of {len(answers)} recorded answers none is one that the suites say something about")
+    settings = {
+        "store": "recorded answers", "suites": [str(path) for path in suite], "since": begin.isoformat(),
+        "until": end.isoformat(), "tenant": tenant,
+    }  # fmt: skip
+    numbers = _shown(results, settings, earlier, judges, people, out, by_question(answers))
+    _end(out, {"answers": len(answers), **numbers}, {}, as_json)
+
+
+def evaluate_reward(
+    model: Annotated[Path, typer.Argument(help="Folder of a reward model.")],
+    bench: Annotated[
+        list[Path], typer.Option(help="Rows of RewardBench or RewardBench 2 as JSON Lines; repeatable.")
+    ] = [],  # noqa: B006
+    pairs: Annotated[Path | None, typer.Option(help="Comparisons that people judged (JSONL).")] = None,
+    project: Annotated[str | None, typer.Option(help="Labelling project: agreement with each labeler.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """What a reward model knows: benchmarks, accuracy, calibration, length, agreement with each labeler."""
+    from steersman.errors import ConfigError, NotFoundError
+    from steersman.local.reward_report import against_labelers, on_benchmark, on_pairs, open_scorer, pairs_of
+
+    if not bench and pairs is None and project is None:
+        raise ConfigError("there is nothing to ask: give --bench, --pairs or --project")
+    if not model.is_dir():
+        raise NotFoundError(f"{model} is not a folder; name one with a reward model")
+    score = open_scorer(model)
+    found: dict[str, Any] = {"bench": {path.name: on_benchmark(score, path) for path in bench}}
+    if pairs is not None:
+        found["pairs"] = on_pairs(score, pairs)
+    if project is not None:
+        from steersman.store import Store
+        from steersman.store.blind import rankings_of
+        from steersman.store.judging import get_project
+
+        with Store.open(store).reading() as session:
+            rankings, answers = rankings_of(session, get_project(session, project))
+        rewards = dict(zip(answers, score(list(answers.values())), strict=True)) if answers else {}
+        verdicts = [said for item, labeler, ranking in rankings for said in pairs_of(item, labeler, ranking)]
+        found["labelers"] = against_labelers(verdicts, rewards)
+    typer.echo(json.dumps(found) if as_json else json.dumps(found, indent=2))
+
+
+def _time(text: str, now: datetime, option: str) -> datetime:
+    from steersman.errors import ConfigError
+
+    back = re.fullmatch(r"(\d{1,6})([dh])", text)
+    if back:
+        return now - timedelta(**{"days" if back[2] == "d" else "hours": int(back[1])})
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is no time; give 2026-01-31, 2026-01-31T12:00Z, 7d or 12h") from None
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+
+
+def _shown(
+    results: list[SuiteResult],
+    settings: dict[str, Any],
+    earlier: SuiteReport | None,
+    judges: dict[str, JudgeOfPairs],
+    people: Path | None,
+    out: Path,
+    judged_results: list[SuiteResult] | None = None,
+) -> dict[str, Any]:
+    """Writes `suites.json`, `suites.html` and `judges.json`, prints the tables, and returns the figures.
+
+    Args:
+        judged_results: what judges compare, where that is not `results`.
+    """
+    from rich.console import Console
+
+    from steersman.artifacts import storage_errors
+    from steersman.local.judges import ask_judges
+    from steersman.report.pages import write_suites
+    from steersman.suites.asked import SuiteReport
+
     report = SuiteReport(
         date=datetime.now(UTC).isoformat(timespec="seconds"), settings=settings, results=tuple(results)
     )
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / SUITES_FILE).write_text(report.model_dump_json(indent=1), encoding="utf-8")
-    judged, licences = ask_judges(judges, results, people, out)
+    judged, licences = ask_judges(judges, results if judged_results is None else judged_results, people, out)
     page = write_suites(report, out, earlier, judged, licences)
-    from rich.console import Console
-
     before = earlier.results if earlier is not None else ()
     for result in results:
         Console().print(_table(result, before))
@@ -95,8 +208,7 @@ def evaluate(
         for pair, rate in found["win_rates"].items():
             typer.echo(f"{name}: {pair} in {rate[0]:.1%} ({rate[1]:.1%} to {rate[2]:.1%})")
     typer.echo(f"{page}")
-    numbers = summary(results, before) | ({"judges": wins(judged)} if judged else {})
-    _end(out, numbers, known, as_json)
+    return summary(results, before) | ({"judges": wins(judged)} if judged else {})
 
 
 def _knowledge(

@@ -138,7 +138,7 @@ def _wins(versions: Sequence[Version]) -> dict[str, Any]:
             if key in first and key in second
         ]
     rows = matrix(duels, [version.name for version in versions])
-    return {"wins": [{"by": "the rubric's total" if by else "reward", "rows": rows}] if rows else []}
+    return {"wins": [{"by": "the rubric's total" if by else "reward", "rows": rows, "judge": None}] if rows else []}
 
 
 def _suites(versions: Sequence[Version]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def evidence(evaluation: Evaluation) -> dict[str, Any]:
 def wins(evaluation: Evaluation) -> list[dict[str, Any]]:
     """A matrix by reward and by every judge."""
     names = list(evaluation.models)
-    found = [{"by": "reward", "rows": matrix(evaluation.duels(), names)}] if len(names) > 1 else []
+    found = [{"by": "reward", "rows": matrix(evaluation.duels(), names), "judge": None}] if len(names) > 1 else []
     return [one for one in found if one["rows"]] + judged_wins(evaluation.judges, names)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, islice
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -15,7 +16,7 @@ from steersman.errors import NotFoundError
 from steersman.report.schema import Evaluation, Sample, prompt_of
 from steersman.report.wins import Duel
 from steersman.store.items import NewItem
-from steersman.store.models import Item, Judgement, Project
+from steersman.store.models import Item, Judgement, Labeler, Project
 from steersman.store.verdicts import Verdict
 
 
@@ -67,3 +68,26 @@ def duels_of(session: Session, project: Project) -> list[Duel]:
             score = 0.5 if place[one] == place[other] else float(place[one] < place[other])
             found.append(Duel((meta or {}).get("prompt_id", key), str(names[one]), str(names[other]), score))
     return found
+
+
+def rankings_of(
+    session: Session, project: Project
+) -> tuple[list[tuple[int, str, Sequence[Sequence[int]]]], dict[tuple[int, int], list[dict[str, Any]]]]:
+    """Current verdicts as (item, labeler, ranking), and every judged answer in its conversation by item and place."""
+    rows = session.execute(
+        sa.select(Judgement.verdict, Item.id, Item.prompt, Item.candidates, Labeler.name)
+        .join(Item, Item.id == Judgement.item_id)
+        .join(Labeler, Labeler.id == Judgement.labeler_id)
+        .where(Judgement.project_id == project.id, Judgement.undone_at.is_(None))
+        .order_by(Judgement.id)
+    )
+    rankings: list[tuple[int, str, Sequence[Sequence[int]]]] = []
+    answers: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for verdict, item, prompt, candidates, labeler in rows:
+        said = Verdict.model_validate(verdict)
+        if said.skip or said.ranking is None:
+            continue
+        rankings.append((item, labeler, said.ranking))
+        for place, candidate in enumerate(candidates):
+            answers.setdefault((item, place), [*prompt, *candidate["messages"]])
+    return rankings, answers

@@ -54,9 +54,8 @@ def open_sinks(run: AlignmentRun, run_dir: Path, known: dict[str, str]) -> list[
 def _has(library: str, *, asked: bool) -> bool:
     found = importlib.util.find_spec(library) is not None
     if asked and not found:
-        raise ConfigError(
-            f"spec.tracking asks for {library}, which is not installed; pip install 'steersman[tracking]'"
-        )
+        extra = "wandb" if library == "wandb" else "tracking"
+        raise ConfigError(f"spec.tracking asks for {library}, which is not installed; pip install 'steersman[{extra}]'")
     return found
 
 

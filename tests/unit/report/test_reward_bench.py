@@ -1,0 +1,97 @@
+"""Files and scores of RewardBench and RewardBench 2, worked by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steersman.errors import DataError
+from steersman.local.reward_report import against_labelers, on_benchmark, on_pairs, pairs_of
+from steersman.report.reward_bench import Question, Scored, correct, read_questions, report, ties
+
+
+def scored(subset: str, right: tuple[float, ...], wrong: tuple[float, ...], identity: str = "1") -> Scored:
+    return Scored(Question(identity, subset, "p", ("a",) * len(right), ("b",) * len(wrong)), right, wrong)
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_both_versions_are_read_and_a_wrong_row_is_named(tmp_path: Path) -> None:
+    one = {"id": 7, "subset": "hep-go", "prompt": "p", "chosen": "right", "rejected": "wrong", "chosen_model": "m"}
+    two = {"id": "tied:3", "subset": "Ties", "prompt": "p", "chosen": ["a", "b"], "rejected": ["c"], "num_correct": 2}
+    found = read_questions(write(tmp_path / "rows.jsonl", [one, two]))
+    assert found[0] == Question("7", "hep-go", "p", ("right",), ("wrong",))
+    assert found[1] == Question("tied:3", "Ties", "p", ("a", "b"), ("c",))
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not a row of RewardBench"):
+        read_questions(write(tmp_path / "bad.jsonl", [one, {"prompt": "p"}]))
+    with pytest.raises(DataError, match="chosen or rejected is empty"):
+        read_questions(write(tmp_path / "none.jsonl", [{**two, "rejected": []}]))
+
+
+def test_sections_weigh_their_subsets_as_published() -> None:
+    rows = [scored("math-prm", (1.0,), (0.0,)), scored("math-prm", (0.0,), (1.0,)), scored("hep-go", (1.0,), (0.0,))]
+    rows += [scored("mt-bench-hard", (0.0,), (1.0,)), scored("mt-bench-easy", (1.0,), (1.0,))]
+    found = report(rows)
+    assert found["sections"]["Reasoning"] == pytest.approx((984 * 0.5 + 164 * 1.0) / (984 + 164))
+    assert found["sections"]["Chat Hard"] == 0.0
+    assert found["sections"]["Chat"] == 0.5, "equal scores are half right"
+    assert found["total"] == pytest.approx((found["sections"]["Reasoning"] + 0.0 + 0.5) / 3)
+    assert found["subsets"]["math-prm"]["rows"] == 2
+    assert found["subsets"]["math-prm"]["low"] < 0.5 < found["subsets"]["math-prm"]["high"]
+
+
+def test_the_best_of_four_must_be_right() -> None:
+    assert correct(scored("Math", (2.0,), (1.0, 0.0, -1.0))) == 1.0
+    assert correct(scored("Math", (2.0,), (3.0, 0.0, -1.0))) == 0.0
+    assert correct(scored("Math", (2.0,), (2.0, 2.0, -1.0))) == pytest.approx(1 / 3)
+    found = report([scored("Math", (2.0,), (1.0,)), scored("Safety", (0.0,), (1.0,))])
+    assert (found["sections"], found["total"]) == ({}, 0.5)
+
+
+def test_ties_have_a_score_of_their_own() -> None:
+    rows = [
+        scored("Ties", (3.0,), (1.0, 0.0), "ref:1"),  # gap 2
+        scored("Ties", (5.0, 4.0), (1.0,), "tied:1"),  # gap 3, spread 1
+        scored("Ties", (1.0,), (2.0,), "ref:2"),  # gap -1
+        scored("Ties", (6.0, 2.0), (1.0,), "tied:2"),  # gap 1, spread 4
+    ]
+    margin = (math.tanh(2 / 1 - 1) + math.tanh(-1 / 4 - 1)) / 2
+    assert ties(rows) == pytest.approx(0.3 * 1.0 + 0.3 * 0.5 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * margin)
+    assert report(rows)["total"] == pytest.approx(ties(rows))
+
+
+def test_a_reward_model_is_compared_with_each_labeler_and_they_with_each_other() -> None:
+    # Item 1: ann and ben prefer the first, cem the second; item 2: ann prefers the second, ben finds a tie.
+    verdicts = [
+        *pairs_of(1, "ann", [[0], [1]]), *pairs_of(1, "ben", [[0], [1]]), *pairs_of(1, "cem", [[1], [0]]),
+        *pairs_of(2, "ann", [[1], [0]]), *pairs_of(2, "ben", [[0, 1]]),
+    ]  # fmt: skip
+    found = against_labelers(verdicts, {(1, 0): 2.0, (1, 1): 1.0, (2, 0): 0.0, (2, 1): 0.0})
+    shares = {name: (one["model"][0], one["other_labelers"][0]) for name, one in found["labelers"].items()}
+    # Of ann's two preferences the model has the first, and scores the second equal; ben agrees once and half.
+    assert shares == {"ann": (0.75, 0.5), "ben": (1.0, 0.5), "cem": (0.0, 0.0)}
+    assert found["model"][0] == pytest.approx((1 + 0.5 + 1 + 0) / 4)
+    assert found["labelers_with_each_other"][0] == pytest.approx((1 + 0 + 0.5 + 1 + 0 + 0 + 0) / 7)
+
+
+def test_comparisons_tell_length_from_preference(tmp_path: Path) -> None:
+    def row(chosen: str, rejected: str) -> dict[str, Any]:
+        prompt = [{"role": "user", "content": "q"}]
+        answers = {"chosen": chosen, "rejected": rejected}
+        return {"prompt": prompt} | {k: [{"role": "assistant", "content": text}] for k, text in answers.items()}
+
+    path = write(tmp_path / "pairs.jsonl", [row("long answer", "short"), row("ok", "a longer one"), row("yes", "a no")])
+    found = on_pairs(lambda ones: [float(len(one[-1]["content"])) for one in ones], path)
+    assert found["accuracy"][0] == pytest.approx(1 / 3)
+    assert found["length_baseline"] == pytest.approx(2 / 3)
+    by_length = found["accuracy_where_people_prefer_the"]
+    assert (by_length["longer"][0], by_length["shorter"][0]) == (1.0, 0.0)
+    bench = write(tmp_path / "b.jsonl", [{"subset": "hep-go", "prompt": "p", "chosen": "longer", "rejected": "no"}])
+    assert on_benchmark(lambda ones: [float(len(one[-1]["content"])) for one in ones], bench)["total"] == 1.0
