@@ -227,7 +227,7 @@ class Run:
         """The training curves of a stage."""
         from steersman.report.plots import training_curves
 
-        figure = training_curves(stage, self.metrics(stage).to_dict("records"))  # type: ignore[arg-type]
+        figure = training_curves(stage, self.metrics(stage).to_dict("records"))
         if figure is None:
             raise NotFoundError(f"stage {stage} has no curves yet")
         return figure
@@ -306,7 +306,7 @@ class ClusterRun:
         """The training curves of a stage."""
         from steersman.report.plots import training_curves
 
-        figure = training_curves(stage, self.metrics(stage).to_dict("records"))  # type: ignore[arg-type]
+        figure = training_curves(stage, self.metrics(stage).to_dict("records"))
         if figure is None:
             raise NotFoundError(f"stage {stage} has no curves yet")
         return figure

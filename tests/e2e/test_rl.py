@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from judge_endpoint import judging
 from safetensors.torch import load_file
 
 from steersman.config.algorithms import ONLINE_METHODS
+from steersman.errors import FailedPreconditionError
 from steersman.report.overoptimisation import read_looks
 
 PROMPTS = [f"p{number}" for number in range(8)]
@@ -86,3 +88,35 @@ def test_a_scorer_that_training_never_uses_sounds_the_alarm_and_the_better_check
     # The recommended checkpoint is the one before training: the stage's model is the one it began with.
     before, after = (load_file(next(folder.glob("*.safetensors"))) for folder in (tiny_model, stage / "model"))
     assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+def test_an_llm_judge_that_disagrees_with_people_has_no_licence_to_reward(
+    cluster: Any, tiny_model: Path, run_manifest: Callable, tmp_path: Path
+) -> None:
+    def row(number: int) -> dict[str, Any]:
+        said = {"chosen": "no", "rejected": f"a longer answer {number}"}
+        answers = {side: [{"role": "assistant", "content": text}] for side, text in said.items()}
+        return {"prompt": [{"role": "user", "content": f"q{number}"}], "soft_label": 0.9, **answers}
+
+    (tmp_path / "run").mkdir()
+    lines = "".join(json.dumps(row(number)) + "\n" for number in range(12))
+    (tmp_path / "run" / "judged.jsonl").write_text(lines)
+    with judging() as endpoint:  # likes length, which these people do not
+        options = {"url": endpoint.url, "model": "m", "rubric": "Be good."}
+        judge = {"name": "llm", "type": "judge", "options": options}
+        cluster.start_policy(tiny_model)
+        cluster.start_reference(tiny_model)
+        cluster.start_reward([{"kind": "verifiable", **judge}])
+        with pytest.raises(FailedPreconditionError, match=r"llm has no licence to reward: it shares 0\.0%.* in 90\.0%"):
+            run_manifest(
+                cluster,
+                tiny_model,
+                {"rl": {**BANDIT, "algorithm": "rloo", "reward": {"verifiable": [judge]}}},
+                prompts=PROMPTS,
+                data={
+                    "prompts": {"train": "prompts.jsonl"},
+                    "preferences": {"train": "judged.jsonl", "heldout": "judged.jsonl"},
+                },
+                licence={"without": "refuse"},
+            )
+    assert len(endpoint.asked) == 24, "both answers of every row"
