@@ -2,6 +2,8 @@
 
     a policy and an embedding service with a tiny model -> gateway with a key -> client after client
 
+The model's answers are known before (`guided.py`), so that every tool loop runs to its end.
+
 Writes build/bench/clients.json: `works`, `refused_by_name` and `broken` are lists of 'client call'; `versions` says of
 which packages. A call is refused by name where the client is told, in a sentence, which option it was.
 """
@@ -21,6 +23,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.clients.guided import TEMPLATE, GuidedEngine
 from services.embedding.config import EmbeddingOptions
 from services.embedding.servicer import EmbeddingServicer
 from services.gateway.auth.keys import create_key
@@ -28,7 +31,6 @@ from services.gateway.store import open_store
 from services.gateway.testing import gateway_config, running_gateway
 from services.policy.build import load_chat_format
 from services.policy.config import PolicyConfig
-from services.policy.engines.transformers_engine import TransformersEngine
 from services.policy.servicer import PolicyServicer
 from steersman.nn.prepare import resolve_model
 from steersman.rpc.server import Server, ServerConfig
@@ -39,6 +41,7 @@ from steersman.v1.policy_pb2_grpc import add_PolicyServiceServicer_to_server
 HERE = Path(__file__).parent
 ENVIRONMENTS = Path("build/clients")
 OUT = Path("build/bench/clients.json")
+_CONTEXT = 2048
 MODEL, EMBEDDING = "steersman", "vectors"
 PYTHON = {
     "openai-python": ("openai_python.py", ["openai"]),
@@ -57,13 +60,6 @@ EXPECTED = {
     "openai-python": {"images": "content", "responses background": "background", "responses web search": "tools"}
 }
 """Calls that this gateway cannot serve, and what the sentence must name."""
-# The chat templates of the tiny and the default model show no tools.
-TEMPLATE = (
-    "{% if tools %}{{ '<|im_start|>system\nTools: ' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
-    "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def python_environment(name: str, packages: list[str]) -> Path:
@@ -102,8 +98,8 @@ def versions_of(name: str, packages: list[str]) -> dict[str, str]:
 async def serving(model: Path) -> AsyncIterator[tuple[str, str, str]]:
     """URL, key and gRPC address of a gateway before a policy and an embedding service."""
     config = PolicyConfig(model=str(model))
-    engine = TransformersEngine(model, max_context=2048)
-    chat = await asyncio.to_thread(load_chat_format, config)
+    engine = GuidedEngine(model, max_context=_CONTEXT)
+    chat = engine.chat = await asyncio.to_thread(load_chat_format, config)
     chat.tokenizer.chat_template = TEMPLATE
     vectors = EmbeddingServicer(lambda: model, EmbeddingOptions(), "cpu")
     server = Server(
@@ -209,7 +205,9 @@ def main() -> int:
         if arguments.model:
             model = resolve_model(arguments.model, PolicyConfig(model=arguments.model).cache_dir)
         else:
-            model = save_model_folder(Path(scratch), tiny_llama())
+            tiny = tiny_llama()
+            tiny.config.max_position_embeddings = _CONTEXT
+            model = save_model_folder(Path(scratch), tiny)
         report = asyncio.run(measure(model, arguments.only))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -13,7 +13,10 @@ from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRe
 from kserve.inference_client import RESTConfig  # noqa: E402
 from kserve.protocol.infer_type import RequestedOutput  # noqa: E402
 
-HEADERS = {"authorization": f"Bearer {KEY}"}
+
+def headers() -> dict[str, str]:
+    """New for every call: the SDK puts what it sends into the dictionary that it is given."""
+    return {"authorization": f"Bearer {KEY}"}
 
 
 def request(binary: bool = False, names: tuple[str, ...] = ()) -> InferRequest:
@@ -31,21 +34,21 @@ def rest(protocol: str = "v2") -> InferenceRESTClient:
 
 async def ready() -> None:
     must(await rest().is_server_ready(URL))
-    must(await rest().is_model_ready(URL, MODEL, headers=HEADERS))
+    must(await rest().is_model_ready(URL, MODEL, headers=headers()))
 
 
 async def infer() -> None:
-    found = await rest().infer(URL, request(), model_name=MODEL, headers=HEADERS)
+    found = await rest().infer(URL, request(), model_name=MODEL, headers=headers())
     must(found.get_output_by_name("text_output"))
 
 
 async def infer_binary() -> None:
-    found = await rest().infer(URL, request(binary=True), model_name=MODEL, headers=HEADERS)
+    found = await rest().infer(URL, request(binary=True), model_name=MODEL, headers=headers())
     must(found.get_output_by_name("text_output"))
 
 
 async def some_outputs() -> None:
-    found = await rest().infer(URL, request(names=("text_output",)), model_name=MODEL, headers=HEADERS)
+    found = await rest().infer(URL, request(names=("text_output",)), model_name=MODEL, headers=headers())
     must([output.name for output in found.outputs] == ["text_output"], found.outputs)
 
 

@@ -194,8 +194,8 @@ class Answer:
         self.unsourced = 0
         """Sentences about records that no record supports; held back or marked."""
         self.limit_seconds = float("inf")
-        self.spent_tokens = 0
-        """Of all turns and samples, whether they are in the answer or not."""
+        self.spent_tokens = 0.0
+        """Of all turns and samples, whether they are in the answer or not; by what a token of the model counts."""
         self.unheard = False
         """A turn ended before it said how many tokens it had."""
         self.prompt_tokens = 0

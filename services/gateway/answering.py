@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import math
 import secrets
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
@@ -21,8 +23,7 @@ from services.gateway.admission import Admission
 from services.gateway.answer import Answer, Question, replay
 from services.gateway.auth.tokens import FeedbackTokens
 from services.gateway.backends.embeddings import EmbeddingPool
-from services.gateway.backends.pool import ReplicaPool
-from services.gateway.backends.split import SplitPool
+from services.gateway.backends.models import Line, Models
 from services.gateway.config import GatewayConfig
 from services.gateway.errors import BadRequestError
 from services.gateway.idempotency import Claim, IdempotencyKeys
@@ -35,7 +36,7 @@ from services.gateway.tools.grounding import Grounding
 from services.gateway.tracing import Tracer
 from services.gateway.trail import answer_line, answer_rows, outcome_of
 from steersman.background import Background
-from steersman.errors import DeadlineError, NotFoundError, SteersmanError, UnavailableError
+from steersman.errors import DeadlineError, SteersmanError, UnavailableError
 from steersman.store.engine import Store
 from steersman.store.models import Answer as StoredAnswer
 from steersman.v1 import common_pb2
@@ -52,14 +53,14 @@ class Assistant:
     def __init__(
         self,
         config: GatewayConfig,
-        pool: ReplicaPool | SplitPool,
+        models: Models,
         store: Store,
         tokens: FeedbackTokens,
         metrics: Metrics,
     ) -> None:
         self.config = config
         self.background = Background()
-        self.pool = pool
+        self.models = models
         self.metrics = metrics
         limits = config.limits
         self.admission = Admission(limits.concurrent_answers, limits.queued_answers, limits.queue_seconds)
@@ -78,14 +79,16 @@ class Assistant:
         metrics.gauge("running_answers", "Answers in generation.", lambda: self.admission.running)
         metrics.gauge("queued_answers", "Requests that wait for a place.", lambda: self.admission.waiting)
         metrics.gauge("unrecorded_answers", "Records that are not on disk yet.", lambda: self.recorder.backlog)
-        metrics.gauge("weights_version", "Newest weights that a replica serves.", lambda: pool.weights_version)
-        metrics.gauge("replica_retries", "Answers that another replica took over.", lambda: pool.retries)
-        metrics.replicas(lambda: {target: info is not None for target, info in pool.infos.items()})
+        metrics.gauge(
+            "weights_version", "Newest weights that a replica serves.", lambda: models.main.pool.weights_version
+        )
+        metrics.gauge("replica_retries", "Answers that another replica took over.", lambda: models.retries)
+        metrics.replicas(lambda: {target: info is not None for target, info in models.infos.items()})
 
     @property
     def ready(self) -> bool:
         """Whether an answer can be given."""
-        return self.pool.ready and self.can_record and self.background.healthy and not self.draining
+        return self.models.ready and self.can_record and self.background.healthy and not self.draining
 
     @property
     def can_record(self) -> bool:
@@ -136,11 +139,12 @@ class Assistant:
 
     def _most_tokens(self, question: Question) -> int:
         """What an answer may cost, about: nobody here can count the tokens of a prompt."""
-        request, best_of = question.request, self.config.policy.best_of
+        request = question.request
+        most_samples, cost = self.models.most(question.model)
         chars = len(request.prompt) + _chars(request.messages) + len(request.tools_json)
         chars += 4 * len(request.prompt_token_ids)
-        samples = max(request.n, 1) if best_of is None or request.n > 1 else best_of.n
-        return chars // 4 + request.sampling.max_new_tokens * samples
+        samples = request.n if request.n > 1 else most_samples
+        return math.ceil((chars // 4 + request.sampling.max_new_tokens * samples) * cost)
 
     def _free(self, claim: Claim | None, reserved: Reserved | None) -> None:
         """Gives back what a request held that was never begun."""
@@ -149,17 +153,17 @@ class Assistant:
                 self.recorder.put(Record(claim=claim, reserved=reserved))
 
     async def _begin(self, question: Question, claim: Claim | None, reserved: Reserved | None) -> Answer:
-        answer = Answer(f"{question.id_prefix}{secrets.token_hex(12)}", question, self._stream)
-        answer.model = question.model or self.config.model
-        answer.variant = await self._variant(question)
-        answer.adapter = self.pool.of(answer.variant).served
+        line = await self._line(question)
+        stream = functools.partial(self._stream, line=line)
+        answer = Answer(f"{question.id_prefix}{secrets.token_hex(12)}", question, stream)
+        _note(answer, line)
         answer.limit_seconds = self.config.limits.answer_seconds
         answer.trace = self.tracer.start(answer, answer.model)
         answer.feedback_token = self._tokens.issue(answer.id, question.caller.tenant)
 
         async def on_end(answer: Answer, error: BaseException | None) -> None:
             answer.trace.end(answer, outcome_of(answer, error), error)
-            await self._finish(answer, claim, reserved, error)
+            await self._finish(answer, line, claim, reserved, error)
 
         answer.on_end = on_end
         await answer.open()
@@ -168,11 +172,8 @@ class Assistant:
     def checked(self, question: Question) -> Question:
         """The question with the defaults filled in; refuses what breaks a limit."""
         config, limits, request = self.config, self.config.limits, question.draft()
-        if question.model and question.model not in config.model_names:
-            raise NotFoundError(
-                f"The model '{question.model}' does not exist here; use '{config.model}'",
-                details={"param": "model", "code": "model_not_found"},
-            )
+        if question.model:
+            self.models.check(question.model)
         if request.n > limits.choices:
             raise BadRequestError(f"n is {request.n}, the limit is {limits.choices}", param="n")
         if len(request.messages) > limits.messages:
@@ -228,23 +229,23 @@ class Assistant:
         request.messages.extend(messages)
         return replace(question, request=request, turns=turns)
 
-    async def _variant(self, question: Question) -> str:
-        """Who answers a conversation: who answered it before, else its share decides. Empty: there is one model."""
-        if not isinstance(self.pool, SplitPool):
-            return ""
-        pinned = question.variant
-        if (question.conversation_id or question.previous) and self.pool.splits:
-            pinned = await asyncio.to_thread(self._first_variant, question) or pinned
+    async def _line(self, question: Question) -> Line:
+        """Who answers a conversation: who answered it before, else what its weight and share decide."""
+        model = variant = question.variant
+        if (question.conversation_id or question.previous) and self.models.chooses(question.model):
+            first = await asyncio.to_thread(self._first_answer, question)
+            model, variant = first or (model, variant)
         said = next((message.content for message in question.request.messages if message.role == "user"), "")
         who = (question.caller.tenant, question.caller.customer_id)
         key = "\n".join((*who, question.conversation_id or said or question.request.prompt))
-        return self.pool.choose(key, pinned)
+        return self.models.line(question.model, key, model, variant)
 
-    def _first_variant(self, question: Question) -> str:
+    def _first_answer(self, question: Question) -> tuple[str, str] | None:
+        """Model and deployment of a conversation's first answer; None: there is none yet."""
         of_id = StoredAnswer.id == question.previous
         of_conversation = StoredAnswer.conversation_id == question.conversation_id
         first = (
-            sa.select(StoredAnswer.deployment)
+            sa.select(StoredAnswer.model, StoredAnswer.deployment)
             .where(
                 of_id if question.previous else of_conversation,
                 StoredAnswer.customer == question.caller.tenant,
@@ -253,11 +254,11 @@ class Assistant:
             .limit(1)
         )
         with self._store.reading() as session:
-            return session.scalar(first) or ""
+            return session.execute(first).tuples().first()
 
-    async def _stream(self, answer: Answer) -> AsyncGenerator[PolicyServiceChatResponse, None]:
+    async def _stream(self, answer: Answer, line: Line) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         def generate(request: PolicyServiceChatRequest) -> AsyncGenerator[PolicyServiceChatResponse, None]:
-            return self._generate(answer, request)
+            return self._generate(answer, line, request)
 
         grounding = self.grounding
         source = grounding.answer(answer, generate) if grounding.has_systems else generate(answer.question.request)
@@ -270,7 +271,7 @@ class Assistant:
                 yield response
 
     async def _generate(
-        self, answer: Answer, request: PolicyServiceChatRequest
+        self, answer: Answer, line: Line, request: PolicyServiceChatRequest
     ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         """One turn of the model; what it costs is counted as it comes, for it may end at any time."""
         prompt_tokens, completion_tokens, counted = 0, dict[int, int](), 0
@@ -278,14 +279,16 @@ class Assistant:
         try:
             if answer.seconds_left <= 0:
                 raise DeadlineError("No time is left")
-            async with contextlib.aclosing(self.pool.of(answer.variant).stream(request, answer.seconds_left)) as stream:
+            async with contextlib.aclosing(line.stream(request, answer.seconds_left)) as stream:
                 async for response in stream:
+                    if not counted:
+                        _note(answer, line)
                     prompt_tokens = response.prompt_tokens or prompt_tokens
                     if response.completion_tokens:
                         completion_tokens[response.choice_index] = response.completion_tokens
                         answer.unheard = False
                     total = prompt_tokens + sum(completion_tokens.values())
-                    answer.spent_tokens += total - counted
+                    answer.spent_tokens += (total - counted) * line.served.cost
                     counted = total
                     yield response
         except DeadlineError:
@@ -293,24 +296,32 @@ class Assistant:
             raise DeadlineError(f"The answer took longer than {limit:g} s; ask for fewer tokens") from None
 
     async def _finish(
-        self, answer: Answer, claim: Claim | None, reserved: Reserved | None, error: BaseException | None
+        self,
+        answer: Answer,
+        line: Line,
+        claim: Claim | None,
+        reserved: Reserved | None,
+        error: BaseException | None,
     ) -> None:
         """Counts and records; a complete answer is on disk before its last token is handed out."""
         question, metrics = answer.question, self.metrics
         outcome = outcome_of(answer, error)
-        variant = answer.variant or self.config.deployment
+        model, variant = line.served.name, line.deployment
         metrics.answers.labels(outcome).inc()
+        metrics.model_answers.labels(model, outcome).inc()
         if answer.variant:
             metrics.variant_answers.labels(outcome, variant).inc()
-        metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
-        metrics.tokens.labels("completion").inc(answer.completion_tokens)
+        for kind, tokens in (("prompt", answer.prompt_tokens), ("completion", answer.completion_tokens)):
+            metrics.tokens.labels(kind).inc(tokens)
+            metrics.model_tokens.labels(model, kind).inc(tokens)
         if answer.first_token_seconds:
             if not question.request.whole:
                 metrics.first_token.observe(answer.first_token_seconds)
             metrics.duration.observe(answer.seconds)
+            metrics.model_duration.labels(model).observe(answer.seconds)
             if answer.variant:
                 metrics.variant_duration.labels(variant).observe(answer.seconds)
-        spent = answer.spent_tokens
+        spent = math.ceil(answer.spent_tokens)
         if answer.unheard and outcome == "cancelled" and reserved is not None:
             # Generated in one piece, and left before it came: nobody knows how much it was.
             spent = max(spent, reserved.tokens)
@@ -345,6 +356,10 @@ class Assistant:
                 await self.recorder.put(record)
         except TimeoutError:
             raise UnavailableError("The gateway's database cannot be reached, the answer is not stored") from None
+
+
+def _note(answer: Answer, line: Line) -> None:
+    answer.model, answer.variant, answer.adapter = line.name, line.variant, line.adapter
 
 
 def _chars(messages: Iterable[common_pb2.Message]) -> int:

@@ -17,6 +17,7 @@ from steersman.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -191,7 +192,7 @@ class Cors(FrozenModel):
 class EmbeddingModel(FrozenModel):
     """A model that `/v1/embeddings` serves."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+    name: ModelName
     """As callers name it."""
     endpoints: Annotated[list[str], Field(min_length=1)]
     """`host:port` of embedding services, or of policy services with `embeddings`; replicas of the same model."""
@@ -199,6 +200,32 @@ class EmbeddingModel(FrozenModel):
     """Longest time for a request."""
     tls: ClientTls | None = None
     """None: plain text."""
+
+
+class ServedModel(FrozenModel):
+    """A further model behind the gateway, by its own name."""
+
+    name: ModelName
+    """As callers name it."""
+    aliases: list[ModelName] = []
+    """Other names that are accepted."""
+    policy: PolicyBackend
+    """Where its answers come from."""
+    deployment: str | None = None
+    """Stored with its answers; None: its name, so that no release gate counts them as another's."""
+    fallback: list[ModelName] = []
+    """Models that answer, in this order, while this one is not ready, is full, or fails before its first token."""
+    cost: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    """What a token of it counts against the quotas and budgets of keys."""
+
+
+class Route(FrozenModel):
+    """A name behind which several models share the conversations."""
+
+    name: ModelName
+    """As callers name it."""
+    weights: Annotated[dict[ModelName, Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=1)]
+    """Share of each model, as its part of the sum. A conversation keeps the model that answered it first."""
 
 
 class Telemetry(FrozenModel):
@@ -218,14 +245,23 @@ class GatewayConfig(FrozenModel):
     metrics_port: Port | None = None
     """Prometheus metrics without a key, for a scraper inside the cluster; None: only `/metrics`, which wants the
     scope `operate`."""
-    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")] = "steersman"
-    """Name of the model that the gateway serves."""
-    model_aliases: list[str] = []
+    model: ModelName = "steersman"
+    """Name of the model that the gateway serves, and that answers where a question names none."""
+    model_aliases: list[ModelName] = []
     """Other names that are accepted."""
     suggestions: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=12)] = []
     """Questions to click on the chat page."""
     embed_origins: list[Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.*-]+(:[0-9]+)?$")]] = []
     """Sites whose pages may hold the chat by `/widget.js`, for example `https://www.example.com`; empty: none."""
+    fallback: list[ModelName] = []
+    """Names out of `models` that answer, in this order, while `model` is not ready, is full, or fails before its first
+    token."""
+    cost: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    """What a token of `model` counts against the quotas and budgets of keys."""
+    models: list[ServedModel] = []
+    """Further models, by names of their own."""
+    routes: list[Route] = []
+    """Names whose conversations several models share by weight."""
     deployment: str = ""
     """Stored with every answer, for example champion or candidate: what a release gate compares."""
     policy: PolicyBackend = PolicyBackend()
@@ -272,6 +308,24 @@ class GatewayConfig(FrozenModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _names_are_models(self) -> GatewayConfig:
+        models = [self.model, *(model.name for model in self.models)]
+        others = [alias for model in self.models for alias in model.aliases] + [route.name for route in self.routes]
+        names = [*models, *self.model_aliases, *others, *(model.name for model in self.embeddings)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the name {twice!r} is given twice; give every model, alias and route a name of its own")
+        for field, owner, named in (
+            ("fallback", self.model, self.fallback),
+            *((f"models.{model.name}.fallback", model.name, model.fallback) for model in self.models),
+            *((f"routes.{route.name}.weights", None, list(route.weights)) for route in self.routes),
+        ):
+            for name in named:
+                if name == owner or name not in models:
+                    others = [model for model in models if model != owner]
+                    raise ValueError(f"{field} names {name!r}; choose from {', '.join(others) or 'further models'}")
+        return self
+
     @property
     def database_url(self) -> str | None:
         """Of the database; ConfigError when its environment variable is not set."""
@@ -292,10 +346,6 @@ class GatewayConfig(FrozenModel):
         if self.allowed_hosts is None and is_loopback(self.host):
             return ["*.localhost"]
         return self.allowed_hosts
-
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        return (self.model, *self.model_aliases)
 
 
 def is_loopback(host: str) -> bool:

@@ -28,9 +28,10 @@ def health_router(assistant: Assistant, auth: Authenticator, metrics: Metrics) -
         },
     )
     async def ready() -> JSONResponse:
-        replicas = {target: info is not None for target, info in assistant.pool.infos.items()}
+        replicas = {target: info is not None for target, info in assistant.models.infos.items()}
         body = {"ready": assistant.ready, "draining": assistant.draining, "replicas": replicas}
         body |= {"recording": assistant.can_record, "down": sorted(assistant.background.down)}
+        body |= {"models": assistant.models.readiness}
         return JSONResponse(body, 200 if assistant.ready else 503)
 
     @router.get(

@@ -40,6 +40,28 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.model_answers = Counter(
+            f"{name}_model_answers",
+            "Answers of each model by how they ended.",
+            ["model", "outcome"],
+            registry=self.registry,
+        )
+        self.model_tokens = Counter(
+            f"{name}_model_tokens", "Tokens of each model.", ["model", "kind"], registry=self.registry
+        )
+        self.model_duration = Histogram(
+            f"{name}_model_answer_seconds",
+            "Time to the end of an answer of each model.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.stand_ins = Counter(
+            f"{name}_model_stand_ins",
+            "Answers that a model gave for another.",
+            ["model", "by"],
+            registry=self.registry,
+        )
         self.feedback = Counter(f"{name}_feedback", "Judgements stored.", ["kind", "value"], registry=self.registry)
         self.lookups = Counter(
             f"{name}_lookups", "Reads of business records.", ["system", "outcome"], registry=self.registry

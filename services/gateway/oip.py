@@ -73,7 +73,7 @@ class AssistantModel(kserve.Model):
         self.ready = True
 
     async def healthy(self) -> bool:
-        return self._assistant.ready
+        return self._assistant.ready and self._assistant.models.can_answer(self.name)
 
     def get_input_types(self) -> list[dict[str, Any]]:
         return [
@@ -395,7 +395,7 @@ class OipServer(kserve.ModelServer):
         self.dataplane = _DataPlane(self.registered_models, assistant)
         self.model_repository_extension = _Repository(self.registered_models)
         self._generate = generate_router(assistant, auth)
-        for name in assistant.config.model_names:
+        for name in assistant.models.names:
             self.register_model(AssistantModel(name, assistant, auth))
 
     def mount(self, app: FastAPI) -> None:

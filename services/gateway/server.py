@@ -19,7 +19,7 @@ from services.gateway.auth.authenticator import Authenticator
 from services.gateway.auth.identity import CustomerVerifier
 from services.gateway.auth.keys import KeyRing
 from services.gateway.auth.tokens import FeedbackTokens, Sessions
-from services.gateway.backends.split import build_pools
+from services.gateway.backends.models import Models
 from services.gateway.chat_service import SERVICE_NAME as CHAT_SERVICE
 from services.gateway.chat_service import ChatServicer
 from services.gateway.config import GatewayConfig
@@ -71,9 +71,10 @@ class Gateway:
         self.store = open_store(database)
         secret = read_secret(self.store, config.secret_file, config.secret_env)
         self.metrics = Metrics(config.model)
-        self.pool = build_pools(config)
+        self.models = Models(config, lambda model, by: self.metrics.stand_ins.labels(model, by).inc())
+        self.pool = self.models.main.pool
         tokens = FeedbackTokens(secret)
-        self.assistant = Assistant(config, self.pool, self.store, tokens, self.metrics)
+        self.assistant = Assistant(config, self.models, self.store, tokens, self.metrics)
         self.feedback = FeedbackDesk(self.store, self.assistant.recorder, tokens, self.metrics, config, secret)
         keys, customers = KeyRing(self.store), CustomerVerifier(config.identity)
         self.authenticator = Authenticator(config, keys, Sessions(secret), customers, secret)
@@ -88,7 +89,7 @@ class Gateway:
         """Listens. Readiness depends on the replicas, so a gateway may be started before them."""
         config = self.config
         await self.background.start()
-        await self.pool.start(self.background)
+        await self.models.start(self.background)
         self.background.add("recorder", self.assistant.recorder.run)
         await self.assistant.grounding.start(self.background)
         servicer = ChatServicer(self.assistant, self.authenticator, self.feedback, self.refusals)
@@ -215,7 +216,7 @@ class Gateway:
         await self.assistant.grounding.close()
         await asyncio.to_thread(self.assistant.tracer.close)
         await self.background.close()
-        await self.pool.close()
+        await self.models.close()
         for embeddings in self.assistant.embeddings.values():
             await embeddings.close()
         self.store.close()

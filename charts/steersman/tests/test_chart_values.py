@@ -225,6 +225,30 @@ def test_settings_of_the_policy_backend_join_those_of_the_chart(helm, find):
     assert config.model == "helper"
 
 
+def test_further_models_and_embeddings_are_values(helm, find):
+    """Beside the chart's own policy service, which may serve embeddings, too."""
+    documents = helm.render(
+        "default",
+        "policy.config.embeddings.pooling=mean",
+        "gateway.config.fallback[0]=general",
+        "gateway.config.models[0].name=general",
+        "gateway.config.models[0].policy.kind=openai",
+        "gateway.config.models[0].policy.endpoints[0]=http://vllm.ml.svc:8000",
+        "gateway.config.routes[0].name=auto",
+        "gateway.config.routes[0].weights.steersman=9",
+        "gateway.config.routes[0].weights.general=1",
+        "gateway.config.embeddings[0].name=vectors",
+        "gateway.config.embeddings[0].endpoints[0]=dns:///steersman-policy.ml.svc:50051",
+    )
+    config = load_model(GatewayConfig, config_of(documents, find, "gateway"), "gateway")
+    assert config.policy.endpoints == ["dns:///steersman-policy.ml.svc:50051"]
+    assert (config.models[0].name, config.models[0].policy.kind, config.fallback) == ("general", "openai", ["general"])
+    assert config.routes[0].weights == {"steersman": 9, "general": 1}
+    assert config.embeddings[0].endpoints == config.policy.endpoints
+    policy = load_model(PolicyConfig, config_of(documents, find, "policy"), "policy")
+    assert policy.embeddings is not None
+
+
 @PROFILES
 def test_the_databases_password_is_in_no_argument(helm, find, monkeypatch, profile):
     documents = helm.render(profile)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from services.gateway.backends.base import Replica, ReplicaInfo
 from services.gateway.backends.neutral import Neutraliser, NeutralReplica
 from services.gateway.backends.policy import PolicyReplica
-from services.gateway.config import GatewayConfig
+from services.gateway.config import PolicyBackend
 from steersman.background import Background
 from steersman.errors import (
     ChecksumError,
@@ -26,7 +26,7 @@ from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatR
 log = logging.getLogger("steersman.gateway")
 
 # The same request may succeed elsewhere: generation has no side effects.
-_RETRIED = (UnavailableError, RateLimitedError, InternalError, ChecksumError)
+RETRIED = (UnavailableError, RateLimitedError, InternalError, ChecksumError)
 # It may succeed at the same replica, where there is no other: it was damaged on its way, or its connection was.
 _AGAIN = (InternalError, ChecksumError)
 
@@ -75,9 +75,10 @@ class ReplicaPool:
         """The model or adapter that the replicas say they serve; empty while none is ready."""
         return next((member.info.model for member in self._members if member.info), "")
 
-    async def start(self, background: Background) -> None:
+    async def start(self, background: Background, of: str = "") -> None:
+        """`of`: goes into the names of the tasks, each of which is once in `background`."""
         await self._probe_all()
-        background.add("probes", self._probe_forever)
+        background.add(f"probes{of}", self._probe_forever)
 
     async def close(self) -> None:
         await asyncio.gather(*(member.replica.close() for member in self._members))
@@ -106,7 +107,7 @@ class ReplicaPool:
                     started = True
                     yield response
                 return
-            except _RETRIED as error:
+            except RETRIED as error:
                 if isinstance(error, UnavailableError):
                     member.info = None
                 most = max(len(self._members), 2 if isinstance(error, _AGAIN) else 1)
@@ -149,9 +150,8 @@ class ReplicaPool:
             member.info = info
 
 
-def build_pool(config: GatewayConfig, endpoints: Sequence[str] | None = None) -> ReplicaPool:
-    """The replicas that the configuration names; `endpoints`: others of the same kind."""
-    policy = config.policy
+def build_pool(policy: PolicyBackend, name: str, endpoints: Sequence[str] | None = None) -> ReplicaPool:
+    """The replicas of the model `name`; `endpoints`: others of the same kind."""
     replicas: list[Replica] = []
     neutraliser = None
     if policy.kind != "steersman" and policy.control_tokens == "neutralise":
@@ -163,7 +163,7 @@ def build_pool(config: GatewayConfig, endpoints: Sequence[str] | None = None) ->
         key = os.environ.get(policy.api_key_env, "") if policy.api_key_env else ""
         if policy.api_key_env and not key:
             raise ConfigError(f"policy.apiKeyEnv: the environment variable {policy.api_key_env} is not set; set it")
-        model = policy.model or config.model
+        model = policy.model or name
         if policy.kind == "openai":
             from services.gateway.backends.openai import OpenAIReplica
 

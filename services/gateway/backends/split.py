@@ -22,7 +22,7 @@ from pydantic import Field
 
 from services.gateway.backends.base import ReplicaInfo
 from services.gateway.backends.pool import ReplicaPool, build_pool
-from services.gateway.config import GatewayConfig
+from services.gateway.config import PolicyBackend
 from steersman.background import Background
 from steersman.config.base import FrozenModel, load_model, read_yaml
 from steersman.errors import ConfigError
@@ -129,10 +129,10 @@ class SplitPool:
             return self._candidate
         return self._champion
 
-    async def start(self, background: Background) -> None:
-        await self._champion.start(background)
+    async def start(self, background: Background, of: str = "") -> None:
+        await self._champion.start(background, of)
         await self.read()
-        background.add("shares", self._read_forever)
+        background.add(f"shares{of}", self._read_forever)
 
     async def close(self) -> None:
         await asyncio.gather(*self._leaving, return_exceptions=True)
@@ -179,12 +179,12 @@ class SplitPool:
         self._candidate = self._probes = None
 
 
-def build_pools(config: GatewayConfig) -> ReplicaPool | SplitPool:
-    """The replicas that the configuration names, and a candidate's beside them where it names a file with shares."""
-    champion = build_pool(config)
-    if config.policy.split is None:
+def build_pools(policy: PolicyBackend, name: str) -> ReplicaPool | SplitPool:
+    """The replicas of the model `name`, and a candidate's beside them where there is a file with shares."""
+    champion = build_pool(policy, name)
+    if policy.split is None:
         return champion
-    return SplitPool(champion, config.policy.split, lambda endpoints: build_pool(config, endpoints))
+    return SplitPool(champion, policy.split, lambda endpoints: build_pool(policy, name, endpoints))
 
 
 async def _close_when_idle(pool: ReplicaPool, probes: Background) -> None:

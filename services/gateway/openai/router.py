@@ -34,7 +34,6 @@ from services.gateway.openai.objects import (
 from services.gateway.openai.schema import ChatCompletionRequest, CompletionRequest
 from services.gateway.openai.stream import DONE, EventStream, event, until_disconnect
 from services.gateway.openai.translate import chat_request, completion_request
-from steersman.errors import NotFoundError
 from steersman.rpc.finish import openai_finish_name
 from steersman.v1.policy_pb2 import TokenLogprob
 
@@ -44,7 +43,7 @@ _PROMPTS_AT_ONCE = 4
 
 def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> APIRouter:
     router = APIRouter(prefix=prefix, tags=["OpenAI"])
-    names = (*assistant.config.model_names, *assistant.embeddings)
+    names = (*assistant.models.names, *assistant.embeddings)
 
     @router.post("/chat/completions", **CHAT_DOC)
     async def create_chat_completion(request: Request) -> Response:
@@ -103,14 +102,11 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
         await auth.caller(request.headers)
         return _json({"object": "list", "data": [_model(name) for name in names]})
 
-    @router.get("/models/{model}", **MODEL_DOC)
+    @router.get("/models/{model:path}", **MODEL_DOC)
     async def retrieve_model(request: Request, model: str) -> Response:
         await auth.caller(request.headers)
-        if model not in names:
-            raise NotFoundError(
-                f"The model '{model}' does not exist here; use '{assistant.config.model}'",
-                details={"param": "model", "code": "model_not_found"},
-            )
+        if model not in assistant.embeddings:
+            assistant.models.check(model)
         return _json(_model(model))
 
     return router

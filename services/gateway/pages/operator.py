@@ -39,7 +39,7 @@ def operator_router(assistant: Assistant, store: Store, auth: Authenticator) -> 
             ready=assistant.ready,
             running=assistant.admission.running,
             waiting=assistant.admission.waiting,
-            replicas=assistant.pool.infos,
+            replicas=assistant.models.infos,
             hours=_HOURS,
             **figures,
         )

@@ -11,6 +11,7 @@ import openai
 import pydantic
 import pytest
 import sqlalchemy as sa
+from gateway_records import running_shop, signed
 from openai.types.responses import Response, ResponseStreamEvent
 
 from services.gateway.auth.keys import create_key
@@ -297,3 +298,48 @@ async def test_refuses_by_name(client: openai.AsyncOpenAI, change: dict[str, Any
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
         await client.responses.create(**{"model": "steersman", "input": "x", **change})  # type: ignore[call-overload]
     assert caught.value.param == param or (param is None and "tool_choice" in str(caught.value))
+
+
+async def test_the_gateways_own_tools_are_carried_out_as_in_a_chat() -> None:
+    """Their calls are no items of the response, the caller's own come back beside what was looked up, and a turn that
+    continues sees the answer, not the record."""
+
+    def reply(request: Any) -> Any:
+        known = any(message.role == "tool" for message in request.messages)
+        theirs = ["get_order"] if "get_order" in request.tools_json else []
+        if known and not theirs:
+            return "Order 2 is processing."
+        names = theirs if known else ["find_order", *theirs]
+        return [common_pb2.ToolCall(id=name, name=name, arguments='{"number": "2"}') for name in names]
+
+    async with (
+        running_shop(FakePolicy(reply=reply), tools={"mode": "tools"}) as shop,
+        openai.AsyncOpenAI(
+            base_url=f"{shop.gateway.url}/v1", api_key="none", max_retries=0, default_headers=signed("C-A")
+        ) as client,
+    ):
+        async with client.responses.stream(model="steersman", input="where is order 2?") as stream:
+            kinds = [event.type async for event in stream]
+            first = await stream.get_final_response()
+        assert (kinds[0], kinds[-1]) == ("response.created", "response.completed")
+        assert not [kind for kind in kinds if "function_call" in kind]
+        assert first.output_text == "Order 2 is processing."
+        told = first.model_dump()["steersman"]
+        assert told["sources"] == [{"system": "erp", "record": "order/2"}]
+        results = [m.content for m in shop.policy.requests[1].messages if m.role == "tool"]
+        assert len(results) == 1
+        assert "39.80" in results[0]
+        more = await client.responses.create(model="steersman", input="thanks", previous_response_id=first.id)
+        continued = [m for m in shop.policy.requests[2].messages if m.role != "system"]
+        assert [(m.role, m.content) for m in continued[:2]] == [
+            ("user", "where is order 2?"),
+            ("assistant", "Order 2 is processing."),
+        ]
+        assert more.output_text == "Order 2 is processing."
+        theirs = await client.responses.create(model="steersman", input="order 2", tools=[TOOL])  # type: ignore[list-item]
+        assert [item.name for item in theirs.output if item.type == "function_call"] == ["get_order"]
+        nobody = await client.responses.create(
+            model="steersman", input="where is order 3?", extra_headers=signed("C-A")
+        )
+        assert "59.70" not in "".join(m.content for r in shop.policy.requests for m in r.messages)
+        assert nobody.status == "completed"
