@@ -78,6 +78,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron (grouped queries)": ("nemotron", {"num_key_value_heads": 8}),
     "hunyuan_v1_dense (head width)": ("hunyuan_v1_dense", {"head_dim": 128}),
     "ministral (head width)": ("ministral", {"head_dim": 128}),
+    "t5": ("t5", {"decoder_start_token_id": 0}),
+    "longt5": ("longt5", {"decoder_start_token_id": 0}),
+    "switch_transformers": ("switch_transformers", {"decoder_start_token_id": 0}),
+    "t5 (FLAN-T5)": (
+        "t5",
+        {"decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
 }
 """Configurations that the defaults of their class do not show, or that its defaults leave incomplete."""
 _FIRST = {
@@ -273,7 +280,7 @@ included.
   its own with continuous batching.
 - **plain**: the model's own code on rows of equal length (the engine: one sample at a time). Slower, announced, and
   right. Recurrent and convolution layers, ALiBi, and masks that a model makes itself end here, and encoder-decoders,
-  whose prompts and answers are padded.
+  whose prompts and answers are padded (DPO and reward models refuse them).
 - **–**: refused with the measured reason, which is in `build/bench/models.json`: an output layer that is more than one
   linear layer (language-model heads of encoders), a training mode that computes something else than evaluation mode
   (Phi-3.5 MoE draws its experts, 0.54 nats), or a default configuration that cannot be built. LoRA leaves out linear
