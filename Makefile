@@ -134,6 +134,10 @@ fuzz: $(READY) ## Throw a million hostile inputs at everything that reads (INPUT
 chaos: $(READY) ## Seeded random faults against the real processes (CHAOS_SEED=n repeats one, CHAOS_MINUTES=10); the last line is JSON.
 	@PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)
 
+.PHONY: soak
+soak: $(READY) ## Gateway load with weight swaps, then training steps: does anything grow? (SOAK_SECONDS=3600 each); the last line is JSON.
+	@$(BIN)/python -m benchmarks.soak --seconds $(or $(SOAK_SECONDS),3600) $(ARGS)
+
 .PHONY: locks
 locks: $(READY) ## Write the images' pins and digests anew (constraints.gpu.txt, locks/), out of the package index.
 	$(BIN)/python scripts/check_image.py --lock Dockerfile

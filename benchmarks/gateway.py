@@ -305,9 +305,8 @@ def _running_answers(port: int) -> int:
     return int(float(line.split()[1]))
 
 
-async def measure_overload(seconds: float) -> dict[str, float]:
-    """Ten times the capacity: latency of the served, share refused, memory, and the time to recover."""
-    places, pace = 8, 0.05
+async def measure_overload(seconds: float, times: float = 10, places: int = 8, pace: float = 0.05) -> dict[str, float]:
+    """`times` the capacity: latency of the served, share refused, memory, and the time to recover."""
     body = json.dumps({**BODY, "messages": [{"role": "user", "content": "one two three"}]}).encode()
     with stack(pace, concurrentAnswers=places, queuedAnswers=places // 4) as running:
 
@@ -320,7 +319,7 @@ async def measure_overload(seconds: float) -> dict[str, float]:
 
         calm = Http(running.port)
         unloaded = statistics.median([(await once(calm))[1] for _ in range(20)])
-        rate = 10 * places / unloaded
+        rate = times * places / unloaded
         served: list[float] = []
         refused = 0
 

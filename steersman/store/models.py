@@ -179,6 +179,7 @@ class Judgement(Base):
             postgresql_where=sa.text("undone_at IS NULL"),
         ),
         sa.Index(None, "labeler_id", "project_id", "id"),
+        sa.Index(None, "item_id"),  # of the undone ones, too: an item's deletion asks for them
     )
 
     id: Mapped[int] = mapped_column(BigKey, primary_key=True)

@@ -84,7 +84,11 @@ class Audit(Base):
     """One line of the audit trail. It holds references, no texts."""
 
     __tablename__ = "gateway_audit"
-    __table_args__ = (sa.Index("ix_gateway_audit_at", "at"), sa.Index("ix_gateway_audit_answer", "answer_id"))
+    __table_args__ = (
+        sa.Index("ix_gateway_audit_at", "at"),
+        sa.Index("ix_gateway_audit_answer", "answer_id"),
+        sa.Index("ix_gateway_audit_customer", "tenant", "customer"),
+    )
 
     id: Mapped[int] = mapped_column(BigKey, primary_key=True)
     at: Mapped[dt.datetime] = mapped_column(default=now)

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fuzz import values
+from fuzz import calls, machines, values
 from steersman.errors import SteersmanError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +63,12 @@ def targets() -> list[Target]:
         Target("tool calls", lambda: values.texts.map(lambda t: f"<tool_call>{t}</tool_call>"), _tool_calls),
         Target("template", lambda: st.lists(values.changed(_turns()), min_size=1, max_size=4), _render, share=1),
         Target("reward reference", lambda: values.texts, _reference),
+        Target("grpc methods", calls.requests, calls.call),
+        Target("feedback machine", machines.feedback_commands, machines.feedback),
+        Target("idempotency machine", machines.idempotency_commands, machines.idempotency),
+        Target("admission machine", machines.admission_commands, machines.admission),
+        Target("weights machine", machines.weights_commands, machines.weights),
+        Target("two controllers", machines.operator_commands, machines.operator),
     ]
 
 

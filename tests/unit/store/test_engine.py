@@ -22,6 +22,18 @@ def test_migrations_make_exactly_the_tables_of_the_models(store: Store) -> None:
     assert [entry for entry in differences if "alembic_version" not in str(entry)] == []
 
 
+def test_what_goes_with_its_owner_is_found_by_an_index(store: Store) -> None:
+    """Deleting an owner looks for its rows: without an index over all of them, in the whole table for each owner."""
+    missing = []
+    for table in Base.metadata.sorted_tables:
+        whole = [index for index in table.indexes if index.dialect_options["sqlite"]["where"] is None]
+        led_by = {next(iter(columns.columns)).name for columns in [table.primary_key, *whole]}
+        for key in table.foreign_keys:
+            if key.ondelete == "CASCADE" and key.parent.name not in led_by:
+                missing.append(f"{table.name}.{key.parent.name}")
+    assert missing == []
+
+
 def test_migrations_go_down_and_up_again(store: Store) -> None:
     def tables() -> set[str]:
         return set(sa.inspect(store.engine).get_table_names()) - {"alembic_version"}
