@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from benchmarks.bulk_judgements import LABELERS, OVERLAP, VERDICTS
 from steersman.data.rules import ReleaseOptions
+from steersman.errors import InvalidArgumentError
 from steersman.store import Store
 from steersman.store.feedback import Event, submit
 from steersman.store.items import NewItem, add_items
@@ -51,6 +52,8 @@ JUDGED = 10
 """One answer in so many has feedback."""
 WHOLE = ("release", "erasure", "page: agreement")
 """Work on everything; an erasure writes the releases that hold somebody anew."""
+FEWEST = (2000, 1500)
+"""Answers and judgements; with fewer a quarter has not what is judged while the clock runs."""
 NOTICED = 0.25
 PAGE_SECONDS = 2.0
 SLACK = 1.5
@@ -238,6 +241,8 @@ class Timed:
 
 def run(answers: int, judgements: int, url: str | None = None) -> dict[str, Any]:
     """Times both sizes; `bad` names what grows faster than it may."""
+    if answers < FEWEST[0] or judgements < FEWEST[1]:
+        raise InvalidArgumentError("--answers, --judgements: give at least {:,} and {:,}".format(*FEWEST))
     with tempfile.TemporaryDirectory(prefix="load-year-") as name:
         folder = Path(name)
         store = Store.open(url or f"sqlite:///{folder}/year.db")

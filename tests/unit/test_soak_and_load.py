@@ -56,7 +56,7 @@ def test_the_end_is_compared_with_the_beginning_after_the_warm_up() -> None:
 
 
 def test_a_small_year_is_measured_whole() -> None:
-    report = load_year.run(400, 120)
+    report = load_year.run(*load_year.FEWEST)
     assert {"page: operator", "feedback on an answer", "release: feedback", "erasure of a person"} <= set(
         report["operations"]
     )
