@@ -312,7 +312,11 @@ class FeedbackEvent(Base):
     """
 
     __tablename__ = "feedback_events"
-    __table_args__ = (sa.UniqueConstraint("customer", "event_id"), sa.Index(None, "answer_id"))
+    __table_args__ = (
+        sa.UniqueConstraint("customer", "event_id"),
+        sa.Index(None, "answer_id"),
+        sa.Index(None, "received_at"),
+    )
 
     id: Mapped[int] = mapped_column(BigKey, primary_key=True)
     customer: Mapped[str] = mapped_column(sa.String(200))

@@ -87,7 +87,7 @@ class Audit(Base):
     __table_args__ = (
         sa.Index("ix_gateway_audit_at", "at"),
         sa.Index("ix_gateway_audit_answer", "answer_id"),
-        sa.Index("ix_gateway_audit_customer", "tenant", "customer"),
+        sa.Index("ix_gateway_audit_customer", "customer", "tenant"),
     )
 
     id: Mapped[int] = mapped_column(BigKey, primary_key=True)

@@ -53,7 +53,7 @@ def _figures(store: Store) -> dict[str, Any]:
         recent = session.execute(
             sa.select(Audit.at, Audit.outcome, Audit.first_token_milliseconds, Audit.milliseconds)
             .where(Audit.action == "answer", Audit.at >= since)
-            .order_by(Audit.id.desc())
+            .order_by(Audit.at.desc(), Audit.id.desc())  # along the index of `at`
             .limit(_SAMPLE)
         ).all()
         totals = session.execute(
@@ -97,10 +97,12 @@ def _figures(store: Store) -> dict[str, Any]:
 
 def _versions(session: Session, since: dt.datetime) -> list[dict[str, Any]]:
     """Answers and feedback by deployment and weights version."""
+    # Not the bare column: to group by it SQLite would walk its index, over all answers, rather than that of the time.
+    named = sa.func.coalesce(Answer.deployment, sa.literal_column("''"))
     given = session.execute(
-        sa.select(Answer.deployment, Answer.weights_version, sa.func.count())
+        sa.select(named.label("deployment"), Answer.weights_version, sa.func.count())
         .where(Answer.created_at >= since)
-        .group_by(Answer.deployment, Answer.weights_version)
+        .group_by(named, Answer.weights_version)
         .order_by(Answer.weights_version.desc())
     ).all()
     said: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
@@ -113,7 +115,7 @@ def _versions(session: Session, since: dt.datetime) -> list[dict[str, Any]]:
             sa.func.count(),
         )
         .join(FeedbackEvent, FeedbackEvent.answer_id == Answer.id)
-        .where(Answer.created_at >= since, FeedbackEvent.current)
+        .where(Answer.created_at >= since, FeedbackEvent.current, FeedbackEvent.received_at >= since)
         .group_by(Answer.deployment, Answer.weights_version, FeedbackEvent.kind, sa.literal_column("said"))
     ):
         said[deployment, version][f"{kind} {value}".strip()] = n
