@@ -20,6 +20,8 @@ Level = Literal["nominal", "ordinal", "interval", "ratio"]
 #: Votes of one unit as sorted (value, count) pairs.
 Pattern = tuple[tuple[float, int], ...]
 Patterns = Mapping[Pattern, int]
+#: The patterns of an item's units -> items with these.
+Items = Mapping[tuple[Pattern, ...], int]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -117,31 +119,64 @@ def raw_agreement(patterns: Patterns) -> tuple[int, int]:
     return pairs, agreeing
 
 
-def bootstrap_interval(
-    patterns: Patterns, statistic: Callable[[Patterns], float | None], *, samples: int = 400, seed: int = 0
-) -> tuple[float, float] | None:
-    """95% percentile interval of a statistic, by drawing the units anew; the same patterns give the same interval.
+def units_of(items: Items) -> dict[Pattern, int]:
+    """The patterns of all units of some items."""
+    found: Counter[Pattern] = Counter()
+    for units, n in items.items():
+        for pattern in units:
+            found[pattern] += n
+    return dict(found)
 
-    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3; for alpha, Hayes and
-    Krippendorff, "Answering the Call for a Standard Reliability Measure for Coding Data", 2007. A draw in which every
-    vote is equal counts as 1, because nobody disagrees in it. None when no unit has two votes.
+
+def bootstrap_intervals(
+    items: Items,
+    statistics: Mapping[str, Callable[[Patterns], float | None]],
+    *,
+    samples: int = 400,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """95% percentile intervals of statistics, by drawing the items anew; the same items give the same intervals.
+
+    A drawn item brings all of its units: the pairs of a ranking's answers say much the same, so that drawing each by
+    itself would make a few items look like many. Source: Efron and Tibshirani, "An Introduction to the Bootstrap",
+    1993, section 13.3; for alpha, Hayes and Krippendorff, "Answering the Call for a Standard Reliability Measure for
+    Coding Data", 2007; for items, Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8. A
+    draw in which every vote is equal counts as 1, because nobody disagrees in it. Empty when no unit has two votes.
     """
-    paired = [(pattern, n) for pattern, n in patterns.items() if n > 0 and sum(count for _, count in pattern) > 1]
-    if not paired:
+    paired: Counter[tuple[Pattern, ...]] = Counter()
+    for units, n in items.items():
+        if kept := tuple(pattern for pattern in units if sum(count for _, count in pattern) > 1):
+            paired[kept] += max(n, 0)
+    if not paired.total():
+        return {}
+    patterns = sorted({pattern for units in paired for pattern in units})
+    place = {pattern: at for at, pattern in enumerate(patterns)}
+    held = np.zeros((len(paired), len(patterns)), np.int64)  # units of a pattern in an item
+    for row, units in enumerate(paired):
+        np.add.at(held[row], [place[pattern] for pattern in units], 1)
+    weights = np.array(list(paired.values()), np.float64)
+    draw = np.random.default_rng(seed)
+    found: dict[str, list[float]] = {name: [] for name in statistics}
+    for _ in range(samples):
+        counts = draw.multinomial(int(weights.sum()), weights / weights.sum()) @ held
+        sample = {pattern: int(n) for pattern, n in zip(patterns, counts, strict=True) if n}
+        agreed = len({vote for pattern in sample for vote, _ in pattern}) == 1
+        for name, statistic in statistics.items():
+            value = 1.0 if agreed else statistic(sample)
+            if value is not None:
+                found[name].append(value)
+    return {name: _percentiles(values) for name, values in found.items() if values}
+
+
+def share_interval(part: int, whole: int, *, samples: int = 4000, seed: int = 0) -> tuple[float, float] | None:
+    """95% bootstrap percentile interval of a share; None of nothing."""
+    if not whole:
         return None
-    weights = np.array([n for _, n in paired], np.float64)
-    drawn = np.random.default_rng(seed).multinomial(int(weights.sum()), weights / weights.sum(), samples)
-    found = []
-    for counts in drawn:
-        sample = {pattern: int(n) for (pattern, _), n in zip(paired, counts, strict=True) if n}
-        value = statistic(sample)
-        if value is not None:
-            found.append(value)
-        elif len({vote for pattern in sample for vote, _ in pattern}) == 1:
-            found.append(1.0)
-    if not found:
-        return None
-    low, high = np.quantile(found, [0.025, 0.975])
+    return _percentiles(np.random.default_rng(seed).binomial(whole, part / whole, samples) / whole)
+
+
+def _percentiles(values: Sequence[float] | Floats) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -209,7 +244,7 @@ class QuestionAgreement(BaseModel):
     labelers: int | None = None
     """Labelers who judged an item that another one judged."""
     intervals: dict[str, tuple[float, float]] = {}
-    """95% bootstrap intervals of raw, alpha and fleiss, over units."""
+    """95% bootstrap intervals of raw, alpha and fleiss, over items."""
 
 
 class LabelerFigures(BaseModel):
@@ -266,6 +301,8 @@ class AgreementReport(BaseModel):
     honeypot_accuracy: float | None
     first_share: float | None
     first_p_value: float | None
+    intervals: dict[str, tuple[float, float]] = {}
+    """95% bootstrap intervals of honeypot_accuracy and first_share."""
     questions: list[QuestionAgreement]
     labelers: list[LabelerFigures]
     pairs: list[PairFigures]
@@ -289,15 +326,36 @@ class AgreementReport(BaseModel):
         elif least is not None and self.honeypots < thresholds.min_honeypots:
             needed = f"at least {thresholds.min_honeypots} are needed to know their accuracy"
             found.append(f"{self.honeypots} honeypots were judged, {needed}")
+        elif least is not None and self._interval("honeypot_accuracy")[0] < least:
+            found.append(
+                _of_all("honeypot accuracy", accuracy, self._interval("honeypot_accuracy"), f"at least {least:g}")
+            )
         most = thresholds.max_order_bias
-        if most is not None and self.first_share is not None and abs(self.first_share - 0.5) > most:
-            bounds = f"{0.5 - most:g} to {0.5 + most:g} is asked"
-            found.append(f"the answer shown first wins {self.first_share:.3f} of the comparisons, {bounds}")
+        if most is not None and self.first_share is not None:
+            interval, asked = self._interval("first_share"), f"{0.5 - most:g} to {0.5 + most:g}"
+            if abs(self.first_share - 0.5) > most:
+                found.append(f"the answer shown first wins {self.first_share:.3f} of the comparisons, {asked} is asked")
+            elif max(abs(bound - 0.5) for bound in interval) > most:
+                found.append(
+                    _of_all(
+                        "the share of comparisons that the answer shown first wins", self.first_share, interval, asked
+                    )
+                )
         elif most is not None and self.first_share is None:
             found.append("nothing was decided between two answers, so the bias of their order is unknown")
         if thresholds.min_judgements is not None and self.judgements < thresholds.min_judgements:
             found.append(f"{self.judgements} judgements, at least {thresholds.min_judgements} are asked")
         return found
+
+    def _interval(self, field: str) -> tuple[float, float]:
+        value = getattr(self, field)
+        return self.intervals.get(field, (value, value))
+
+
+def _of_all(name: str, value: float | None, interval: tuple[float, float], asked: str) -> str:
+    """Why a figure that is good enough is not known well enough."""
+    low, high = interval
+    return f"{name} is {_number(value)} with a 95% interval from {low:.3f} to {high:.3f}, {asked} is asked of all of it"
 
 
 def _unknown(question: QuestionAgreement, thresholds: Thresholds) -> list[str]:
@@ -319,10 +377,9 @@ def _missed(question: QuestionAgreement, name: str, field: str, least: float) ->
         return []  # with every vote equal the coefficients are not defined, but nobody disagreed
     if value is None or value < least:
         return [f"{question.question}: {name} is {_number(value)}, at least {least:g} is asked"]
-    low, high = question.intervals.get(field, (value, value))
-    if low < least:
-        interval = f"with a 95% interval from {low:.3f} to {high:.3f}"
-        return [f"{question.question}: {name} is {value:.3f} {interval}, at least {least:g} is asked of all of it"]
+    interval = question.intervals.get(field, (value, value))
+    if interval[0] < least:
+        return [_of_all(f"{question.question}: {name}", value, interval, f"at least {least:g}")]
     return []
 
 

@@ -60,7 +60,7 @@ class Store:
         """Runs the migrations that this database lacks; two processes may do so at once.
 
         Args:
-            revision: "head", or "base" to take every table down again with all that is in it.
+            revision: "head"; "-1" to take back the last one; "base" to take every table down with all that is in it.
         """
         from alembic import command
         from alembic.config import Config
@@ -71,7 +71,7 @@ class Store:
             if self.engine.dialect.name == "postgresql":
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(7335732783)"))
             config.attributes["connection"] = connection
-            (command.downgrade if revision == "base" else command.upgrade)(config, revision)
+            (command.upgrade if revision == "head" else command.downgrade)(config, revision)
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:

@@ -201,14 +201,15 @@ class Judgement(Base):
 
 
 class UnitPattern(Base):
-    """How many units (an item, or a pair of its answers) got the same votes: all that alpha and kappa need."""
+    """How many items got the same votes on their units (the item itself, or each pair of its answers): all that alpha,
+    kappa and their intervals need."""
 
     __tablename__ = "unit_patterns"
 
     project_id: Mapped[int] = mapped_column(sa.ForeignKey("projects.id"), primary_key=True)
     question: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
-    pattern: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
-    """Votes by value, as "0:2,2:1"."""
+    pattern: Mapped[str] = mapped_column(sa.String(1000), primary_key=True)
+    """Votes by value of each unit, as "0:2,2:1|1:3"; units of one item have no order."""
     n: Mapped[int] = mapped_column(sa.BigInteger)
 
 

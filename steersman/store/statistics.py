@@ -11,22 +11,25 @@ from sqlalchemy.orm import Session
 from steersman.data.agreement import (
     AgreementReport,
     DayFigures,
+    Items,
     LabelerFigures,
     Level,
     PairFigures,
     Pattern,
     Patterns,
     QuestionAgreement,
-    bootstrap_interval,
+    bootstrap_intervals,
     cohen_kappa,
     fleiss_kappa,
     krippendorff_alpha,
     order_bias,
     raw_agreement,
+    share_interval,
+    units_of,
 )
 from steersman.store.judging import disputed
 from steersman.store.models import AgreementDay, Item, Labeler, LabelerDay, Project, UnitPattern, VotePair
-from steersman.store.tallies import decode_pattern
+from steersman.store.tallies import decode_patterns
 
 
 def agreement_report(session: Session, project: Project, tenant: str | None = None) -> AgreementReport:
@@ -56,6 +59,14 @@ def agreement_report(session: Session, project: Project, tenant: str | None = No
         honeypot_accuracy=_share(total["honeypots_right"], total["honeypots"]),
         first_share=first,
         first_p_value=p_value,
+        intervals={
+            name: interval
+            for name, interval in (
+                ("honeypot_accuracy", share_interval(total["honeypots_right"], total["honeypots"])),
+                ("first_share", share_interval(total["decided_first"], total["decided"])),
+            )
+            if interval is not None
+        },
         questions=_questions(session, project, confusion),
         labelers=labelers,
         pairs=[
@@ -89,29 +100,25 @@ Confusion = dict[tuple[str, int, int], dict[tuple[float, float], int]]
 
 
 def _questions(session: Session, project: Project, confusion: Confusion) -> list[QuestionAgreement]:
-    patterns: dict[str, dict[Pattern, int]] = defaultdict(dict)
+    items: dict[str, dict[tuple[Pattern, ...], int]] = defaultdict(dict)
     for row in session.scalars(
         sa.select(UnitPattern)
         .where(UnitPattern.project_id == project.id, UnitPattern.n > 0)
         .order_by(UnitPattern.question, UnitPattern.pattern)
     ):
-        patterns[row.question][tuple(sorted(decode_pattern(row.pattern).items()))] = row.n
+        items[row.question][decode_patterns(row.pattern)] = row.n
     labelers: dict[str, set[int]] = defaultdict(set)
     for question, one, two in confusion:
         labelers[question] |= {one, two}
-    items = session.scalar(
-        sa.select(sa.func.count(Item.id)).where(
-            Item.project_id == project.id, Item.disagreement.is_not(None), Item.honeypot.is_(False)
-        )
-    )
     return [
-        _question(question, found, items or 0, len(labelers[question]))
-        for question, found in patterns.items()
-        if raw_agreement(found)[0]
+        _question(question, found, len(labelers[question]))
+        for question, found in items.items()
+        if raw_agreement(units_of(found))[0]
     ]
 
 
-def _question(question: str, patterns: dict[Pattern, int], items: int, labelers: int) -> QuestionAgreement:
+def _question(question: str, items: Items, labelers: int) -> QuestionAgreement:
+    patterns = units_of(items)
     level: Level = "nominal" if question == "preference" else "ordinal"
     pairs, agreeing = raw_agreement(patterns)
     fleiss, fleiss_units, fleiss_votes = fleiss_kappa(patterns)
@@ -120,7 +127,6 @@ def _question(question: str, patterns: dict[Pattern, int], items: int, labelers:
         "alpha": lambda sample: krippendorff_alpha(sample, level),
         "fleiss": lambda sample: fleiss_kappa(sample)[0],
     }
-    intervals = {name: bootstrap_interval(patterns, statistic) for name, statistic in statistics.items()}
     return QuestionAgreement(
         question=question,
         units=sum(n for pattern, n in patterns.items() if sum(count for _, count in pattern) > 1),
@@ -131,9 +137,9 @@ def _question(question: str, patterns: dict[Pattern, int], items: int, labelers:
         fleiss=fleiss,
         fleiss_units=fleiss_units,
         fleiss_votes=fleiss_votes,
-        items=items,
+        items=sum(n for units, n in items.items() if any(sum(count for _, count in pattern) > 1 for pattern in units)),
         labelers=labelers,
-        intervals={name: interval for name, interval in intervals.items() if interval is not None},
+        intervals=bootstrap_intervals(items, statistics),
     )
 
 

@@ -1,7 +1,7 @@
 """Keeping the counts of the statistics in step with the judgements.
 
 A judgement that comes or goes changes, in the same transaction:
-- `UnitPattern`: its units move from one pattern of votes to another,
+- `UnitPattern`: its item moves from one pattern of votes to another,
 - `VotePair` and `AgreementDay`: its votes are paired with those of the other labelers of the item,
 - `LabelerDay`: the labeler's own figures.
 Honeypots count for the labeler only: their answers are known, so agreement on them says nothing about the rest.
@@ -17,6 +17,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from steersman.data.agreement import Pattern
 from steersman.store.engine import add_counts
 from steersman.store.models import AgreementDay, LabelerDay, UnitPattern, VotePair
 from steersman.store.verdicts import is_right, votes
@@ -33,13 +34,18 @@ class Judged:
     created_at: dt.datetime
 
 
-def encode_pattern(counts: Mapping[int, int]) -> str:
-    """Votes by value as text: {0: 2, 2: 1} is "0:2,2:1"."""
-    return ",".join(f"{value}:{count}" for value, count in sorted(counts.items()) if count)
+def encode_patterns(units: Iterable[Mapping[int, int]]) -> str:
+    """Votes by value of an item's units as text: [{0: 2, 2: 1}, {1: 3}] is "0:2,2:1|1:3"; units have no order."""
+    texts = (",".join(f"{value}:{count}" for value, count in sorted(counts.items()) if count) for counts in units)
+    return "|".join(sorted(filter(None, texts)))
 
 
-def decode_pattern(pattern: str) -> dict[int, int]:
-    return {int(value): int(count) for value, _, count in (part.partition(":") for part in pattern.split(","))}
+def decode_patterns(text: str) -> tuple[Pattern, ...]:
+    """The pattern of each unit of an item."""
+    return tuple(
+        tuple((float(value), int(count)) for value, _, count in (part.partition(":") for part in unit.split(",")))
+        for unit in text.split("|")
+    )
 
 
 @dataclass
@@ -85,15 +91,12 @@ class Tallies:
 
     def _count_agreement(self, judged: Judged, others: list[Judged], sign: int) -> None:
         theirs = [({(vote.question, vote.unit): vote.value for vote in votes(dict(o.verdict))}, o) for o in others]
+        units: dict[str, list[tuple[Counter[int], Counter[int]]]] = defaultdict(list)
         for vote in votes(dict(judged.verdict)):
             unit = (vote.question, vote.unit)
             counts = Counter(cast[unit] for cast, _ in theirs if unit in cast)
             more = counts + Counter([vote.value])
-            before, after = (counts, more) if sign > 0 else (more, counts)
-            if before:
-                self.patterns[vote.question, encode_pattern(before)] -= 1
-            if after:
-                self.patterns[vote.question, encode_pattern(after)] += 1
+            units[vote.question].append((counts, more) if sign > 0 else (more, counts))
             for cast, other in theirs:
                 if unit in cast:
                     first, second = sorted([(judged.labeler_id, vote.value), (other.labeler_id, cast[unit])])
@@ -101,6 +104,10 @@ class Tallies:
                     day = self.days[vote.question, max(judged.created_at, other.created_at).date()]
                     day[0] += sign
                     day[1] += sign * (vote.value == cast[unit])
+        for question, changes in units.items():
+            for pattern, n in zip(map(encode_patterns, zip(*changes, strict=True)), (-1, 1), strict=True):
+                if pattern:
+                    self.patterns[question, pattern] += n
 
     def write(self, session: Session) -> None:
         """Adds the changes to the tables."""

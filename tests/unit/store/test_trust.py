@@ -7,12 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 import sqlalchemy as sa
 
 from steersman.candidates import choose
-from steersman.data.agreement import Thresholds, bootstrap_interval, krippendorff_alpha, patterns_of
+from steersman.data.agreement import (
+    Thresholds,
+    bootstrap_intervals,
+    krippendorff_alpha,
+    patterns_of,
+    raw_agreement,
+    share_interval,
+)
 from steersman.data.aspects import score
 from steersman.data.pii import PiiOptions
 from steersman.data.records import Aspects, Preference, read_jsonl
@@ -32,7 +40,7 @@ from steersman.store.judging import (
     progress,
     record,
 )
-from steersman.store.models import Assignment, Item, Judgement, Labeler
+from steersman.store.models import Assignment, Item, Judgement, Labeler, UnitPattern
 from steersman.store.releases import Subject, allow_customer, delete_customer, holdings, publish
 from steersman.store.statistics import agreement_report
 from steersman.store.verdicts import Verdict
@@ -90,17 +98,103 @@ def test_a_few_common_items_of_two_labelers_are_enough_where_nobody_disagrees(st
     assert question.intervals == dict.fromkeys(("raw", "alpha", "fleiss"), (1.0, 1.0))
 
 
-def test_the_interval_is_that_of_drawing_units_anew() -> None:
-    """Against resampling of the table itself, in which each unit is a row."""
+def test_the_interval_is_that_of_drawing_items_anew() -> None:
+    """Against resampling of the table itself, in which each item is a row."""
     import krippendorff
-    import numpy as np
 
     draw = np.random.default_rng(3)
     table = draw.integers(0, 2, (40, 2)).astype(float)
     table[:25, 1] = table[:25, 0]
-    low, high = bootstrap_interval(patterns_of(table.tolist()), lambda found: krippendorff_alpha(found, "nominal"))  # type: ignore[misc]
+    items = {(pattern,): n for pattern, n in patterns_of(table.tolist()).items()}
+    found = bootstrap_intervals(items, {"alpha": lambda sample: krippendorff_alpha(sample, "nominal")})
     again = [krippendorff.alpha(table[draw.integers(0, 40, 40)].T, level_of_measurement="nominal") for _ in range(2000)]
-    assert (low, high) == pytest.approx(tuple(np.quantile(again, [0.025, 0.975])), abs=0.06)
+    assert found["alpha"] == pytest.approx(tuple(np.quantile(again, [0.025, 0.975])), abs=0.06)
+
+
+def test_the_pairs_of_a_ranking_are_no_more_items_than_one(store: Store) -> None:
+    """Twelve rankings of four answers, half of them disputed throughout, are 72 pairs and as unsure as 12 items."""
+    agreed, disputed = ((0,), (1,), (2,), (3,)), ((3,), (2,), (1,), (0,))
+    with store.transaction() as session:
+        project = create_project(session, "p", "rank", overlap=2)
+        answers = [{"messages": [{"role": "assistant", "content": str(n)}]} for n in range(4)]
+        add_items(
+            session, project, [NewItem(str(n), [{"role": "user", "content": str(n)}], answers) for n in range(12)]
+        )
+        ids = session.scalars(sa.select(Item.id).order_by(Item.id)).all()
+        for name in ("ann", "bob"):
+            who = ensure_labeler(session, name)
+            for at, item_id in enumerate(ids):
+                ranking = disputed if at % 2 and name == "bob" else agreed
+                record(session, project, NewJudgement(item_id, who.id, Verdict(ranking=ranking), 1.0))
+    with store.reading() as session:
+        (question,) = agreement_report(session, get_project(session, "p")).questions
+    assert (question.units, question.items, question.raw) == (72, 12, 0.5)
+    as_items = share_interval(6, 12)
+    assert as_items == (0.25, 0.75)
+    assert question.intervals["raw"] == pytest.approx(as_items, abs=0.1)
+    apart = {(((0.0, 2),),): 36, (((0.0, 1), (2.0, 1)),): 36}
+    one_by_one = bootstrap_intervals(apart, {"raw": lambda sample: float(np.divide(*reversed(raw_agreement(sample))))})
+    low, high = one_by_one["raw"]
+    assert high - low < 0.3, "what the pairs would claim if each were drawn by itself"
+
+
+@pytest.mark.parametrize(("right", "of", "asked"), [(4, 5, 0.7), (45, 60, 0.7)])
+def test_honeypots_are_known_as_well_as_their_number_allows(
+    store: Store, right: int, of: int, asked: float, tmp_path: Path
+) -> None:
+    def blocked(least: float) -> str:
+        with pytest.raises(FailedPreconditionError) as caught:
+            publish(store, options("project:p", thresholds=Thresholds(min_honeypot_accuracy=least)), tmp_path)
+        return str(caught.value)
+
+    with store.transaction() as session:
+        project = create_project(session, "p", "compare", overlap=1)
+        add_items(session, project, [item(str(n), expected=A) for n in range(of)] + [item("real")])
+        ann = ensure_labeler(session, "ann")
+        for at, item_id in enumerate(session.scalars(sa.select(Item.id).order_by(Item.id)).all()):
+            record(
+                session, project, NewJudgement(item_id, ann.id, A if at < right else B, 1.0, shown=[at % 2, 1 - at % 2])
+            )
+    assert f"honeypot accuracy is {right / of:.3f} with a 95% interval from" in blocked(asked)
+    assert f"honeypot accuracy is {right / of:.3f}, at least 0.9 is asked" in blocked(0.9)
+    assert publish(store, options("project:p", thresholds=Thresholds(min_honeypot_accuracy=0.4)), tmp_path)[1]
+
+
+def test_a_bias_of_the_order_is_ruled_out_by_many_comparisons_only(store: Store, tmp_path: Path) -> None:
+    judged(store, labelers=1, items=8, common=8)
+    fair = options("project:p", thresholds=Thresholds(max_order_bias=0.2))
+    with pytest.raises(
+        FailedPreconditionError, match=r"first wins is 0\.500 with a 95% interval from .*, 0\.3 to 0\.7 is"
+    ):
+        publish(store, fair, tmp_path)
+    with store.transaction() as session:
+        project = get_project(session, "p")
+        add_items(session, project, [item(f"more {n}") for n in range(60)])
+        who = ensure_labeler(session, "labeler 0")
+        for at, item_id in enumerate(session.scalars(sa.select(Item.id).order_by(Item.id)).all()[8:]):
+            record(session, project, NewJudgement(item_id, who.id, A if at % 2 else B, 1.0))
+    assert publish(store, fair, tmp_path)[1]
+
+
+def test_rankings_counted_by_pair_are_counted_by_item_after_an_update(store: Store) -> None:
+    def counts() -> list[tuple[str, int]]:
+        with store.reading() as session:
+            rows = session.execute(sa.select(UnitPattern.pattern, UnitPattern.n).where(UnitPattern.n > 0))
+            return sorted((row.pattern, row.n) for row in rows)
+
+    with store.transaction() as session:
+        project = create_project(session, "p", "rank", overlap=2)
+        answers = [{"messages": [{"role": "assistant", "content": str(n)}]} for n in range(3)]
+        add_items(session, project, [NewItem(str(n), [{"role": "user", "content": str(n)}], answers) for n in range(2)])
+        for item_id in session.scalars(sa.select(Item.id)).all():
+            for name, ranking in (("ann", ((0,), (1,), (2,))), ("bob", ((1,), (0,), (2,)))):
+                who = ensure_labeler(session, name)
+                record(session, project, NewJudgement(item_id, who.id, Verdict(ranking=ranking), 1.0))
+    assert counts() == [("0:1,2:1|0:2|0:2", 2)]
+    store.migrate("-1")
+    assert counts() == [("0:1,2:1", 2), ("0:2", 4)]
+    store.migrate()
+    assert counts() == [("0:1,2:1|0:2|0:2", 2)]
 
 
 # --- ratings ----------------------------------------------------------------------------------------------------
