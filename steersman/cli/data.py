@@ -56,6 +56,7 @@ def import_(
     winner: Annotated[list[str], typer.Option(help="`table` only: a=VALUE, b=VALUE, tie=VALUE.")] = [],  # noqa: B006
     header: Annotated[bool, typer.Option(help="CSV files begin with column names.")] = True,
     separator: Annotated[str | None, typer.Option(help="CSV: between columns; told from the file by default.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of text that is not UTF-8 and has no mark, as cp1252.")] = None,
     rows: Annotated[str, typer.Option(help="`steersman` only: the row type of canonical files.")] = "preference",
     language: Annotated[list[str], typer.Option(help="Languages to keep, where the format names them.")] = [],  # noqa: B006
     min_score_ratio: Annotated[float, typer.Option(help="SHP: leave out pairs below this score ratio.")] = 1.0,
@@ -103,6 +104,7 @@ def import_(
         hugging_face,
         hugging_face_split,
         separator,
+        encoding,
         namespace,
         near_duplicates,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from steersman.data.format import Converted, ImportOptions, Skip, message, offered_tools, tool_call
+from steersman.data.format import Converted, ImportOptions, Lost, Skip, lost, message, offered_tools, tool_call
 from steersman.data.transcripts import hh_common_prefix, hh_turns
 from steersman.errors import DataError
 
@@ -107,7 +108,29 @@ def tau_bench_solved(record: dict[str, Any], options: ImportOptions) -> Converte
         if isinstance(row, dict) and row.pop("label"):
             yield row | {"messages": row.pop("prompt") + row.pop("completion")}
         else:
-            yield row if isinstance(row, Skip) else Skip("the task was not solved")
+            yield Skip("the task was not solved") if isinstance(row, dict) else row
+
+
+_SPEAKER = re.compile(r"^(user|assistant|tool): ?", re.MULTILINE)
+_NO_TEXT = "None"
+
+
+def tau_bench_few_shot(record: dict[str, Any], options: ImportOptions) -> Converted:
+    """{messages_display}: a dialogue as one text, with "None" where a tool was called.
+
+    The results stay as turns; what they answer is lost, and nobody is taught to say "None".
+    """
+    found = _SPEAKER.split(record["messages_display"])
+    if found[0].strip():
+        yield Skip("text that begins without a speaker")
+        return
+    turns: list[dict[str, Any]] = []
+    for role, text in zip(found[1::2], found[2::2], strict=True):
+        if role == "assistant" and text.strip() == _NO_TEXT:
+            yield Lost("messages_display: which tool was called with what")
+        else:
+            turns.append(message(role, text.strip()))
+    yield {"messages": _until_last_answer(turns)}
 
 
 def abcd(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -125,6 +148,7 @@ def abcd(record: dict[str, Any], options: ImportOptions) -> Converted:
             turns[-1]["content"] += f"\n{text}"
         else:
             turns.append(message(role, text))
+    yield from lost(record["delexed"], ("targets", "speaker", "text", "turn_count"), "delexed")
     known = {"convo_id": record["convo_id"], "scenario": record["scenario"]}
     yield known | {"messages": _until_last_answer(turns)}
 

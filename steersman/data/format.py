@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,22 @@ class Skip:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """A part of a record that no row has a place for, while the rest is kept."""
+
+    what: str
+    """As it is called in the summary, `conversations[].weight`."""
+
+
+def lost(parts: Iterable[Mapping[str, Any]], kept: Container[str], where: str) -> Iterator[Lost]:
+    """What the parts of a record say beside the fields that are kept."""
+    for part in parts:
+        for name, value in part.items():
+            if name not in kept and value not in (None, "", [], {}):
+                yield Lost(f"{where}[].{name}")
+
+
+@dataclass(frozen=True, slots=True)
 class ImportOptions:
     """What the user asks of an import, beside files and format."""
 
@@ -28,7 +44,7 @@ class ImportOptions:
     """SHP: leave out pairs whose score ratio is lower (the authors train on 2 and above)."""
 
 
-Converted = Iterator[dict[str, Any] | Skip]
+Converted = Iterator[dict[str, Any] | Skip | Lost]
 Converter = Callable[[dict[str, Any], ImportOptions], Converted]
 
 

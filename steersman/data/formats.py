@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
 
 from steersman.data import chat_formats
-from steersman.data.format import Converted, Format, ImportOptions, Skip, message, offered_tools, tool_call
+from steersman.data.format import (
+    Converted,
+    Format,
+    ImportOptions,
+    Lost,
+    Skip,
+    lost,
+    message,
+    offered_tools,
+    tool_call,
+)
 from steersman.data.label_studio import label_studio
 from steersman.data.records import Aspects, Demonstration, Feedback, Preference
 from steersman.data.transcripts import hh_common_prefix, hh_last_turn, hh_turns
@@ -108,6 +119,7 @@ def sharegpt(record: dict[str, Any], options: ImportOptions) -> Converted:
     if isinstance(turns, Skip):
         yield turns
         return
+    yield from _lost_of_turns(record)
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()  # shared conversations often end with a question that nobody answered
     yield {"messages": turns} | offered_tools(record)
@@ -118,6 +130,7 @@ def sharegpt_dpo(record: dict[str, Any], options: ImportOptions) -> Converted:
     if isinstance(turns, Skip):
         yield turns
         return
+    yield from _lost_of_turns(record)
     answers = [record[side] for side in ("chosen", "rejected")]
     chosen, rejected = (answer if isinstance(answer, str) else answer["value"] for answer in answers)
     pair = {"prompt": turns, "chosen": [message("assistant", chosen)], "rejected": [message("assistant", rejected)]}
@@ -130,7 +143,14 @@ def kto(record: dict[str, Any], options: ImportOptions) -> Converted:
     if isinstance(turns, Skip):
         yield turns
         return
+    yield from _lost_of_turns(record)
     yield {"prompt": turns[:-1], "completion": turns[-1:], "label": record["label"]} | offered_tools(record)
+
+
+def _lost_of_turns(record: dict[str, Any]) -> Iterator[Lost]:
+    name = "conversations" if "conversations" in record else "messages"
+    told = (turn for turn in record[name] if "from" in turn or "value" in turn)  # OpenAI's turns are kept whole
+    return lost(told, ("from", "role", "value", "content"), name)
 
 
 def _sharegpt_turns(record: dict[str, Any]) -> list[dict[str, Any]] | Skip:
@@ -230,10 +250,13 @@ def _rating(value: Any) -> float | None:
 
 def ultrafeedback(record: dict[str, Any], options: ImportOptions) -> Converted:
     """One row for each completion. Ratings are strings, "N/A" where the judge gave none."""
+    yield from lost(record["completions"], ("annotations", "response", "model"), "completions")
     correct = [answer for answer in record.get("correct_answers") or [] if answer != "None"]
     for completion in record["completions"]:
         ratings = {}
-        for aspect, annotation in completion["annotations"].items():
+        judged = completion["annotations"]
+        yield from lost(judged.values(), ("Rating",), "completions[].annotations")
+        for aspect, annotation in judged.items():
             rating = _rating(annotation["Rating"])
             if rating is not None:
                 ratings[aspect] = rating
@@ -381,6 +404,13 @@ FORMATS: dict[str, Format] = {
             chat_formats.tau_bench_solved,
             "MIT",
             "tau-bench trajectories that solved their task",
+        ),
+        Format(
+            "tau-bench-few-shot",
+            Demonstration,
+            chat_formats.tau_bench_few_shot,
+            "MIT",
+            "tau-bench few-shot texts; what tools were asked is not in them",
         ),
         Format("abcd", Demonstration, chat_formats.abcd, "MIT", "ABCD dialogues, actions as tool calls"),
         Format("kto", Feedback, kto, None, "LLaMA-Factory KTO files"),

@@ -19,14 +19,14 @@ import orjson
 from pydantic import ValidationError
 
 from steersman.artifacts import atomic_dir, file_digest
-from steersman.data.format import Format, ImportOptions, Skip
+from steersman.data.format import Format, ImportOptions, Lost, Skip
 from steersman.data.near import NearDuplicates
 from steersman.data.opening import Position, display_name, expand
 from steersman.data.plain import is_plain
 from steersman.data.records import IncompleteFileError, Row, describe_validation_error, row_type_of
 from steersman.data.sources import Record, read_hugging_face, read_records
 from steersman.data.splits import CONTENT, SeenSet, Splits, content_id, fingerprint, join_parts
-from steersman.data.truth import read_label
+from steersman.data.truth import consent_of, names_consent, read_label, says_consent
 from steersman.errors import DataError, StorageError
 
 #: Longest row that is taken over, as JSON; longer ones are named and left out.
@@ -59,7 +59,7 @@ class Summary:
     ids_made_unique: int = 0
     """Ids of the file's own that stood twice."""
     not_kept: Counter[str] = field(default_factory=Counter)
-    """Field of the records that the rows do not hold -> records that had something in it."""
+    """Field of the records, or part of one, that the rows do not hold -> records that had something in it."""
     ungrouped: int = 0
     """Rows without the key that the splits go by: they lie together on one side."""
     incomplete: list[str] = field(default_factory=list)
@@ -116,6 +116,8 @@ class ImportJob:
     hugging_face_split: str | None = None
     separator: str | None = None
     """CSV: what is between columns; None tells it from the first lines."""
+    encoding: str | None = None
+    """Of text files that are neither UTF-8 nor marked as UTF-16 or UTF-32."""
     namespace: str = ""
     """Put before every id, as `shop/`: keeps the ids of several sources apart."""
     near_duplicates: float | None = None
@@ -252,9 +254,23 @@ class _Watched(dict[str, Any]):
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name)
 
+    # Whoever goes through all of it, or copies it (`dict` asks for an iterator of one's own first), has seen all.
+
+    def __iter__(self) -> Iterator[str]:
+        self._asked.update(super().keys())
+        return super().__iter__()
+
     def keys(self) -> Any:
-        self._asked.update(self)
+        self._asked.update(super().keys())
         return super().keys()
+
+    def items(self) -> Any:
+        self._asked.update(super().keys())
+        return super().items()
+
+    def values(self) -> Any:
+        self._asked.update(super().keys())
+        return super().values()
 
 
 #: Said of every row whatever its format: kept where a converter does not look at them.
@@ -272,9 +288,11 @@ class _Unread:
     def watch(self, record: dict[str, Any]) -> dict[str, Any]:
         return record if record.keys() <= self._asked else _Watched(record, self._asked)
 
-    def count(self, record: dict[str, Any]) -> None:
+    def count(self, record: dict[str, Any], lost: set[str]) -> None:
+        """Counts what a record has and its rows have not: fields never asked for, and what the converter named."""
+        self._found.update(lost)
         for name in record.keys() - self._asked:
-            if record[name] not in (None, "", [], {}):
+            if record[name] not in (None, "", [], {}) and says_consent(name) is None:
                 self._found[name] += 1
 
 
@@ -343,7 +361,9 @@ def _all_records(job: ImportJob, progress: Callable[[str, int], None]) -> Iterat
     files = expand(job.files)
     for file, name in zip(files, _short_names(files), strict=True):
         position = Position()
-        records = read_records(file, header=job.header, separator=job.separator, position=position)
+        records = read_records(
+            file, header=job.header, separator=job.separator, encoding=job.encoding, position=position
+        )
         for count, record in enumerate(records):
             yield name, record
             if count % 2000 == 0:
@@ -361,10 +381,16 @@ def _converted(job: ImportJob, data: dict[str, Any], unread: _Unread) -> Iterabl
         return [Skip(error.message)]
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         return [Skip(f"record has another shape than {job.format.name} ({error})")]
-    unread.count(data)
+    unread.count(data, {part.what for part in rows if isinstance(part, Lost)})
+    rows = [part for part in rows if not isinstance(part, Lost)]
     carried = (
         {name: data[name] for name in _CARRIED if data.get(name) is not None} if _CARRIED_KEYS & data.keys() else {}
     )
+    if names_consent(data):
+        try:
+            carried["consent"] = consent_of(data)
+        except ValueError as error:
+            return [Skip(str(error))]
     if carried:
         if len(rows) > 1:
             carried.pop("id", None)  # one id for several rows says nothing

@@ -100,12 +100,19 @@ def _is_data(path: Path, folder: Path) -> bool:
 
 
 @contextmanager
-def open_bytes(path: str | os.PathLike[str], position: Position | None = None) -> Iterator[io.BufferedReader]:
+def open_bytes(
+    path: str | os.PathLike[str], position: Position | None = None, encoding: str | None = None
+) -> Iterator[io.BufferedReader]:
     """Opens a local path, an fsspec URL or `-` for reading, unpacked and as UTF-8.
 
+    Args:
+        path: What to open.
+        position: Follows the reading.
+        encoding: Of text that is neither UTF-8 nor marked as something else.
+
     Raises:
-        DataError: there is no such file.
-        ConfigError: the library for this kind of URL is not installed.
+        DataError: there is no such file, or it is an archive of files.
+        ConfigError: the library for this kind of URL is not installed, or there is no such encoding.
         UnavailableError: a server did not give the file.
     """
     with ExitStack() as stack:
@@ -120,10 +127,15 @@ def open_bytes(path: str | os.PathLike[str], position: Position | None = None) -
                 head = stream.peek(8)[:8]
             except DamagedError:
                 break  # the reader meets it again, where it can say so
-            change = next((change for magic, change in _PACKINGS if head.startswith(magic)), None) or _encoding(head)
+            packed = next((change for magic, change in _PACKINGS if head.startswith(magic)), None)
+            change = packed or _encoding(head)
             if change is None:
                 break
             stream = _buffered(change(stream))
+            encoding = encoding if packed else None  # what is marked is read as marked
+        _refuse_archives(stream, display_name(path))
+        if encoding is not None and not stream.peek(4).startswith(b"PAR1"):
+            stream = _buffered(_recoded(_known(encoding))(stream))
         yield stream
 
 
@@ -279,6 +291,28 @@ _PACKINGS: tuple[tuple[bytes, Callable[[IO[bytes]], Iterator[bytes]]], ...] = tu
 )
 
 
+_ARCHIVES = (
+    (0, b"PK\x03\x04", "a ZIP archive or an Excel file"),
+    (0, b"\xd0\xcf\x11\xe0", "an Excel file"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (0, b"Rar!\x1a", "a RAR archive"),
+    (0, b"\x04\x22\x4d\x18", "packed by LZ4"),
+    (0, b"SQLite format 3", "an SQLite database"),
+    (0, b"ARROW1", "an Arrow file"),
+    (257, b"ustar", "a tar archive"),
+)
+
+
+def _refuse_archives(stream: io.BufferedReader, name: str) -> None:
+    try:
+        head = stream.peek(512)
+    except DamagedError:
+        return  # the reader meets it again
+    for at, magic, what in _ARCHIVES:
+        if head.startswith(magic, at):
+            raise DataError(f"{name}: is {what}; unpack it, or save its rows as one of {', '.join(DATA_FILES)}")
+
+
 # --- encodings --------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +325,13 @@ def _encoding(head: bytes) -> Callable[[IO[bytes]], Iterator[bytes]] | None:
     if len(head) >= 4 and [byte == 0 for byte in head[:4]] in ([False, True] * 2, [True, False] * 2):
         return _recoded("utf-16-le" if head[1] == 0 else "utf-16-be")
     return None
+
+
+def _known(encoding: str) -> str:
+    try:
+        return codecs.lookup(encoding).name
+    except LookupError:
+        raise ConfigError(f"encoding {encoding!r} is not known; use a name as utf-16-le, cp1252 or shift_jis") from None
 
 
 def _recoded(encoding: str) -> Callable[[IO[bytes]], Iterator[bytes]]:

@@ -2,7 +2,7 @@
 
 A pair of answers gets the share p of labelers who preferred its first one (a tie is half a vote). p > 1/2 puts the
 first one in `chosen`; p = 1/2 is a tie. The margin is the absolute mean distance: ranks apart for a ranking, the
-stated strength (1-3) for a comparison, the difference of scores (`steersman.data.aspects`) for ratings.
+stated strength (1-3) for a comparison, the difference of values (`steersman.data.aspects`) for ratings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
-from steersman.data.aspects import score
+from steersman.data.aspects import Rule
 from steersman.data.format import Skip
 
 TieRule = Literal["drop", "keep"]
@@ -58,13 +58,18 @@ def mean_ratings(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {aspect: sum(ratings[aspect] for ratings in rated) / len(rated) for aspect in rated[0]}
 
 
-def rated_pairs(rows: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> Iterator[Preferred | Skip]:
-    """All pairs of rated answers to one prompt, by their scores over the aspects that both were rated in."""
+def rated_pairs(rows: Sequence[Mapping[str, Any]], rule: Rule) -> Iterator[Preferred | Skip]:
+    """All pairs of rated answers to one prompt, by their values over the aspects that both were rated in."""
     for one, two in combinations(range(len(rows)), 2):
         both = rows[one]["aspects"].keys() & rows[two]["aspects"].keys()
-        first, second = (score(rows[at], both, weights) for at in (one, two))
+        first, second = (rule.value(rows[at], both) for at in (one, two))
         if first is None or second is None:
-            yield Skip("two answers without an aspect that counts in common")
+            missing = ", ".join(sorted(rule.limits.keys() - both))
+            yield Skip(
+                f"two answers of which one has no rating of {missing}, which has a limit"
+                if missing
+                else "two answers without an aspect that counts in common"
+            )
             continue
         apart = first - second
         share = 0.5 if abs(apart) < 1e-9 else 1.0

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from steersman.data.truth import says_consent
+
 _CONVERSATIONS = {
     "demonstration": (("messages", "assistant"),),
     "preference": (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")),
@@ -82,4 +84,6 @@ def _is_plain_conversation(turns: list[Any], last_role: str) -> bool:
 
 def _is_plain_field(name: str, value: Any) -> bool:
     check = _FIELDS.get(name)
-    return type(value) in _SCALARS if check is None else check(value)
+    if check is None:
+        return type(value) in _SCALARS and says_consent(name) is None
+    return check(value)

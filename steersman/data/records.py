@@ -28,7 +28,7 @@ from pydantic_core import PydanticCustomError
 
 from steersman.artifacts import file_digest
 from steersman.data.opening import UNREADABLE, display_name, open_bytes
-from steersman.data.truth import read_consent
+from steersman.data.truth import read_consent, with_one_consent
 from steersman.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -122,6 +122,8 @@ class Row(BaseModel):
     `steersman.data.truth` says; what cannot be read is refused."""
     facts: dict[str, Any] | None = None
     """What a verifiable reward checks the answer against."""
+    _one_consent = model_validator(mode="before")(with_one_consent)
+
     tools: list[dict[str, Any]] | None = None
     """OpenAI tool definitions that the conversation's assistant had; rendered as the chat service renders them."""
 

@@ -2,7 +2,7 @@
 
 comparison   chosen 2 s - 1, rejected 1 - 2 s,   s: share of the labelers who preferred `chosen` (1 without a word)
 ranking      of each answer, the mean of its comparisons with the others
-ratings      2 (score - worst) / (best - worst) - 1 of `steersman.data.aspects`' score
+ratings      2 (value - worst) / (best - worst) - 1 of `steersman.data.aspects`' value
 thumb        up 1, down -1
 edit         the better text 1, what it replaced -1
 outcome      good 1, bad -1, of everything that the assistant said in the conversation
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from steersman.data.aspects import OWN_SCALE, score, weights_of
+from steersman.data.aspects import OWN_SCALE, Rule, weights_of
 from steersman.data.pairs import Preferred
 from steersman.data.records import Aspects, Feedback, Preference, Return, Row
 from steersman.errors import DataError
@@ -28,11 +28,11 @@ SOURCES: dict[str, type[Row]] = {
 _JUDGEMENTS = ("chosen", "rejected", "completion", "label", "aspects", "scales", "margin", "soft_label")
 
 
-def returns_of(row: Row, weights: Mapping[str, float]) -> Iterator[Return]:
+def returns_of(row: Row, rule: Rule) -> Iterator[Return]:
     """The returns that one row of a file holds: two of a comparison, none of ratings without an aspect that counts.
 
     Args:
-        weights: of the aspects, where some are given (`steersman.data.aspects.weights_of`).
+        rule: what ratings are worth.
     """
     if isinstance(row, Return):
         yield row
@@ -46,17 +46,17 @@ def returns_of(row: Row, weights: Mapping[str, float]) -> Iterator[Return]:
     elif isinstance(row, Feedback):
         yield Return.model_validate({**origin, "completion": row.completion, "reward": 1.0 if row.label else -1.0})
     elif isinstance(row, Aspects):
-        worth_of = rating_return(row.to_dict(), weights)
+        worth_of = rating_return(row.to_dict(), rule)
         if worth_of is not None:
             yield Return.model_validate({**origin, "completion": row.completion, "reward": worth_of})
 
 
-def rating_return(row: Mapping[str, Any], weights: Mapping[str, float]) -> float | None:
-    """What ratings say of an answer; None where no rated aspect has a weight."""
-    found = score(row, row["aspects"], weights)
-    if found is None:
-        return None
-    counted = weights_of(row["aspects"], weights)
+def rating_return(row: Mapping[str, Any], rule: Rule) -> float | None:
+    """What ratings say of an answer; None where no rated aspect counts."""
+    found = rule.value(row, row["aspects"])
+    if found is None or rule.decide != "sum":
+        return None if found is None else 2 * found / rule.best - 1
+    counted = weights_of(row["aspects"], rule.weights)
     total = sum(map(abs, counted.values()))
     steps = OWN_SCALE[1] - OWN_SCALE[0]
     worst = steps * sum(weight for weight in counted.values() if weight < 0) / total

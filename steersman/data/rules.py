@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from steersman.data.agreement import Thresholds
+from steersman.data.aspects import Decide, Rule
 from steersman.data.pairs import DisagreementRule, TieRule
 from steersman.data.pii import PiiOptions
 
@@ -31,8 +33,14 @@ class ReleaseOptions(BaseModel):
     """Labelers of different minds: the majority's choice, the same with its share as soft label, or drop the pair."""
     min_judgements: int = Field(default=1, ge=1)
     """Judgements that an item needs."""
-    aspects: dict[str, float] = {}
+    aspects: dict[str, FiniteFloat] = {}
     """Weights of rated aspects, less than 0 where less is better; unset: all 1, but length and complexity 0."""
+    decide: Decide = "sum"
+    """As of a reward model: the weighted sum of the aspects decides; that sum only where every limit is reached, and
+    what is lacking to all of them otherwise; or the first limit that is missed, then the next."""
+    limits: dict[str, FiniteFloat] = {}
+    """For `threshold` and `lexicographic`, the most important first: the least rating of an aspect in the unit of its
+    ratings, of one with a weight below 0 the largest."""
     min_margin: float = Field(default=0.0, ge=0)
     """Leave out pairs with a smaller margin."""
     consent: Literal["not-refused", "given"] = "not-refused"
@@ -60,3 +68,14 @@ class ReleaseOptions(BaseModel):
     """Whether the data card names the labelers."""
     thresholds: Thresholds | None = None
     """Overrides the thresholds of the projects."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ReleaseOptions:
+        if (self.decide == "sum") != (not self.limits):
+            raise ValueError(f"decide {self.decide} {'has no limits; remove them' if self.limits else 'needs limits'}")
+        return self
+
+    @cached_property
+    def rule(self) -> Rule:
+        """What the ratings of an answer are worth."""
+        return Rule(self.aspects, self.decide, self.limits)

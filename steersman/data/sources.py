@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tempfile
 from collections import Counter
@@ -45,6 +46,7 @@ def read_records(
     *,
     header: bool = True,
     separator: str | None = None,
+    encoding: str | None = None,
     position: Position | None = None,
 ) -> Iterator[Record]:
     """Streams the records of a .jsonl, .json (array), .csv, .tsv or .parquet file, packed or not.
@@ -53,10 +55,11 @@ def read_records(
         path: Local path, fsspec URL, or `-` for standard input, whose format is told by its first bytes.
         header: CSV only; False names the columns "0", "1", ...
         separator: CSV only; None tells it from the first lines: comma, semicolon, tab or bar.
+        encoding: Of text that is neither UTF-8 nor marked, as "cp1252".
         position: Follows the reading, for a progress bar.
     """
     name = display_name(path)
-    with open_bytes(path, position) as stream:
+    with open_bytes(path, position, encoding) as stream:
         kind = ending(path)
         if os.fspath(path) == STDIN or kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"):
             kind = _kind_by_content(stream, kind)
@@ -97,7 +100,20 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any] | DataError:
             data = loads_exactly(line)
         except ValueError as error:
             return DataError(f"{where}: not valid JSON ({error}); mend or remove the line")
+    if type(data) is dict and any(line.count(b'"%b":' % name.encode()) > 1 for name in data):
+        try:  # orjson keeps the last of two values of one name
+            json.loads(line, object_pairs_hook=_unique)
+        except ValueError as error:
+            return DataError(f"{where}: {error}")
     return _require_object(data, where)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"field {twice!r} stands twice in one object; give each a name of its own")
+    return found
 
 
 def _has_float(data: Any) -> bool:
@@ -113,7 +129,11 @@ def _require_text(data: dict[str, Any] | DataError, where: str) -> dict[str, Any
     try:
         orjson.dumps(None if isinstance(data, DataError) else data)
     except TypeError as error:
-        reason = "not UTF-8; save the file as UTF-8" if "surrogates" in str(error) else f"{error}; mend the row"
+        reason = (
+            "not UTF-8; name the file's encoding with --encoding, or save it as UTF-8"
+            if "surrogates" in str(error)
+            else f"{error}; mend the row"
+        )
         return DataError(f"{where}: {reason}")
     return data
 
@@ -161,7 +181,7 @@ def _read_csv(stream: io.BufferedReader, name: str, separator: str | None, heade
         if head.removeprefix(b"\xef\xbb\xbf").startswith(b"sep="):  # Excel's own way of naming it
             separator = separator or text.readline().strip()[4:5]
         reader = csv.reader(text, delimiter=separator or _separator(head))
-        columns = next(reader, None) if header else None
+        columns = [column.strip() for column in next(reader, [])] if header else None
     except _NO_CSV as error:
         yield Record(1, damaged(name, 1, error))
         return

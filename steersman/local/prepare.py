@@ -145,12 +145,13 @@ def check_rows_fit_stages(run: AlignmentRun, run_dir: Path) -> None:
 
 
 def _check_returns(ilql: IlqlStage, files: Mapping[str, Mapping[str, Path]]) -> None:
+    from steersman.data.aspects import Rule
     from steersman.data.records import read_jsonl
     from steersman.data.returns import SOURCES, check_they_differ, returns_of
 
     paths = [(kind, files[kind]["train"]) for kind in ilql.learn_from]
     rows = (row for kind, path in paths for row in read_jsonl(path, SOURCES[kind]))
-    rewards = (reward for row in rows for one in returns_of(row, ilql.aspects) for reward in one.rewards())
+    rewards = (reward for row in rows for one in returns_of(row, Rule(ilql.aspects)) for reward in one.rewards())
     check_they_differ(rewards, ", ".join(path.name for _, path in paths))
 
 

@@ -115,6 +115,7 @@ def write_release(session: Session, options: ReleaseOptions, folder: Path) -> Dr
                 ):
                     counts[what][value] += 1
             earlier.append(own)
+    options.rule.check_names()
     if not counts["splits"]:
         why = ", ".join(f"{n} x {reason}" for reason, n in counts["left out"].items()) or "the sources are empty"
         raise FailedPreconditionError(f"release {options.name}: no row is left ({why})")

@@ -62,7 +62,7 @@ def _returns_of_file(path: str, options: ReleaseOptions) -> Kept:
         except ValidationError as error:
             raise DataError(f"{name}:{record.line}: {describe_validation_error(error)}") from None
         with at(f"{name}:{record.line}"):
-            returns: list[dict[str, Any] | Skip] = [one.to_dict() for one in returns_of(read, options.aspects)]
+            returns: list[dict[str, Any] | Skip] = [one.to_dict() for one in returns_of(read, options.rule)]
         yield from returns or [Skip("no rated aspect counts")]
 
 
@@ -191,7 +191,7 @@ def _edited_rows(items: Iterator[Judged | Skip], options: ReleaseOptions) -> Kep
 
 
 def _rated_return(row: dict[str, Any], options: ReleaseOptions) -> dict[str, Any] | Skip:
-    worth = rating_return(row, options.aspects)
+    worth = rating_return(row, options.rule)
     if worth is None:
         return Skip("no rated aspect counts")
     return {name: value for name, value in row.items() if name not in ("aspects", "scales")} | {"reward": worth}
@@ -218,7 +218,7 @@ def _pairs_of_ratings(rows: Kept, options: ReleaseOptions) -> Kept:
                 origin["consent"] = True
             if len(group) == 1:
                 yield Skip("only one rated answer to the prompt")
-            pairs = rated_pairs(group, options.aspects)
+            pairs = rated_pairs(group, options.rule)
             yield from _pair_rows(pairs, origin, [row["completion"] for row in group], options)
 
 

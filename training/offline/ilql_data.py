@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from steersman.config.manifest import IlqlStage
+from steersman.data.aspects import Rule
 from steersman.data.records import Return, at, numbered_rows, plain_messages
 from steersman.data.returns import SOURCES, check_they_differ, returns_of
 from steersman.errors import DataError
@@ -83,7 +84,7 @@ def conversations_of(
     for kind, path in paths:
         for where, row in numbered_rows(path, SOURCES[kind]):
             with at(where):
-                returns = list(returns_of(row, spec.aspects))
+                returns = list(returns_of(row, Rule(spec.aspects)))
             for one in returns:
                 with at(where):
                     tokens = conversation_tokens(one, tokenizer, stop_ids, where)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from steersman.artifacts import atomic_dir
 from steersman.config.manifest import RewardModelStage
+from steersman.data.aspects import OWN_SCALE, on_scale
 from steersman.data.records import Aspects, Message, Preference, Prompt, at, numbered_rows, plain_messages
 from steersman.errors import ConfigError, DataError
 from steersman.nn.dropout import disable_dropout
@@ -171,8 +172,9 @@ class RewardData:
         """`input_ids` and `labels` [A]: standardised ratings, -100 where an aspect is not rated."""
         rows = []
         for where, row in numbered_rows(path, Aspects):
+            ratings = _on_scales(row, scales, where)
             labels = [
-                (row.aspects[name] - scale.mean) / scale.std if name in row.aspects else float(IGNORE)
+                (ratings[name] - scale.mean) / scale.std if name in ratings else float(IGNORE)
                 for name, scale in scales.items()
             ]
             if all(label == IGNORE for label in labels):
@@ -184,15 +186,30 @@ class RewardData:
         """Weight, mean and spread of every aspect of the stage; empty for the other objectives."""
         if self._spec.objective != "aspects":
             return {}
-        rows = [row.aspects for _, row in numbered_rows(path, Aspects)]
-        scales = {}
+        rows = list(numbered_rows(path, Aspects))
+        found = {}
         for name, weight in self._spec.aspects.items():
-            values = np.array([row[name] for row in rows if name in row])
-            if not len(values):
-                known = ", ".join(sorted({key for row in rows for key in row}))
+            rated = [(where, row) for where, row in rows if name in row.aspects]
+            if not rated:
+                known = ", ".join(sorted({key for _, row in rows for key in row.aspects}))
                 raise DataError(f"{path.name}: no row rates the aspect {name!r} of the stage; the rows rate {known}")
-            scales[name] = Aspect(weight=weight, mean=float(values.mean()), std=float(values.std()) or 1.0)
-        return scales
+            given = (row.scales[name] for _, row in rated if row.scales and name in row.scales)
+            low, high = next(given, OWN_SCALE)
+            aspect = Aspect(weight=weight, low=low, steps=high - low)
+            values = np.array([_on_scales(row, {name: aspect}, where)[name] for where, row in rated])
+            moments = {"mean": float(values.mean()), "std": float(values.std()) or 1.0}
+            found[name] = aspect.model_copy(update=moments)
+        return found
+
+
+def _on_scales(row: Aspects, wanted: Mapping[str, Aspect], where: str) -> dict[str, float]:
+    """A row's ratings of the wanted aspects, on their scales: two files may rate alike in other steps."""
+    with at(where):
+        return {
+            name: on_scale(name, row.aspects[name], row.scales, aspect.scale)
+            for name, aspect in wanted.items()
+            if name in row.aspects
+        }
 
 
 def train_member(
@@ -475,7 +492,9 @@ def _evaluate(model: RewardModel, data: RewardData, ctx: StageContext) -> tuple[
         names = list(model.settings.aspects)
         rated = list(numbered_rows(path, Aspects))
         scores = score([data.tokens(row, row.completion, where)[0] for where, row in rated])
-        expected = np.array([[row.aspects.get(name, np.nan) for name in names] for _, row in rated])
+        aspects = model.settings.aspects
+        ratings_of = [_on_scales(row, aspects, where) for where, row in rated]
+        expected = np.array([[values.get(name, np.nan) for name in names] for values in ratings_of])
         result["aspects"] = evaluate_ratings(scores.aspects.numpy(), expected, names)
         for number, (where, answer) in enumerate(rated):
             values = dict(zip(names, scores.aspects[number].tolist(), strict=True))

@@ -25,6 +25,7 @@ from steersman.cli.data import app
 from steersman.data.formats import FORMATS
 from steersman.data.importing import ImportJob, Summary, convert_rows
 from steersman.data.opening import expand
+from steersman.data.plain import is_plain
 from steersman.data.records import Preference, read_jsonl
 from steersman.data.sources import read_records
 from steersman.data.splits import Splits
@@ -64,7 +65,9 @@ PREFERENCES = canonical_format("preference")
 SAID = [
     (False, False), ("false", False), (0, False), (0.0, False), ("0", False), ("No", False), (" NO ", False),
     ("refused", False), ("opt-out", False), ("nein", False), (True, True), ("TRUE", True), (1, True), ("yes", True),
-    ("granted", True), ("", None), (None, None), (float("nan"), None),
+    ("granted", True), ("", None), (None, None), (float("nan"), None), ("ＮＯ", False), ("\u200bfalse", False),
+    ("“No.”", False), ("not granted", False), ("NO_CONSENT", False), ("OptOut", False), ("agree", True),
+    ("✅", True), ("❌", False), ("Нет", False), ("  ", None),
 ]  # fmt: skip
 
 
@@ -124,6 +127,37 @@ def test_a_refused_row_is_no_copy_of_an_allowed_one(tmp_path: Path) -> None:
     rows, summary = run(path, FORMATS["alpaca"])
     assert [row.get("consent") for row in rows] == [None, False]
     assert summary.duplicates == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ({"Consent": "no"}, False), ({"CONSENT_GIVEN": 0}, False), ({"has-consent": "yes"}, True),
+        ({"training consent": "refused"}, False), ({"opt_out": "yes"}, False), ({"optOut": False}, None),
+        ({"consent": "yes", "do_not_train": 1}, False), ({"consent": None, "userConsent": True}, True),
+    ],
+)  # fmt: skip
+def test_consent_is_found_whatever_its_field_is_called(
+    tmp_path: Path, said: dict[str, Any], meant: bool | None
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(pair(1, **said)))
+    ((row,), _) = run(path, PREFERENCES)
+    assert row.get("consent") is meant
+    assert is_plain(pair(1, **said), "preference") is False, "nobody passes it by"
+    assert Preference.model_validate(pair(1, **said)).consent is meant
+    path.write_bytes(jsonl({"instruction": "q", "input": "", "output": "a"} | said))
+    ((row,), summary) = run(path, FORMATS["alpaca"])
+    assert row.get("consent") is meant
+    assert not summary.not_kept
+
+
+def test_consent_under_another_name_that_cannot_be_read_leaves_the_row_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("q,a,Consent given\none,1,perhaps\ntwo,2,yes\nthree,3,\n")
+    rows, summary = run(path, table_format(ColumnMap({"prompt": "q", "answer": "a"})))
+    assert [row.get("consent") for row in rows] == [True, None]
+    assert list(summary.skipped) == ["consent is 'perhaps'; expected yes or no, or leave the cell empty"]
 
 
 # --- ids --------------------------------------------------------------------------------------------------------
@@ -247,6 +281,51 @@ def test_a_column_that_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
     path.write_text("q,a,a\nhello,first,second\n")
     (record,) = read_records(path)
     assert str(record.data) == "a.csv:1: column 'a' stands twice; give each column a name of its own"
+
+
+def test_a_json_field_that_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
+    turn = '[{"role": "assistant", "content": "%s"}]'
+    line = '{"prompt": "q", "chosen": %s, "rejected": %s%s}'
+    lines = [line % (turn % "a", turn % "b", more) for more in (', "chosen": ' + turn % "c", "")]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, line % (turn % '\\"chosen\\": x', turn % "b", "")]))
+    first, *others = [record.data for record in read_records(tmp_path / "a.jsonl")]
+    assert str(first) == "a.jsonl:1: field 'chosen' stands twice in one object; give each a name of its own"
+    assert all(isinstance(record, dict) for record in others)
+
+
+def test_column_names_have_no_blanks_around_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(" q , a \nhello,world\n")
+    assert [record.data for record in read_records(path)] == [{"q": "hello", "a": "world"}]
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("cp1252", "Größe “x”"), ("shift_jis", "日本"), ("koi8-r", "нет")])
+def test_an_encoding_that_nothing_marks_is_named_by_whoever_knows_it(tmp_path: Path, encoding: str, text: str) -> None:
+    columns = ["--column=prompt=q", "--column=answer=a"]
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(f"q;a\n{text};b\n".encode(encoding)))
+    result = imported("table", path, *columns, "--out", tmp_path / "no")
+    assert "not UTF-8; name the file's encoding with --encoding" in str(result.exception)
+    assert imported("table", path, *columns, "--out", tmp_path / "yes", "--encoding", encoding).exit_code == 0
+    assert text in (tmp_path / "yes" / "train.jsonl").read_text()
+    wrong = imported("table", path, *columns, "--out", tmp_path / "x", "--encoding", "klingon")
+    assert "encoding 'klingon' is not known" in str(wrong.exception)
+    path.write_bytes("q;a\né;b\n".encode("utf-16"))
+    assert [record.data for record in read_records(path, encoding=encoding)] == [{"q": "é", "a": "b"}]
+
+
+def test_archives_are_named(tmp_path: Path) -> None:
+    import tarfile
+    import zipfile
+
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*ROWS))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        packed.write(tmp_path / "a.jsonl")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tarred:
+        tarred.add(tmp_path / "a.jsonl")
+    for name, what in (("a.zip", "a ZIP archive or an Excel file"), ("a.tar.gz", "a tar archive")):
+        with pytest.raises(DataError, match=f"{name}: is {what}; unpack it"):
+            list(read_records(tmp_path / name))
 
 
 def test_long_numbers_lose_no_digit(tmp_path: Path) -> None:

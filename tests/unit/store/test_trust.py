@@ -21,11 +21,11 @@ from steersman.data.agreement import (
     raw_agreement,
     share_interval,
 )
-from steersman.data.aspects import score
+from steersman.data.aspects import Rule, score
 from steersman.data.pii import PiiOptions
 from steersman.data.records import Aspects, Preference, read_jsonl
 from steersman.data.rules import ReleaseOptions
-from steersman.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from steersman.errors import DataError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from steersman.store import Store
 from steersman.store.judging import (
     NewItem,
@@ -226,6 +226,66 @@ def test_a_short_right_answer_beats_a_long_wrong_one(store: Store, tmp_path: Pat
     assert released(name="wordy", aspects={"verbosity": 1.0}).chosen[0].content == "long and wrong"
     assert released(name="terse", aspects={"verbosity": -1.0}).chosen[0].content == "short and right"
     assert score(long, NAMES, {}) == pytest.approx(4 * 5 / 12)
+
+
+def test_what_must_hold_first_outweighs_everything_else(store: Store, tmp_path: Path) -> None:
+    """By hand, on scales 0 to 4: the right answer misses no limit, the helpful one misses correctness by 2 of 4."""
+    path = tmp_path / "rated.jsonl"
+    right, helpful = rated("right", (1, 3, 1, 0, 1)), rated("helpful", (4, 1, 4, 0, 4))
+    path.write_bytes(b"\n".join(map(orjson.dumps, (right, helpful))))
+
+    def released(**changes: Any) -> Preference:
+        (row,) = rows_of(publish(store, options(str(path), **changes), tmp_path / "releases")[0].url)
+        return row
+
+    weights = {"helpfulness": 1.0, "correctness": 1.0, "verbosity": -1.0}
+    assert released(name="sum", aspects={"helpfulness": 1.0, "correctness": 1.0}).chosen[0].content == "helpful"
+    first = released(name="first", aspects=weights, decide="threshold", limits={"correctness": 3})
+    assert first.chosen[0].content == "right"
+    summed = 4 * (1 / 4 + 3 / 4 - 1 / 4) / 3
+    assert first.margin == pytest.approx(1 + 1 / (1 + np.exp(-summed)) - np.exp(-2 / 4))
+    terse = {"verbosity": 1.0, "correctness": 4.0}  # of an aspect that harms, the most; both miss the second
+    both = released(name="both", aspects=weights, decide="lexicographic", limits=terse)
+    assert both.chosen[0].content == "right"
+    assert both.margin == pytest.approx(1 + np.exp(-1 / 4) - np.exp(-3 / 4))
+    unrated = options(str(path), decide="threshold", limits={"safety": 3})
+    with pytest.raises(DataError, match="safety has a limit, but no row rates it; the rows rate coherence, complexity"):
+        publish(store, unrated, tmp_path / "releases")
+    with pytest.raises(DataError, match="helpfulnes has a weight, but no row rates it"):
+        publish(store, options(str(path), aspects={"helpfulnes": 1, "correctness": 1}), tmp_path / "releases")
+    for wrong in ({"decide": "threshold"}, {"limits": {"correctness": 3}}, {"aspects": {"correctness": float("nan")}}):
+        with pytest.raises(ValueError, match=r"limits|finite"):
+            options(str(path), **wrong)
+
+
+@pytest.mark.parametrize("decide", ["threshold", "lexicographic"])
+def test_a_release_orders_answers_as_a_reward_model_of_the_same_rule_does(decide: Any) -> None:
+    """On two scales, since neither may let the longer one count for more."""
+    import torch
+
+    from steersman.config.manifest import AspectThreshold
+    from steersman.nn.reward import Aspect, RewardSettings, decided
+
+    draw = np.random.default_rng(5)
+    scales = {"safety": (0, 1), "help": (1, 9), "verbosity": (0, 4)}
+    weights, limit = {"safety": 1.0, "help": 2.0, "verbosity": -1.0}, ("safety", 0.5)
+    ratings = np.stack([draw.uniform(low, high, 60) for low, high in scales.values()], 1).astype(np.float32)
+    spreads = {name: Aspect(weight=weights[name], low=low, steps=high - low) for name, (low, high) in scales.items()}
+    # The spread of 1 scale makes both sums the same; what differs between data sets is how far apart, never the order.
+    settings = RewardSettings(
+        objective="aspects",
+        aspects={name: aspect.model_copy(update={"std": aspect.steps}) for name, aspect in spreads.items()},
+        decide=decide,
+        thresholds=[AspectThreshold(aspect=limit[0], limit=limit[1])],
+    )
+    learned = decided(settings, torch.from_numpy(ratings)).numpy()
+    rule = Rule(weights, decide, dict([limit]))
+    rows = [{"aspects": dict(zip(scales, map(float, row), strict=True)), "scales": scales} for row in ratings]
+    released = [rule.value(row, scales) for row in rows]
+    assert np.argsort(learned).tolist() == np.argsort(released).tolist()  # type: ignore[arg-type]
+    summed = RewardSettings(objective="aspects", aspects=spreads)
+    weighed = ratings @ [aspect.weight / aspect.steps for aspect in summed.aspects.values()]
+    assert np.argsort(weighed).tolist() == np.argsort([score(row, scales, weights) for row in rows]).tolist()
 
 
 def test_a_refusal_keeps_a_rated_answer_out_of_every_pair(store: Store, tmp_path: Path) -> None:
