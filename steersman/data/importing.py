@@ -8,6 +8,7 @@ from its content, so that it is the same row wherever it is read; `origin` says 
 from __future__ import annotations
 
 import os
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ import orjson
 from pydantic import ValidationError
 
 from steersman.artifacts import atomic_dir, file_digest
-from steersman.data.format import Format, ImportOptions, Lost, Skip
+from steersman.data.format import Format, ImportOptions, Skip
 from steersman.data.near import NearDuplicates
 from steersman.data.opening import Position, display_name, expand
 from steersman.data.plain import is_plain
@@ -121,7 +122,8 @@ class ImportJob:
     namespace: str = ""
     """Put before every id, as `shop/`: keeps the ids of several sources apart."""
     near_duplicates: float | None = None
-    """Least similarity (Jaccard, by MinHash) at which a row is left out as a near copy; None looks for equal rows."""
+    """Least similarity (Jaccard, by MinHash) at which `import_to_folder` leaves a row out as a near copy; None looks
+    for equal rows."""
 
 
 def convert_rows(
@@ -163,7 +165,7 @@ def convert_rows(
                 else:
                     content, metadata = _checked(job.format, known | row)
                 first = orjson.dumps(content)
-                found = identities.of(first, content, metadata)
+                found = identities.of(first, metadata)
                 if found is None:
                     continue
                 metadata = {"id": found, "origin": where} | metadata | {"id": found}
@@ -206,9 +208,8 @@ class _Identities:
         self._seen = SeenSet()
         self._ids = SeenSet()
         self._again: Counter[str] = Counter()
-        self._near = NearDuplicates(job.near_duplicates) if job.near_duplicates is not None else None
 
-    def of(self, content: bytes, row: dict[str, Any], metadata: dict[str, Any]) -> str | None:
+    def of(self, content: bytes, metadata: dict[str, Any]) -> str | None:
         """The row's id; None for a copy of an earlier row.
 
         Who refused training is kept beside an equal row of somebody who did not.
@@ -218,9 +219,6 @@ class _Identities:
         fresh = self._seen.add(bits)
         if not fresh and not self._votes:
             self._summary.duplicates += 1
-            return None
-        if self._near is not None and fresh and not self._near.add(_text_of(row)):
-            self._summary.near_duplicates += 1
             return None
         own = metadata.get("id")
         name = f"{self._namespace}{own or content_id(bits)}"
@@ -289,7 +287,7 @@ class _Unread:
         return record if record.keys() <= self._asked else _Watched(record, self._asked)
 
     def count(self, record: dict[str, Any], lost: set[str]) -> None:
-        """Counts what a record has and its rows have not: fields never asked for, and what the converter named."""
+        """Counts what a record has and its rows have not: fields never asked for, and what their format names."""
         self._found.update(lost)
         for name in record.keys() - self._asked:
             if record[name] not in (None, "", [], {}) and says_consent(name) is None:
@@ -326,19 +324,42 @@ def import_to_folder(
             def on_skip(where: str, reason: str) -> None:
                 skipped.write(orjson.dumps({"where": where, "reason": reason}) + b"\n")
 
+            near, numbers = None, defaultdict(lambda: array("Q"))  # of each split, which rows of all lie in it
+            if job.near_duplicates is not None:
+                near = stack.enter_context(NearDuplicates(job.near_duplicates, partial))
             for row, line in convert_rows(job, summary, on_skip, progress):
                 split = splits.of(row)
                 if split not in sinks:
                     sinks[split] = stack.enter_context(open(partial / f"{split}.jsonl", "wb", 1 << 20))
                 sinks[split].write(line + b"\n")
+                if near is not None:
+                    near.add(_text_of(row))
+                    numbers[split].append(summary.written)
                 summary.written += 1
                 summary.splits[split] += 1
+            if near is not None:
+                copies = near.copies()
+                for split, sink in sinks.items():
+                    sink.flush()
+                    summary.splits[split] -= _take_out(partial / f"{split}.jsonl", copies[numbers[split]])
+                summary.near_duplicates = int(copies.sum())
+                summary.written -= summary.near_duplicates
         summary.ungrouped = splits.ungrouped
         if not summary.written:
             raise DataError(f"nothing to import: {describe_skips(summary)}", details=summary.to_dict())
         summary.files = {path.name: file_digest(path) for path in sorted(partial.glob("*.jsonl"))}
         (partial / "import.json").write_bytes(orjson.dumps(summary.to_dict(), option=orjson.OPT_INDENT_2) + b"\n")
     return summary
+
+
+def _take_out(path: Path, unwanted: Any) -> int:
+    """Rewrites a file without the lines that are unwanted, bool [lines]; returns how many went."""
+    if unwanted.any():
+        kept = path.with_suffix(".kept")
+        with open(path, "rb") as lines, open(kept, "wb", 1 << 20) as sink:
+            sink.writelines(line for line, out in zip(lines, unwanted.tolist(), strict=True) if not out)
+        kept.replace(path)
+    return int(unwanted.sum())
 
 
 def describe_skips(summary: Summary) -> str:
@@ -375,14 +396,14 @@ def _converted(job: ImportJob, data: dict[str, Any], unread: _Unread) -> Iterabl
     """The parts of one record; a record of the wrong shape becomes a Skip."""
     try:
         rows = list(job.format.convert(unread.watch(data), job.options))
+        lost = set(job.format.lost(data))
     except KeyError as error:
         return [Skip(f"missing column {error}; check the format and the file")]
     except DataError as error:
         return [Skip(error.message)]
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         return [Skip(f"record has another shape than {job.format.name} ({error})")]
-    unread.count(data, {part.what for part in rows if isinstance(part, Lost)})
-    rows = [part for part in rows if not isinstance(part, Lost)]
+    unread.count(data, lost)
     carried = (
         {name: data[name] for name in _CARRIED if data.get(name) is not None} if _CARRIED_KEYS & data.keys() else {}
     )

@@ -111,7 +111,7 @@ def open_bytes(
         encoding: Of text that is neither UTF-8 nor marked as something else.
 
     Raises:
-        DataError: there is no such file, or it is an archive of files.
+        DataError: there is no such file.
         ConfigError: the library for this kind of URL is not installed, or there is no such encoding.
         UnavailableError: a server did not give the file.
     """
@@ -133,7 +133,6 @@ def open_bytes(
                 break
             stream = _buffered(change(stream))
             encoding = encoding if packed else None  # what is marked is read as marked
-        _refuse_archives(stream, display_name(path))
         if encoding is not None and not stream.peek(4).startswith(b"PAR1"):
             stream = _buffered(_recoded(_known(encoding))(stream))
         yield stream
@@ -303,14 +302,13 @@ _ARCHIVES = (
 )
 
 
-def _refuse_archives(stream: io.BufferedReader, name: str) -> None:
+def archive_of(stream: io.BufferedReader) -> str | None:
+    """What a stream is by its first bytes, where it is no text and no Parquet."""
     try:
         head = stream.peek(512)
     except DamagedError:
-        return  # the reader meets it again
-    for at, magic, what in _ARCHIVES:
-        if head.startswith(magic, at):
-            raise DataError(f"{name}: is {what}; unpack it, or save its rows as one of {', '.join(DATA_FILES)}")
+        return None  # the reader meets it again
+    return next((what for at, magic, what in _ARCHIVES if head.startswith(magic, at)), None)
 
 
 # --- encodings --------------------------------------------------------------------------------------------------

@@ -20,7 +20,16 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from steersman.data.json_array import Broken, exact_decimal, loads_exactly, objects
-from steersman.data.opening import STDIN, UNREADABLE, Position, display_name, ending, open_bytes
+from steersman.data.opening import (
+    DATA_FILES,
+    STDIN,
+    UNREADABLE,
+    Position,
+    archive_of,
+    display_name,
+    ending,
+    open_bytes,
+)
 from steersman.data.records import MAX_LINE_BYTES, IncompleteFileError, damaged, describe_json_error, lines_of
 from steersman.errors import DataError
 
@@ -60,6 +69,10 @@ def read_records(
     """
     name = display_name(path)
     with open_bytes(path, position, encoding) as stream:
+        if archive := archive_of(stream):
+            formats = ", ".join(DATA_FILES)
+            yield Record(1, DataError(f"{name}:1: the file is {archive}; unpack it, or save its rows as {formats}"))
+            return
         kind = ending(path)
         if os.fspath(path) == STDIN or kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"):
             kind = _kind_by_content(stream, kind)
@@ -130,7 +143,7 @@ def _require_text(data: dict[str, Any] | DataError, where: str) -> dict[str, Any
         orjson.dumps(None if isinstance(data, DataError) else data)
     except TypeError as error:
         reason = (
-            "not UTF-8; name the file's encoding with --encoding, or save it as UTF-8"
+            "not UTF-8; save the file as UTF-8, or name its encoding with --encoding"
             if "surrogates" in str(error)
             else f"{error}; mend the row"
         )

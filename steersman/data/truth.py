@@ -9,27 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 _YES = frozenset(
-    [
-        "1",
-        "1.0",
-        "true",
-        "t",
-        "yes",
-        "y",
-        "on",
-        "ja",
-        "oui",
-        "si",
-        "sí",
-        "sì",
-        "sim",
-        "wahr",
-        "vrai",
-        "да",
-        "はい",
-        "是",
-    ]
-)
+    ["1", "1.0", "true", "t", "yes", "y", "on", "ja", "oui", "si", "sí", "sì", "sim", "wahr", "vrai", "да", "はい",
+     "是"]
+)  # fmt: skip
 _NO = frozenset(
     ["0", "0.0", "false", "f", "no", "n", "off", "nein", "non", "não", "falsch", "faux", "nee", "nej", "nei", "нет",
      "いいえ", "否"]

@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import lzma
+import random
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -21,9 +22,11 @@ import pytest
 import zstandard
 from typer.testing import CliRunner
 
+from steersman.artifacts import file_digest
 from steersman.cli.data import app
 from steersman.data.formats import FORMATS
 from steersman.data.importing import ImportJob, Summary, convert_rows
+from steersman.data.near import NearDuplicates
 from steersman.data.opening import expand
 from steersman.data.plain import is_plain
 from steersman.data.records import Preference, read_jsonl
@@ -199,11 +202,63 @@ def test_near_duplicates_go_on_request(tmp_path: Path) -> None:
             *({"instruction": f"{text} {n}", "output": "fine"} for n in range(4)), {"instruction": "x", "output": "y"}
         )
     )
-    assert len(run(path, FORMATS["alpaca"])[0]) == 5
-    rows, summary = run(path, FORMATS["alpaca"], near_duplicates=0.7)
-    assert (len(rows), summary.near_duplicates) == (2, 3)
-    with pytest.raises(ConfigError, match="near duplicates: 2 is no similarity"):
-        run(path, FORMATS["alpaca"], near_duplicates=2)
+    shares = ["--splits", "train=0.5,test=0.5"]
+    for number, (asked, left) in enumerate((([], 5), (["--near-duplicates", "0.7"], 2))):
+        out = tmp_path / str(number)
+        result = CliRunner().invoke(app, ["import", "alpaca", str(path), "--out", str(out), *asked, *shares])
+        assert result.exit_code == 0, result.output
+        counts = json.loads((out / "import.json").read_bytes())
+        assert (counts["written"], counts["near_duplicates"], sum(counts["splits"].values())) == (left, 5 - left, left)
+        files = [out / f"{split}.jsonl" for split in counts["splits"]]
+        assert sum(len(file.read_bytes().splitlines()) for file in files) == left
+        assert {file.name: file_digest(file) for file in files}.items() <= counts["files"].items()
+        assert not list(out.glob("*.kept"))
+    assert "3 near-duplicates removed" in result.output
+    wrong = imported("alpaca", path, "--out", tmp_path / "wrong", "--near-duplicates", 2)
+    assert "near duplicates: 2.0 is no similarity" in str(wrong.exception)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 1.0])
+def test_near_copies_are_those_of_exact_similarity(threshold: float) -> None:
+    """Against the Jaccard similarity itself: all far above the threshold are found, none far below it."""
+    draw = random.Random(2)
+    words = [f"word{n}" for n in range(400)]
+    texts: list[str] = []
+    for _ in range(120):
+        text = draw.choices(words, k=120)
+        texts.append(" ".join(text))
+        for changed in (0, 1, 3, 8, 20):
+            other = list(text)
+            for at in draw.sample(range(120), changed):
+                other[at] = draw.choice(words)
+            texts.append(" ".join(other).upper())
+
+    def shingles(text: str) -> set[tuple[str, ...]]:
+        split = text.casefold().split()
+        return {tuple(split[at : at + 5]) for at in range(len(split) - 4)}
+
+    with NearDuplicates(threshold) as near:
+        for text in texts:
+            near.add(text)
+        found = near.copies()
+    sets = [shingles(text) for text in texts]
+    for at, copy in enumerate(found):
+        family = range(at - at % 6, at)
+        closest = max((len(sets[at] & sets[other]) / len(sets[at] | sets[other]) for other in family), default=0.0)
+        if closest > threshold + 0.16 or closest == 1.0:
+            assert copy, (at, closest)
+        elif closest < threshold - 0.16 or (threshold == 1.0 and closest < 0.9):
+            assert not copy, (at, closest)
+    assert found.sum() > 100
+
+
+def test_short_and_odd_texts_have_no_near_copies_but_equal_ones() -> None:
+    texts = ["", "", "a", "A.", "a b", "b a", "\ud800", "...", "a b c d e", "a b c d e f", "日本語", "日本"]
+    with NearDuplicates(0.9) as near:
+        for text in texts * 700:  # beyond one block
+            near.add(text)
+        first = near.copies()[: len(texts)].tolist()
+    assert first == [False, True, False, True, *[False] * 8]
 
 
 def test_what_a_format_cannot_keep_is_counted_and_said(tmp_path: Path) -> None:
@@ -214,6 +269,21 @@ def test_what_a_format_cannot_keep_is_counted_and_said(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "not kept: field 'rating' of 2 records" in result.output
     assert json.loads((tmp_path / "out" / "import.json").read_bytes())["not_kept"] == {"rating": 2}
+
+
+def test_what_rows_keep_whole_is_not_said_to_be_lost(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(pair(1, note="kept"), pair(2, other=5)))
+    rows, summary = run(path, PREFERENCES)
+    assert (rows[0]["note"], rows[1]["other"], dict(summary.not_kept)) == ("kept", 5, {})
+
+
+def test_what_turns_say_beside_their_text_is_counted_once_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    turns = [{"from": "human", "value": "q", "weight": 0}, {"from": "gpt", "value": "a", "weight": 1, "loss": None}]
+    path.write_bytes(jsonl({"conversations": turns}, {"conversations": turns[:1] * 2 + turns[1:]}))
+    rows, summary = run(path, FORMATS["sharegpt"])
+    assert (len(rows), dict(summary.not_kept)) == (2, {"conversations[].weight": 2})
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -305,7 +375,7 @@ def test_an_encoding_that_nothing_marks_is_named_by_whoever_knows_it(tmp_path: P
     path = tmp_path / "a.csv.gz"
     path.write_bytes(gzip.compress(f"q;a\n{text};b\n".encode(encoding)))
     result = imported("table", path, *columns, "--out", tmp_path / "no")
-    assert "not UTF-8; name the file's encoding with --encoding" in str(result.exception)
+    assert "not UTF-8; save the file as UTF-8, or name its encoding with --encoding" in str(result.exception)
     assert imported("table", path, *columns, "--out", tmp_path / "yes", "--encoding", encoding).exit_code == 0
     assert text in (tmp_path / "yes" / "train.jsonl").read_text()
     wrong = imported("table", path, *columns, "--out", tmp_path / "x", "--encoding", "klingon")
@@ -324,8 +394,8 @@ def test_archives_are_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tarred:
         tarred.add(tmp_path / "a.jsonl")
     for name, what in (("a.zip", "a ZIP archive or an Excel file"), ("a.tar.gz", "a tar archive")):
-        with pytest.raises(DataError, match=f"{name}: is {what}; unpack it"):
-            list(read_records(tmp_path / name))
+        (record,) = read_records(tmp_path / name)
+        assert str(record.data).startswith(f"{name}:1: the file is {what}; unpack it")
 
 
 def test_long_numbers_lose_no_digit(tmp_path: Path) -> None:

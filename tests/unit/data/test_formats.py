@@ -66,6 +66,9 @@ COUNTS: dict[str, tuple[str, int, int, int, dict[str, int]]] = {
     "oasst/en_100.trees.jsonl.gz": (
         "oasst", 59, 456, 0, {"flagged by a reader": 3, "reply without a rank beside other replies": 1}),
     "oasst/en_100_message.jsonl": ("oasst", 20, 136, 0, {"flagged by a reader": 2}),
+    "tau-bench/gpt-4o-airline.json": ("tau-bench", 48, 48, 0, {}),
+    "tau-bench/MockRetailDomainEnv-few_shot.jsonl": ("tau-bench-few-shot", 42, 42, 0, {}),
+    "abcd/abcd_sample.json": ("abcd", 3, 3, 0, {}),
 }  # fmt: skip
 
 
@@ -109,8 +112,8 @@ OTHERS = {
     "hh-rlhf/edge_cases.jsonl": "single rows with their quirks; the tests of HH-RLHF below",
     "agreement/": "tables of votes; test_agreement.py",
     "xsum-annotations/": "votes without the texts; test_agreement.py",
-    "abcd/": "dialogues of people with actions, a format of its own",
-    "tau-bench/": "trajectories of an agent that end with the user, and one text for a whole dialogue",
+    **dict.fromkeys(("abcd/kb.json", "abcd/ontology.json", "abcd/guidelines.json"), "what its agents knew"),
+    "tau-bench/retail_wiki.md": "the policy that the agent follows",
     "banking77/categories.json": "names of the intents",
 }
 
@@ -129,6 +132,29 @@ def test_no_file_of_the_samples_is_forgotten(shared_data: Path) -> None:
     files = {path.relative_to(shared_data).as_posix() for path in shared_data.glob("*/**/*") if path.is_file()}
     texts = {file for file in files if Path(file).name.startswith("LICENSE")}
     assert files - texts - COUNTS.keys() - TABLES.keys() == {f for f in files - texts if f.startswith(tuple(OTHERS))}
+
+
+def test_what_the_samples_lose_is_named(shared_data: Path) -> None:
+    lost = {}
+    for file in (
+        "tau-bench/MockRetailDomainEnv-few_shot.jsonl", "tau-bench/gpt-4o-airline.json", "abcd/abcd_sample.json",
+        "llamafactory-demo/kto_en_demo.json", "format_rows/ultrafeedback_partial.jsonl",
+    ):  # fmt: skip
+        rows, summary = run(COUNTS[file][0], shared_data / file)
+        lost[file.partition("/")[2]] = dict(summary.not_kept)
+        assert not any(turn["content"] == "None" for row in rows for turn in row.get("messages", ()))
+    judged = ("Rationale", "Rationale For Rating", "Type")
+    assert lost == {
+        "MockRetailDomainEnv-few_shot.jsonl": {"messages_display: which tool was called with what": 42},
+        "abcd_sample.json": {"delexed[].candidates": 3},
+        "gpt-4o-airline.json": {},
+        "kto_en_demo.json": {},
+        "ultrafeedback_partial.jsonl": {
+            **dict.fromkeys(("source", "models", "incorrect_answers"), 1),
+            **dict.fromkeys(("completions[].principle", "completions[].custom_system_prompt"), 1),
+            **{f"completions[].annotations[].{name}": 1 for name in judged},
+        },
+    }
 
 
 # --- HH-RLHF ----------------------------------------------------------------------------------------------------
