@@ -153,8 +153,8 @@ def load_reward_backbone(folder: Path, *, device: str = "cpu") -> tuple[PreTrain
     if not is_decoder(model):
         raise ConfigError(f"{folder}: an encoder cannot become a critic; use ppo.critic.kind: valueHead")
     aspects = list(settings.aspects.values()) or [Aspect(weight=1.0)]
-    weights = torch.tensor([aspect.weight * aspect.std / aspect.steps for aspect in aspects], device=device)
-    offset = sum(aspect.weight * aspect.mean / aspect.steps for aspect in aspects)
+    weights = torch.tensor([aspect.step_weight * aspect.std for aspect in aspects], device=device)
+    offset = sum(aspect.step_weight * aspect.mean for aspect in aspects)
     scores: nn.Linear = model.score  # type: ignore[assignment]
     head = nn.Linear(model.config.hidden_size, 1, device=device)
     with torch.no_grad():

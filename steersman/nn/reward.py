@@ -1,6 +1,6 @@
 """A trained reward model: one or several sequence classifiers that give a conversation one number.
 
-    raw_m    = score of member m, or of its aspects: sum_a weight_a rating_a / steps_a, steps_a from the lowest to the
+    raw_m    = score of member m, or of its aspects: sum_a weight_a rating_a 4 / steps_a, steps_a from the lowest to the
                highest rating, rating_a = std_a * output_a + mean_a; or what `decided` makes of their thresholds
     z_m      = (raw_m - mean_m) / std_m
     reward   = (combine_m(z_m) - mean) / std,   combine: mean or worst case of the members
@@ -49,15 +49,20 @@ class Aspect(FrozenModel):
     """Mean of the ratings in the training data; the head learns (rating - mean) / std."""
     std: Annotated[float, Field(gt=0)] = 1.0
     """Their standard deviation."""
-    low: float = 0.0
+    low: float = 1.0
     """Lowest rating of the scale."""
-    steps: Annotated[float, Field(gt=0)] = 1.0
-    """From there to the highest: weights count in whole scales, as in a release (`steersman.data.aspects`)."""
+    steps: Annotated[float, Field(gt=0)] = 4.0
+    """From there to the highest."""
 
     @property
     def scale(self) -> tuple[float, float]:
         """Lowest and highest rating."""
         return self.low, self.low + self.steps
+
+    @property
+    def step_weight(self) -> float:
+        """Of one step of the ratings: a whole scale counts as much as that of 1 to 5, as in a release."""
+        return self.weight * 4.0 / self.steps
 
 
 class RewardSettings(FrozenModel):
@@ -172,7 +177,7 @@ class RewardModel:
         settings = self.settings
         aspects = list(settings.aspects.values()) or [Aspect(weight=1.0)]
         ratings = raw * torch.tensor([a.std for a in aspects]) + torch.tensor([a.mean for a in aspects])
-        weights = torch.tensor([a.weight / a.steps for a in aspects])
+        weights = torch.tensor([a.step_weight for a in aspects])
         values = decided(settings, ratings) if settings.thresholds else ratings @ weights
         return Scores(
             reward=(combined(settings, values) - settings.mean) / settings.std,
@@ -190,7 +195,7 @@ def decided(settings: RewardSettings, ratings: Tensor) -> Tensor:
     """One value [...] of the aspects' ratings [..., A] by thresholds, so that no sum outweighs one that is missed.
 
         s_a   = what the rating lacks to its limit (of a weight below 0: has beyond it), in spreads of the aspect
-        last  = sigmoid(sum_a w_a (rating_a - mean_a) / sum_a |w_a| std_a),  w_a = weight_a / steps_a     in (0, 1)
+        last  = sigmoid(sum_a w_a (rating_a - mean_a) / sum_a |w_a| std_a),  w_a = weight_a 4 / steps_a   in (0, 1)
         value = exp(-s) where s > 0, else 1 + the value of what comes next
 
     with one s for all thresholds together (`threshold`: their sum) or each in its turn (`lexicographic`), as in the
@@ -200,7 +205,7 @@ def decided(settings: RewardSettings, ratings: Tensor) -> Tensor:
     names = list(settings.aspects)
     weights, means, stds = (
         torch.tensor(values, dtype=ratings.dtype)
-        for values in zip(*((a.weight / a.steps, a.mean, a.std) for a in settings.aspects.values()), strict=True)
+        for values in zip(*((a.step_weight, a.mean, a.std) for a in settings.aspects.values()), strict=True)
     )
     value = ((ratings - means) @ weights / (weights.abs() * stds).sum()).sigmoid()
     lacks = []

@@ -284,7 +284,7 @@ def test_a_release_orders_answers_as_a_reward_model_of_the_same_rule_does(decide
     released = [rule.value(row, scales) for row in rows]
     assert np.argsort(learned).tolist() == np.argsort(released).tolist()  # type: ignore[arg-type]
     summed = RewardSettings(objective="aspects", aspects=spreads)
-    weighed = ratings @ [aspect.weight / aspect.steps for aspect in summed.aspects.values()]
+    weighed = ratings @ [aspect.step_weight for aspect in summed.aspects.values()]
     assert np.argsort(weighed).tolist() == np.argsort([score(row, scales, weights) for row in rows]).tolist()
 
 
