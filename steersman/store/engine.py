@@ -60,7 +60,7 @@ class Store:
         """Runs the migrations that this database lacks; two processes may do so at once.
 
         Args:
-            revision: "head"; "-1" to take back the last one; "base" to take every table down with all that is in it.
+            revision: "head", or one to go up to; "-1" takes back the last one, "base" every table with all in it.
         """
         from alembic import command
         from alembic.config import Config
@@ -71,7 +71,8 @@ class Store:
             if self.engine.dialect.name == "postgresql":
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(7335732783)"))
             config.attributes["connection"] = connection
-            (command.upgrade if revision == "head" else command.downgrade)(config, revision)
+            down = revision == "base" or revision.startswith("-")
+            (command.downgrade if down else command.upgrade)(config, revision)
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:

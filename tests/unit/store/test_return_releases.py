@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from steersman.data.aspects import Rule
 from steersman.data.format import ImportOptions
 from steersman.data.pii import PiiOptions
 from steersman.data.records import Aspects, Feedback, Preference, Return, read_jsonl, row_type_of, write_jsonl
@@ -105,7 +106,7 @@ def test_files_of_any_judgement(store: Store, tmp_path: Path) -> None:
     weighed = released(store, tmp_path / "again", str(path), aspects={"harm": -3, "kind": 1})
     assert weighed["d"] == 1.0
     worst = Aspects.model_validate({"prompt": QUESTION, "completion": said("d"), "aspects": {"harm": 5, "kind": 5}})
-    assert [one.reward for one in returns_of(worst, {"harm": -3, "kind": 1})] == [-0.5]
+    assert [one.reward for one in returns_of(worst, Rule({"harm": -3, "kind": 1}))] == [-0.5]
 
 
 @pytest.mark.parametrize(
