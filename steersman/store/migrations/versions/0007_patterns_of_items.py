@@ -7,8 +7,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB
 
-revision = "0006"
-down_revision = "0005"
+revision = "0007"
+down_revision = "0006"
 
 JSON = sa.JSON().with_variant(JSONB(), "postgresql")
 PATTERNS = sa.table("unit_patterns", *map(sa.column, ("project_id", "question", "pattern", "n")))
