@@ -46,19 +46,25 @@ class GuidedEngine(TransformersEngine):
 
 
 def guide(chat: ChatFormat, request: GenerationRequest, vocab_size: int) -> TokenConstraint | None:
+    """What allows the longest token that goes on with the script, of those that the request's own constraint allows."""
     prompt = chat.tokenizer.decode(request.prompts[0])
     text = script(prompt, constrained=request.constraint is not None)
     if text is None:
         return request.constraint
-    ids = [*chat.tokenizer.encode(text, add_special_tokens=False), chat.stop_ids[0]]
+    texts = {token: chat.text_of(token) for token in range(len(chat.tokenizer)) if token not in chat.stop_ids}
+    pieces = sorted((token for token, piece in texts.items() if piece and piece in text), key=lambda t: -len(texts[t]))
 
     def allowed(prompt_index: int, sample_index: int, so_far: Sequence[int]) -> np.ndarray | None:
         mask = request.constraint(prompt_index, sample_index, so_far) if request.constraint else None
-        place = len(so_far)
-        if place >= len(ids) or list(so_far) != ids[:place] or (mask is not None and not mask[ids[place]]):
+        said = "".join(texts.get(token, "") for token in so_far)
+        if not text.startswith(said):
+            return mask
+        next_ones = chat.stop_ids if said == text else [t for t in pieces if text.startswith(texts[t], len(said))]
+        token = next((token for token in next_ones if mask is None or mask[token]), None)
+        if token is None:
             return mask
         only = np.zeros(vocab_size if mask is None else len(mask), dtype=bool)
-        only[ids[place]] = True
+        only[token] = True
         return only
 
     return allowed
@@ -71,7 +77,7 @@ def script(prompt: str, *, constrained: bool) -> str | None:
     call = _next_call(prompt)
     if call is None:
         return None if constrained else _SENTENCE
-    text = json.dumps(call)
+    text = json.dumps(call, separators=(",", ":"))  # as the grammar of schemas has it
     return text if constrained else f"<tool_call>{text}</tool_call>"
 
 
