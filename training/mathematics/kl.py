@@ -78,6 +78,3 @@ class AdaptiveKL:
             raise InvalidArgumentError(f"the mean KL is {current}; the KL coefficient cannot follow it")
         error = min(max(current / self.target - 1.0, -0.2), 0.2)
         return replace(self, value=self.value * (1.0 + error * n_steps / self.horizon))
-
-
-KLController = FixedKL | AdaptiveKL

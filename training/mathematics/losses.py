@@ -31,7 +31,7 @@ class PolicyStats:
 
     loss: numerator of the returned loss. clipped: ratios where the clipped term decided. approx_kl: half the squared
     log-ratio (lm-human-preferences `approxkl`). ratio, ratio_max: pi / pi_old. kl: k3 or other estimate against the
-    reference where the loss has such a term. entropy: nats, over `tokens` tokens, where given.
+    reference where the loss has such a term.
     """
 
     count: float = 0.0
@@ -42,7 +42,6 @@ class PolicyStats:
     ratio: float = 0.0
     ratio_max: float = 0.0
     kl: float = 0.0
-    entropy: float = 0.0
 
     def means(self) -> dict[str, float]:
         """Means by metric name."""
@@ -53,7 +52,6 @@ class PolicyStats:
             "ratio_mean": self.ratio / count,
             "ratio_max": self.ratio_max,
             "kl": self.kl / tokens,
-            "entropy": self.entropy / tokens,
         }
 
 
@@ -115,26 +113,20 @@ def ppo_policy_loss(
     dual_clip: float | None = None,
     weights: Tensor | None = None,
     kl: KlTerm | None = None,
-    entropy: Tensor | None = None,
-    entropy_coefficient: float = 0.0,
 ) -> tuple[Tensor, PolicyStats]:
     """Clipped surrogate (Schulman et al. 2017, eq. 7): sum_t max(-A r, -A clip(r, 1 - low, 1 + high)) / denominator.
 
     r = exp(logprobs - old_logprobs). `clip_high` None means `clip_low` (a larger one is DAPO's clip-higher).
-    `dual_clip` c > 1 bounds the term by -A c where A < 0 (Ye et al. 2020, arXiv 1912.09729). `entropy`
-    [T] (see `logprobs.py`) is counted, and with a coefficient, coefficient * entropy is taken off each token's loss.
+    `dual_clip` c > 1 bounds the term by -A c where A < 0 (Ye et al. 2020, arXiv 1912.09729).
     """
     terms, ratio, clipped = _clipped_surrogate(logprobs - old_logprobs, advantages, clip_low, clip_high, dual_clip)
     if weights is not None:
         terms = terms * weights.detach()
-    terms = terms - entropy_coefficient * entropy if entropy is not None and entropy_coefficient else terms
     divergence = None
     if kl is not None:
         penalty, divergence = kl.of(logprobs, ratio)
         terms = terms + penalty
-    stats = _policy_stats(
-        terms, ratio, clipped, logprobs - old_logprobs, tokens=logprobs.numel(), entropy=entropy, kl=divergence
-    )
+    stats = _policy_stats(terms, ratio, clipped, logprobs - old_logprobs, tokens=logprobs.numel(), kl=divergence)
     return divide(terms, denominator), stats
 
 
@@ -170,7 +162,6 @@ def grpo_loss(
     clip_high: float | None = None,
     dual_clip: float | None = None,
     weights: Tensor | None = None,
-    entropy: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """GRPO (DeepSeekMath eq. 3): PPO's clipped term with a group-relative advantage, plus beta * KL to the reference.
 
@@ -194,7 +185,7 @@ def grpo_loss(
         terms = terms + penalty
     if average == "samples":
         terms = terms / broadcast(lengths.clamp(min=1), lengths)
-    stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), entropy=entropy, kl=divergence)
+    stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), kl=divergence)
     return divide(terms, denominator), stats
 
 
@@ -208,7 +199,6 @@ def rloo_loss(
     clip_low: float = 0.2,
     clip_high: float | None = None,
     kl: KlTerm | None = None,
-    entropy: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """RLOO: the whole response is one action; clipped surrogate on the sequence ratio, summed / global SAMPLES.
 
@@ -224,7 +214,7 @@ def rloo_loss(
     if kl is not None:
         penalty, divergence = kl.of(logprobs, token_log_ratio.exp())
         terms = terms + segment_sum(penalty, lengths)
-    stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), entropy=entropy, kl=divergence)
+    stats = _policy_stats(terms, ratio, clipped, log_ratio, tokens=logprobs.numel(), kl=divergence)
     return divide(terms, denominator), stats
 
 
@@ -307,14 +297,6 @@ def preference_loss(
     return divide(terms, denominator)
 
 
-def reinforce_loss(
-    logprobs: Tensor, advantages: Tensor, *, denominator: float, weights: Tensor | None = None
-) -> Tensor:
-    """REINFORCE (Williams 1992): -sum_t weight_t * A_t * logprob_t / denominator, no ratio and no clip; A is [T]."""
-    terms = -advantages.detach() * logprobs
-    return divide(terms if weights is None else terms * weights.detach(), denominator)
-
-
 def nll_loss(logprobs: Tensor, *, denominator: float) -> Tensor:
     """Language-model loss -sum_t logprob_t / denominator.
 
@@ -348,18 +330,15 @@ def _policy_stats(
     log_ratio: Tensor,
     *,
     tokens: int,
-    entropy: Tensor | None = None,
     kl: Tensor | None = None,
 ) -> PolicyStats:
-    nothing = terms.new_zeros(())
-    loss, n_clipped, approx_kl, ratio_sum, ratio_max, kl_sum, entropy_sum = to_floats(
+    loss, n_clipped, approx_kl, ratio_sum, ratio_max, kl_sum = to_floats(
         sum_of(terms),
         sum_of(clipped),
         sum_of(0.5 * log_ratio.square()),
         sum_of(ratio),
         max_of(ratio),
-        nothing if kl is None else sum_of(kl),
-        nothing if entropy is None else sum_of(entropy),
+        terms.new_zeros(()) if kl is None else sum_of(kl),
     )
     return PolicyStats(
         count=float(ratio.numel()),
@@ -370,7 +349,6 @@ def _policy_stats(
         ratio=ratio_sum,
         ratio_max=ratio_max,
         kl=kl_sum,
-        entropy=entropy_sum,
     )
 
 

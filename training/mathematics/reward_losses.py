@@ -94,10 +94,5 @@ def aspect_loss(predictions: Tensor, targets: Tensor, *, denominator: float) -> 
     return divide(terms, denominator), RewardStats(float(predicted.numel()), loss, 0.0, reward)
 
 
-def combine_aspects(predictions: Tensor, weights: Tensor) -> Tensor:
-    """fp32 [N]: one reward from aspects [N, A] and their weights [A]; used as they are, not normalised."""
-    return predictions @ weights
-
-
 def _heaviside(values: Tensor) -> Tensor:
     return torch.heaviside(values.detach(), values.new_tensor(0.5))

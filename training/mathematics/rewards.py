@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from steersman.errors import InvalidArgumentError
-from training.mathematics.moments import Moments
 from training.mathematics.segments import check_lengths, last_indices, segment_sum
 
 
@@ -42,11 +41,6 @@ def overlong_punishment(lengths: Tensor, limit: int, buffer: int, penalty: float
     return ((lengths - (limit - buffer)).clamp(min=0, max=buffer).float() / buffer) * penalty
 
 
-def clip_scores(scores: Tensor, low: float, high: float) -> Tensor:
-    """fp32 [N]: scores limited to [low, high]."""
-    return scores.clamp(low, high)
-
-
 def clip_parts(scores: Tensor, parts: Mapping[str, Tensor], weights: Mapping[str, float], limit: float) -> Tensor:
     """fp32 [N]: scores in which each of `parts` (fp32 [N], weighted by `weights`) counts at most `limit` either way.
 
@@ -56,15 +50,6 @@ def clip_parts(scores: Tensor, parts: Mapping[str, Tensor], weights: Mapping[str
     for name, values in parts.items():
         scores = scores - weights[name] * (values - values.clamp(-limit, limit))
     return scores
-
-
-def scale_scores(scores: Tensor, moments: Moments, *, center: bool = True, eps: float = 1e-8) -> Tensor:
-    """fp32 [N]: (score - mean) / std, or score / std with `center=False`.
-
-    `moments` are those of a reference set (stored with the reward model; Ziegler et al. 2019) or running
-    ones (`running + Moments.of(scores)`; Engstrom et al. 2020 divide by the running std and do not centre).
-    """
-    return (scores - moments.mean if center else scores) / max(moments.std, eps)
 
 
 def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coefficient: float) -> Tensor:

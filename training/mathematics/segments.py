@@ -28,11 +28,6 @@ def last_indices(lengths: Tensor) -> Tensor:
     return torch.where(lengths > 0, lengths.cumsum(0) - 1, -1)
 
 
-def segment_ids(lengths: Tensor) -> Tensor:
-    """int64 [T]: the sample that each token belongs to."""
-    return broadcast(torch.arange(lengths.numel(), device=lengths.device), lengths)
-
-
 def broadcast(per_sample: Tensor, lengths: Tensor) -> Tensor:
     """[N, ...] -> [T, ...]: give each token the value of its sample; an empty sample gives it to no token."""
     return per_sample.repeat_interleave(lengths, dim=0)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steersman.errors import InvalidArgumentError
-from training.mathematics import Moments, gae, grpo, reinforce, rloo, to_tokens
+from training.mathematics.advantages import gae, grpo, reinforce, rloo, to_tokens
+from training.mathematics.moments import Moments
 
 
 def test_gae_by_hand() -> None:

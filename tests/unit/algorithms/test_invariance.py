@@ -12,28 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.mathematics import (
-    KlTerm,
-    Moments,
-    PolicyStats,
-    broadcast,
-    gae,
-    grpo,
-    grpo_loss,
-    k1,
-    merge,
-    mismatch_stats,
-    ppo_policy_loss,
-    rloo,
-    rloo_loss,
-    select,
-    sequence_rewards,
-    token_logprobs,
-    token_rewards,
-    truncated_importance_weights,
-    value_loss,
-    whiten,
-)
+from training.mathematics.advantages import gae, grpo, rloo
+from training.mathematics.kl import k1
+from training.mathematics.logprobs import token_logprobs
+from training.mathematics.losses import KlTerm, PolicyStats, grpo_loss, ppo_policy_loss, rloo_loss, value_loss
+from training.mathematics.mismatch import mismatch_stats, truncated_importance_weights
+from training.mathematics.moments import Moments, whiten
+from training.mathematics.rewards import sequence_rewards, token_rewards
+from training.mathematics.segments import broadcast, select
+from training.mathematics.stats import merge
 
 WIDTH, VOCABULARY = 6, 19
 LENGTHS = torch.tensor([4, 0, 1, 9, 3, 0, 7, 2, 5, 1, 12, 6])
@@ -63,7 +50,7 @@ class Samples:
                 picked[name] = torch.cat([rows[i] for i in index.tolist()])
         return Samples(picked, self.lengths[index], self.padding)
 
-    def forward(self, head: Tensor, critic: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, head: Tensor, critic: Tensor) -> tuple[Tensor, Tensor]:
         """(log-probabilities, entropies, values) of the response tokens, through a padded forward pass."""
         hidden, targets, lengths = self["hidden"], self["targets"], self.lengths
         if self.padding:
@@ -78,15 +65,13 @@ class Samples:
                     for x in (row, torch.zeros(self.padding, dtype=torch.long))
                 ]
             )
-            logprobs, entropy = token_logprobs(padded, head, labels, with_entropy=True, chunk_tokens=5)
-            assert entropy is not None
+            logprobs, _ = token_logprobs(padded, head, labels, chunk_tokens=5)
             sizes = torch.stack((lengths, torch.full_like(lengths, self.padding)), 1).flatten()
             real = torch.tensor([True, False]).repeat(lengths.numel())
-            pick = [select(x, sizes, real) for x in (logprobs, entropy, padded @ critic)]
-            return pick[0], pick[1], pick[2]
-        logprobs, entropy = token_logprobs(hidden, head, targets, with_entropy=True, chunk_tokens=5)
-        assert entropy is not None
-        return logprobs, entropy, hidden @ critic
+            pick = [select(x, sizes, real) for x in (logprobs, padded @ critic)]
+            return pick[0], pick[1]
+        logprobs, _ = token_logprobs(hidden, head, targets, chunk_tokens=5)
+        return logprobs, hidden @ critic
 
 
 @pytest.fixture
@@ -114,7 +99,7 @@ def samples() -> Samples:
 
 
 def ppo(batch: Samples, head: Tensor, critic: Tensor, moments: Moments | None = None) -> tuple[Tensor, list]:
-    logprobs, entropy, values = batch.forward(head, critic)
+    logprobs, values = batch.forward(head, critic)
     moments = MOMENTS["advantages"] if moments is None else moments
     loss, stats = ppo_policy_loss(
         logprobs,
@@ -122,8 +107,6 @@ def ppo(batch: Samples, head: Tensor, critic: Tensor, moments: Moments | None = 
         whiten(batch["advantages"], moments),
         denominator=T,
         weights=truncated_importance_weights(batch["old"], batch["engine"]),
-        entropy=entropy,
-        entropy_coefficient=0.01,
     )
     critic_loss, critic_stats = value_loss(values, batch["old_values"], batch["returns"], denominator=T)
     return loss + 0.1 * critic_loss, [stats, critic_stats, mismatch_stats(batch["old"], batch["engine"])]
@@ -131,7 +114,7 @@ def ppo(batch: Samples, head: Tensor, critic: Tensor, moments: Moments | None = 
 
 def grpo_by(average: str, denominator: int) -> Loss:
     def loss(batch: Samples, head: Tensor, critic: Tensor) -> tuple[Tensor, list]:
-        logprobs, entropy, _ = batch.forward(head, critic)
+        logprobs, _ = batch.forward(head, critic)
         value, stats = grpo_loss(
             logprobs,
             batch["old"],
@@ -140,7 +123,6 @@ def grpo_by(average: str, denominator: int) -> Loss:
             denominator=denominator,
             average=average,  # type: ignore[arg-type]
             kl=KlTerm(batch["ref"], 0.1),
-            entropy=entropy,
         )
         return value, [stats]
 
@@ -148,7 +130,7 @@ def grpo_by(average: str, denominator: int) -> Loss:
 
 
 def rloo_sequence(batch: Samples, head: Tensor, critic: Tensor) -> tuple[Tensor, list]:
-    logprobs, _, _ = batch.forward(head, critic)
+    logprobs, _ = batch.forward(head, critic)
     loss, stats = rloo_loss(logprobs, batch["old"], batch["rloo"], batch.lengths, denominator=N)
     return loss, [stats]
 

@@ -9,7 +9,7 @@ import torch
 from ppo_reference import adaptive_kl
 
 from steersman.errors import InvalidArgumentError
-from training.mathematics import AdaptiveKL, FixedKL, estimate_kl
+from training.mathematics.kl import AdaptiveKL, FixedKL, estimate_kl
 
 
 def test_estimators_by_hand() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.mathematics import merge, mismatch_stats, truncated_importance_weights
+from training.mathematics.mismatch import mismatch_stats, truncated_importance_weights
+from training.mathematics.stats import merge
 
 # trainer / engine: 0.5/0.5 = 1, 0.6/0.2 = 3, 0.1/0.2 = 0.5
 TRAINER = torch.tensor([0.5, 0.6, 0.1]).log()

@@ -8,16 +8,8 @@ import pytest
 import torch
 
 from steersman.errors import InvalidArgumentError
-from training.mathematics import (
-    KlTerm,
-    grpo_loss,
-    merge,
-    nll_loss,
-    ppo_policy_loss,
-    reinforce_loss,
-    rloo_loss,
-    value_loss,
-)
+from training.mathematics.losses import KlTerm, grpo_loss, nll_loss, ppo_policy_loss, rloo_loss, value_loss
+from training.mathematics.stats import merge
 
 # Ratios 1.5, 0.5, 1.1, 0.9 by construction.
 OLD = torch.tensor([-1.0, -1.0, -2.0, -2.0], dtype=torch.float64)
@@ -67,25 +59,19 @@ def test_ppo_clip_higher_and_dual_clip_by_hand() -> None:
     assert (loss.item(), new.grad.item(), stats.clipped) == (pytest.approx(3.0), 0.0, 1)
 
 
-def test_ppo_weights_and_entropy_by_hand() -> None:
-    # terms of the first test times weights 2, 1, 0.5, 0: -2.4 - 0.5 + 1.1 + 0 = -1.8; minus 0.1 * entropy (1+2+3+4)
-    entropy = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
+def test_ppo_weights_by_hand() -> None:
+    # terms of the first test times weights 2, 1, 0.5, 0: -2.4 - 0.5 + 1.1 + 0 = -1.8
     weights = torch.tensor([2.0, 1.0, 0.5, 0.0], requires_grad=True)
-    loss, stats = ppo_policy_loss(
+    loss, _ = ppo_policy_loss(
         logprobs(),
         OLD,
         torch.tensor([1.0, 1.0, -2.0, -2.0]),
         denominator=1,
         weights=weights,
-        entropy=entropy,
-        entropy_coefficient=0.1,
     )
     loss.backward()
-    assert loss.item() == pytest.approx(-2.8)
-    assert stats.means()["entropy"] == 2.5
+    assert loss.item() == pytest.approx(-1.8)
     assert weights.grad is None
-    assert entropy.grad is not None
-    assert entropy.grad.tolist() == pytest.approx([-0.1] * 4)
 
 
 def test_value_loss_by_hand() -> None:
@@ -169,23 +155,15 @@ def test_rloo_by_hand() -> None:
     assert (stats.count, stats.tokens, stats.clipped) == (3, 4, 2)
 
 
-def test_rloo_and_reinforce_have_one_gradient_on_policy() -> None:
-    first, second = OLD.clone().requires_grad_(), OLD.clone().requires_grad_()
+def test_rloo_has_the_gradient_of_reinforce_on_policy() -> None:
+    first = OLD.clone().requires_grad_()
     rloo_loss(first, OLD, ADVANTAGES, LENGTHS, denominator=3)[0].backward()
-    reinforce_loss(second, ADVANTAGES.repeat_interleave(LENGTHS), denominator=3).backward()
     assert first.grad is not None
-    assert second.grad is not None
     assert first.grad.tolist() == pytest.approx([-1 / 3, 2 / 3, 2 / 3, 2 / 3])
-    torch.testing.assert_close(first.grad, second.grad)
 
 
-def test_reinforce_and_ptx_by_hand() -> None:
-    logp = torch.tensor([-1.0, -2.0])
-    # -(2 * -1 + -1 * -2) / 4 = 0; weights 1, 0.5: -(2 * -1 + 0.5 * -1 * -2) / 4 = 0.25
-    assert reinforce_loss(logp, torch.tensor([2.0, -1.0]), denominator=4).item() == pytest.approx(0.0)
-    weights = torch.tensor([1.0, 0.5])
-    assert reinforce_loss(logp, torch.tensor([2.0, -1.0]), denominator=4, weights=weights).item() == 0.25
-    assert nll_loss(logp, denominator=4).item() == 0.75
+def test_ptx_by_hand() -> None:
+    assert nll_loss(torch.tensor([-1.0, -2.0]), denominator=4).item() == 0.75
 
 
 def test_a_micro_batch_of_empty_responses_is_worth_nothing() -> None:

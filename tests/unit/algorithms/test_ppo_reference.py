@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from numeric import assert_same
 from torch import Tensor
 
-from training.mathematics import gae, k1, ppo_policy_loss, token_rewards, value_loss, whiten
+from training.mathematics.advantages import gae
+from training.mathematics.kl import k1
+from training.mathematics.losses import ppo_policy_loss, value_loss
+from training.mathematics.moments import whiten
+from training.mathematics.rewards import token_rewards
 
 
 class Batch:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from steersman.errors import InvalidArgumentError
-from training.mathematics import aspect_loss, binary_loss, combine_aspects, merge, pairwise_loss
+from training.mathematics.reward_losses import aspect_loss, binary_loss, pairwise_loss
+from training.mathematics.stats import merge
 
 
 def softplus(x: float) -> float:
@@ -55,10 +56,6 @@ def test_aspects_by_hand() -> None:
     assert predictions.grad.tolist() == [[1.0, 0.0], [-2.0, 0.0]]
     with pytest.raises(InvalidArgumentError, match="differ"):
         aspect_loss(predictions, targets[:, :1], denominator=2)
-
-
-def test_aspects_combine_by_weight() -> None:
-    assert combine_aspects(torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.tensor([0.5, 0.25])).tolist() == [1.0, 1.0]
 
 
 def test_split_of_pairs_changes_nothing() -> None:

@@ -22,7 +22,6 @@ def test_indices_with_empty_samples() -> None:
     lengths = torch.tensor([0, 2, 0, 3, 0])
     assert segments.starts(lengths).tolist() == [0, 0, 2, 2, 5]
     assert segments.last_indices(lengths).tolist() == [-1, 1, -1, 4, -1]
-    assert segments.segment_ids(lengths).tolist() == [1, 1, 3, 3, 3]
 
 
 def test_discounted_sum_by_hand() -> None:

@@ -8,7 +8,7 @@ from numeric import assert_same
 from torch import Tensor
 
 from steersman.errors import InvalidArgumentError
-from training.mathematics import token_logprobs
+from training.mathematics.logprobs import token_logprobs
 
 
 def reference(

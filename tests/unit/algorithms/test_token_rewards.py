@@ -10,17 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steersman.errors import InvalidArgumentError
-from training.mathematics import (
-    Moments,
-    clip_scores,
-    penalize_missing_eos,
-    present,
-    scale_scores,
-    select,
-    sequence_rewards,
-    token_rewards,
-    whiten,
-)
+from training.mathematics.moments import Moments, whiten
+from training.mathematics.rewards import penalize_missing_eos, present, sequence_rewards, token_rewards
+from training.mathematics.segments import select
 
 NAN = math.nan
 
@@ -56,8 +48,6 @@ def test_a_missing_score_is_never_zero() -> None:
     for changed in (
         penalize_missing_eos(scores, torch.zeros(4, dtype=torch.bool), 1.0, "replace"),
         penalize_missing_eos(scores, torch.zeros(4, dtype=torch.bool), 1.0),
-        clip_scores(scores, -1.0, 1.0),
-        scale_scores(scores, Moments.of(scores)),
         whiten(scores),
         sequence_rewards(scores, kl, lengths, 0.1),
     ):
@@ -68,14 +58,6 @@ def test_missing_eos_by_hand() -> None:
     scores, has_eos = torch.tensor([0.5, 2.0, -3.0]), torch.tensor([True, False, False])
     assert penalize_missing_eos(scores, has_eos, 1.0).tolist() == [0.5, 1.0, -4.0]
     assert penalize_missing_eos(scores, has_eos, 1.0, "replace").tolist() == [0.5, -1.0, -1.0]
-
-
-def test_clip_and_scale_by_hand() -> None:
-    assert clip_scores(torch.tensor([-9.0, 0.5, 9.0]), -1.0, 2.0).tolist() == [-1.0, 0.5, 2.0]
-    # 1, 3: mean 2, population std 1
-    reference = Moments.of(torch.tensor([1.0, 3.0]))
-    assert scale_scores(torch.tensor([4.0]), reference).tolist() == [2.0]
-    assert scale_scores(torch.tensor([4.0]), reference, center=False).tolist() == [4.0]
 
 
 def test_moments_add_up_and_skip_what_is_missing() -> None:

@@ -24,22 +24,20 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from training.mathematics import (
+from training.mathematics.advantages import grpo, rloo
+from training.mathematics.kl import k1
+from training.mathematics.logprobs import token_logprobs
+from training.mathematics.losses import (
     KlTerm,
     PolicyStats,
     cispo_loss,
-    grpo,
     grpo_loss,
     gspo_loss,
-    k1,
     preference_loss,
-    present,
-    rloo,
     rloo_loss,
-    select,
-    sequence_rewards,
-    token_logprobs,
 )
+from training.mathematics.rewards import present, sequence_rewards
+from training.mathematics.segments import select
 
 TOLERANCE = 1e-5
 BETA = 0.05

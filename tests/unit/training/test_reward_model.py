@@ -16,7 +16,7 @@ from steersman.errors import DataError
 from steersman.nn.load import load_reward_backbone, load_reward_model
 from steersman.nn.tokens import conversation_parts
 from steersman.testing.models import save_model_folder, tiny_llama, tiny_roberta_reward, tiny_tokenizer
-from training.mathematics import pairwise_loss
+from training.mathematics.reward_losses import pairwise_loss
 from training.offline.reward_evaluation import ScoredPair, evaluate_pairs
 from training.offline.reward_model import run_reward_model
 
