@@ -27,7 +27,7 @@ from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.rpc.client import open_channel
 from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 
-SERVICES = {"plain": {"prefixTokens": 0, "lookahead": False}, "ours": {}}
+SERVICES = {"plain": {"transformers": {"prefixTokens": 0, "lookahead": False}}, "ours": {}}
 _RULES = (
     "You are the assistant of Halden Office Supply. Answer from the record below and from nothing else, in full "
     "sentences, and repeat numbers, names and dates as they stand there. Deliveries take two to four working days, "

@@ -6,11 +6,11 @@ import logging
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 from services.policy.chat import ChatFormat
 from services.policy.config import PolicyConfig
 from services.policy.engine import Engine
+from services.policy.engine_kinds import ENGINES, EngineOptions, Served
 from steersman.errors import ConfigError
 
 log = logging.getLogger("steersman.policy")
@@ -40,35 +40,17 @@ def load_chat_format(config: PolicyConfig) -> ChatFormat:
 def build_engine(config: PolicyConfig) -> Engine:
     """The engine that the configuration names; its libraries are imported here and not before."""
     _check_heads(config)
-    if config.engine == "tgi":
-        from services.policy.engines.tgi import TgiEngine
-
-        if config.engine_url is None:
-            raise ConfigError("engineUrl is missing; set the address of the TGI server")
-        return TgiEngine(config.engine_url, model_folder(config), name=config.model_name)
-    options: dict[str, Any] = config.model_dump(
-        include={"precision", "device", "threads", "max_context", "kv_cache_tokens"}
-    )
-    if config.engine == "transformers":
-        from services.policy.engines.transformers_engine import TransformersEngine
-
-        options |= config.model_dump(include={"prefix_tokens", "lookahead"})
-        return TransformersEngine(model_folder(config), name=config.model_name, on_death=_stop_process, **options)
-    try:
-        from services.policy.engines.vllm_engine import VllmEngine
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"engine vllm is not in this installation ({error.name} is missing); use transformers"
-        ) from None
-    options |= config.vllm.model_dump()
-    return VllmEngine(model_folder(config), name=config.model_name, on_death=_stop_process, **options)
+    kind = ENGINES[config.engine]
+    options: EngineOptions = getattr(config, config.engine, None) or kind()
+    compute = config.model_dump(include={"precision", "device", "threads", "max_context", "kv_cache_tokens"})
+    return options.build(Served(model_folder(config), config.model_name, compute, _stop_process))
 
 
 def _check_heads(config: PolicyConfig) -> None:
     """Raises ConfigError where the engine would serve the language model alone, which is another policy."""
     from steersman.nn.ilql import has_heads
 
-    if config.engine != "transformers" and has_heads(model_folder(config)):
+    if not ENGINES[config.engine].holds_heads and has_heads(model_folder(config)):
         raise ConfigError(
             f"{config.model} has the Q and V heads of ILQL, which engine {config.engine} cannot sample with; "
             "use engine transformers"

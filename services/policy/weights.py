@@ -20,6 +20,7 @@ from torch import Tensor
 
 from services.policy.config import PolicyConfig
 from services.policy.engine import Engine, WeightsUpdate
+from services.policy.engine_kinds import ENGINES
 from steersman.errors import (
     ChecksumError,
     ConflictError,
@@ -219,7 +220,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
 
     def _load(self, transaction: _Transaction, tensors: dict[str, Tensor]) -> float:
         manifest = transaction.manifest
-        if self._config.engine != "transformers" and split_heads(tensors)[1]:
+        if not ENGINES[self._config.engine].holds_heads and split_heads(tensors)[1]:
             raise FailedPreconditionError(
                 f"the update holds the Q and V heads of ILQL, which engine {self._config.engine} cannot sample with; "
                 "use engine transformers"

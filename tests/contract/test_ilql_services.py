@@ -162,7 +162,8 @@ async def test_folder_merge_and_gateway_answer_with_the_same_distribution(cluste
 @pytest.mark.parametrize("engine", ["vllm", "tgi"])
 def test_engines_that_cannot_sample_with_the_heads_refuse_in_one_sentence(context, tmp_path, engine) -> None:
     run_ilql(spec(None), context)
-    config = PolicyConfig(model=str(context.stage_dir / "model"), engine=engine, engine_url="http://127.0.0.1:1")
+    options = {"tgi": {"url": "http://127.0.0.1:1"}} if engine == "tgi" else {}
+    config = PolicyConfig(model=str(context.stage_dir / "model"), engine=engine, **options)
     with pytest.raises(ConfigError, match=f"Q and V heads of ILQL, which engine {engine} cannot sample with") as caught:
         build_engine(config)
     assert "\n" not in str(caught.value)

@@ -88,9 +88,9 @@ class TgiEngine:
                 answer = client.get(f"{self._url}/info").raise_for_status().json()
             self._context = int(answer["max_total_tokens"])
         except httpx.HTTPError as error:
-            raise UnavailableError(f"the TGI server {self._url} does not answer ({error}); check engineUrl") from error
+            raise UnavailableError(f"the TGI server {self._url} does not answer ({error}); check tgi.url") from error
         except (KeyError, ValueError) as error:
-            raise ConfigError(f"{self._url}/info is not that of a TGI server ({error}); check engineUrl") from error
+            raise ConfigError(f"{self._url}/info is not that of a TGI server ({error}); check tgi.url") from error
         eos = self._tokenizer.eos_token_id
         self._eos = frozenset() if eos is None else frozenset([eos])
         self._loop = asyncio.new_event_loop()
