@@ -21,9 +21,8 @@ from services.policy.reading import AnswerReader, TextStream
 from services.policy.requests import events_of, sampling_params
 from services.policy.token_bytes import TokenBytes
 from steersman.errors import DataError, FailedPreconditionError, InvalidArgumentError
-from steersman.rpc.conversation import from_message, from_tools_json
+from steersman.rpc.conversation import append_response, from_message, from_tools_json
 from steersman.rpc.finish import finish_reason
-from steersman.rpc.wire import append_response
 from steersman.v1 import common_pb2
 from steersman.v1 import policy_pb2 as pb
 
@@ -230,6 +229,7 @@ async def answer(
         constraint=constraint,
     )
     new_reader = await chat.beside_the_loop(chat.reader, request)
+    prompt_text = await chat.beside_the_loop(chat.tokenizer.decode, prompt) if request.prompt_token_ids else ""
     readers = [new_reader() for _ in range(count)]
     held: dict[int, pb.PolicyServiceChatResponse] = {}
     begun: set[int] = set()
@@ -248,7 +248,7 @@ async def answer(
             prompt_tokens=len(prompt),
             completion_tokens=len(reader.ids),
             reasoning_tokens=reader.thought_tokens,
-            prompt_text=chat.tokenizer.decode(prompt) if request.prompt_token_ids and index not in begun else "",
+            prompt_text=prompt_text if index not in begun else "",
         )
         begun.add(index)
         calls[index] += piece.calls

@@ -64,6 +64,8 @@ async def events_of(engine: Engine, request: GenerationRequest) -> AsyncIterator
     unfinished = len(request.prompts) * request.n
     try:
         while unfinished:
+            if not queue.empty():
+                await asyncio.sleep(0)  # an event a step of the loop, however many have come at once
             event = await queue.get()
             if isinstance(event, RequestFailed):
                 unfinished = 0

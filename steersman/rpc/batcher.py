@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from steersman.errors import InternalError, RateLimitedError, UnavailableError
+from steersman.errors import InternalError, InvalidArgumentError, RateLimitedError, UnavailableError
 
 log = logging.getLogger("steersman.rpc")
 
@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_WAITING_ITEMS = 16_384
-"""Items of all callers that may wait; the next request is refused until there is room."""
+"""Items of a request, and of all callers that wait; the next request is refused until there is room."""
 
 
 @dataclass(eq=False)
@@ -53,7 +53,7 @@ class TokenBudgetBatcher(Generic[Item, Result]):
         """Args:
         process: one result an item; runs on the batcher's thread.
         cost: of an item, in units of the budget; runs on the event loop.
-        max_waiting: items of all callers together; a request that does not fit is refused, unless nothing waits.
+        max_waiting: items of a request, and of all callers together.
         """
         self._process = process
         self._cost = cost
@@ -70,6 +70,7 @@ class TokenBudgetBatcher(Generic[Item, Result]):
         """Results in the order of the items.
 
         Raises:
+            InvalidArgumentError: more items than a request may hold.
             RateLimitedError: too much is waiting.
             UnavailableError: the batcher is closed.
             Exception: what `process` or `cost` raised reaches every caller of that batch.
@@ -78,6 +79,8 @@ class TokenBudgetBatcher(Generic[Item, Result]):
             return []
         if self._closed:
             raise UnavailableError("the service is shutting down; send the request again")
+        if len(items) > self._max_waiting:
+            raise InvalidArgumentError(f"{len(items)} items are too many; a request holds at most {self._max_waiting}")
         waiting = sum(len(job.items) - len(job.results) for job in self._queue if not job.done.done())
         if waiting and waiting + len(items) > self._max_waiting:
             raise RateLimitedError(

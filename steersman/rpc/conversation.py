@@ -8,6 +8,7 @@ from typing import Any
 
 from steersman.errors import InvalidArgumentError
 from steersman.v1 import common_pb2 as pb
+from steersman.v1.policy_pb2 import PolicyServiceChatResponse
 
 
 def to_message(message: Mapping[str, Any]) -> pb.Message:
@@ -57,3 +58,15 @@ def from_tools_json(text: str) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InvalidArgumentError("tools_json must be a JSON array of tool definitions")
     return tools or None
+
+
+def append_response(
+    held: PolicyServiceChatResponse | None, response: PolicyServiceChatResponse
+) -> PolicyServiceChatResponse:
+    """What was held back of a choice, with its next response behind it."""
+    if held is None:
+        return response
+    text, thoughts = held.delta + response.delta, held.reasoning_delta + response.reasoning_delta
+    held.MergeFrom(response)
+    held.delta, held.reasoning_delta = text, thoughts
+    return held

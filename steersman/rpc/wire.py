@@ -13,7 +13,6 @@ from isal import isal_zlib
 
 from steersman.errors import ChecksumError, InvalidArgumentError
 from steersman.v1 import common_pb2 as pb
-from steersman.v1.policy_pb2 import PolicyServiceChatResponse
 
 _DTYPES: dict[int, np.dtype] = {
     pb.ELEMENT_TYPE_INT32: np.dtype("<i4"),
@@ -75,15 +74,3 @@ def unpack_rows(tensor: pb.RaggedTensor, dtype: type, field: str) -> list[np.nda
     flat = np.frombuffer(tensor.data, dtype=kind)
     ends = np.cumsum(np.asarray(tensor.lengths, dtype=np.int64))
     return [flat[end - length : end] for end, length in zip(ends, tensor.lengths, strict=True)]
-
-
-def append_response(
-    held: PolicyServiceChatResponse | None, response: PolicyServiceChatResponse
-) -> PolicyServiceChatResponse:
-    """What was held back of a choice, with its next response behind it."""
-    if held is None:
-        return response
-    text, thoughts = held.delta + response.delta, held.reasoning_delta + response.reasoning_delta
-    held.MergeFrom(response)
-    held.delta, held.reasoning_delta = text, thoughts
-    return held

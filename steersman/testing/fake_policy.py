@@ -17,8 +17,8 @@ from typing import Any
 
 import grpc
 
+from steersman.rpc.conversation import append_response
 from steersman.rpc.server import Server, ServerConfig
-from steersman.rpc.wire import append_response
 from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 
 SERVICE_NAME = "steersman.v1.PolicyService"

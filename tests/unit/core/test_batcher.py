@@ -95,13 +95,15 @@ async def test_what_waits_is_bounded() -> None:
         return items
 
     batcher = TokenBudgetBatcher(process, lambda item: 1, budget=1, max_waiting=4)
-    large = asyncio.create_task(answer(batcher, [1, 2, 3, 4, 5, 6]))  # larger than the bound, but nothing waits
+    with pytest.raises(InvalidArgumentError, match="5 items are too many; a request holds at most 4"):
+        await answer(batcher, [1, 2, 3, 4, 5])
+    large = asyncio.create_task(answer(batcher, [1, 2, 3, 4]))
     await asyncio.sleep(0.05)
-    with pytest.raises(RateLimitedError, match="6 items wait already"):
+    with pytest.raises(RateLimitedError, match="4 items wait already"):
         await answer(batcher, [7])
     assert batcher.waiting == 1
     go.set()
-    assert await large == [1, 2, 3, 4, 5, 6]
+    assert await large == [1, 2, 3, 4]
     assert await answer(batcher, [7]) == [7]
     await batcher.close()
     with pytest.raises(UnavailableError):
