@@ -58,8 +58,11 @@ def trainer_of(stage: str, folder: Path, packed: bool, scratch: str) -> tuple[An
     from steersman.nn.tokens import distinct_pad_token
     from training.offline.dpo import PreferenceTrainer
     from training.offline.reward_model import PairwiseTrainer, read_last_token
+    from training.offline.trl_setup import project_labelled_positions_only
 
-    if not packed:  # TRL projects all positions where Triton does not run
+    if packed:
+        project_labelled_positions_only()
+    else:  # TRL projects all positions where Triton does not run
         trl.trainer.utils._use_triton = lambda device: False  # type: ignore[attr-defined]
     tokenizer = load_tokenizer(folder)
     torch.manual_seed(0)

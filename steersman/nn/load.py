@@ -167,6 +167,13 @@ def load_reward_backbone(folder: Path, *, device: str = "cpu") -> tuple[PreTrain
 class _Fp32Linear(nn.Linear):
     """Computes in fp32 whatever autocast says: bf16 has 3 digits, too few to rank rewards."""
 
+    @classmethod
+    def of(cls, layer: nn.Linear) -> _Fp32Linear:
+        """With the parameters of another."""
+        made = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        made.weight, made.bias = layer.weight, layer.bias
+        return made.train(layer.training)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         with torch.autocast(input.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
@@ -174,11 +181,10 @@ class _Fp32Linear(nn.Linear):
 
 
 def keep_head_in_fp32(model: nn.Module) -> None:
-    """Makes the last linear layer of a classifier compute in fp32, in place."""
-    head = getattr(model, "score", None) or getattr(model, "classifier", None)
-    for module in head.modules() if head is not None else ():
-        if type(module) is nn.Linear:
-            module.__class__ = _Fp32Linear
+    """Makes the last linear layers of a classifier compute in fp32, in place."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name.partition(".")[0] in ("score", "classifier"):
+            model.set_submodule(name, _Fp32Linear.of(module))
 
 
 def context_of(config: Any) -> int:

@@ -32,13 +32,11 @@ from steersman.nn.tokens import IGNORE, prompt_and_answer_ids
 from training.context import StageContext
 from training.mathematics.preference_losses import preference_loss
 from training.offline.trl_setup import (
-    Progress,
     check_length,
-    finish_causal,
+    for_trl,
     options,
-    reference_of,
     start_causal,
-    train,
+    train_against_reference,
 )
 
 
@@ -48,34 +46,21 @@ def run_dpo(spec: DpoStage, ctx: StageContext) -> dict[str, Path]:
     Raises:
         DataError: a row is wrong or too long; the message begins with `file:line`.
     """
-    files = ctx.files("preferences")
     start = start_causal(ctx.policy_model, spec, ctx, decoder_for="dpo trains decoders")
-    reference = reference_of(start, spec, ctx)
-    data = preference_dataset(files.train, start.tokenizer, start.stop_ids, spec.max_length)
-    trainer = PreferenceTrainer(
-        spec=spec,
-        model=start.model,
-        ref_model=reference,
-        args=DPOConfig(
-            **options(spec, ctx),
-            loss_type=[spec.loss],
-            beta=spec.beta,
-            label_smoothing=spec.label_smoothing,
-            max_length=None,
-            disable_dropout=not (spec.lora and spec.lora.dropout),
-        ),
-        train_dataset=data,
-        eval_dataset=(
-            preference_dataset(files.validation, start.tokenizer, start.stop_ids, spec.max_length)
-            if files.validation
-            else None
-        ),
-        processing_class=start.tokenizer,
-        callbacks=[Progress(ctx)],
+
+    def load(path: Path) -> Dataset:
+        return preference_dataset(path, start.tokenizer, start.stop_ids, spec.max_length)
+
+    config = DPOConfig(
+        **options(spec, ctx),
+        **for_trl(spec),
+        loss_type=[spec.loss],
+        beta=spec.beta,
+        label_smoothing=spec.label_smoothing,
     )
-    train(trainer, spec, ctx, may_stay=set(data["soft_label"]) == {0.5})
-    del trainer, reference
-    return finish_causal(start, spec, ctx)
+    make = functools.partial(PreferenceTrainer, spec=spec, args=config)
+    ties_only = lambda rows: set(rows["soft_label"]) == {0.5}  # noqa: E731
+    return train_against_reference(start, spec, ctx, ctx.files("preferences"), load, make, may_stay=ties_only)
 
 
 class PreferenceTrainer(DPOTrainer):

@@ -9,6 +9,7 @@ TRL's KTOTrainer computes the loss. z needs batches of a fixed composition, so t
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,11 @@ from steersman.errors import ConfigError, DataError
 from training.context import StageContext
 from training.offline.dpo import prompt_and_answer
 from training.offline.trl_setup import (
-    Progress,
     check_length,
-    finish_causal,
+    for_trl,
     options,
-    reference_of,
     start_causal,
-    train,
+    train_against_reference,
 )
 
 
@@ -39,36 +38,24 @@ def run_kto(spec: KtoStage, ctx: StageContext) -> dict[str, Path]:
         ConfigError: micro-batches of one row, from which no KL can be estimated.
         DataError: a row is wrong or too long, or all thumbs point the same way.
     """
-    files = ctx.files("feedback")
     arguments = options(spec, ctx)
     micro = arguments["per_device_train_batch_size"]
     if micro < 2:
         raise ConfigError("kto.microBatchSize must be at least 2: the KL is estimated from mismatched rows of it")
     start = start_causal(ctx.policy_model, spec, ctx, decoder_for="kto trains decoders")
-    reference = reference_of(start, spec, ctx)
 
     def load(path: Path) -> Dataset:
         return feedback_dataset(path, start.tokenizer, start.stop_ids, spec.max_length, micro, ctx.seed)
 
-    trainer = _Trainer(
-        model=start.model,
-        ref_model=reference,
-        args=KTOConfig(
-            **arguments,
-            beta=spec.beta,
-            desirable_weight=spec.desirable_weight,
-            undesirable_weight=spec.undesirable_weight,
-            max_length=None,
-            disable_dropout=not (spec.lora and spec.lora.dropout),
-        ),
-        train_dataset=load(files.train),
-        eval_dataset=load(files.validation) if files.validation else None,
-        processing_class=start.tokenizer,
-        callbacks=[Progress(ctx)],
+    config = KTOConfig(
+        **arguments,
+        **for_trl(spec),
+        beta=spec.beta,
+        desirable_weight=spec.desirable_weight,
+        undesirable_weight=spec.undesirable_weight,
     )
-    train(trainer, spec, ctx)
-    del trainer, reference
-    return finish_causal(start, spec, ctx)
+    make = functools.partial(_Trainer, args=config)
+    return train_against_reference(start, spec, ctx, ctx.files("feedback"), load, make)
 
 
 class _Trainer(KTOTrainer):

@@ -17,6 +17,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ from training.offline.reward_evaluation import ScoredPair, evaluate_pairs, evalu
 from training.offline.trl_setup import (
     Progress,
     check_length,
+    for_trl,
     gathered,
     options,
     prepare,
@@ -78,8 +80,7 @@ def run_reward_model(spec: RewardModelStage, ctx: StageContext) -> dict[str, Pat
     base = _backbone(spec, ctx)
     tokenizer = load_tokenizer(base, ctx.spec.model.template_options if spec.base is None else None)
     data = RewardData(spec, tokenizer)
-    kind = "aspects" if spec.objective == "aspects" else "preferences"
-    files = ctx.files(kind)
+    files = ctx.files("aspects" if spec.objective == "aspects" else "preferences")
     work = ctx.stage_dir / "members"
     settings = RewardSettings(
         name=spec.name,
@@ -91,9 +92,10 @@ def run_reward_model(spec: RewardModelStage, ctx: StageContext) -> dict[str, Pat
         members=[Member(folder=f"member-{number}") for number in range(spec.ensemble)],
         max_length=spec.max_length,
     )
+    task = _MemberTraining(spec, ctx, base, data, files, settings.aspects)
     for number in range(spec.ensemble):
         if not (work / f"member-{number}").is_dir():
-            train_member(spec, ctx, base, data, settings, number, work / f"member-{number}")
+            task.train(number, work / f"member-{number}")
     artifacts = {"model": ctx.stage_dir / "model"}
     ranks = Ranks.join(ctx.device)
     if ranks.is_first:
@@ -212,62 +214,99 @@ def _on_scales(row: Aspects, wanted: Mapping[str, Aspect], where: str) -> dict[s
         }
 
 
-def train_member(
-    spec: RewardModelStage,
-    ctx: StageContext,
-    base: Path,
-    data: RewardData,
-    settings: RewardSettings,
-    number: int,
-    folder: Path,
-) -> None:
-    """Trains one model of an ensemble and writes it as a plain folder; members differ by their seed only."""
-    seed = (ctx.seed + 1000 * number) % 2**32
-    if spec.ensemble > 1:
-        ctx.reporter.note(f"member {number + 1} of {spec.ensemble}")
-    trained = _member(spec, ctx, base, data, settings, seed)
-    checkpoints = ctx.checkpoints / f"member-{number}"
-    arguments = {**options(spec, ctx, seed), "output_dir": str(checkpoints)}
-    files = ctx.files("aspects" if spec.objective == "aspects" else "preferences")
-    make = _pairwise_trainer if spec.objective == "pairwise" else _pointwise_trainer
-    trainer = make(spec, trained, arguments, data, files, settings, Progress(ctx))
-    train(trainer, spec, ctx, folder=checkpoints)
-    ranks = Ranks.join(ctx.device)
-    trained = gathered(trained, lambda: _member(spec, ctx, base, data, settings, seed), ranks)
-    if ranks.is_first:
-        ctx.reporter.note("saving the reward model")
-        if spec.lora is not None:
-            adapter = ctx.stage_dir / ("adapter" if spec.ensemble == 1 else f"adapter-{number}")
-            save_adapter(trained, adapter, data.tokenizer)
-            del trainer, trained
-            gc.collect()
-            merge_to_folder(base, adapter, folder)
-        else:
-            disable_dropout(trained)
-            save_model(trained, data.tokenizer, folder)
-    ranks.barrier()
+@dataclass(frozen=True)
+class _MemberTraining:
+    """The training of one model of an ensemble; members differ by their seed only."""
 
+    spec: RewardModelStage
+    ctx: StageContext
+    base: Path
+    data: RewardData
+    files: DataFiles
+    scales: dict[str, Aspect]
 
-def _member(
-    spec: RewardModelStage, ctx: StageContext, base: Path, data: RewardData, settings: RewardSettings, seed: int
-) -> Any:
-    """A model as its training starts: a new head and, of LoRA, a new adapter, both drawn from the seed."""
-    torch.manual_seed(seed)
-    outputs = max(1, len(settings.aspects))
-    model = load_classifier(
-        base, num_labels=outputs, device=ctx.device, quantization_config=quantization(spec.lora, ctx.device)
-    )
-    check_tokenizer_matches(model.config, data.tokenizer, chat=False)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or spec.max_length
-    if not is_decoder(model) and spec.max_length > limit - 2:
-        raise ConfigError(
-            f"rewardModel.maxLength is {spec.max_length}, but the encoder reads {limit - 2} tokens; lower it"
+    def train(self, number: int, folder: Path) -> None:
+        """Writes a trained member as a plain folder."""
+        spec, ctx = self.spec, self.ctx
+        seed = (ctx.seed + 1000 * number) % 2**32
+        if spec.ensemble > 1:
+            ctx.reporter.note(f"member {number + 1} of {spec.ensemble}")
+        trained = self._start(seed)
+        checkpoints = ctx.checkpoints / f"member-{number}"
+        arguments = {**options(spec, ctx, seed), "output_dir": str(checkpoints)}
+        trainer = (self._pairwise if spec.objective == "pairwise" else self._pointwise)(trained, arguments)
+        train(trainer, spec, ctx, folder=checkpoints)
+        ranks = Ranks.join(ctx.device)
+        trained = gathered(trained, lambda: self._start(seed), ranks)
+        if ranks.is_first:
+            ctx.reporter.note("saving the reward model")
+            if spec.lora is not None:
+                adapter = ctx.stage_dir / ("adapter" if spec.ensemble == 1 else f"adapter-{number}")
+                save_adapter(trained, adapter, self.data.tokenizer)
+                del trainer, trained
+                gc.collect()
+                merge_to_folder(self.base, adapter, folder)
+            else:
+                disable_dropout(trained)
+                save_model(trained, self.data.tokenizer, folder)
+        ranks.barrier()
+
+    def _start(self, seed: int) -> Any:
+        """A model as its training starts: a new head and, of LoRA, a new adapter, both drawn from the seed."""
+        spec, device, tokenizer = self.spec, self.ctx.device, self.data.tokenizer
+        torch.manual_seed(seed)
+        outputs = max(1, len(self.scales))
+        model = load_classifier(
+            self.base, num_labels=outputs, device=device, quantization_config=quantization(spec.lora, device)
         )
-    if is_decoder(model):
-        data.tokenizer.pad_token = distinct_pad_token(data.tokenizer) or data.tokenizer.pad_token
-        read_last_token(model)
-    model.config.pad_token_id = data.tokenizer.pad_token_id
-    return prepare(model, spec, seed)
+        check_tokenizer_matches(model.config, tokenizer, chat=False)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or spec.max_length
+        if not is_decoder(model) and spec.max_length > limit - 2:
+            raise ConfigError(
+                f"rewardModel.maxLength is {spec.max_length}, but the encoder reads {limit - 2} tokens; lower it"
+            )
+        if is_decoder(model):
+            tokenizer.pad_token = distinct_pad_token(tokenizer) or tokenizer.pad_token
+            read_last_token(model)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return prepare(model, spec, seed)
+
+    def _pairwise(self, model: Any, arguments: dict[str, Any]) -> Trainer:
+        spec = self.spec
+        return PairwiseTrainer(
+            spec=spec,
+            model=model,
+            args=RewardConfig(
+                **arguments,
+                **for_trl(spec),
+                center_rewards_coefficient=spec.center_rewards or None,
+            ),
+            processing_class=self.data.tokenizer,
+            **self._rows(self.data.pairs),
+        )
+
+    def _pointwise(self, model: Any, arguments: dict[str, Any]) -> Trainer:
+        pad, binary = self.data.tokenizer.pad_token_id, self.spec.objective == "binary"
+
+        def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+            ids, mask = pad_rows([row["input_ids"] for row in rows], pad, "cpu")
+            return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
+
+        return PointwiseTrainer(
+            model=model,
+            args=TrainingArguments(**arguments, prediction_loss_only=True, label_names=["labels"]),
+            data_collator=collate,
+            binary=binary,
+            **self._rows(self.data.judged if binary else lambda path: self.data.rated(path, self.scales)),
+        )
+
+    def _rows(self, load: Callable[[Path], Dataset]) -> dict[str, Any]:
+        """What every trainer is given besides."""
+        return {
+            "train_dataset": load(self.files.train),
+            "eval_dataset": load(self.files.validation) if self.files.validation else None,
+            "callbacks": [Progress(self.ctx)],
+        }
 
 
 def read_last_token(model: nn.Module) -> None:
@@ -281,59 +320,6 @@ def read_last_token(model: nn.Module) -> None:
         return SequenceClassifierOutput(logits=head_outputs(model, input_ids, attention_mask))
 
     model.forward = forward  # type: ignore[method-assign]
-
-
-def _pairwise_trainer(
-    spec: RewardModelStage,
-    model: Any,
-    arguments: dict[str, Any],
-    data: RewardData,
-    files: DataFiles,
-    settings: RewardSettings,
-    progress: Progress,
-) -> Trainer:
-    return PairwiseTrainer(
-        spec=spec,
-        model=model,
-        args=RewardConfig(
-            **arguments,
-            max_length=None,
-            center_rewards_coefficient=spec.center_rewards or None,
-            disable_dropout=not (spec.lora and spec.lora.dropout),
-        ),
-        train_dataset=data.pairs(files.train),
-        eval_dataset=data.pairs(files.validation) if files.validation else None,
-        processing_class=data.tokenizer,
-        callbacks=[progress],
-    )
-
-
-def _pointwise_trainer(
-    spec: RewardModelStage,
-    model: Any,
-    arguments: dict[str, Any],
-    data: RewardData,
-    files: DataFiles,
-    settings: RewardSettings,
-    progress: Progress,
-) -> Trainer:
-    load: Callable[[Path], Dataset] = (
-        data.judged if spec.objective == "binary" else lambda path: data.rated(path, settings.aspects)
-    )
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids, mask = pad_rows([row["input_ids"] for row in rows], data.tokenizer.pad_token_id, "cpu")
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
-
-    return PointwiseTrainer(
-        model=model,
-        args=TrainingArguments(**arguments, prediction_loss_only=True, label_names=["labels"]),
-        train_dataset=load(files.train),
-        eval_dataset=load(files.validation) if files.validation else None,
-        data_collator=collate,
-        callbacks=[progress],
-        binary=spec.objective == "binary",
-    )
 
 
 class PairwiseTrainer(RewardTrainer):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import trl.trainer.utils
+from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -43,7 +44,7 @@ from steersman.nn.lora import attach_lora, merge_to_folder, quantization, save_a
 from steersman.nn.parity import skip_padding
 from steersman.nn.prepare import check_tokenizer_matches
 from steersman.nn.tokens import stop_ids
-from training.context import StageContext
+from training.context import DataFiles, StageContext
 from training.parallel import Ranks, whole
 from training.schedule import factor_of_step
 
@@ -101,7 +102,8 @@ def reference_of(start: Start, spec: SupervisedStage, ctx: StageContext) -> PreT
 
 
 def prepare(model: PreTrainedModel, spec: SupervisedStage, seed: int) -> nn.Module:
-    """Adapter (its start drawn from `seed`) and the trunk without padding."""
+    """Adapter (its start drawn from `seed`), the trunk without padding, the head without what has no label."""
+    project_labelled_positions_only()
     set_seed(seed)
     trained: nn.Module = model if spec.lora is None else attach_lora(model, spec.lora)
     skip_padding(trained)
@@ -151,6 +153,11 @@ def options(spec: SupervisedStage, ctx: StageContext, seed: int | None = None) -
         "remove_unused_columns": False,
         "log_level": "error",
     }
+
+
+def for_trl(spec: SupervisedStage) -> dict[str, Any]:
+    """What the configurations of TRL's trainers take besides: rows are as long as `check_length` lets them be."""
+    return {"max_length": None, "disable_dropout": not (spec.lora and spec.lora.dropout)}
 
 
 class Progress(TrainerCallback):
@@ -244,6 +251,38 @@ def train(
     for warning in what_was_not_learned(trainer.state.log_history, rows):
         ctx.reporter.note(f"warning: {warning}")
     return trainer.evaluate() if trainer.eval_dataset is not None else {}
+
+
+def train_against_reference(
+    start: Start,
+    spec: SupervisedStage,
+    ctx: StageContext,
+    files: DataFiles,
+    load: Callable[[Path], Dataset],
+    make: Callable[..., Trainer],
+    *,
+    may_stay: Callable[[Dataset], bool] = lambda rows: False,
+) -> dict[str, Path]:
+    """Trains the policy by a loss that compares it with where it started, and returns its folders.
+
+    Args:
+        load: a file's rows as the trainer takes them.
+        make: the trainer.
+        may_stay: whether the rows may ask for no change.
+    """
+    reference = reference_of(start, spec, ctx)
+    rows = load(files.train)
+    trainer = make(
+        model=start.model,
+        ref_model=reference,
+        train_dataset=rows,
+        eval_dataset=load(files.validation) if files.validation else None,
+        processing_class=start.tokenizer,
+        callbacks=[Progress(ctx)],
+    )
+    train(trainer, spec, ctx, may_stay=may_stay(rows))
+    del trainer, reference
+    return finish_causal(start, spec, ctx)
 
 
 def _create_scheduler(trainer: Trainer, spec: SupervisedStage, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -341,6 +380,3 @@ def project_labelled_positions_only() -> None:
     """
     assert hasattr(trl.trainer.utils, "_use_triton"), "TRL has changed; look at add_fused_lm_head"
     trl.trainer.utils._use_triton = lambda device: True
-
-
-project_labelled_positions_only()
