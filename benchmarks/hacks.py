@@ -108,7 +108,7 @@ def evaluation(planted: Planted, seed: int, count: int = 64) -> Evaluation:
 def stage() -> EvaluateStage:
     """The example's evaluation, whose gates decide."""
     run = load_manifest(EXAMPLE)
-    return next(stage.evaluate for stage in run.spec.stages if stage.evaluate is not None)
+    return next(stage for _, stage in run.stages() if isinstance(stage, EvaluateStage))
 
 
 def findings(planted: Planted, seed: int) -> list[Finding]:

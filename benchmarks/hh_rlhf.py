@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import heading, write
+from steersman.home import cache_folder
 from steersman.nn.load import load_tokenizer
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.nn.tokens import prompt_ids
 from steersman.report.schema import read_evaluation
 from steersman.report.summary import summarise
-from steersman.rpc.server import ServerConfig
 from steersman.statistics import wilson_interval
 
 OUT = Path("build/bench")
@@ -44,7 +44,7 @@ def steersman(*arguments: str) -> None:
 
 def prepare_data(source: Path, out: Path, pairs: int) -> None:
     """Imports both files and writes `train.jsonl`, `test.jsonl` and the prompts of both."""
-    tokenizer = load_tokenizer(resolve_model(EMBEDDED_MODEL, ServerConfig().cache_dir))
+    tokenizer = load_tokenizer(resolve_model(EMBEDDED_MODEL, cache_folder()))
     for split in ("train", "test"):
         folder = out / f"import-{split}"
         if not folder.is_dir():

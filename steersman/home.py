@@ -12,6 +12,11 @@ import tempfile
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """Where models that are not folders yet, and what was measured on this machine, are kept."""
+    return Path.home() / ".cache" / "steersman"
+
+
 def settle() -> None:
     """Sets LOGNAME where the uid has no name, and HOME where there is none that can be written to."""
     uid = os.getuid()

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from steersman import gates
 from steersman.artifacts import storage_errors
-from steersman.config.manifest import EvaluateStage, Override, RewardMix
-from steersman.config.stages import data_digests
+from steersman.config.manifest import EvaluateStage, OnlineStage, Override, ReleaseStage, RewardMix, RlStage
+from steersman.config.stages import data_digests, stages_before
 from steersman.errors import FailedPreconditionError
 from steersman.gates import Finding
 from steersman.judges.comparing import JudgeOfPairs, Rivals
@@ -112,9 +112,8 @@ def _knowledge(spec: EvaluateStage, context: StageContext, models: Mapping[str, 
 
 def override_of(context: StageContext) -> Override | None:
     """That of the first release behind this stage, or of this one."""
-    names = context.run.stage_names()
-    later = context.spec.stages[names.index(context.name) :]
-    return next((stage.release.override for stage in later if stage.release is not None), None)
+    later = context.run.stages()[context.run.stage_names().index(context.name) :]
+    return next((stage.override for _, stage in later if isinstance(stage, ReleaseStage)), None)
 
 
 def _answer(
@@ -201,10 +200,8 @@ def _reward_model_evaluation(context: StageContext) -> RewardModelEvaluation | N
 
 def _mix(context: StageContext) -> RewardMix:
     """Of the newest online stage before this one, which evaluation scores with."""
-    names = context.run.stage_names()
-    before = context.spec.stages[: names.index(context.name)]
-    online = [stage.rl or stage.rejection_sampling for stage in before if stage.rl or stage.rejection_sampling]
-    return online[-1].reward if online and online[-1] is not None else RewardMix()
+    online = [stage for _, stage in stages_before(context.run, context.name) if isinstance(stage, OnlineStage)]
+    return online[-1].reward if online else RewardMix()
 
 
 def _licensed(
@@ -256,15 +253,13 @@ def rivals(results: Mapping[str, Sequence[Sample]], prompts: int) -> list[Rivals
 
 def _watched(context: StageContext) -> Watched | None:
     """Of the newest online stage before this one."""
-    names = context.run.stage_names()
-    before = list(zip(names[: names.index(context.name)], context.spec.stages, strict=False))
-    for name, stage in reversed(before):
-        if stage.rl is not None:
+    for name, stage in reversed(stages_before(context.run, context.name)):
+        if isinstance(stage, RlStage):
             looks = read_looks(context.run_dir / name / LOOKS_FILE)
-            watch = stage.rl.watch
+            watch = stage.watch
             if watch is None or not looks:
                 return None
-            planned = len(planned_looks(watch, stage.rl.steps))
+            planned = len(planned_looks(watch, stage.steps))
             return Watched(looks=looks, planned=planned, false_alarms=watch.false_alarms)
     return None
 

@@ -13,15 +13,14 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import fsspec
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import AutoConfig
 
 from steersman.artifacts import atomic_dir, file_digest, manifest_of_hashes, storage_errors, verify
-from steersman.config.manifest import ReleaseStage
-from steersman.config.stages import data_files, policy_folder, read_complete, stage_digest
+from steersman.config.manifest import EvaluateStage, ReleaseStage, RlStage, StageOptions
+from steersman.config.stages import data_files, policy_folder, read_complete, stage_digest, stages_before
 from steersman.errors import FailedPreconditionError
 from steersman.gates import check_gates, failed
 from steersman.nn.load import load_tokenizer
@@ -74,17 +73,16 @@ def check_evaluations(context: StageContext) -> Evaluation | None:
     newest: Evaluation | None = None
     override = override_of(context)
     elsewhere: list[str] = []
-    names = context.run.stage_names()
     released = policy_folder(context.run, context.name, context.run_dir)
-    for name, stage in zip(names[: names.index(context.name)], context.spec.stages, strict=False):
-        if stage.evaluate is None:
+    for name, stage in stages_before(context.run, context.name):
+        if not isinstance(stage, EvaluateStage):
             continue
         if policy_folder(context.run, name, context.run_dir) != released:
-            elsewhere += [name] if stage.evaluate.gates else []
+            elsewhere += [name] if stage.gates else []
             continue
         newest = read_evaluation(context.run_dir / name / "evaluation.json")
         elsewhere.clear()
-        pass_gates(stage.evaluate, newest, override)
+        pass_gates(stage, newest, override)
     if elsewhere:
         raise FailedPreconditionError(
             f"the gates of {elsewhere[-1]} were passed by an earlier model; put an evaluate stage behind the stage "
@@ -158,18 +156,17 @@ def _register(spec: ReleaseStage, context: StageContext, uri: str) -> dict[str, 
 def model_card(context: StageContext, evaluation: Evaluation | None) -> str:
     """README.md of the model: where it comes from, how it was made, what was measured, what it is not for."""
     run, spec = context.run, context.spec
-    names = run.stage_names()
     base = Path(spec.model.base).name if Path(spec.model.base).is_absolute() else spec.model.base
-    made_by = list(zip(names[: names.index(context.name)], spec.stages, strict=False))
+    made_by = [one for one in stages_before(run, context.name) if not isinstance(one[1], EvaluateStage)]
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["steersman", *dict.fromkeys(_method(stage) for _, stage in made_by if stage.evaluate is None)],
+        tags=["steersman", *dict.fromkeys(_method(stage) for _, stage in made_by)],
         model_name=run.metadata.name if evaluation is not None else None,
         eval_results=eval_results(evaluation) if evaluation is not None else None,
     )
-    made = [f"- `{name}`: {_method(stage)}" for name, stage in made_by if stage.evaluate is None]
+    made = [f"- `{name}`: {_method(stage)}" for name, stage in made_by]
     files = [
         f"- `{path.name}` sha256 `{file_digest(path)}`"
         for splits in data_files(run, context.run_dir).values()
@@ -227,9 +224,9 @@ def eval_results(evaluation: Evaluation) -> list[EvalResult]:
     return found
 
 
-def _method(stage: Any) -> str:
-    if stage.rl is not None:
-        return stage.rl.algorithm
+def _method(stage: StageOptions) -> str:
+    if isinstance(stage, RlStage):
+        return stage.algorithm
     return stage.kind.replace("_", "-")
 
 
@@ -263,9 +260,9 @@ def _gates(context: StageContext, evaluation: Evaluation) -> list[str]:
     """What the gates found, and who let the model through where one was not passed."""
     found = [
         finding
-        for stage in context.spec.stages
-        if stage.evaluate is not None
-        for finding in check_gates(stage.evaluate.gates, evaluation)
+        for _, stage in context.run.stages()
+        if isinstance(stage, EvaluateStage)
+        for finding in check_gates(stage.gates, evaluation)
     ]
     if not found:
         return []

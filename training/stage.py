@@ -49,19 +49,6 @@ class SilentReporter:
         return contextlib.nullcontext()
 
 
-_RUNNERS = {
-    "sft": ("training.offline.sft", "run_sft"),
-    "reward_model": ("training.offline.reward_model", "run_reward_model"),
-    "rl": ("training.online.rl_stage", "run_rl"),
-    "rejection_sampling": ("training.rejection_sampling", "run_rejection_sampling"),
-    "dpo": ("training.offline.dpo", "run_dpo"),
-    "kto": ("training.offline.kto", "run_kto"),
-    "ilql": ("training.offline.ilql", "run_ilql"),
-    "evaluate": ("training.evaluate", "run_evaluate"),
-    "release": ("training.release", "run_release"),
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.stage", description="Runs one stage of a run")
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run, with manifest.yaml")
@@ -89,7 +76,7 @@ def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
     names = run.stage_names()
     if name not in names:
         raise ConfigError(f"--stage {name}: the run has no such stage; it has {', '.join(names)}")
-    stage = run.spec.stages[names.index(name)]
+    stage = dict(run.stages())[name]
     complete = read_complete(run_dir, name)
     if complete is not None:
         if complete["digest"] == stage_digest(run, name, run_dir):
@@ -107,14 +94,14 @@ def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if is_first:
-            (folder / "config.yaml").write_text(dump_yaml(stage.spec))
+            (folder / "config.yaml").write_text(dump_yaml(stage))
     with followed(run, run_dir, os.environ, part=True) if is_first else contextlib.nullcontext():
         _run(run, name, run_dir, is_first)
 
 
 def _run(run: AlignmentRun, name: str, run_dir: Path, is_first: bool) -> None:
-    stage, folder = run.spec.stages[run.stage_names().index(name)], run_dir / name
-    module, function = _RUNNERS[stage.kind]
+    stage, folder = dict(run.stages())[name], run_dir / name
+    module, _, function = stage.runner.partition(":")
     with ConsoleReporter(name, folder / "metrics.jsonl") if is_first else SilentReporter() as reporter:
         context = build_context(run, name, run_dir, reporter)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -122,7 +109,7 @@ def _run(run: AlignmentRun, name: str, run_dir: Path, is_first: bool) -> None:
 
             meet(context.device)
         reporter.note(f"{name}: {context.precision} on {context.device}")
-        getattr(importlib.import_module(module), function)(stage.spec, context)
+        getattr(importlib.import_module(module), function)(stage, context)
     if is_first:
         mark_complete(run, name, run_dir)
         shutil.rmtree(context.checkpoints, ignore_errors=True)
@@ -130,9 +117,9 @@ def _run(run: AlignmentRun, name: str, run_dir: Path, is_first: bool) -> None:
 
 def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):
     """What the stage is given; checks its data files before anything is loaded."""
+    from steersman.home import cache_folder
     from steersman.nn.hardware import pick_device, pick_precision, set_threads
     from steersman.nn.prepare import resolve_model
-    from steersman.rpc.server import ServerConfig
     from training.context import DataFiles, StageContext
 
     spec = run.spec
@@ -144,7 +131,7 @@ def build_context(run: AlignmentRun, name: str, run_dir: Path, reporter):
         for path in (files.train, files.validation, files.heldout):
             if path is not None and not path.is_file():
                 raise ConfigError(f"data.{kind}: {path} does not exist; check the path in the manifest")
-    cache_dir = ServerConfig().cache_dir
+    cache_dir = cache_folder()
     base = resolve_model(spec.model.base, cache_dir, spec.model.revision, note=reporter.note)
     policy, sft = policy_folder(run, name, run_dir), sft_folder(run, name, run_dir)
     if os.environ.get("RANK", "0") == "0":

@@ -14,7 +14,6 @@ from services.controller.actions import Json
 from services.controller.config import Storage
 from services.controller.model import POOL_LABEL, QUEUE_LABEL, RUN_LABEL, SPEC_HASH, STAGE_LABEL, Manifest, Settings
 from steersman.config.manifest import AlignmentRun, Resources, ServiceSpec
-from steersman.config.stages import SEVERAL_RANKS
 from steersman.errors import (
     CancelledError,
     ConflictError,
@@ -242,7 +241,7 @@ def _headless_service(run: Manifest, name: str, selector: dict[str, str], ports:
 
 
 def _workers(manifest: AlignmentRun, index: int) -> int:
-    return manifest.spec.trainer.workers if manifest.spec.stages[index].kind in SEVERAL_RANKS else 1
+    return manifest.spec.trainer.workers if manifest.spec.stages[index].spec.shared_by_ranks else 1
 
 
 def takes_several_pods(run: Manifest, manifest: AlignmentRun, index: int, storage: Storage) -> bool:

@@ -33,7 +33,7 @@ from services.controller.split import SplitEndpoint, split_name
 from services.controller.status import TERMINAL, parse_time
 from services.controller.trouble import find_trouble
 from services.controller.turns import Peer
-from steersman.config.manifest import Canary
+from steersman.config.manifest import Canary, ReleaseStage
 from steersman.errors import ConfigError, UnavailableError
 
 log = logging.getLogger("steersman.controller")
@@ -189,10 +189,10 @@ async def _signals(
 
 def _canary_limits(run: Manifest) -> Canary | None:
     try:
-        stages = parse_run(run).spec.stages
+        stages = parse_run(run).stages()
     except ConfigError:
         return None
-    return next((stage.release.canary for stage in stages if stage.release is not None), None)
+    return next((stage.canary for _, stage in stages if isinstance(stage, ReleaseStage)), None)
 
 
 async def _job_state(kube: Kube, job: Json, pods: list[Json], events: list[Json]) -> JobState:

@@ -241,11 +241,11 @@ def prepare(
 
 
 def _resolve_model(name: str, revision: str | None = None) -> Path:
+    from steersman.home import cache_folder
     from steersman.nn.prepare import resolve_model
     from steersman.progress import say
-    from steersman.rpc.server import ServerConfig
 
-    return resolve_model(name, ServerConfig().cache_dir, revision, note=lambda text: say("prepare", text))
+    return resolve_model(name, cache_folder(), revision, note=lambda text: say("prepare", text))
 
 
 @app.command()

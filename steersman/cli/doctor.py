@@ -120,9 +120,9 @@ def _disk() -> Finding:
 
 
 def _folders() -> Iterator[Finding]:
-    from steersman.rpc.server import ServerConfig
+    from steersman.home import cache_folder
 
-    cache = ServerConfig().cache_dir
+    cache = cache_folder()
     parent = next(folder for folder in (cache, *cache.parents) if folder.exists())
     good = os.access(parent, os.W_OK)
     mend = "" if good else f"make {cache} writable, or set HOME"

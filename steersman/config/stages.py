@@ -12,23 +12,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from steersman.artifacts import file_digest, manifest_of_hashes, read_json, storage_errors, verify
-from steersman.config.manifest import POLICY_STAGES, AlignmentRun, DataSplits
+from steersman.config.manifest import (
+    DATA_KINDS,
+    AlignmentRun,
+    DataSplits,
+    EvaluateStage,
+    RewardModelStage,
+    SftStage,
+    StageOptions,
+)
 from steersman.data.records import read_lines
 from steersman.errors import ChecksumError, ConfigError, DataError, FailedPreconditionError
 from steersman.suites.schema import read_suite
-
-SEVERAL_RANKS = ("sft", "reward_model", "rl", "dpo", "kto", "ilql")
-"""Kinds of stages that `trainer.workers` ranks share; the others run as one process."""
 
 
 def data_files(run: AlignmentRun, run_dir: Path) -> dict[str, dict[str, Path]]:
     """Existing JSONL files by kind of data and split; relative paths are taken from the run's folder."""
     files: dict[str, dict[str, Path]] = {}
-    for kind in ("demonstrations", "preferences", "prompts", "feedback", "aspects", "returns"):
+    for kind in DATA_KINDS:
         splits: DataSplits | None = getattr(run.spec.data, kind)
         for split in ("train", "validation", "heldout"):
             if splits is not None:
@@ -60,8 +66,8 @@ def check_data_files(run: AlignmentRun, run_dir: Path) -> None:
 
 def suite_files(run: AlignmentRun, run_dir: Path, last: int | None = None) -> list[Path]:
     """Suites of the evaluations up to the stage number `last`; None: of all."""
-    stages = run.spec.stages[: None if last is None else last + 1]
-    return [run_dir / name for stage in stages if stage.evaluate is not None for name in stage.evaluate.suites]
+    stages = run.stages()[: None if last is None else last + 1]
+    return [run_dir / name for _, stage in stages if isinstance(stage, EvaluateStage) for name in stage.suites]
 
 
 def stage_digest(run: AlignmentRun, name: str, run_dir: Path) -> str:
@@ -140,25 +146,27 @@ def weights_folder(run: AlignmentRun, run_dir: Path) -> Path | None:
 
 def policy_folder(run: AlignmentRun, name: str, run_dir: Path) -> Path | None:
     """Model folder of the newest stage before `name` that trains the policy; None: the base model."""
-    return _newest(run, name, run_dir, POLICY_STAGES)
+    return _newest(run, name, run_dir, lambda stage: stage.trains_policy)
 
 
 def sft_folder(run: AlignmentRun, name: str, run_dir: Path) -> Path | None:
     """Model folder of the newest SFT stage before `name`; None: the base model."""
-    return _newest(run, name, run_dir, ("sft",))
+    return _newest(run, name, run_dir, lambda stage: isinstance(stage, SftStage))
 
 
 def reward_model_folders(run: AlignmentRun, name: str, run_dir: Path) -> dict[str, Path]:
     """Model folders of the reward-model stages before `name`, by the scorer's name."""
-    names = run.stage_names()
-    stages = zip(names[: names.index(name)], run.spec.stages, strict=False)
-    return {stage.reward_model.name: run_dir / folder / "model" for folder, stage in stages if stage.reward_model}
+    return {
+        stage.name: run_dir / folder / "model"
+        for folder, stage in stages_before(run, name)
+        if isinstance(stage, RewardModelStage)
+    }
 
 
-def _newest(run: AlignmentRun, name: str, run_dir: Path, kinds: tuple[str, ...]) -> Path | None:
-    names = run.stage_names()
-    found = None
-    for folder, stage in zip(names[: names.index(name)], run.spec.stages, strict=False):
-        if stage.kind in kinds:
-            found = run_dir / folder / "model"
-    return found
+def stages_before(run: AlignmentRun, name: str) -> list[tuple[str, StageOptions]]:
+    return run.stages()[: run.stage_names().index(name)]
+
+
+def _newest(run: AlignmentRun, name: str, run_dir: Path, wanted: Callable[[StageOptions], bool]) -> Path | None:
+    found = [folder for folder, stage in stages_before(run, name) if wanted(stage)]
+    return run_dir / found[-1] / "model" if found else None

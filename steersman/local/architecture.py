@@ -16,7 +16,7 @@ from pydantic.alias_generators import to_camel
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from steersman import __version__
-from steersman.config.manifest import AlignmentRun
+from steersman.config.manifest import AlignmentRun, RewardModelStage
 from steersman.errors import ConfigError
 from steersman.nn.encoder_decoder import language_model_class
 from steersman.nn.load import quiet_libraries
@@ -24,7 +24,6 @@ from steersman.nn.lora import attach_lora
 from steersman.nn.parity import SameConfig, Verdict, causal_verdict, describe, score_verdict
 from steersman.progress import ConsoleReporter
 
-_GENERATING = ("rl", "rejection_sampling", "evaluate")
 _ENGINE_SECONDS = 600
 
 
@@ -42,16 +41,16 @@ def check_architectures(run: AlignmentRun, base: Path, cache_dir: Path, reporter
     config = AutoConfig.from_pretrained(base)
     name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
     known = _Known(cache_dir / "architectures.json")
-    stages = run.spec.stages
+    stages = [stage for _, stage in run.stages()]
     reporter.activity(f"checking {name} on a small random model")
     causal = known.verdict("causal", config, lambda: causal_verdict(config))
     _note(causal, name, "spec.model.base", reporter)
-    if any(stage.reward_model is not None and stage.reward_model.base is None for stage in stages):
+    if any(isinstance(stage, RewardModelStage) and stage.base is None for stage in stages):
         scores = known.verdict("score", config, lambda: score_verdict(config))
         _note(scores, f"{name} as a reward model", "spec.model.base", reporter, quiet=scores.outcome == causal.outcome)
     _check_targets(run, config)
     policy = run.spec.services.policy
-    generates = any(getattr(stage, kind, None) is not None for stage in stages for kind in _GENERATING)
+    generates = any(stage.uses_services for stage in stages)
     if generates and policy.engine == "transformers" and not policy.endpoints:
         reporter.activity(f"checking {name} in the generation engine")
         engine = known.verdict("engine", config, lambda: _asked_engine(base))
@@ -60,13 +59,14 @@ def check_architectures(run: AlignmentRun, base: Path, cache_dir: Path, reporter
 
 def _check_targets(run: AlignmentRun, config: Any) -> None:
     """Refuses what `attach_lora` would refuse when the stage begins; the model has its real layers, and no weights."""
-    for index, stage in enumerate(run.spec.stages):
-        lora = getattr(stage.spec, "lora", None)
+    for index, (_, stage) in enumerate(run.stages()):
+        lora = getattr(stage, "lora", None)
         if lora is None or lora.target_modules == "all-linear":
             continue
-        if stage.reward_model is not None and stage.reward_model.base is not None:
+        scores = isinstance(stage, RewardModelStage)
+        if scores and stage.base is not None:
             continue
-        auto = language_model_class(config) if stage.reward_model is None else AutoModelForSequenceClassification
+        auto = AutoModelForSequenceClassification if scores else language_model_class(config)
         with torch.device("meta"):
             model = auto.from_config(config)
         try:

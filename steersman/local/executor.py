@@ -27,7 +27,6 @@ from typing import Any
 
 from steersman.artifacts import read_json
 from steersman.config.manifest import AlignmentRun, ServicesSpec
-from steersman.config.stages import SEVERAL_RANKS
 from steersman.errors import ChecksumError, ConfigError, ConflictError, StorageError, UnavailableError
 from steersman.local import folder, process
 from steersman.local.memory import memory_folder
@@ -157,7 +156,7 @@ def _run_stage(
     for override in overrides:
         arguments += ["--set", override]
     workers = run.spec.trainer.workers
-    if workers > 1 and run.spec.stages[run.stage_names().index(name)].kind in SEVERAL_RANKS:
+    if workers > 1 and dict(run.stages())[name].shared_by_ranks:
         # Each rank dies with torchrun as torchrun does with this process.
         ranks = ["--one-machine", "--nproc-per-node", str(workers), "--module", "steersman.local.child", "0"]
         module, arguments = "training.ranks", [*ranks, module, *arguments]

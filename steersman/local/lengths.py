@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from steersman.config.manifest import AlignmentRun, Generation, RewardModelStage
+from steersman.config.manifest import AlignmentRun, EvaluateStage, Generation, OnlineStage, RewardModelStage
 from steersman.config.stages import data_files
 from steersman.data.records import at, keyed_prompts, plain_messages
 from steersman.errors import DataError
@@ -52,13 +52,12 @@ def _uses(run: AlignmentRun) -> Iterator[tuple[str, str, Generation, list[Reward
     """(stage, split, generation, reward models that score its answers) of every stage that answers prompts."""
     models: list[RewardModelStage] = []
     heldout = run.spec.data.demo is not None or (run.spec.data.prompts and run.spec.data.prompts.heldout)
-    for name, stage in zip(run.stage_names(), run.spec.stages, strict=True):
-        if stage.reward_model is not None and stage.reward_model.base is None:
-            models.append(stage.reward_model)
-        online: Any = stage.rl or stage.rejection_sampling or stage.evaluate
-        if online is not None:
-            split = "heldout" if stage.evaluate is not None and heldout else "train"
-            yield name, split, online.generation, list(models)
+    for name, stage in run.stages():
+        if isinstance(stage, RewardModelStage) and stage.base is None:
+            models.append(stage)
+        if isinstance(stage, OnlineStage | EvaluateStage):
+            split = "heldout" if isinstance(stage, EvaluateStage) and heldout else "train"
+            yield name, split, stage.generation, list(models)
 
 
 def _check(

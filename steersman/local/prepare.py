@@ -14,7 +14,14 @@ from pathlib import Path
 
 from steersman import leaving
 from steersman.artifacts import atomic_dir, file_digest
-from steersman.config.manifest import POLICY_STAGES, AlignmentRun, IlqlStage, load_manifest
+from steersman.config.manifest import (
+    AlignmentRun,
+    IlqlStage,
+    KtoStage,
+    OnlineStage,
+    RewardModelStage,
+    load_manifest,
+)
 from steersman.config.stages import data_files
 from steersman.errors import ConfigError, DataError, SteersmanError
 from steersman.local.lengths import check_prompts_leave_room
@@ -40,16 +47,16 @@ def prepare(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> None
     checked = _check_rows(run, run_dir, reporter)
     _check_own_code(run)
     reporter.activity("loading libraries")
+    from steersman.home import cache_folder
     from steersman.local.architecture import check_architectures
     from steersman.nn.hardware import pick_device, pick_precision
     from steersman.nn.ilql import has_heads
     from steersman.nn.prepare import resolve_model
-    from steersman.rpc.server import ServerConfig
 
     model = run.spec.model
-    cache_dir = ServerConfig().cache_dir
+    cache_dir = cache_folder()
     base = resolve_model(model.base, cache_dir, model.revision, note=reporter.note)
-    trains = next((stage.kind for stage in run.spec.stages if stage.kind in POLICY_STAGES), None)
+    trains = next((stage.kind for _, stage in run.stages() if stage.trains_policy), None)
     if has_heads(base) and trains is not None:
         raise ConfigError(
             f"spec.model.base: {model.base} has the Q and V heads of ILQL, which stage {trains} would train without; "
@@ -71,9 +78,8 @@ def _check_own_code(run: AlignmentRun) -> None:
     """A function that is not there is found before anything is spent; ConfigError."""
     from steersman.rewards.custom import load_function
 
-    for name, stage in zip(run.stage_names(), run.spec.stages, strict=True):
-        online = stage.rl or stage.rejection_sampling
-        for reward in online.reward.verifiable if online is not None else ():
+    for name, stage in run.stages():
+        for reward in stage.reward.verifiable if isinstance(stage, OnlineStage) else ():
             if reward.python is not None:
                 try:
                     load_function(reward.python)
@@ -114,18 +120,17 @@ def check_rows_fit_stages(run: AlignmentRun, run_dir: Path) -> None:
     for path in files.get("prompts", {}).values():
         for _ in keyed_prompts(path):
             pass  # it refuses ids that repeat
-    for name, stage in zip(run.stage_names(), run.spec.stages, strict=True):
-        reward = stage.reward_model
-        if reward is not None and reward.objective == "aspects":
+    for name, stage in run.stages():
+        if isinstance(stage, RewardModelStage) and stage.objective == "aspects":
             path = files["aspects"]["train"]
             rated = {aspect for row in read_jsonl(path, Aspects) for aspect in row.aspects}
-            missing = sorted(set(reward.aspects) - rated)
+            missing = sorted(set(stage.aspects) - rated)
             if missing:
                 raise DataError(
                     f"{path.name}: no row rates the aspect {missing[0]!r} of stage {name}; "
                     f"the rows rate {', '.join(sorted(rated))}"
                 )
-        elif reward is not None and reward.margin:
+        elif isinstance(stage, RewardModelStage) and stage.margin:
             for path in (
                 files["preferences"][split] for split in ("train", "validation") if split in files["preferences"]
             ):
@@ -135,13 +140,13 @@ def check_rows_fit_stages(run: AlignmentRun, run_dir: Path) -> None:
                         raise DataError(
                             f"{path.name}: row {line} has no margin; add it, or set margin: false in stage {name}"
                         )
-        elif stage.kto is not None:
+        elif isinstance(stage, KtoStage):
             path = files["feedback"]["train"]
             labels = {row.label for row in read_jsonl(path, Feedback)}
             if len(labels) == 1:
                 raise DataError(f"{path.name}: every label is {labels.pop()}; stage {name} learns from both thumbs")
-        elif stage.ilql is not None:
-            _check_returns(stage.ilql, files)
+        elif isinstance(stage, IlqlStage):
+            _check_returns(stage, files)
 
 
 def _check_returns(ilql: IlqlStage, files: Mapping[str, Mapping[str, Path]]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steersman.config.manifest import POLICY_STAGES, Canary, load_manifest
+from steersman.config.manifest import Canary, OnlineStage, ReleaseStage, load_manifest
 from steersman.config.stages import read_complete
 from steersman.demo.shop import gateway_options, open_shop
 from steersman.errors import ConfigError, NotFoundError
@@ -40,9 +40,8 @@ def find_model(path: Path) -> tuple[Path, str, dict[str, Any]]:
     run = load_manifest(manifest)
     model = run.spec.model
     options = {"precision": model.precision, "device": model.device, "threads": model.threads}
-    stages = list(zip(run.stage_names(), run.spec.stages, strict=True))
-    for name, stage in reversed(stages):
-        if stage.kind in (*POLICY_STAGES, "release") and read_complete(path, name):
+    for name, stage in reversed(run.stages()):
+        if (stage.trains_policy or isinstance(stage, ReleaseStage)) and read_complete(path, name):
             return (path / name / "model").resolve(), run.metadata.name, options
     raise NotFoundError(f"{path} has no complete stage that trained a model; run it first: steersman run")
 
@@ -190,9 +189,9 @@ def _of_the_run(path: Path, logs: Path) -> dict[str, Any]:
     if not manifest.is_file():
         return {}
     run = load_manifest(manifest)
-    online = [stage.rl or stage.rejection_sampling for stage in run.spec.stages if stage.rl or stage.rejection_sampling]
+    online = [stage for _, stage in run.stages() if isinstance(stage, OnlineStage)]
     options: dict[str, Any] = {}
-    if online and online[-1] is not None:
+    if online:
         options["defaults"] = {"temperature": online[-1].generation.temperature}
     if run.spec.data.demo is not None:
         options |= gateway_options(open_shop(run.spec.seed), logs / "shop.json")

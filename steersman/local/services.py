@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from steersman.config.manifest import AlignmentRun, RewardMix, ServicesSpec
-from steersman.config.stages import policy_folder, reward_model_folders, sft_folder, weights_folder
+from steersman.config.manifest import AlignmentRun, EvaluateStage, OnlineStage, RewardMix, RlStage, ServicesSpec
+from steersman.config.stages import (
+    policy_folder,
+    reward_model_folders,
+    sft_folder,
+    stages_before,
+    weights_folder,
+)
 from steersman.local.supervisor import Service, Supervisor
 from steersman.rpc.token import RUN_TOKEN
 
@@ -17,7 +23,6 @@ GRPC_NAMES = {
     "reward": "steersman.v1.RewardService",
     "reference": "steersman.v1.ReferenceService",
 }
-_USES_SERVICES = ("rl", "rejection_sampling", "evaluate")
 
 
 def services_of(run: AlignmentRun, name: str, run_dir: Path, base: Path) -> list[Service]:
@@ -27,11 +32,11 @@ def services_of(run: AlignmentRun, name: str, run_dir: Path, base: Path) -> list
         name: of the stage.
         base: folder of the base model.
     """
-    stage = run.spec.stages[run.stage_names().index(name)]
-    if stage.kind not in _USES_SERVICES:
+    stage = dict(run.stages())[name]
+    if not stage.uses_services:
         return []
     # An adapter is published on top of the model that the stage starts from; evaluation publishes whole models.
-    newest = sft_folder if stage.evaluate is not None else policy_folder
+    newest = sft_folder if isinstance(stage, EvaluateStage) else policy_folder
     model = newest(run, name, run_dir) or base
     found = []
     services = run.spec.services
@@ -99,22 +104,21 @@ def _common(run: AlignmentRun) -> dict[str, Any]:
 
 def _deterministic(run: AlignmentRun, name: str) -> bool:
     """Of the newest online stage up to and with this one, so that evaluation finds the services as they are."""
-    stages = run.spec.stages[: run.stage_names().index(name) + 1]
-    return next((stage.rl.deterministic for stage in reversed(stages) if stage.rl is not None), False)
+    stages = [stage for _, stage in stages_before(run, name)] + [dict(run.stages())[name]]
+    return next((stage.deterministic for stage in reversed(stages) if isinstance(stage, RlStage)), False)
 
 
 def _scorers(run: AlignmentRun, name: str, run_dir: Path) -> list[dict[str, Any]]:
     """The reward models so far and the verifiable rewards; evaluation scores with the newest online stage's mix."""
-    stages = run.spec.stages[: run.stage_names().index(name) + 1]
-    online = [stage.rl or stage.rejection_sampling for stage in stages if stage.rl or stage.rejection_sampling]
-    mix = online[-1].reward if online and online[-1] is not None else RewardMix()
+    this = dict(run.stages())[name]
+    online = [stage for _, stage in [*stages_before(run, name), (name, this)] if isinstance(stage, OnlineStage)]
+    mix = online[-1].reward if online else RewardMix()
     models = [
         {"name": scorer, "kind": "model", "path": str(folder), "weight": mix.model_weight}
         for scorer, folder in reward_model_folders(run, name, run_dir).items()
     ]
-    evaluate = stages[-1].evaluate
-    watch = stages[-1].rl.watch if stages[-1].rl is not None else None
-    further = evaluate.scorers if evaluate is not None else watch.scorers if watch is not None else {}
+    watch = this.watch if isinstance(this, RlStage) else None
+    further = this.scorers if isinstance(this, EvaluateStage) else watch.scorers if watch is not None else {}
     # Without weight: they are read, and reward nothing.
     unused = [{"name": scorer, "kind": "model", "path": path, "weight": 0.0} for scorer, path in further.items()]
     verifiable = [{"kind": "verifiable", **reward.model_dump(exclude_none=True)} for reward in mix.verifiable]

@@ -24,6 +24,7 @@ from pydantic import Field
 from steersman.config.base import FrozenModel
 from steersman.config.tls import Tls
 from steersman.errors import ERROR_DOMAIN, ConfigError, RateLimitedError, SteersmanError
+from steersman.home import cache_folder
 from steersman.rpc.metrics import serve_metrics, track
 from steersman.rpc.sealed import Unreadable, checked
 from steersman.rpc.tls import server_credentials
@@ -37,7 +38,7 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 class ServerConfig(FrozenModel):
     host: str = "127.0.0.1"
     """Address to listen on; in a pod `0.0.0.0`, or `::` for IPv6 (and IPv4 where the machine has both)."""
-    cache_dir: Path = Path.home() / ".cache" / "steersman"
+    cache_dir: Path = cache_folder()
     """Where models that are not folders yet are kept."""
     tls: Tls | None = None
     """None: plain text, for one machine or behind a mesh."""
