@@ -200,7 +200,8 @@ class PolicyPool:
             n=n, sampling=sampling, tokenizer_fingerprint=self._fingerprint, first_prompt=first
         )
         count = 1 if len(self._replicas) == 1 else PARTS * len(self._replicas)
-        bounds = np.unique(np.linspace(0, len(prompts), (PARTS if deterministic else count) + 1).astype(int)).tolist()
+        cuts = PARTS if deterministic else count
+        bounds = sorted({len(prompts) * cut // cuts for cut in range(cuts + 1)})
         parts = [
             _Part(low, high, {(prompt, sample) for prompt in range(low, high) for sample in range(n)})
             for low, high in itertools.pairwise(bounds)
