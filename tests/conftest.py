@@ -29,10 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def _arithmetic_as_it_was() -> Iterator[None]:
-    """A stage that a test runs in this process may ask torch for deterministic kernels, which others do not want."""
+    """A stage that a test runs in this process may ask torch for deterministic kernels or threads of its own, which
+    others do not want."""
+    before = torch.get_num_threads() if (torch := sys.modules.get("torch")) else None
     yield
     if torch := sys.modules.get("torch"):
         torch.use_deterministic_algorithms(False)
+        if before is not None and torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 # Files run side by side, one a worker: those that take minutes begin first, so that none of them is alone at the end.

@@ -30,6 +30,8 @@ TICK = 0.1
 ENTRYPOINT = ["python", "-m"]
 """Of both Dockerfiles."""
 LOG_CHARS = 4096
+BUSY = 20
+"""How much longer than a cluster's the probes wait here: what is slow on a loaded machine is not ill."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,7 @@ class Pod:
         begin = time.monotonic()
         for container in running:
             container.process.signal(signal.SIGTERM)  # type: ignore[union-attr]
-        grace = float(self.body["spec"].get("terminationGracePeriodSeconds", 30))
+        grace = float(self.body["spec"].get("terminationGracePeriodSeconds", 30)) * BUSY
         while any(item.process.poll() is None for item in running) and time.monotonic() - begin < grace:  # type: ignore[union-attr]  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         for container in running:
@@ -418,7 +420,7 @@ class Pod:
             probe = spec.get("startupProbe")
             if probe is None or (container.due("startupProbe", probe) and await self._ask(probe, container)):
                 container.started = True
-            limit = probe["failureThreshold"] * probe.get("periodSeconds", 10) if probe else 0
+            limit = probe["failureThreshold"] * probe.get("periodSeconds", 10) * BUSY if probe else 0
             if not container.started:
                 if time.monotonic() - container.begun > limit:
                     container.process.kill()  # type: ignore[union-attr]
@@ -431,7 +433,7 @@ class Pod:
         liveness = spec.get("livenessProbe")
         if liveness is not None and container.due("livenessProbe", liveness):
             container.failures = 0 if await self._ask(liveness, container) else container.failures + 1
-            if container.failures >= liveness.get("failureThreshold", 3):
+            if container.failures >= liveness.get("failureThreshold", 3) * BUSY:
                 container.process.signal(signal.SIGTERM)  # type: ignore[union-attr]
 
     async def _ask(self, probe: Json, container: Running) -> bool:
@@ -441,7 +443,7 @@ class Pod:
             port = probe["httpGet"]["port"]
             named = {item["name"]: item["containerPort"] for item in container.spec.get("ports") or []}
             with suppress(httpx.HTTPError):
-                async with httpx.AsyncClient(timeout=5) as http:
+                async with httpx.AsyncClient(timeout=5 * BUSY) as http:
                     url = f"http://{self.address}:{named.get(port, port)}{probe['httpGet']['path']}"
                     return (await http.get(url)).is_success
             return False
@@ -503,6 +505,6 @@ async def _serves(target: str, service: str) -> bool:
     async with grpc.aio.insecure_channel(target) as channel:
         with suppress(grpc.RpcError):
             request = health_pb2.HealthCheckRequest(service=service)
-            answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+            answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5 * BUSY)
             return answer.status == health_pb2.HealthCheckResponse.SERVING
     return False
