@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from steersman.canary import OUR_FAULT
+
 TARGET = Path(__file__).resolve().parent.parent / "charts/steersman/files/dashboard.json"
 N = 'namespace=~"$namespace"'
 PODS = f'{N},pod=~"$pod"'
-ERRORS = 'outcome=~"InternalError|UnavailableError|DeadlineError|StorageError|SteersmanError"'
+ERRORS = f'outcome=~"{"|".join(OUR_FAULT)}"'
 
 
 def quantile(share: float, metric: str, by: str = "") -> str:

@@ -17,7 +17,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         name = "steersman_gateway"
         self.requests = Counter(
-            f"{name}_requests", "HTTP requests and gRPC calls.", ["route", "status"], registry=self.registry
+            f"{name}_requests", "HTTP requests.", ["route", "status"], registry=self.registry
         )
         self.answers = Counter(f"{name}_answers", "Answers by how they ended.", ["outcome"], registry=self.registry)
         self.variant_answers = Counter(
