@@ -16,9 +16,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
         name = "steersman_gateway"
-        self.requests = Counter(
-            f"{name}_requests", "HTTP requests.", ["route", "status"], registry=self.registry
-        )
+        self.requests = Counter(f"{name}_requests", "HTTP requests.", ["route", "status"], registry=self.registry)
         self.answers = Counter(f"{name}_answers", "Answers by how they ended.", ["outcome"], registry=self.registry)
         self.variant_answers = Counter(
             f"{name}_variant_answers",

@@ -230,5 +230,5 @@ def test_a_server_that_is_gone_is_unavailable(engine: TgiEngine, server: Server)
 
 def test_a_missing_server_is_named(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UnavailableError, match="check tgi.url"):
+    with pytest.raises(UnavailableError, match=r"check tgi\.url"):
         TgiEngine("http://127.0.0.1:9", tmp_path).start()
