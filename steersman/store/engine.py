@@ -60,10 +60,12 @@ class Store:
         """Runs the migrations that this database lacks; two processes may do so at once.
 
         Args:
-            revision: "head", or one to go up to; "-1" takes back the last one, "base" every table with all in it.
+            revision: "head", or one to go up or down to; "base" takes every table down with all that is in it.
         """
         from alembic import command
         from alembic.config import Config
+        from alembic.migration import MigrationContext
+        from alembic.script import ScriptDirectory
 
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
@@ -71,7 +73,9 @@ class Store:
             if self.engine.dialect.name == "postgresql":
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(7335732783)"))
             config.attributes["connection"] = connection
-            down = revision == "base" or revision.startswith("-")
+            current = MigrationContext.configure(connection).get_current_revision()
+            passed = ScriptDirectory.from_config(config).iterate_revisions(current, "base") if current else ()
+            down = revision in ("base", *(one.revision for one in passed))
             (command.downgrade if down else command.upgrade)(config, revision)
 
     @contextmanager
