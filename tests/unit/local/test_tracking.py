@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,22 @@ def test_tensorboard_has_the_same_curve(tracked: tuple[Path, MlflowClient, str])
     run_dir, _, _ = tracked
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("sft/loss")] == [(1, 2.0), (2, 1.5), (3, 1.0)]
+
+
+def test_even_the_shortest_run_is_followed_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run, run_dir = make_run(tmp_path)
+    with followed(run, run_dir, os.environ):
+        pass
+    assert "tracking" not in capsys.readouterr().out
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("steersman")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.data.metrics["sft/loss"] == 1.5
 
 
 def test_a_run_that_was_made_without_trackers_is_sent_later(tmp_path: Path) -> None:
