@@ -1,16 +1,18 @@
 """A base model of about a million parameters for `benchmarks.algorithms`, which trains on any machine in minutes.
 
-    python -m benchmarks.algorithms_base FOLDER [--steps 1000]
+    python -m benchmarks.algorithms_base FOLDER [--cycles 1000,350]
 
 It has read what the demo's shop writes, good answers and bad ones, of a seed that no table uses: tokenizer (BPE, digits
 one by one) and weights come from nothing but these texts. As with any base model all tokens of a conversation count.
+The learning rate rises and falls to 0 in each cycle: behind the first the model writes the shop's language, in the
+second it learns to copy from the record.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -64,7 +66,24 @@ def batches(rows: list[list[int]], steps: int, pad: int) -> Iterator[tuple[torch
         yield ids, torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=-100)
 
 
-def make(folder: Path, steps: int) -> float:
+def train(model: LlamaForCausalLM, rows: list[list[int]], steps: int) -> float:
+    """One cycle; returns the last loss in nats a token."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    loss = torch.zeros(())
+    for step, (ids, labels) in enumerate(batches(rows, steps, 3), start=1):
+        loss = model(ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 50 == 0:
+            print(f"step {step} of {steps}, loss {loss.item():.3f}", flush=True)
+    return loss.item()
+
+
+def make(folder: Path, cycles: Sequence[int]) -> float:
     """Writes the model; returns the last loss in nats a token."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
@@ -83,30 +102,23 @@ def make(folder: Path, steps: int) -> float:
             **SIZES,
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    loss = torch.zeros(())
-    for step, (ids, labels) in enumerate(batches(rows, steps, 3), start=1):
-        loss = model(ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % 50 == 0:
-            print(f"step {step} of {steps}, loss {loss.item():.3f}", flush=True)
+    loss = 0.0
+    for number, steps in enumerate(cycles):
+        torch.manual_seed(SEED + number)
+        loss = train(model, rows, steps)
     model.generation_config = GenerationConfig(eos_token_id=[2], pad_token_id=3)
     folder.mkdir(parents=True, exist_ok=True)
     save_model_folder(folder, model, tokenizer)
-    return loss.item()
+    return loss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model is written")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--cycles", default="1000,350", help="steps of each, comma-separated")
     arguments = parser.parse_args()
-    print(f"{arguments.folder}: loss {make(arguments.folder, arguments.steps):.3f}")
+    loss = make(arguments.folder, [int(steps) for steps in arguments.cycles.split(",")])
+    print(f"{arguments.folder}: loss {loss:.3f}")
 
 
 if __name__ == "__main__":
