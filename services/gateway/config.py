@@ -251,6 +251,8 @@ class GatewayConfig(FrozenModel):
     """Other names that are accepted."""
     suggestions: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=12)] = []
     """Questions to click on the chat page."""
+    report: Path | None = None
+    """HTML file with the report of the run whose model is served; who operates reads it at `/report`."""
     embed_origins: list[Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.*-]+(:[0-9]+)?$")]] = []
     """Sites whose pages may hold the chat by `/widget.js`, for example `https://www.example.com`; empty: none."""
     fallback: list[ModelName] = []

@@ -193,6 +193,9 @@ def _of_the_run(path: Path, logs: Path) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if online:
         options["defaults"] = {"temperature": online[-1].generation.temperature}
+    report = path.absolute() / "report" / "report.html"
+    if report.is_file():
+        options["report"] = str(report)
     if run.spec.data.demo is not None:
         options |= gateway_options(open_shop(run.spec.seed), logs / "shop.json")
     return options

@@ -6,8 +6,6 @@ same; runs without common prompts are shown beside each other without a differen
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,7 +17,7 @@ from matplotlib.figure import Figure
 
 from steersman.errors import DataError
 from steersman.report import plots
-from steersman.report.pages import environment
+from steersman.report.pages import environment, flat
 from steersman.report.schema import Evaluation, Sample, prompt_of
 from steersman.report.summary import criteria, label, mean_kl
 from steersman.report.wins import Duel, matrix
@@ -163,21 +161,13 @@ def _knowledge(versions: Sequence[Version]) -> list[dict[str, Any]]:
 
 def _differences(versions: Sequence[Version]) -> list[dict[str, Any]]:
     """Fields of the manifests that are not the same everywhere."""
-    flat = [_flat(version.manifest) for version in versions]
-    fields = list(dict.fromkeys(field for one in flat for field in one))
+    fields_of = [flat(version.manifest) for version in versions]
+    fields = list(dict.fromkeys(field for one in fields_of for field in one))
     return [
-        {"field": field, "cells": [one.get(field, "–") for one in flat]}
+        {"field": field, "cells": [one.get(field, "–") for one in fields_of]}
         for field in fields
-        if len({one.get(field) for one in flat}) > 1
+        if len({one.get(field) for one in fields_of}) > 1
     ]
-
-
-def _flat(value: Any, path: str = "spec") -> dict[str, str]:
-    if isinstance(value, Mapping) and value:
-        return {name: text for key, part in value.items() for name, text in _flat(part, f"{path}.{key}").items()}
-    if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        return {name: text for at, part in enumerate(value) for name, text in _flat(part, f"{path}.{at}").items()}
-    return {path: "not set" if value is None else str(value)}
 
 
 def _examples(versions: Sequence[Version]) -> list[dict[str, Any]]:
@@ -198,7 +188,7 @@ def _examples(versions: Sequence[Version]) -> list[dict[str, Any]]:
 
 
 def _distributions(versions: Sequence[Version]) -> str | None:
-    """A violin for every run, as Base64 of a PNG file; None where a run has too few rewards."""
+    """A violin for every run, as a picture's address; None where a run has too few rewards."""
     scores = [list(version.scores(None).values()) for version in versions]
     if any(len(values) < 2 for values in scores):
         return None
@@ -218,6 +208,4 @@ def _distributions(versions: Sequence[Version]) -> str | None:
             )  # fmt: skip
         ax.set_xticks(range(len(versions)), [version.name for version in versions])
         ax.set(ylabel="reward")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": "steersman"})
-    return base64.b64encode(buffer.getvalue()).decode()
+    return plots.as_image(figure)

@@ -38,6 +38,15 @@ def p_value(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
+def flat(value: Any, path: str = "spec") -> dict[str, str]:
+    """Fields of a document by their dotted paths, as text."""
+    if isinstance(value, Mapping) and value:
+        return {name: text for key, part in value.items() for name, text in flat(part, f"{path}.{key}").items()}
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return {name: text for at, part in enumerate(value) for name, text in flat(part, f"{path}.{at}").items()}
+    return {path: "not set" if value is None else str(value)}
+
+
 def write_suites(
     report: SuiteReport,
     out: Path,

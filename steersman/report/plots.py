@@ -1,8 +1,10 @@
-"""The report's plots, drawn with matplotlib's Agg canvas; every function returns a figure.
+"""The report's plots, drawn with matplotlib; every function returns a figure.
 
 Colours are those of Okabe and Ito (2008), which stay apart for colour-blind readers.
 """
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -24,6 +26,14 @@ from steersman.statistics import (
 
 GREY, BLUE, ORANGE, GREEN, SKY, RED = "#8c8c8c", "#0072b2", "#d55e00", "#009e73", "#56b4e9", "#cc79a7"
 INK, FAINT = "#222222", "#d9d9d9"
+ON_BAR = "#101418"
+"""Ink on a light bar, which stays light on a dark page."""
+_DARK = {
+    INK: "#e6e9ee", FAINT: "#3a414b", GREY: "#9a9a9a", BLUE: "#5ab0f0", ORANGE: "#ff8f4a", GREEN: "#3fc79a",
+    SKY: "#7cc8f2", RED: "#e09fc9",
+}  # fmt: skip
+_MOST_POINTS = 2000
+"""Of a scatter that is drawn one by one; more of them become a picture within the drawing."""
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -46,6 +56,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.8,
     "figure.constrained_layout.use": True,
     "savefig.facecolor": "white",
+    "svg.hashsalt": "steersman",
 }
 CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Reward", "mean reward per answer", ("reward", "reward_mean", "score", "rewards_mean")),
@@ -66,6 +77,24 @@ def colours(models: Sequence[str]) -> dict[str, str]:
     middle = (BLUE, SKY, GREEN, RED)
     palette = {name: middle[index % len(middle)] for index, name in enumerate(models[1:-1])}
     return {**palette, models[0]: GREY, models[-1]: ORANGE}
+
+
+def as_image(figure: Figure) -> str:
+    """The figure as the address of an SVG picture that follows the reader's choice of light or dark."""
+    buffer = io.BytesIO()
+    with rc_context(STYLE):
+        # Without a date the bytes are the same for the same matplotlib.
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": "steersman"})
+    text = buffer.getvalue().decode()
+    variables = {colour: f"--c{number}" for number, colour in enumerate(_DARK)}
+    for colour, name in variables.items():
+        text = text.replace(f": {colour}", f": var({name})")
+    light = "".join(f"{name}:{colour};" for colour, name in variables.items())
+    dark = "".join(f"{variables[colour]}:{other};" for colour, other in _DARK.items())
+    style = f"<style>:root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+    start = text.index(">", text.index("<svg")) + 1
+    text = text[:start] + style + text[start:]
+    return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
 
 
 def training_curves(stage: str, metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -132,7 +161,9 @@ def reward_distributions(evaluation: Evaluation) -> Figure:
                 for patch in body["bodies"]:
                     patch.set(facecolor=colour[name], alpha=0.35, edgecolor="none")
             jitter = place - 0.06 - 0.22 * rng.random(len(values))
-            left.scatter(jitter, values, s=9, color=colour[name], alpha=0.55, linewidths=0)
+            left.scatter(
+                jitter, values, s=9, color=colour[name], alpha=0.55, linewidths=0, rasterized=len(values) > _MOST_POINTS
+            )
             mean = evaluation.interval(name)
             left.errorbar(
                 place, mean.estimate, [[mean.estimate - mean.low], [mean.high - mean.estimate]],
@@ -246,7 +277,7 @@ def _accuracy_by_margin(ax: Axes, model: RewardModelEvaluation, correct: np.ndar
         error = [[share.estimate - share.low], [share.high - share.estimate]]
         ax.errorbar(place, share.estimate, error, color=INK, capsize=4, linewidth=1.3)
         ax.annotate(f"{share.estimate:.0%}", (place, 0), (0, 6), textcoords="offset points", ha="center", weight="bold",
-                    color="white" if name == "all" else INK)  # fmt: skip
+                    color="white" if name == "all" else ON_BAR)  # fmt: skip
     ax.axhline(model.length_baseline, color=ORANGE, linestyle="--", label=f"length alone: {model.length_baseline:.0%}")
     ax.legend(loc="upper left", fontsize=8.5)
     ax.set_xticks(range(len(groups)), [f"{name}\n{int(mask.sum())} pairs" for name, mask in groups])
@@ -269,7 +300,10 @@ def length_against_reward(evaluation: Evaluation) -> Figure:
         axes = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
         for ax, name in zip(axes, models, strict=True):
             points = np.array([(s.length, s.reward) for s in evaluation.models[name] if s.reward is not None])
-            ax.scatter(points[:, 0], points[:, 1], s=16, color=colour[name], alpha=0.6, linewidths=0)
+            ax.scatter(
+                points[:, 0], points[:, 1], s=16, color=colour[name], alpha=0.6, linewidths=0,
+                rasterized=len(points) > _MOST_POINTS,
+            )  # fmt: skip
             ax.set(title=f"{label(name)}: {_rank_correlation(points)}", xlabel="tokens of the answer")
         axes[0].set_ylabel("reward")
         return figure

@@ -1,6 +1,5 @@
 """Writes the report of a run: `report.html`, which carries everything in one file, and its plots as PNG files."""
 
-import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,10 @@ from matplotlib.figure import Figure
 from steersman.errors import DataError
 from steersman.report import plots
 from steersman.report.evidence import evidence
-from steersman.report.pages import environment
+from steersman.report.pages import environment, flat
 from steersman.report.schema import Evaluation, Sample, prompt_of
 from steersman.report.summary import criteria, label, mean_kl, no_eos, verdict
+from steersman.report.terms import TERMS
 from steersman.statistics import (
     Interval,
     VarianceChange,
@@ -28,6 +28,9 @@ EXAMPLES = 6
 
 class Plot(NamedTuple):
     """A plot with what a reader should take from it."""
+
+    training: bool
+    """A curve of a training stage, not of the evaluation."""
 
     name: str
     title: str
@@ -44,9 +47,8 @@ def write_report(run_dir: Path, evaluation: Evaluation, out_dir: Path) -> Path:
     (out_dir / "plots").mkdir(parents=True, exist_ok=True)
     images = []
     for plot in drawn:
-        data = _png(plot.figure)
-        (out_dir / "plots" / f"{plot.name}.png").write_bytes(data)
-        images.append({"title": plot.title, "caption": plot.caption, "data": base64.b64encode(data).decode()})
+        (out_dir / "plots" / f"{plot.name}.png").write_bytes(_png(plot.figure))
+        images.append({"plot": plot, "address": plots.as_image(plot.figure)})
     html = (
         environment()
         .get_template("report.html.j2")
@@ -59,6 +61,8 @@ def write_report(run_dir: Path, evaluation: Evaluation, out_dir: Path) -> Path:
             images=images,
             examples=pick_examples(evaluation, EXAMPLES),
             evidence=evidence(evaluation),
+            settings=flat(evaluation.settings, "evaluate") if evaluation.settings else {},
+            terms=TERMS,
             **_numbers(evaluation),
         )
     )
@@ -68,12 +72,14 @@ def write_report(run_dir: Path, evaluation: Evaluation, out_dir: Path) -> Path:
 
 
 def stage_metrics(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """Stage name to the rows of its `metrics.jsonl`, oldest stage first.
+    """Name of every stage that trained to the rows of its `metrics.jsonl`, oldest stage first.
 
     A last line without a line end is the torn write of a killed run and is left out; any other bad line is an error.
     """
     stages = {}
     for path in sorted(run_dir.rglob("metrics.jsonl"), key=lambda found: (found.stat().st_mtime_ns, str(found))):
+        if path.parent.name.startswith("evaluate"):
+            continue  # a row for every model, which is no curve
         rows = []
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
             if not line.endswith(b"\n") or not line.strip():
@@ -111,6 +117,7 @@ def pick_examples(evaluation: Evaluation, count: int) -> list[dict[str, Any]]:
 def _plots(evaluation: Evaluation, stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
     found = [
         Plot(
+            False,
             "rewards",
             "Reward",
             f"Each dot is an answer to one of the {evaluation.kind}. The change is measured prompt by prompt, so that "
@@ -122,6 +129,7 @@ def _plots(evaluation: Evaluation, stages: Mapping[str, Sequence[Mapping[str, An
     if rubric is not None:
         found.append(
             Plot(
+                False,
                 "rubric",
                 "Rubric",
                 "A reward model can be fooled. The rubric is computed from the facts and was never used in training.",
@@ -131,6 +139,7 @@ def _plots(evaluation: Evaluation, stages: Mapping[str, Sequence[Mapping[str, An
     if evaluation.reward_model:
         found.append(
             Plot(
+                False,
                 "reward_model",
                 "Reward model",
                 "On comparisons it was not trained on. Calibration: when the model is 80% sure, it should be right in "
@@ -140,6 +149,7 @@ def _plots(evaluation: Evaluation, stages: Mapping[str, Sequence[Mapping[str, An
         )
     found.append(
         Plot(
+            False,
             "length",
             "Length and reward",
             "If reward were bought by longer answers, the points would rise to the right.",
@@ -150,7 +160,7 @@ def _plots(evaluation: Evaluation, stages: Mapping[str, Sequence[Mapping[str, An
         figure = plots.training_curves(stage, rows)
         if figure is not None:
             found.append(
-                Plot(f"training_{stage}", f"Training, stage {stage}", "Faint: every step; solid: running mean.", figure)
+                Plot(True, f"training_{stage}", f"Stage {stage}", "Faint: every step; solid: running mean.", figure)
             )
     return found
 
@@ -165,6 +175,7 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
     rows = [
         {
             "label": name,
+            "term": {None: "reward", "total": "rubric"}.get(criterion, ""),
             "means": {m: evaluation.interval(m, criterion) for m in evaluation.models},
             "change": evaluation.change(start, aligned, criterion),
         }

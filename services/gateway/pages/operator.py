@@ -1,38 +1,42 @@
-"""The operator's page: traffic, latency, tokens, feedback, versions, replicas."""
+"""The operator's pages: traffic, latency, tokens, feedback, refusals, versions, replicas; and the audit trail."""
 
 from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections import defaultdict
 from typing import Any
 
-import sqlalchemy as sa
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from sqlalchemy.orm import Session
 
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
+from services.gateway.auth.callers import Caller
+from services.gateway.errors import BadRequestError
+from services.gateway.pages.agreement import tenant_of
+from services.gateway.pages.audit import ACTIONS, Search, find_lines
+from services.gateway.pages.figures import SPANS, Span, operator_figures, reason
 from services.gateway.pages.rendering import render
-from services.gateway.store import Audit
 from steersman.store.engine import Store
-from steersman.store.models import Answer, FeedbackEvent
-from steersman.store.units import anomalies, judged_units
-
-_HOURS = 24
-_MOST_ANOMALIES = 20
-_SAMPLE = 10_000
-"""Latencies are of the latest answers, so that the page stays fast."""
 
 
 def operator_router(assistant: Assistant, store: Store, auth: Authenticator) -> APIRouter:
     router = APIRouter(prefix="/operator")
 
+    async def operator(request: Request) -> Caller:
+        caller = await auth.caller(request.headers)
+        caller.require("operate")
+        return caller
+
     @router.get("")
-    async def page(request: Request) -> Response:
-        (await auth.caller(request.headers)).require("operate")
-        figures = await asyncio.to_thread(_figures, store)
+    async def page(request: Request, range: str = "24h") -> Response:
+        await operator(request)
+        span = _span(range)
+
+        def figures() -> dict[str, Any]:
+            with store.reading() as session:
+                return operator_figures(session, span, dt.datetime.now(dt.UTC))
+
         return render(
             "operator.html",
             model=assistant.config.model,
@@ -40,93 +44,33 @@ def operator_router(assistant: Assistant, store: Store, auth: Authenticator) -> 
             running=assistant.admission.running,
             waiting=assistant.admission.waiting,
             replicas=assistant.models.infos,
-            hours=_HOURS,
-            **figures,
+            report=assistant.config.report is not None,
+            span=span,
+            spans=SPANS.values(),
+            reason=reason,
+            **await asyncio.to_thread(figures),
         )
+
+    @router.get("/audit")
+    async def audit(request: Request, q: str = "", action: str = "", range: str = "", before: int = 0) -> Response:
+        caller = await operator(request)
+        since = _span(range).edges(dt.datetime.now(dt.UTC))[0] if range else None
+        search = Search(q.strip()[:200], action, since, before)
+
+        def found() -> Response:
+            with store.reading() as session:
+                lines, more = find_lines(session, search, tenant_of(auth, caller))
+                return render(
+                    "audit.html", lines=lines, more=more, search=search, range=range, spans=SPANS.values(),
+                    actions=ACTIONS,
+                )  # fmt: skip
+
+        return await asyncio.to_thread(found)
 
     return router
 
 
-def _figures(store: Store) -> dict[str, Any]:
-    since = dt.datetime.now(dt.UTC) - dt.timedelta(hours=_HOURS)
-    with store.reading() as session:
-        recent = session.execute(
-            sa.select(Audit.at, Audit.outcome, Audit.first_token_milliseconds, Audit.milliseconds)
-            .where(Audit.action == "answer", Audit.at >= since)
-            .order_by(Audit.at.desc(), Audit.id.desc())  # along the index of `at`
-            .limit(_SAMPLE)
-        ).all()
-        totals = session.execute(
-            sa.select(sa.func.count(), sa.func.sum(Audit.prompt_tokens), sa.func.sum(Audit.completion_tokens)).where(
-                Audit.action == "answer", Audit.at >= since
-            )
-        ).one()
-        tenants = session.execute(
-            sa.select(Audit.tenant, sa.func.count(), sa.func.sum(Audit.prompt_tokens + Audit.completion_tokens))
-            .where(Audit.action == "answer", Audit.at >= since)
-            .group_by(Audit.tenant)
-            .order_by(sa.func.count().desc())
-            .limit(20)
-        ).all()
-        versions = _versions(session, since)
-        deployments = sorted({row["deployment"] for row in versions})
-        judged = judged_units(session, deployments, since) if deployments else {}
-        odd = anomalies(session, deployments, since)[:_MOST_ANOMALIES] if deployments else []
-    good = [row for row in recent if row.outcome in ("stop", "length", "tool_calls")]
-    hours: dict[dt.datetime, int] = defaultdict(int)
-    for row in recent:
-        hours[row.at.replace(minute=0, second=0, microsecond=0)] += 1
-    outcomes: dict[str, int] = defaultdict(int)
-    for row in recent:
-        outcomes[row.outcome] += 1
-    return {
-        "answers": totals[0],
-        "prompt_tokens": totals[1] or 0,
-        "completion_tokens": totals[2] or 0,
-        "first_token": _quantiles([row.first_token_milliseconds for row in good if row.first_token_milliseconds]),
-        "duration": _quantiles([row.milliseconds for row in good]),
-        "by_hour": sorted(hours.items()),
-        "most": max(hours.values(), default=1),
-        "outcomes": sorted(outcomes.items(), key=lambda item: -item[1]),
-        "tenants": tenants,
-        "versions": versions,
-        "judged": sorted(judged.items()),
-        "anomalies": odd,
-    }
-
-
-def _versions(session: Session, since: dt.datetime) -> list[dict[str, Any]]:
-    """Answers and feedback by deployment and weights version."""
-    # Not the bare column: to group by it SQLite would walk its index, over all answers, rather than that of the time.
-    named = sa.func.coalesce(Answer.deployment, sa.literal_column("''"))
-    given = session.execute(
-        sa.select(named.label("deployment"), Answer.weights_version, sa.func.count())
-        .where(Answer.created_at >= since)
-        .group_by(named, Answer.weights_version)
-        .order_by(Answer.weights_version.desc())
-    ).all()
-    said: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
-    for deployment, version, kind, value, n in session.execute(
-        sa.select(
-            Answer.deployment,
-            Answer.weights_version,
-            FeedbackEvent.kind,
-            sa.case((FeedbackEvent.kind == "edit", ""), else_=FeedbackEvent.value).label("said"),
-            sa.func.count(),
-        )
-        .join(FeedbackEvent, FeedbackEvent.answer_id == Answer.id)
-        .where(Answer.created_at >= since, FeedbackEvent.current, FeedbackEvent.received_at >= since)
-        .group_by(Answer.deployment, Answer.weights_version, FeedbackEvent.kind, sa.literal_column("said"))
-    ):
-        said[deployment, version][f"{kind} {value}".strip()] = n
-    return [
-        {"deployment": deployment, "version": version, "answers": n, "feedback": said[deployment, version]}
-        for deployment, version, n in given
-    ]
-
-
-def _quantiles(values: list[int]) -> dict[str, int]:
-    ordered = sorted(values)
-    if not ordered:
-        return {}
-    return {name: ordered[min(int(len(ordered) * q), len(ordered) - 1)] for name, q in (("p50", 0.5), ("p95", 0.95))}
+def _span(name: str) -> Span:
+    if name not in SPANS:
+        raise BadRequestError(f"There is no range {name[:20]!r}; choose one of {', '.join(SPANS)}", param="range")
+    return SPANS[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -12,6 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from services.gateway.auth.callers import ANONYMOUS, Scope
+from services.gateway.auth.origin import current_visit
 from services.gateway.errors import BadRequestError, UnsupportedMediaTypeError
 from steersman.errors import PermissionDeniedError
 
@@ -26,11 +30,41 @@ def _rendered(text: str) -> Markup:
 
 _templates = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined)
 _templates.filters["markdown"] = _rendered
+_templates.filters["pretty"] = lambda value: json.dumps(value, ensure_ascii=False, indent=1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A page that others lead to."""
+
+    href: str
+    name: str
+    scope: Scope
+    """What its visitor needs."""
+
+
+PLACES = (
+    Place("/", "Chat", "chat"),
+    Place("/label", "Labelling", "label"),
+    Place("/operator", "Operation", "operate"),
+    Place("/keys", "Keys", "admin"),
+)
+
+
+def _visitor() -> dict[str, Any]:
+    """Where the person at hand may go, and who it is, as far as the request's credentials were looked at."""
+    caller = current_visit().caller
+    if caller is None:
+        return {"places": [], "person": "", "sign_in": True}
+    may = [place for place in PLACES if place.scope in caller.scopes]
+    if caller.key_id == ANONYMOUS:  # keys are managed with a key
+        may = [place for place in may if place.scope != "admin"]
+    return {"places": may, "person": "" if caller.name == ANONYMOUS else caller.name, "sign_in": True}
 
 
 def render(name: str, status: int = 200, **values: Any) -> Response:
-    """A page from its template; every value is escaped."""
-    text = _templates.get_template(name).render(**values)
+    """A page from its template; every value is escaped. The way to the other pages is there by itself."""
+    text = _templates.get_template(name).render(_visitor() | values)
     return Response(text, status, headers={"cache-control": "no-store"}, media_type="text/html; charset=utf-8")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -11,33 +11,21 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import SESSION_COOKIE, Authenticator
-from services.gateway.auth.callers import Scope
 from services.gateway.auth.tokens import SESSION_SECONDS
 from services.gateway.middleware import PAGE_POLICY
 from services.gateway.pages.agreement import agreement_router
 from services.gateway.pages.labelling import labelling_router
 from services.gateway.pages.operator import operator_router
 from services.gateway.pages.projects import projects_router
-from services.gateway.pages.rendering import HERE, form_of, render
+from services.gateway.pages.rendering import HERE, PLACES, form_of, render
 from steersman.errors import NotFoundError, SteersmanError, UnauthenticatedError
 from steersman.store.engine import Store
 
 _STATIC = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 # Where errors are shown to people, not to programs.
-PREFIXES = ("/label", "/login", "/operator")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A page that others lead to."""
-
-    href: str
-    name: str
-    scope: Scope | None = None
-    """What its visitor needs."""
-
-
-_PLACES = (Place("/label", "Labelling", "label"), Place("/operator", "Operation", "operate"))
+PREFIXES = ("/label", "/login", "/operator", "/report", "/keys")
+# A report is one file that carries its styles and pictures; it may do nothing else.
+_REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; sandbox"
 
 
 def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> APIRouter:
@@ -46,20 +34,15 @@ def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> API
     @router.get("/")
     async def chat_page(request: Request) -> Response:
         """Anybody may open it; where a key is needed the first question leads to the log-in."""
-        signed_in = SESSION_COOKIE in request.cookies
-        try:
+        scopes: frozenset[str] = frozenset()
+        with contextlib.suppress(SteersmanError):
             scopes = (await auth.caller(request.headers)).scopes
-        except SteersmanError:
-            scopes, signed_in = frozenset(), False
-        places = [Place("/login", "Sign in")] if auth.required and not signed_in else []
-        return chat(
-            places=[place for place in _PLACES if place.scope in scopes] + places, signed_in=signed_in, embedded=False
-        )
+        return chat(report=assistant.config.report is not None and "operate" in scopes, sign_in=auth.required)
 
     @router.get("/widget")
     async def widget_page() -> Response:
         """The chat in a frame on a page of another site; nobody is signed in there but by what that page hands over."""
-        response = chat(places=[], signed_in=False, embedded=True)
+        response = chat(report=False, embedded=True, places=[], person="", sign_in=False)
         response.headers["content-security-policy"] = PAGE_POLICY.format(" ".join(_embedding_sites()))
         return response
 
@@ -69,15 +52,28 @@ def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> API
         headers = {"cross-origin-resource-policy": "cross-origin", "cache-control": "max-age=3600"}
         return FileResponse(HERE / "static" / "widget.js", media_type="text/javascript; charset=utf-8", headers=headers)
 
-    def chat(**shown: Any) -> Response:
+    def chat(*, embedded: bool = False, **shown: Any) -> Response:
         config = assistant.config
         return render(
             "chat.html",
             model=config.model,
             kept=config.database is not None,
             suggestions=config.suggestions,
+            embedded=embedded,
             **shown,
         )
+
+    @router.get("/report")
+    async def report(request: Request) -> Response:
+        """The report of the run whose model is served, as the file that it is: without a script, closed to the rest."""
+        (await auth.caller(request.headers)).require("operate")
+        path = assistant.config.report
+        if path is None or not path.is_file():
+            raise NotFoundError(
+                "There is no report of this model here; `report` of the gateway's configuration names it"
+            )
+        headers = {"content-security-policy": _REPORT_POLICY, "cache-control": "no-store"}
+        return FileResponse(path, media_type="text/html; charset=utf-8", headers=headers)
 
     def _embedding_sites() -> list[str]:
         if not assistant.config.embed_origins:
@@ -120,13 +116,14 @@ def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> API
     async def _home(session: str) -> str:
         """Where somebody without a wish of his own belongs: who may not chat is here for another page."""
         scopes = (await auth.caller({"cookie": f"{SESSION_COOKIE}={session}"})).scopes
-        return "/" if "chat" in scopes else next((place.href for place in _PLACES if place.scope in scopes), "/")
+        return "/" if "chat" in scopes else next((place.href for place in PLACES if place.scope in scopes), "/")
 
     @router.post("/logout")
     async def log_out(request: Request) -> Response:
         await form_of(request)
         response = RedirectResponse("/login", 303)
         response.delete_cookie(SESSION_COOKIE)
+        response.headers["clear-site-data"] = '"storage"'  # conversations that the browser keeps
         return response
 
     # Before the labelers' own pages, whose paths are more general.
@@ -141,7 +138,7 @@ def error_page(request: Request, error: SteersmanError) -> Response:
     """An error as a page; who is not logged in is asked to."""
     if isinstance(error, UnauthenticatedError) and request.method == "GET":
         return RedirectResponse(f"/login?next={quote(request.url.path)}", 303)
-    return render("error.html", error.http_status, message=error.message)
+    return render("error.html", error.http_status, message=error.message, path=request.url.path)
 
 
 def _local(target: str) -> str:

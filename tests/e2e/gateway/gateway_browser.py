@@ -15,6 +15,7 @@ from services.gateway.testing import gateway_config, running_gateway
 from steersman.testing.fake_policy import FakePolicy, serve_policy
 
 PHONE = {"width": 360, "height": 740}
+DESK = {"width": 1280, "height": 800}
 PATIENCE = 150_000
 """Milliseconds to wait for anything: a busy machine is no failure."""
 
@@ -67,3 +68,14 @@ async def accessible(page: Any) -> None:
     axe = pytest.importorskip("axe_playwright_python.async_playwright", reason="axe is not installed (extra `dev`)")
     found = await axe.Axe().run(page)
     assert found.response["violations"] == [], found.generate_report()
+
+
+async def every_look(page: Any, name: str) -> None:
+    """The page as it is, on a phone and on a desk, light and dark: it fits, and axe finds no fault."""
+    for size, width in (("phone", PHONE), ("desk", DESK)):
+        await page.set_viewport_size(width)
+        assert await fits(page), f"{name} is wider than a {size}"
+        for scheme in ("light", "dark"):
+            await page.emulate_media(color_scheme=scheme)
+            await shoot(page, f"{name}-{size}-{scheme}")
+            await accessible(page)

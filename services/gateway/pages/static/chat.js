@@ -10,7 +10,7 @@ const model = document.body.dataset.model;
 const kept = "kept" in document.body.dataset;
 // Answers are Markdown without HTML; pictures would be fetched from wherever a text says.
 const markdown = window.markdownit({ html: false, breaks: true, linkify: false }).disable("image");
-let turns = []; // {role, content, about}
+let turns = []; // {role, content, about}; of a question without an answer {role, content, failure}
 let running = null; // AbortController of the answer that streams
 
 const embedded = "embedded" in document.body.dataset;
@@ -18,8 +18,9 @@ const embedded = "embedded" in document.body.dataset;
 const handed = new URLSearchParams(location.hash.slice(1));
 const customer = handed.get("customer");
 const key = embedded ? handed.get("key") : null;
-// Another customer in the same tab does not see this one's conversation.
-const KEY = `steersman-chat-${model}-${(customer ?? "").slice(-16)}`;
+// Another customer, or somebody else who signs in, does not see this one's conversation in the same tab.
+const KEY = `steersman-chat-${model}-${document.body.dataset.person}-${(customer ?? "").slice(-16)}`;
+const LEFT = "The page was left before an answer came.";
 
 function headers() {
   return {
@@ -103,7 +104,10 @@ async function* events(body) {
 
 async function ask(text) {
   const asked = add("user", text);
-  turns.push({ role: "user", content: text });
+  const turn = { role: "user", content: text, failure: LEFT };
+  const messages = [...turns.filter(({ failure }) => !failure), turn].map(({ role, content }) => ({ role, content }));
+  turns.push(turn);
+  remember();
   const bubble = add("assistant", "");
   bubble.setAttribute("aria-busy", "true");
   const mine = (running = new AbortController());
@@ -115,7 +119,7 @@ async function ask(text) {
     const response = await fetch("/v1/chat/completions", {
       method: "POST",
       headers: headers(),
-      body: JSON.stringify({ model, messages: turns.map(({ role, content }) => ({ role, content })), stream: true }),
+      body: JSON.stringify({ model, messages, stream: true }),
       signal: mine.signal,
     });
     if (response.status === 401 && !customer && !embedded) location.assign("/login?next=/");
@@ -129,6 +133,7 @@ async function ask(text) {
     }
   } catch (error) {
     if (error.name !== "AbortError") failure = error.message;
+    else if (!said) failure = "Stopped before an answer came.";
   }
   if (running !== mine) return; // a new conversation has begun meanwhile
   running = null;
@@ -136,9 +141,12 @@ async function ask(text) {
   bubble.removeAttribute("aria-busy");
   question.focus();
   if (failure !== null) {
-    failed(asked, bubble, text, failure);
+    turn.failure = failure;
+    remember();
+    failed(asked, bubble, turn);
     return;
   }
+  delete turn.failure;
   turns.push({ role: "assistant", content: said, about });
   remember();
   if (about) finish(bubble, turns.at(-1));
@@ -150,10 +158,9 @@ function busy(yes) {
 }
 
 // The question stays where it is, with what went wrong and a way to ask it again.
-function failed(asked, bubble, text, reason) {
-  turns.pop();
+function failed(asked, bubble, turn) {
   bubble.classList.add("error");
-  bubble.textContent = `${reason} `;
+  bubble.textContent = `${turn.failure} `;
   const again = document.createElement("button");
   again.type = "button";
   again.className = "quiet";
@@ -162,7 +169,8 @@ function failed(asked, bubble, text, reason) {
     if (running) return;
     asked.remove();
     bubble.remove();
-    ask(text);
+    turns = turns.filter((other) => other !== turn);
+    ask(turn.content);
   });
   bubble.append(again);
 }
@@ -175,45 +183,69 @@ function finish(bubble, turn) {
     list.setAttribute("aria-label", "Sources");
     for (const source of about.sources) {
       const item = document.createElement("li");
-      item.textContent = `${source.system} · ${source.record}`;
+      const record = document.createElement("b");
+      record.textContent = source.record;
+      item.append(`${source.system} · `, record);
       list.append(item);
     }
     conversation.append(list);
   }
-  for (const proposal of about.proposed_actions ?? []) addProposal(proposal);
+  for (const proposal of about.proposed_actions ?? []) addProposal(proposal, about);
   const tools = copyOf("#answer-tools");
   conversation.append(tools);
   tools.scrollIntoView({ block: "end" });
   const up = tools.querySelector(".up");
   const down = tools.querySelector(".down");
-  up.addEventListener("click", () => thumb(tools, about, "up", up, down));
-  down.addEventListener("click", async () => {
-    if (await thumb(tools, about, "down", down, up)) askReason(tools, about);
-  });
+  const press = (value) => {
+    up.setAttribute("aria-pressed", String(value === "up"));
+    down.setAttribute("aria-pressed", String(value === "down"));
+  };
+  const thumb = async (value) => {
+    if (!(await judge(tools, about, { thumbs: value }))) return;
+    press(value);
+    turn.thumb = value;
+    remember();
+    tools.querySelector(".reason")?.remove();
+    if (value === "down") askReason(tools, about);
+  };
+  press(turn.thumb);
+  up.addEventListener("click", () => thumb("up"));
+  down.addEventListener("click", () => thumb("down"));
   tools.querySelector(".edit").addEventListener("click", () => edit(turn, tools));
 }
 
-function addProposal(proposal) {
-  const card = document.createElement("div");
-  card.className = "proposal";
-  const text = document.createElement("p");
+// A card with what would be done; it stays, with what came of it, until the person says.
+function addProposal(proposal, about) {
+  const card = copyOf("#proposal");
+  const [text, said] = card.querySelectorAll("p");
+  const [confirm, dismiss] = card.querySelectorAll("button");
   text.textContent = proposal.text ?? "";
-  const button = document.createElement("button");
-  button.type = "button";
-  button.textContent = "Confirm";
-  button.addEventListener("click", async () => {
-    button.disabled = true;
-    const response = await fetch(`/v1/actions/${proposal.id}/confirm`, { method: "POST", headers: headers() });
-    if (!response.ok) {
-      add("assistant", await problem(response)).classList.add("error");
-      button.disabled = false;
-      return;
+  const settle = () => {
+    confirm.remove();
+    dismiss.remove();
+    said.textContent = proposal.done;
+    remember();
+  };
+  confirm.addEventListener("click", async () => {
+    confirm.disabled = dismiss.disabled = true;
+    try {
+      const response = await fetch(`/v1/actions/${proposal.id}/confirm`, { method: "POST", headers: headers() });
+      if (!response.ok) throw new Error(await problem(response));
+      proposal.done = (await response.json()).text;
+      settle();
+    } catch (error) {
+      said.textContent = error.message;
+      confirm.disabled = dismiss.disabled = false;
     }
-    add("assistant", (await response.json()).text);
-    card.remove();
   });
-  card.append(text, button);
+  dismiss.addEventListener("click", () => {
+    about.proposed_actions = about.proposed_actions.filter((other) => other !== proposal);
+    remember();
+    card.remove();
+    question.focus();
+  });
   conversation.append(card);
+  if (proposal.done) settle();
 }
 
 // Sends one judgement and says what became of it; true when it is stored.
@@ -232,16 +264,6 @@ async function judge(tools, about, judgement) {
     said.textContent = `It could not be sent: ${error.message}`;
     return false;
   }
-}
-
-async function thumb(tools, about, value, chosen, other) {
-  const stored = await judge(tools, about, { thumbs: value });
-  if (stored) {
-    chosen.setAttribute("aria-pressed", "true");
-    other.setAttribute("aria-pressed", "false");
-    tools.querySelector(".reason")?.remove();
-  }
-  return stored;
 }
 
 function askReason(tools, about) {
@@ -307,7 +329,8 @@ try {
 } catch {
   turns = [];
 }
-for (const turn of turns) {
+for (const turn of [...turns]) {
   const bubble = add(turn.role, turn.content);
+  if (turn.failure) failed(bubble, add("assistant", ""), turn);
   if (turn.about) finish(bubble, turn);
 }
