@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote, urlsplit
 
 from fastapi import APIRouter, Request
@@ -11,6 +11,8 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import SESSION_COOKIE, Authenticator
+from services.gateway.auth.callers import ANONYMOUS, Scope
+from services.gateway.auth.keys import LARGEST_LIMIT
 from services.gateway.auth.tokens import SESSION_SECONDS
 from services.gateway.middleware import PAGE_POLICY
 from services.gateway.pages.agreement import agreement_router
@@ -18,9 +20,17 @@ from services.gateway.pages.labelling import labelling_router
 from services.gateway.pages.operator import operator_router
 from services.gateway.pages.projects import projects_router
 from services.gateway.pages.rendering import HERE, PLACES, form_of, render
-from steersman.errors import NotFoundError, SteersmanError, UnauthenticatedError
+from steersman.errors import NotFoundError, PermissionDeniedError, SteersmanError, UnauthenticatedError
 from steersman.store.engine import Store
 
+# Of a key, as people read them.
+_LIMITS = (
+    ("requests_per_minute", "Requests a minute"),
+    ("tokens_per_minute", "Tokens a minute"),
+    ("tokens_per_day", "Tokens a day"),
+    ("tokens_per_month", "Tokens a month"),
+    ("concurrent", "Answers at once"),
+)
 _STATIC = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 # Where errors are shown to people, not to programs.
 PREFIXES = ("/label", "/login", "/operator", "/report", "/keys")
@@ -87,6 +97,15 @@ def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> API
         if media_type is None or path.parent != HERE / "static" or not path.is_file():
             raise NotFoundError(f"There is nothing at /static/{name}")
         return FileResponse(path, media_type=f"{media_type}; charset=utf-8")
+
+    @router.get("/keys")
+    async def keys(request: Request) -> Response:
+        caller = await auth.caller(request.headers)
+        caller.require("admin")
+        if caller.key_id == ANONYMOUS:
+            raise PermissionDeniedError("Keys are managed with a key of scope 'admin'; make one on the command line")
+        scopes = [scope for scope in get_args(Scope) if scope in caller.scopes]
+        return render("keys.html", tenant=caller.tenant, scopes=scopes, limits=_LIMITS, largest=LARGEST_LIMIT)
 
     @router.get("/login")
     async def login_page(next: str = "/") -> Response:

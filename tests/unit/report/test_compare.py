@@ -42,9 +42,9 @@ def test_the_page_says_where_each_run_is_better_and_worse(tmp_path: Path) -> Non
     versions = [Version("old", evaluated(1.0), spec), Version("new", evaluated(2.0), changed)]
     page = write_compare(versions, tmp_path).read_text()
     assert "new against old: better: reward, rubric total, polite; no certain change: grounded." in page
-    assert "<code>spec.stages.rl.steps</code></td><td>10</td><td>20</td>" in page
+    assert "<code>spec.stages.rl.steps</code></th><td>10</td><td>20</td>" in page
     assert "clip" not in page  # the same in both
-    assert re.search(r"<td>new</td><td>1\.00", page.replace("\n", "")) or "100" in page
+    assert "new</th><td>100.0%" in page, "it scores higher on every prompt"
     assert page.count('class="example"') == 12
     assert "<script>alert" not in page
     assert not re.search(r'(src|href)="(?!data:|#)', page), "the page needs nothing beside itself"

@@ -1,5 +1,6 @@
 """Schema, summary, table and report of an evaluation."""
 
+import base64
 import io
 import json
 import re
@@ -13,6 +14,7 @@ from steersman.errors import DataError
 from steersman.report.report import pick_examples, stage_metrics, write_report
 from steersman.report.schema import Evaluation, read_evaluation
 from steersman.report.summary import render_table, summarise, verdict
+from steersman.report.terms import TERMS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -117,25 +119,55 @@ def test_table_shows_every_model_and_fits_80_columns() -> None:
 
 def test_report_is_one_safe_file_beside_its_plots(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for stage, keys in {"sft": ("loss",), "ppo": ("reward", "kl", "policy_loss", "value_loss")}.items():
+    curves = {"sft": ("loss",), "ppo": ("reward", "kl", "policy_loss", "value_loss"), "evaluate": ("reward",)}
+    for stage, keys in curves.items():
         (run / stage).mkdir(parents=True)
         lines = [json.dumps({"step": step, **dict.fromkeys(keys, step / 7)}) for step in range(20)]
         (run / stage / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    path = write_report(run, evaluation(), tmp_path / "report")
+    path = write_report(run, evaluation(), tmp_path / "report")  # the evaluation's row for each model is no curve
     html = path.read_text(encoding="utf-8")
     plots = {file.name: file.read_bytes() for file in (tmp_path / "report" / "plots").iterdir()}
     assert set(plots) == {
         "rewards.png", "rubric.png", "reward_model.png", "length.png", "training_sft.png", "training_ppo.png",
     }  # fmt: skip
     assert all(data.startswith(PNG) and len(data) > 5000 for data in plots.values())
-    assert html.count("data:image/png;base64,") == len(plots)
-    assert not re.search(r"""(src|href)=["'](?!data:)""", html)
+    pictures = [base64.b64decode(data).decode() for data in re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", html)]
+    assert len(pictures) == len(plots)
+    for picture in pictures:
+        assert "@media(prefers-color-scheme:dark)" in picture
+        assert "#222222" not in picture.partition("</style>")[2], "what is drawn in ink is bright on a dark page"
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)
     assert "<script>alert" not in html
     assert "Answer &lt;b&gt;" in html
     assert "RLHF scores higher than SFT" in html
     assert "width=device-width" in html
     again = write_report(run, evaluation(), tmp_path / "again")
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_every_figure_is_explained_and_every_link_leads_somewhere(tmp_path: Path) -> None:
+    knowledge = {"truthfulqa_mc1": {"base": [0.0, 1.0] * 20, "rlhf": [0.0, 1.0] * 20}}
+    settings = {"maxPrompts": 12, "generation": {"temperature": 0.7}}
+    found = evaluation(
+        date="2026-11-26T11:03:00+00:00", settings=settings, data={"prompts.jsonl": "0a" * 32}, knowledge=knowledge
+    )
+    html = write_report(tmp_path, found, tmp_path / "out").read_text()
+    assert html.count('class="card"') == html.count('class="why"') == 5
+    for section in re.findall("<section.*?</section>", html, re.DOTALL):
+        if "<table>" in section and "About this run" not in section:
+            assert "How to read this" in section, section[:80]
+    for target in re.findall('href="#([^"]+)"', html):
+        assert f'id="{target}"' in html, target
+    for shown in ("2026-11-26 11:03:00 UTC", "evaluate.generation.temperature", "prompts.jsonl", "0a" * 8):
+        assert shown in html
+    assert "truthfulqa_mc1" in html
+    assert re.search(r"Wins of RLHF against SFT.*?<th scope=\"row\">reward</th><td>100\.0%", html, re.DOTALL)
+
+
+def test_words_mean_in_the_report_what_they_mean_in_the_glossary(repo_root: Path) -> None:
+    entries = re.findall(r"^(\S.*)\n: (.+(?:\n  .+)*)", (repo_root / "docs/glossary.md").read_text(), re.MULTILINE)
+    glossary = {term: " ".join(text.split()) for term, text in entries}
+    assert {term: glossary[term] for term in TERMS} == TERMS
 
 
 @pytest.mark.parametrize(
