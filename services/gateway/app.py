@@ -68,17 +68,20 @@ def _posts(router: APIRouter) -> dict[str, Endpoint]:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(SteersmanError)
-    async def known(request: Request, error: SteersmanError) -> Response:
+    def shown(request: Request, error: SteersmanError) -> Response:
         if request.url.path.startswith(PREFIXES):
             return error_page(request, error)
         return error_response(error, path=request.url.path)
+
+    @app.exception_handler(SteersmanError)
+    async def known(request: Request, error: SteersmanError) -> Response:
+        return shown(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         # A place begins with where the field was: query, path, header.
         problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
-        return error_response(from_problems(problems), path=request.url.path)
+        return shown(request, from_problems(problems))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

@@ -50,8 +50,9 @@ async def browsing(**changes: Any) -> AsyncIterator[tuple[Any, Any, FakePolicy, 
 
 
 def _is_fault(message: Any) -> bool:
-    """A request that the gateway refused is no fault of the page."""
-    return message.type == "error" and "the server responded with a status of 4" not in message.text
+    """Neither a request that the gateway refused is a fault of the page, nor that plain http is no secure context."""
+    harmless = ("the server responded with a status of 4", "Cross-Origin-Opener-Policy header has been ignored")
+    return message.type == "error" and not any(text in message.text for text in harmless)
 
 
 async def new_page(page: Any, **settings: Any) -> Any:

@@ -70,8 +70,8 @@ async def test_report_and_comparison_at_every_width_and_colour(tmp_path: Path) -
         await page.goto(url)
         await page.click("text=Report")
         await page.wait_for_selector("h2:text('Training')")
-        for details in await page.locator("details:not([open]) > summary").all():
-            await details.click()
+        for summary in await page.locator("details > summary").all():
+            await summary.click()
         shown = await page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
         assert shown, "its pictures are shown although the gateway lets it load nothing"
         assert "prompts.heldout.jsonl" in await page.inner_text("#settings")

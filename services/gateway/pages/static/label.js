@@ -43,4 +43,7 @@ document.querySelector("#task")?.addEventListener("submit", (event) => {
 
 // Beside the task where there is room, a tap away where there is none.
 const guidelines = document.querySelector(".guidelines");
-if (guidelines && matchMedia("(min-width: 60rem)").matches) guidelines.open = true;
+const wide = matchMedia("(min-width: 60rem)");
+const beside = () => guidelines && (guidelines.open = wide.matches);
+beside();
+wide.addEventListener("change", beside);
