@@ -35,7 +35,10 @@ _STATIC = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"
 # Where errors are shown to people, not to programs.
 PREFIXES = ("/label", "/login", "/operator", "/report", "/keys")
 # A report is one file that carries its styles and pictures; it may do nothing else.
-_REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; sandbox"
+_REPORT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 
 
 def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> APIRouter:

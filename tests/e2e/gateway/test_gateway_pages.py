@@ -277,7 +277,7 @@ async def test_everybody_sees_the_ways_that_the_key_opens(tmp_path: Path) -> Non
                 await mine.wait_for_selector(f".places [aria-current=page]:text-is('{name}')")
             answer = await mine.request.get(f"{url}/report")
             assert answer.status == (200 if "operate" in scopes else 403)
-            assert "operate" not in scopes or "sandbox" in answer.headers["content-security-policy"]
+            assert "operate" not in scopes or "default-src 'none';" in answer.headers["content-security-policy"]
             await mine.goto(url)
             assert await mine.locator("text=Report").count() == ("operate" in scopes)
             await mine.click("text=Sign out")
