@@ -198,12 +198,13 @@ class Timed:
         self._time(name, run, repeat)
 
     def pages(self) -> None:
-        from services.gateway.pages.operator import _figures
+        from services.gateway.pages.figures import SPANS, operator_figures
 
         def project_work(function: Callable[..., object], **options: Any) -> Callable[[Session], object]:
             return lambda session: function(session, get_project(session, "year"), **options)
 
-        self._time("page: operator", lambda: _figures(self._store))
+        day = SPANS["24h"]
+        self._read("page: operator", lambda session: operator_figures(session, day, dt.datetime.now(dt.UTC)))
         self._read("page: agreement", project_work(agreement_report))
         self._read("page: disputed items", project_work(disputed_items))
         self._read("page: items", project_work(find_items))

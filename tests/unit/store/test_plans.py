@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from benchmarks.load_year import add_answers
-from services.gateway.pages.operator import _figures
+from services.gateway.pages.figures import SPANS, operator_figures
 from steersman.store import Store
+
+
+def _figures(store: Store) -> dict[str, Any]:
+    with store.reading() as session:
+        return operator_figures(session, SPANS["24h"], dt.datetime.now(dt.UTC))
 
 
 def test_the_operators_page_walks_through_no_whole_table(tmp_path: Path) -> None:
