@@ -156,6 +156,7 @@ def soak_gateway(seconds: float) -> dict[str, Any]:
         swaps: list[float] = []
         swapping = threading.Thread(target=_swap, args=(base, engine, swaps, stop), daemon=True)
         times, errors = [], []
+        _until_ready(f"http://127.0.0.1:{port}", gateway)  # what its start takes is no growth
         with Watch(processes, max(0.5, seconds / 1000)) as watch:
             swapping.start()
             times, errors = asyncio.run(_customers(f"http://127.0.0.1:{port}", seconds))
@@ -187,6 +188,16 @@ def _child(module: str, *arguments: str, **environment: str) -> Iterator[subproc
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _until_ready(url: str, gateway: subprocess.Popen[bytes], patience: float = 300.0) -> None:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and gateway.poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise SystemExit(f"soak: the gateway is not ready within {patience:.0f} s")
 
 
 def _swap(base: Path, engine: Any, swaps: list[float], stop: threading.Event) -> None:
@@ -233,12 +244,6 @@ async def _customers(url: str, seconds: float) -> tuple[list[float], list[str]]:
             times.append(time.perf_counter() - began)
 
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
-        ready = time.monotonic() + 120
-        while time.monotonic() < ready:
-            with contextlib.suppress(httpx.HTTPError):
-                if (await http.get("/readyz")).status_code == 200:
-                    break
-            await asyncio.sleep(0.2)
         end = time.monotonic() + seconds
         await asyncio.gather(*(ask(http, index) for index in range(CUSTOMERS)))
     return times, errors
