@@ -16,7 +16,10 @@ from steersman.tracking.sinks import EMBEDDED, TRACKING_URI
 
 SWITCH = "STEERSMAN_TRACKING"
 """Environment variable; `off` switches tracking off, `parent`: the process that started this one does it."""
-_GRACE = 60.0
+_FEW_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
+"""A server that is away is given up after seconds, not minutes."""
+_GRACE = 300.0
+"""Seconds for the first and for the last look: a busy machine makes a database slowly."""
 
 
 @contextmanager
@@ -38,7 +41,9 @@ def followed(run: AlignmentRun, run_dir: Path, environment: Mapping[str, str], *
     before = _time_of(state)
     begin = log.stat().st_size if log.is_file() else 0
     arguments = [str(run_dir), *(["--part"] if part else [])]
-    child = process.start("steersman.tracking.follow", arguments, log, dict(environment), own_output=True)
+    child = process.start(
+        "steersman.tracking.follow", arguments, log, _FEW_RETRIES | dict(environment), own_output=True
+    )
     try:
         yield
     finally:

@@ -94,15 +94,13 @@ def test_tensorboard_has_the_same_curve(tracked: tuple[Path, MlflowClient, str])
     assert [(event.step, event.value) for event in events.Scalars("sft/loss")] == [(1, 2.0), (2, 1.5), (3, 1.0)]
 
 
-def test_even_the_shortest_run_is_followed_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.timeout(900)
+def test_even_the_shortest_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run, run_dir = make_run(tmp_path)
     with followed(run, run_dir, os.environ):
         pass
-    assert "tracking" not in capsys.readouterr().out
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("steersman")
     assert experiment is not None
