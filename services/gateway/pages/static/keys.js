@@ -68,17 +68,18 @@ function card(key) {
   const last = key.last_used_on ? `last used on ${key.last_used_on}` : "never used";
   box.querySelector(".about").textContent = `${key.id} · ${key.scopes.join(", ")} · made ${day(key.created_at)}, ${ends} · ${last}`;
   const uses = box.querySelector(".uses");
-  for (const [name, used, words] of LIMITS) {
-    const now = used?.(key) ?? null;
+  for (const [name, countOf, words] of LIMITS) {
+    const now = countOf?.(key) ?? null;
     if (key[name] === null && now === null) continue;
     const item = document.createElement("li");
-    const limit = key[name] === null ? "no limit" : number.format(key[name]);
-    item.textContent = now === null ? `at most ${limit} ${words}` : `${number.format(now)} of ${limit} ${words} `;
+    const limit = key[name] === null ? "" : number.format(key[name]);
+    const used = now === null ? "at most" : `${number.format(now)}${limit && " of"}`;
+    item.textContent = [used, limit, words].filter(Boolean).join(" ");
     if (now !== null && key[name] !== null) {
       const meter = document.createElement("meter");
       Object.assign(meter, { max: key[name], high: 0.9 * key[name], value: now });
       meter.setAttribute("aria-label", `${words} of ${key.note || key.id}`);
-      item.append(meter);
+      item.append(" ", meter);
     }
     uses.append(item);
   }
