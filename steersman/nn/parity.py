@@ -340,7 +340,8 @@ def score_difference(model: PreTrainedModel, groups: Sequence[Group], ready: Cal
 
 
 def _as_trained(model: PreTrainedModel) -> PreTrainedModel:
-    trained = type(model)(copy.deepcopy(model.config))  # no copy: some models keep what they computed last
+    with torch.random.fork_rng(devices=[]):  # a verdict draws no random number of the caller's, known already or not
+        trained = type(model)(copy.deepcopy(model.config))  # no copy: some models keep what they computed last
     trained.load_state_dict(model.state_dict())
     disable_dropout(trained)
     return trained.train()
