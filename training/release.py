@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from huggingface_hub import EvalResult, ModelCardData
@@ -193,7 +194,11 @@ def eval_results(evaluation: Evaluation) -> list[EvalResult]:
     """The card's `model-index`, in Hugging Face's format: reward, rubric, wins, suites and knowledge of the aligned
     model."""
     numbers, aligned = summarise(evaluation), evaluation.aligned
-    own = {"task_type": "text-generation", "dataset_name": "held-out prompts", "dataset_type": "steersman-prompts"}
+    own: dict[str, Any] = {
+        "task_type": "text-generation",
+        "dataset_name": "held-out prompts",
+        "dataset_type": "steersman-prompts",
+    }
     found = [
         EvalResult(**own, metric_type="reward", metric_name="mean reward", metric_value=numbers["reward"][aligned][0])
     ]

@@ -156,13 +156,13 @@ class _Planner:
         self._known_stages(manifest)
         if not self.observed.has_manifest:
             self.actions.append(Create("ConfigMap", objects.manifest_map(self.run, manifest, self.settings)))
-        for index, name in enumerate(manifest.stage_names()):
+        for index, (name, stage) in enumerate(manifest.stages()):
             if self._stage(name).phase != "Succeeded":
                 self._run_stage(manifest, index, name)
             if self._stage(name).phase != "Succeeded":
                 return
-            release = manifest.spec.stages[index].release
-            if release is not None and _serves_in_cluster(release) and not self._released(manifest, index):
+            served = isinstance(stage, ReleaseStage) and _serves_in_cluster(stage)
+            if served and not self._released(manifest, index):
                 return
         self._leave(manifest)
         self._finish("Succeeded", "Completed", self._result(manifest))

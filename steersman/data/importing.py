@@ -324,7 +324,9 @@ def import_to_folder(
             def on_skip(where: str, reason: str) -> None:
                 skipped.write(orjson.dumps({"where": where, "reason": reason}) + b"\n")
 
-            near, numbers = None, defaultdict(lambda: array("Q"))  # of each split, which rows of all lie in it
+            near: NearDuplicates | None = None
+            numbers: defaultdict[str, array[int]] = defaultdict(lambda: array("Q"))
+            """Of each split, which rows of all lie in it."""
             if job.near_duplicates is not None:
                 near = stack.enter_context(NearDuplicates(job.near_duplicates, partial))
             for row, line in convert_rows(job, summary, on_skip, progress):

@@ -99,7 +99,8 @@ class NearDuplicates:
                 for a, b in zip(one[alike].tolist(), two[alike].tolist(), strict=True):
                     low, high = sorted((root(a), root(b)))
                     first[high] = low
-        return first != np.arange(self._count)
+        repeats: Array = first != np.arange(self._count)
+        return repeats
 
     def _signature(self, text: str) -> Array:
         """uint32 [64]"""

@@ -63,10 +63,11 @@ def _check_targets(run: AlignmentRun, config: Any) -> None:
         lora = getattr(stage, "lora", None)
         if lora is None or lora.target_modules == "all-linear":
             continue
-        scores = isinstance(stage, RewardModelStage)
-        if scores and stage.base is not None:
-            continue
-        auto = AutoModelForSequenceClassification if scores else language_model_class(config)
+        auto = language_model_class(config)
+        if isinstance(stage, RewardModelStage):
+            if stage.base is not None:
+                continue
+            auto = AutoModelForSequenceClassification
         with torch.device("meta"):
             model = auto.from_config(config)
         try:

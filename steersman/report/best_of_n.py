@@ -43,8 +43,8 @@ def best_of_n(evaluation: Evaluation, model: str, gold: str) -> list[Best]:
     found = []
     for n in sizes:
         chosen = [_expected(items, n) for items in answers.values()]
-        reward, gold_mean = (mean_interval([pair[column] for pair in chosen]) for column in (0, 1))
-        found.append(Best(n, math.log(n) - (n - 1) / n, reward, gold_mean))
+        means = [mean_interval([pair[column] for pair in chosen]) for column in (0, 1)]
+        found.append(Best(n, math.log(n) - (n - 1) / n, *means))
     return found
 
 
