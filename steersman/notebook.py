@@ -172,7 +172,7 @@ class Run:
             self._process.wait()
 
     def metrics(self, stage: str | None = None) -> DataFrame:
-        """A row a step: `stage`, `step` and every metric; of one stage or of all."""
+        """A row a step: `stage`, `step` and every metric; of one stage or of all that trained."""
         from steersman.report.report import stage_metrics
 
         if stage is not None and stage not in self.stages:

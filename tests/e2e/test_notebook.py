@@ -58,7 +58,7 @@ def test_the_notebook_of_the_tutorial_runs(tmp_path: Path, repo_root: Path, monk
     assert run.phase == "Complete"
     assert run.stages == {"sft": "complete", "reward-model": "complete", "evaluate": "complete"}
     metrics = run.metrics()
-    assert set(metrics["stage"]) == {"sft", "reward-model", "evaluate"}
+    assert set(metrics["stage"]) == {"sft", "reward-model"}, "what trained; samples are what was evaluated"
     assert set(run.metrics("sft")["step"]) == {1, 2}
     samples = run.samples()
     assert len(samples) == 2 * 8
