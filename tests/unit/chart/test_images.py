@@ -100,6 +100,6 @@ def test_every_library_installs_on_the_oldest_python_that_is_promised() -> None:
     wrong = {
         found.name: wanted
         for found in distributions()
-        if (wanted := found.metadata["Requires-Python"]) and not SpecifierSet(wanted).contains(oldest)
+        if (wanted := found.metadata.get("Requires-Python")) and not SpecifierSet(wanted).contains(oldest)
     }
     assert wrong == {}
