@@ -3,8 +3,8 @@
 Answers over records repeat them: order numbers, names, dates, whole sentences. A draft is checked by one forward pass
 over all its tokens, which costs little more than one token where reading the weights is what takes the time. Every
 token is drawn from the model's distribution with the random number that it would have had without a draft, and the
-draft is followed as long as it is what was drawn, so that the samples are the same (Saxena 2023, prompt lookup
-decoding; Leviathan et al. 2023, arXiv 2211.17192, for exactness).
+draft is followed as long as it is what was drawn, so that the samples are the same up to rounding (Saxena 2023, prompt
+lookup decoding; Leviathan et al. 2023, arXiv 2211.17192, for exactness).
 """
 
 from __future__ import annotations
