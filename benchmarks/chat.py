@@ -2,7 +2,8 @@
 
     python -m benchmarks.chat [--model FOLDER] [--precision auto] [--rounds 3] [--threads 2]
 
-Two policy services on one machine take turns: `plain` remembers no prefix and drafts nothing, `ours` is the default.
+Two policy services on one machine take turns: `plain` remembers no prefix and drafts nothing, `ours` does
+both.
 Workloads, over gRPC: five turns about one order, of which the last one's time to first token counts; the demo's
 held-out questions with their records; and longer records that the answer reads back. Answers are greedy, so both give
 the same text but where rounding decides between two tokens; the share of equal ones is told. Prints a table
@@ -28,7 +29,10 @@ from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.rpc.client import open_channel
 from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 
-SERVICES = {"plain": {"transformers": {"prefixTokens": 0, "lookahead": False}}, "ours": {}}
+SERVICES = {
+    "plain": {"transformers": {"prefixTokens": 0, "lookahead": False}},
+    "ours": {"transformers": {"lookahead": True}},
+}
 _RULES = (
     "You are the assistant of Halden Office Supply. Answer from the record below and from nothing else, in full "
     "sentences, and repeat numbers, names and dates as they stand there. Deliveries take two to four working days, "

@@ -4,7 +4,7 @@ A sample's cache holds all its tokens but the last; every decode step feeds the 
 So a prompt's last token is a decode step like all others, and a sample whose prompt begins like that of a running
 one (the n samples of a prompt, a common system prompt) copies the keys and values of what they share and computes
 only the rest. The next turn of a conversation finds those of the turns before it in the same way (`prefixes`), and a
-single chat on a CPU draws several tokens a step where it repeats what was said (`lookahead`).
+single chat on a CPU may draw several tokens a step where it repeats what was said (`lookahead`).
 
     submit -> waiting -> [admit: cache row, shared prefix, prefill] -> running -> decode steps -> finished
 """
@@ -81,7 +81,7 @@ class TransformersEngine:
         kv_cache_tokens: int = 16_384,
         prefill_tokens: int = 2_048,
         prefix_tokens: int = 4_096,
-        lookahead: bool = True,
+        lookahead: bool = False,
         decoder: DecoderName | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:

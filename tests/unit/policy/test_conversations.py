@@ -131,8 +131,8 @@ def test_the_memory_is_bounded_and_keeps_what_was_used_last(engine_of, prefilled
 def test_drafts_change_no_sample(build, params, engine_of) -> None:
     prompt = np.tile(random_prompts([11])[0], 5)
     options = params | {"max_new_tokens": 90, "min_new_tokens": 40, "stop_token_ids": (7, 19), "top_logprobs": 2}
-    plain = chat(engine_of(build(), lookahead=False), prompt, **options)
-    drafted = chat(engine_of(build()), prompt, **options)
+    plain = chat(engine_of(build()), prompt, **options)
+    drafted = chat(engine_of(build(), lookahead=True), prompt, **options)
     np.testing.assert_array_equal(drafted.token_ids, plain.token_ids)
     assert_same(drafted.logprobs, plain.logprobs)
     assert drafted.finish_reason == plain.finish_reason
@@ -140,10 +140,10 @@ def test_drafts_change_no_sample(build, params, engine_of) -> None:
 
 def test_an_answer_that_repeats_itself_takes_fewer_steps(engine_of, monkeypatch) -> None:
     prompt, options = random_prompts([11])[0], {"temperature": 0.0, "max_new_tokens": 120, "min_new_tokens": 120}
-    plain = chat(engine_of(tiny_llama(), lookahead=False), prompt, **options)
+    plain = chat(engine_of(tiny_llama()), prompt, **options)
     assert len(set(plain.token_ids[-40:].tolist())) < 20, "the model of this test repeats itself"
     steps = counted(monkeypatch, "decode")
-    drafted = chat(engine_of(tiny_llama()), prompt, **options)
+    drafted = chat(engine_of(tiny_llama(), lookahead=True), prompt, **options)
     assert len(steps) < 60
     np.testing.assert_array_equal(drafted.token_ids, plain.token_ids)
 
@@ -155,7 +155,7 @@ def test_an_answer_that_repeats_itself_takes_fewer_steps(engine_of, monkeypatch)
 )
 def test_what_depends_on_the_tokens_before_is_drawn_one_by_one(restricted, engine_of, monkeypatch) -> None:
     steps = counted(monkeypatch, "decode")
-    chat(engine_of(tiny_llama()), np.tile(random_prompts([11])[0], 5), temperature=0.0, **restricted)
+    chat(engine_of(tiny_llama(), lookahead=True), np.tile(random_prompts([11])[0], 5), temperature=0.0, **restricted)
     assert set(steps) == {1}
 
 
