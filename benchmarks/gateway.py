@@ -49,6 +49,7 @@ _PART_SECONDS = 900
 WORDS = 48
 QUESTION = " ".join(["word"] * (WORDS - 2))  # "You said: " makes two more
 BODY = {"model": "steersman", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4096}
+BRIEF = json.dumps({**BODY, "messages": [{"role": "user", "content": "one two three"}]}).encode()
 
 
 # --- processes --------------------------------------------------------------------------------------------------
@@ -305,18 +306,18 @@ def _running_answers(port: int) -> int:
     return int(float(line.split()[1]))
 
 
+async def once(http: Http) -> tuple[int, float]:
+    """Status of a brief question, and seconds until its answer is read."""
+    start = time.perf_counter()
+    status, chunks = await http.post(BRIEF)
+    async for _ in chunks:
+        pass
+    return status, time.perf_counter() - start
+
+
 async def measure_overload(seconds: float, times: float = 10, places: int = 8, pace: float = 0.05) -> dict[str, float]:
     """`times` the capacity: latency of the served, share refused, memory, and the time to recover."""
-    body = json.dumps({**BODY, "messages": [{"role": "user", "content": "one two three"}]}).encode()
     with stack(pace, concurrentAnswers=places, queuedAnswers=places // 4) as running:
-
-        async def once(http: Http) -> tuple[int, float]:
-            start = time.perf_counter()
-            status, chunks = await http.post(body)
-            async for _ in chunks:
-                pass
-            return status, time.perf_counter() - start
-
         calm = Http(running.port)
         unloaded = statistics.median([(await once(calm))[1] for _ in range(20)])
         rate = times * places / unloaded

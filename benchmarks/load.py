@@ -35,29 +35,20 @@ from typing import Any
 import sqlalchemy as sa
 
 from benchmarks import load_year
-from benchmarks.gateway import BODY, ROOT, Http, _free_port, _wait_ready, measure_overload, stack
+from benchmarks.gateway import BODY, BRIEF, ROOT, Http, _free_port, _wait_ready, measure_overload, once, stack
 from benchmarks.report import heading, write
 
 SLOWER = 3.0
 """Others may wait so many times as long as with nobody beside them."""
 GATEWAYS = 3
-_BRIEF = json.dumps({**BODY, "messages": [{"role": "user", "content": "one two three"}]}).encode()
 _ENDLESS = json.dumps({**BODY, "messages": [{"role": "user", "content": "word " * 900}], "stream": True}).encode()
-
-
-async def _once(http: Http) -> tuple[int, float]:
-    began = time.perf_counter()
-    status, chunks = await http.post(_BRIEF)
-    async for _ in chunks:
-        pass
-    return status, time.perf_counter() - began
 
 
 async def _ask(port: int, number: int) -> tuple[Counter[int], float]:
     """Statuses of `number` questions one after the other, and the median time of an answer."""
     http, statuses, times = Http(port), Counter[int](), []
     for _ in range(number):
-        status, seconds = await _once(http)
+        status, seconds = await once(http)
         statuses[status] += 1
         times.append(seconds)
     http.close()
@@ -224,7 +215,7 @@ async def _everybody(ports: list[int], seconds: float) -> tuple[Counter[int], li
     async def customer(port: int) -> None:
         http = Http(port)
         while time.monotonic() < end:
-            status, chunks = await http.post(_BRIEF)
+            status, chunks = await http.post(BRIEF)
             body = b"".join([chunk async for chunk in chunks])
             statuses[status] += 1
             if status == 200:
