@@ -149,15 +149,20 @@ class MadeKey(_Shown):
     """The key that ends after the grace."""
 
 
+async def administrator(request: Request, auth: Authenticator) -> Caller:
+    """Who may manage keys; a gateway without keys lets everybody do everything but that."""
+    caller = await auth.caller(request.headers)
+    caller.require("admin")
+    if caller.key_id == ANONYMOUS:
+        raise PermissionDeniedError(
+            "Keys are managed with a key of scope 'admin'; make the first one with "
+            "`python -m services.gateway.auth.keys --database URL create --tenant NAME --scope admin`"
+        )
+    return caller
+
+
 def keys_router(store: Store, auth: Authenticator, recorder: Recorder) -> APIRouter:
     router = APIRouter(prefix="/v1/keys", tags=["Keys"])
-
-    async def administrator(request: Request) -> Caller:
-        caller = await auth.caller(request.headers)
-        caller.require("admin")
-        if caller.key_id == ANONYMOUS:
-            raise PermissionDeniedError("Keys are managed with a key of scope 'admin'; make one on the command line")
-        return caller
 
     async def note(request: Request, caller: Caller, what: str, key_id: str, **more: Any) -> None:
         """A line of the audit trail; from now on the key counts as it is in the database."""
@@ -167,7 +172,7 @@ def keys_router(store: Store, auth: Authenticator, recorder: Recorder) -> APIRou
 
     @router.post("", summary="Make a key", openapi_extra=json_body(NewKey), responses=_shows(MadeKey, POST_ERRORS))
     async def make(request: Request) -> Response:
-        caller = await administrator(request)
+        caller = await administrator(request, auth)
         body = await read_body(request, NewKey)
         key = await asyncio.to_thread(_make, store, caller, body)
         await note(request, caller, "create", _id(key))
@@ -180,12 +185,12 @@ def keys_router(store: Store, auth: Authenticator, recorder: Recorder) -> APIRou
         after: Annotated[str, Query(max_length=64)] = "",
         state: State | None = None,
     ) -> Response:
-        caller = await administrator(request)
+        caller = await administrator(request, auth)
         return _json(await asyncio.to_thread(_list, store, caller, limit, after, state))
 
     @router.get("/{key_id}", summary="A key, day by day", responses=_shows(KeyHistory, GET_ERRORS))
     async def described(request: Request, key_id: str) -> Response:
-        caller = await administrator(request)
+        caller = await administrator(request, auth)
         return _json(await asyncio.to_thread(_history, store, caller, key_id))
 
     @router.patch(
@@ -195,7 +200,7 @@ def keys_router(store: Store, auth: Authenticator, recorder: Recorder) -> APIRou
         responses=_shows(Key, POST_ERRORS),
     )
     async def change(request: Request, key_id: str) -> Response:
-        caller = await administrator(request)
+        caller = await administrator(request, auth)
         body = await read_body(request, KeyChange)
         changed = await asyncio.to_thread(_change, store, caller, key_id, body)
         await note(request, caller, "change", key_id, fields=sorted(body.model_fields_set))
@@ -208,7 +213,7 @@ def keys_router(store: Store, auth: Authenticator, recorder: Recorder) -> APIRou
         responses=_shows(MadeKey, POST_ERRORS),
     )
     async def rotate(request: Request, key_id: str) -> Response:
-        caller = await administrator(request)
+        caller = await administrator(request, auth)
         body = await read_body(request, Rotation)
         key = await asyncio.to_thread(_rotate, store, caller, key_id, body.grace_seconds)
         await note(request, caller, "rotate", key_id, by=_id(key))
@@ -216,7 +221,7 @@ def keys_router(store: Store, auth: Authenticator, recorder: Recorder) -> APIRou
 
     @router.delete("/{key_id}", summary="Revoke a key", responses=_shows(Key, GET_ERRORS))
     async def revoke(request: Request, key_id: str) -> Response:
-        caller = await administrator(request)
+        caller = await administrator(request, auth)
         revoked = await asyncio.to_thread(_revoke, store, caller, key_id)
         await note(request, caller, "revoke", key_id)
         return _json(revoked)

@@ -11,16 +11,17 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import SESSION_COOKIE, Authenticator
-from services.gateway.auth.callers import ANONYMOUS, Scope
+from services.gateway.auth.callers import Scope
 from services.gateway.auth.keys import LARGEST_LIMIT
 from services.gateway.auth.tokens import SESSION_SECONDS
+from services.gateway.key_admin import administrator
 from services.gateway.middleware import PAGE_POLICY
 from services.gateway.pages.agreement import agreement_router
 from services.gateway.pages.labelling import labelling_router
 from services.gateway.pages.operator import operator_router
 from services.gateway.pages.projects import projects_router
 from services.gateway.pages.rendering import HERE, PLACES, form_of, render
-from steersman.errors import NotFoundError, PermissionDeniedError, SteersmanError, UnauthenticatedError
+from steersman.errors import NotFoundError, SteersmanError, UnauthenticatedError
 from steersman.store.engine import Store
 
 # Of a key, as people read them.
@@ -103,10 +104,7 @@ def pages_router(assistant: Assistant, auth: Authenticator, store: Store) -> API
 
     @router.get("/keys")
     async def keys(request: Request) -> Response:
-        caller = await auth.caller(request.headers)
-        caller.require("admin")
-        if caller.key_id == ANONYMOUS:
-            raise PermissionDeniedError("Keys are managed with a key of scope 'admin'; make one on the command line")
+        caller = await administrator(request, auth)
         scopes = [scope for scope in get_args(Scope) if scope in caller.scopes]
         return render("keys.html", tenant=caller.tenant, scopes=scopes, limits=_LIMITS, largest=LARGEST_LIMIT)
 
