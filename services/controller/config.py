@@ -37,6 +37,17 @@ class Storage(FrozenModel):
     """Relative data files of a manifest are looked up here."""
 
 
+class RunCertificates(FrozenModel):
+    """What cert-manager signs for each run: a certificate with the names of its own services and no others."""
+
+    issuer_ref: dict[str, str]
+    """Issuer that signs: name, kind (Issuer or ClusterIssuer), group."""
+    duration: str = "2160h"
+    """Lifetime."""
+    renew_before: str = "720h"
+    """How long before its end it is renewed; processes take the new one without a restart."""
+
+
 class ControllerConfig(FrozenModel):
     namespaces: Annotated[list[str], Field(min_length=1)]
     """Namespaces whose runs are executed."""
@@ -45,6 +56,10 @@ class ControllerConfig(FrozenModel):
     storage: Storage = Storage()
     run_tls: ClientTls | None = None
     """Certificates at the paths where the pods of runs mount them; None: services speak plain text."""
+    run_certificates: RunCertificates | None = None
+    """Each run gets a certificate of its own, mounted at these paths; None: the one that the templates name."""
+    run_network: bool = False
+    """Each run gets a NetworkPolicy: only its own pods may call its trainers and services."""
     prometheus_url: str | None = None
     """Prometheus that scrapes the gateways: errors and latency; a canary needs it."""
     database_env: str = "STEERSMAN_DATABASE"

@@ -115,7 +115,7 @@ def _sample_objects(namespace: str, settings: Settings) -> list[Json]:
         "spec": {"data": {"demo": {}}, "stages": [{"sft": {}}, {"rewardModel": {}}, {"rl": {"steps": 1}}]},
     }
     manifest = parse_run(run)
-    bodies = [objects.manifest_map(run, manifest, settings), *objects.stage_objects(run, manifest, 0, settings)]
+    bodies = objects.lasting_objects(run, manifest, settings) + objects.stage_objects(run, manifest, 0, settings)
     for service, config in objects.needs(run, manifest, 2, settings.storage).items():
         bodies += objects.service_objects(run, manifest, service, config, settings, "rl")
     return bodies

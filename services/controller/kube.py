@@ -12,6 +12,8 @@ from kubernetes.aio.client import ApiClient
 from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.dynamic.client import DynamicClient
 
+from steersman.errors import UnavailableError
+
 Json = dict[str, Any]
 MERGE_PATCH = "application/merge-patch+json"
 APPLY_PATCH = "application/apply-patch+yaml"
@@ -44,10 +46,12 @@ RESOURCES: Mapping[str, Resource] = {
     "StatefulSet": Resource("apps", "v1", "statefulsets"),
     "Deployment": Resource("apps", "v1", "deployments"),
     "Workload": Resource("kueue.x-k8s.io", "v1beta1", "workloads"),
+    "NetworkPolicy": Resource("networking.k8s.io", "v1", "networkpolicies"),
     "InferenceService": Resource("serving.kserve.io", "v1beta1", "inferenceservices"),
+    "Certificate": Resource("cert-manager.io", "v1", "certificates"),
 }
 
-_OPTIONAL = ("InferenceService", "Workload")
+_OPTIONAL = {"InferenceService": "KServe", "Workload": "Kueue", "Certificate": "cert-manager"}
 """Kinds of other projects, which a cluster may not have."""
 
 RIGHTS: Mapping[str, tuple[str, ...]] = {
@@ -62,6 +66,7 @@ RIGHTS: Mapping[str, tuple[str, ...]] = {
     "Job": ("get", "list", "watch", "create", "delete"),
     "StatefulSet": ("get", "list", "watch", "create", "patch", "delete"),
     "Deployment": ("get", "create", "patch", "delete"),
+    "NetworkPolicy": ("get", "create"),
 }
 """What the controller must be allowed in every namespace of runs; a test compares the chart's Role."""
 
@@ -104,6 +109,9 @@ class Kube:
 
         Args:
             dry_run: everything is checked, nothing is kept.
+
+        Raises:
+            UnavailableError: the cluster lacks the project that the kind belongs to.
         """
         path = f"{RESOURCES[kind].path(namespace)}?fieldManager={FIELD_MANAGER}{'&dryRun=All' if dry_run else ''}"
         try:
@@ -111,6 +119,10 @@ class Kube:
         except ApiException as error:
             if error.status == HTTPStatus.CONFLICT:
                 return False
+            if error.status == HTTPStatus.NOT_FOUND and kind in _OPTIONAL and "namespaces" not in explain(error):
+                project = _OPTIONAL[kind]
+                said = f"this cluster has no kind {kind}; install {project}, or do without it"
+                raise UnavailableError(f"{said} in the manifest and the chart's values") from None
             raise
         return True
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.controller.actions import Action, Json
-from services.controller.config import Storage
+from services.controller.config import RunCertificates, Storage
 from services.controller.endpoint import Endpoint
 from services.controller.trouble import Trouble
 from services.controller.turns import Peer
@@ -20,6 +20,8 @@ RUN_LABEL = "steersman.dev/run"
 STAGE_LABEL = "steersman.dev/stage"
 POOL_LABEL = "steersman.dev/pool"
 """Keeps a run's service pods out of the chart's Services."""
+ONLY_FOR_LABEL = "steersman.dev/only-for"
+"""On pods that only those of the same run may call: its trainers and services, not the candidate that it releases."""
 SPEC_HASH = "steersman.dev/spec-hash"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 APPROVE = "steersman.dev/approve"
@@ -41,6 +43,10 @@ class Settings:
     gpu_resource: str = "nvidia.com/gpu"
     tls: ClientTls | None = None
     """Certificates as the pods of runs see them; None: services speak plain text."""
+    certificates: RunCertificates | None = None
+    """Each run gets a certificate of its own; None: its pods mount the one that the templates name."""
+    network: bool = False
+    """Each run gets a NetworkPolicy around its pods."""
     stuck_seconds: float = 1800.0
     """A stage that is held up for so long by what does not mend itself has failed."""
 
@@ -125,8 +131,8 @@ class Observed:
     """By stage name."""
     services: Mapping[str, SetState] = field(default_factory=dict)
     """By service: policy, reward, reference."""
-    has_manifest: bool = False
-    """The run's ConfigMap is there."""
+    present: frozenset[str] = frozenset()
+    """Kinds of what the run has from its start to its end that are there: its ConfigMap, for example."""
     endpoint: Endpoint | None = None
     """What serves the bot, where the run releases to it."""
     peers: tuple[Peer, ...] = ()

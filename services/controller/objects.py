@@ -11,8 +11,17 @@ from typing import Any
 import yaml
 
 from services.controller.actions import Json
-from services.controller.config import Storage
-from services.controller.model import POOL_LABEL, QUEUE_LABEL, RUN_LABEL, SPEC_HASH, STAGE_LABEL, Manifest, Settings
+from services.controller.config import RunCertificates, Storage
+from services.controller.model import (
+    ONLY_FOR_LABEL,
+    POOL_LABEL,
+    QUEUE_LABEL,
+    RUN_LABEL,
+    SPEC_HASH,
+    STAGE_LABEL,
+    Manifest,
+    Settings,
+)
 from steersman.config.manifest import AlignmentRun, Resources, ServiceSpec
 from steersman.errors import (
     CancelledError,
@@ -32,6 +41,8 @@ PORTS = {"policy": 50051, "reward": 50052, "reference": 50053}
 WEIGHTS_PORT = 50054
 RENDEZVOUS_PORT = 29500
 MANIFEST_MOUNT = "/etc/steersman/run"
+TLS_VOLUME = "tls"
+"""The volume of the templates that holds certificates."""
 
 _ONE_MACHINE = ("host", "drainSeconds", "threads")
 """Settings of a service that a pod has from the chart."""
@@ -163,6 +174,64 @@ def manifest_map(run: Manifest, manifest: AlignmentRun, settings: Settings) -> J
     }
 
 
+def lasting_objects(run: Manifest, manifest: AlignmentRun, settings: Settings) -> list[Json]:
+    """What a run has from its start to its end, of each kind one: its manifest, the wall around its pods, its
+    certificate."""
+    bodies = [manifest_map(run, manifest, settings)]
+    if settings.network:
+        bodies.append(network_policy(run))
+    if settings.certificates is not None:
+        bodies.append(certificate(run, manifest, settings.certificates))
+    return bodies
+
+
+def lasting_names(run: Manifest, settings: Settings) -> dict[str, str]:
+    """Name of each of the lasting objects, by kind; also of a run whose manifest cannot be read."""
+    names = {"ConfigMap": "manifest"}
+    if settings.network:
+        names["NetworkPolicy"] = "pods"
+    if settings.certificates is not None:
+        names["Certificate"] = "tls"
+    return {kind: object_name(run["metadata"]["name"], suffix) for kind, suffix in names.items()}
+
+
+def network_policy(run: Manifest) -> Json:
+    """Only the run's own pods reach its trainers and services: ranks meet without a credential of torch's."""
+    name = run["metadata"]["name"]
+    mine = {"matchLabels": {ONLY_FOR_LABEL: name}}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": owned(run, object_name(name, "pods")),
+        "spec": {"podSelector": mine, "policyTypes": ["Ingress"], "ingress": [{"from": [{"podSelector": mine}]}]},
+    }
+
+
+def certificate(run: Manifest, manifest: AlignmentRun, asked: RunCertificates) -> Json:
+    """cert-manager's Certificate of a run: localhost, for probes, and its own services with their pods."""
+    hosts = [
+        _host(run, manifest, service) for service in PORTS if not getattr(manifest.spec.services, service).endpoints
+    ]
+    name = object_name(manifest.metadata.name, "tls")
+    return {
+        "apiVersion": "cert-manager.io/v1",
+        "kind": "Certificate",
+        "metadata": owned(run, name),
+        "spec": {
+            "secretName": name,
+            "secretTemplate": {
+                "labels": {"app.kubernetes.io/managed-by": "steersman", RUN_LABEL: manifest.metadata.name}
+            },
+            "dnsNames": ["localhost", *(name for host in hosts for name in (host, f"*.{host}"))],
+            "usages": ["server auth", "client auth"],
+            "duration": asked.duration,
+            "renewBefore": asked.renew_before,
+            "privateKey": {"algorithm": "ECDSA", "size": 256, "rotationPolicy": "Always"},
+            "issuerRef": asked.issuer_ref,
+        },
+    }
+
+
 def token_secret(run: Manifest, manifest: AlignmentRun) -> Json:
     """Secret with the token that the run's services ask for; whoever creates it draws it (`DrawToken`)."""
     metadata = owned(run, object_name(manifest.metadata.name, "token"))
@@ -197,8 +266,8 @@ def service_objects(
     name = object_name(manifest.metadata.name, service)
     spec: ServiceSpec = getattr(manifest.spec.services, service)
     labels = {POOL_LABEL: manifest.metadata.name, "app.kubernetes.io/component": service}
-    of_pods = {**labels, RUN_LABEL: manifest.metadata.name}
-    template = _pod(settings.templates[service], of_pods, spec.resources, settings)
+    of_pods = {**labels, RUN_LABEL: manifest.metadata.name, ONLY_FOR_LABEL: manifest.metadata.name}
+    template = _pod(run, settings.templates[service], of_pods, spec.resources, settings)
     container = template["spec"]["containers"][0]
     container["args"] = [
         *(container.get("args") or []),
@@ -330,7 +399,8 @@ def stage_objects(
 
 def _stage_pod(run: Manifest, manifest: AlignmentRun, stage: str, labels: dict[str, str], settings: Settings) -> Json:
     """The pod of a stage: it puts manifest, base model and data into the run's folder, then runs the stage."""
-    template = _pod(settings.templates["trainer"], labels, manifest.spec.trainer.resources, settings)
+    mine = {**labels, ONLY_FOR_LABEL: manifest.metadata.name}
+    template = _pod(run, settings.templates["trainer"], mine, manifest.spec.trainer.resources, settings)
     pod = template["spec"]
     pod["restartPolicy"] = "Never"
     pod["terminationGracePeriodSeconds"] = int(LEAVE_SECONDS) + 10
@@ -367,7 +437,7 @@ TIDY = "tidy"
 def tidy_job(run: Manifest, manifest: AlignmentRun, settings: Settings) -> Json:
     """A Job that leaves of the run's folder what the manifest keeps."""
     labels = {STAGE_LABEL: TIDY, RUN_LABEL: manifest.metadata.name, "app.kubernetes.io/component": "trainer"}
-    template = _pod(settings.templates["trainer"], labels, Resources(), settings)
+    template = _pod(run, settings.templates["trainer"], labels, Resources(), settings)
     template["spec"]["restartPolicy"] = "Never"
     container = template["spec"]["containers"][0]
     container["terminationMessagePolicy"] = "FallbackToLogsOnError"
@@ -386,8 +456,8 @@ def tidy_job(run: Manifest, manifest: AlignmentRun, settings: Settings) -> Json:
     }
 
 
-def _pod(template: Json, labels: dict[str, str], resources: Resources, settings: Settings) -> Json:
-    """A copy of a pod template with the run's labels and the manifest's resources."""
+def _pod(run: Manifest, template: Json, labels: dict[str, str], resources: Resources, settings: Settings) -> Json:
+    """A copy of a pod template with the run's labels and certificate, and the manifest's resources."""
     pod = copy.deepcopy(template)
     meta = pod.setdefault("metadata", {})
     meta["labels"] = {**meta.get("labels", {}), **labels}
@@ -399,4 +469,8 @@ def _pod(template: Json, labels: dict[str, str], resources: Resources, settings:
         requests["memory"] = limits["memory"] = resources.memory
     if resources.gpus:
         requests[settings.gpu_resource] = limits[settings.gpu_resource] = resources.gpus
+    if settings.certificates is not None:
+        for volume in pod["spec"].get("volumes") or []:
+            if volume["name"] == TLS_VOLUME:
+                volume["secret"]["secretName"] = object_name(run["metadata"]["name"], "tls")
     return pod

@@ -22,10 +22,11 @@ from services.controller.model import (
     Observed,
     Progress,
     SetState,
+    Settings,
     Signals,
     WorkloadState,
 )
-from services.controller.objects import final_exit_codes, object_name
+from services.controller.objects import final_exit_codes, lasting_names, object_name
 from services.controller.plan import parse_run, read_status
 from services.controller.release import candidate_name
 from services.controller.signals import LiveSignals
@@ -67,7 +68,9 @@ def _with_nulls(stored: Any, written: Any) -> Any:
     return stored
 
 
-async def observe(kube: Kube, run: Manifest, signals: LiveSignals | None, now: datetime) -> Observed:
+async def observe(
+    kube: Kube, run: Manifest, signals: LiveSignals | None, settings: Settings, now: datetime
+) -> Observed:
     """Reads everything that belongs to a run."""
     namespace, name = run["metadata"]["namespace"], run["metadata"]["name"]
     selector = f"{RUN_LABEL}={name}"
@@ -77,7 +80,7 @@ async def observe(kube: Kube, run: Manifest, signals: LiveSignals | None, now: d
         kube.list("StatefulSet", namespace, selector),
         kube.list("AlignmentRun", namespace),
     )
-    manifest = await kube.get("ConfigMap", namespace, object_name(name, "manifest"))
+    lasting = {kind: await kube.get(kind, namespace, name) for kind, name in lasting_names(run, settings).items()}
     endpoint = await _endpoint(kube, run)
     events = await _events(kube, namespace, pods, jobs, sets)
     return Observed(
@@ -91,7 +94,7 @@ async def observe(kube: Kube, run: Manifest, signals: LiveSignals | None, now: d
             for item in sets
             if is_owned(item, run)
         },
-        has_manifest=manifest is not None and is_owned(manifest, run),
+        present=frozenset(kind for kind, found in lasting.items() if found is not None and is_owned(found, run)),
         endpoint=endpoint,
         peers=_peers(run, runs),
         workload=await _workload(kube, run),

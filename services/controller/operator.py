@@ -205,6 +205,8 @@ async def serve(config: ControllerConfig) -> None:
             stuck_seconds=config.stuck_seconds,
             gpu_resource=config.gpu_resource,
             tls=config.run_tls,
+            certificates=config.run_certificates,
+            network=config.run_network,
         )
         reconciler = Reconciler(kube, settings, signals=signals, registry=model_registry)
         health = Health(kube, config)

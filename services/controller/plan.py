@@ -154,8 +154,9 @@ class _Planner:
             self._event("Resumed", "the run goes on", key=self.generation)
             self._set(suspended_seconds=self._suspended_seconds(), suspend_time=None)
         self._known_stages(manifest)
-        if not self.observed.has_manifest:
-            self.actions.append(Create("ConfigMap", objects.manifest_map(self.run, manifest, self.settings)))
+        for body in objects.lasting_objects(self.run, manifest, self.settings):
+            if body["kind"] not in self.observed.present:
+                self.actions.append(Create(body["kind"], body))
         for index, (name, stage) in enumerate(manifest.stages()):
             if self._stage(name).phase != "Succeeded":
                 self._run_stage(manifest, index, name)

@@ -80,7 +80,7 @@ class Reconciler:
             return None
         run = as_written(stored)
         now = self._clock()
-        decision = plan(run, await observe(self._kube, run, self._signals, now), self._settings, now)
+        decision = plan(run, await observe(self._kube, run, self._signals, self._settings, now), self._settings, now)
         try:
             for action in decision.actions:
                 await self._act(run, decision.status, action)

@@ -91,6 +91,27 @@ spec:
 {{- end }}
 {{- end -}}
 
+{{/*
+Head of the NetworkPolicy of a component whose pods also belong to runs: dict like "steersman.metadata", and private:
+true for the pods that the run's own policy, made by the controller, opens to the run alone; false for the others.
+*/}}
+{{- define "steersman.privatePolicy" -}}
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata:
+  {{- $name := include "steersman.name" . }}
+  {{- include "steersman.metadata" (merge (dict "name" (ternary (printf "%s-runs" $name) $name .private)) .) | nindent 2 }}
+spec:
+  podSelector:
+    matchLabels:
+      {{- include "steersman.componentLabels" . | nindent 6 }}
+    {{- if .root.Values.networkPolicy.perRun }}
+    matchExpressions:
+      - {key: steersman.dev/only-for, operator: {{ ternary "Exists" "DoesNotExist" .private }}}
+    {{- end }}
+  policyTypes: [Ingress{{ if .root.Values.networkPolicy.egress.enabled }}, Egress{{ end }}]
+{{- end -}}
+
 {{/* What every pod may ask: names; and whatever the values add for its component. */}}
 {{- define "steersman.egress" -}}
 - ports:

@@ -116,12 +116,12 @@ def test_every_object_that_the_controller_touches_is_in_its_role(helm, find):
     allowed = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
     touched = {
         *((kind, "create") for kind in ("jobs", "statefulsets", "services", "configmaps", "events", "secrets")),
-        *((kind, "create") for kind in ("deployments", "workloads")),
+        *((kind, "create") for kind in ("deployments", "workloads", "networkpolicies")),
         *((kind, "list") for kind in ("jobs", "statefulsets", "pods", "events", "inferenceservices", PLURAL)),
         *((kind, "watch") for kind in ("jobs", "statefulsets", "pods", PLURAL)),
         *((kind, "get") for kind in ("configmaps", "inferenceservices", "deployments", "workloads")),
         *((kind, "get") for kind in ("pods/log", PLURAL)),
-        *((kind, "get") for kind in ("jobs", "statefulsets", "services")),  # whose is it?
+        *((kind, "get") for kind in ("jobs", "statefulsets", "services", "networkpolicies")),  # whose is it?
         *((kind, "patch") for kind in ("statefulsets", "inferenceservices", PLURAL, f"{PLURAL}/status")),
         *((kind, "patch") for kind in ("deployments", "configmaps")),
         *((kind, "delete") for kind in ("jobs", PLURAL)),

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from services.controller.model import ONLY_FOR_LABEL
+from services.controller.objects import TLS_VOLUME
+
 SERVICES = {"policy": 50051, "reward": 50052, "reference": 50053}
 EVERYTHING = ("default", "reward.enabled=true", "reference.enabled=true")
 
@@ -141,6 +144,41 @@ def test_scoring_is_for_trainers_and_the_gateway_is_for_those_who_are_named(helm
     assert names == ["ingress", "business-apps"]
     assert test["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test", "helm test"
     assert ingress(find(documents, "NetworkPolicy", "controller")) == {8080: ["test"], 9090: ["outside"]}
+
+
+def test_the_pods_of_runs_are_left_to_the_policies_of_their_runs(helm, find):
+    """The controller makes one for each run; the chart's own name metrics and what pods may ask."""
+    documents = helm.render("default")
+    assert yaml.safe_load(find(documents, "ConfigMap", "controller")["data"]["config.yaml"])["runNetwork"] is True
+    for component in (*SERVICES, "trainer"):
+        private, shared = (find(documents, "NetworkPolicy", name) for name in (f"{component}-runs", component))
+        for policy, operator in ((private, "Exists"), (shared, "DoesNotExist")):
+            (expression,) = policy["spec"]["podSelector"]["matchExpressions"]
+            assert expression == {"key": ONLY_FOR_LABEL, "operator": operator}
+        assert {9090} >= set(ingress({"spec": {"ingress": [], **private["spec"]}})), "nobody calls them but the run"
+    plain = helm.render("default", "networkPolicy.perRun=false")
+    names = [item["metadata"]["name"] for item in plain if item["kind"] == "NetworkPolicy"]
+    assert not [name for name in names if name.endswith("-runs")]
+    assert "matchExpressions" not in find(plain, "NetworkPolicy", "policy")["spec"]["podSelector"]
+    assert yaml.safe_load(find(plain, "ConfigMap", "controller")["data"]["config.yaml"])["runNetwork"] is False
+
+
+def test_a_certificate_for_each_run_is_asked_for_by_the_controller(helm, find):
+    issuer = ("tls.certManager.enabled=true", "tls.certManager.issuerRef.name=company")
+    documents = helm.render(*EVERYTHING, *issuer, "tls.certManager.perRun=true")
+    config = yaml.safe_load(find(documents, "ConfigMap", "controller")["data"]["config.yaml"])
+    assert config["runCertificates"] == {
+        "issuerRef": {"name": "company"},
+        "duration": "2160h",
+        "renewBefore": "720h",
+    }
+    rules = find(documents, "Role", "controller")["rules"]
+    assert {"apiGroups": ["cert-manager.io"], "resources": ["certificates"], "verbs": ["get", "create"]} in rules
+    without = find(helm.render(*EVERYTHING, *issuer), "Role", "controller")["rules"]
+    assert not [rule for rule in without if "cert-manager.io" in rule["apiGroups"]]
+    for name in (*SERVICES, "trainer"):
+        template = yaml.safe_load(find(documents, "ConfigMap", "controller")["data"][f"{name}.yaml"])
+        assert TLS_VOLUME in [volume["name"] for volume in template["spec"]["volumes"]], "where the controller puts it"
 
 
 def test_the_controllers_rights_are_just_its_calls(helm, find):

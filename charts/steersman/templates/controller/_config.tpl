@@ -9,6 +9,15 @@ storage:
 {{- if include "steersman.tlsSecret" . }}
 runTls: {{ include "steersman.tlsClient" . }}
 {{- end }}
+{{- with .Values.tls.certManager }}
+{{- if .perRun }}
+{{- if not .enabled }}
+{{- fail "tls.certManager.perRun needs tls.certManager.enabled: its issuer signs the certificates of runs" }}
+{{- end }}
+runCertificates: {{ pick . "issuerRef" "duration" "renewBefore" | toJson }}
+{{- end }}
+{{- end }}
+runNetwork: {{ and .Values.networkPolicy.enabled .Values.networkPolicy.perRun }}
 gpuResource: {{ .Values.gpuResource }}
 resyncSeconds: {{ .Values.controller.resyncSeconds }}
 {{- with .Values.controller.prometheusUrl }}
