@@ -58,7 +58,9 @@ def _write_winners(
     """Samples a round's answers with the published policy, and writes the best of each prompt."""
     chosen = prompts_of_round(prompts, spec.prompts_per_round, number, context.seed)
     rollouts = services.rollouts(spec.generation)
-    scored, timing = rollouts.collect(chosen, spec.samples_per_prompt, (context.seed << 32) + number)
+    scored, timing = rollouts.collect(
+        chosen, spec.samples_per_prompt, (context.seed << 32) + number, progress=(number, spec.rounds)
+    )
     count_failed(scored, spec.max_failed_share)
     warn_of_cut_answers(cut_share(itertools.chain(*scored)), spec.generation, context.reporter)
     found = [winner_row(prompt, items) for prompt, items in zip(chosen, scored, strict=True)]

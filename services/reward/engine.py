@@ -29,6 +29,16 @@ class Item:
     facts: dict[str, Any]
     tools: list[dict[str, Any]] | None = None
     """Tool definitions that the conversation's assistant had."""
+    answer_length: int = 0
+    """How many of `token_ids`, counted from the end, are the answer; 0: not said."""
+    progress: tuple[int, int] = (0, 0)
+    """Steps of the caller's training that are done, and all of them."""
+
+    @property
+    def answered(self) -> Answered:
+        """What a verifiable reward sees of it."""
+        ids = self.token_ids[len(self.token_ids) - self.answer_length :]
+        return Answered(self.messages[:-1], self.messages[-1]["content"], self.facts, ids, self.progress)
 
     @property
     def tokens(self) -> int:
@@ -116,10 +126,7 @@ class VerifiableScorer:
 
     def score(self, items: Sequence[Item]) -> list[Part]:
         spoken = [index for index, item in enumerate(items) if item.messages]
-        answered = [
-            Answered(items[index].messages[:-1], items[index].messages[-1]["content"], items[index].facts)
-            for index in spoken
-        ]
+        answered = [items[index].answered for index in spoken]
         try:
             outcomes = list(self._reward(answered)) if answered else []
         except Exception as error:

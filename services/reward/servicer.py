@@ -41,15 +41,21 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
 
 
 def _items(request: pb.ScoreRequest) -> list[Item]:
-    return [_item(f"items[{index}]", item, request.tokenizer_fingerprint) for index, item in enumerate(request.items)]
+    progress = (request.progress.step, request.progress.steps)
+    return [
+        _item(f"items[{index}]", item, request.tokenizer_fingerprint, progress)
+        for index, item in enumerate(request.items)
+    ]
 
 
-def _item(name: str, item: pb.ScoreItem, fingerprint: str) -> Item:
+def _item(name: str, item: pb.ScoreItem, fingerprint: str, progress: tuple[int, int]) -> Item:
     rows = unpack_rows(item.token_ids, np.int32, f"{name}.token_ids") if item.HasField("token_ids") else []
     if len(rows) > 1:
         raise InvalidArgumentError(f"{name}.token_ids has {len(rows)} rows; an item is one row")
     if not rows and not item.messages:
         raise InvalidArgumentError(f"{name} has neither token_ids nor messages; send at least one of them")
+    if item.answer_length > (len(rows[0]) if rows else 0):
+        raise InvalidArgumentError(f"{name}.answer_length is {item.answer_length}, more than its token_ids")
     if item.messages and item.messages[-1].role != "assistant":
         raise InvalidArgumentError(f"{name}.messages must end with the assistant's answer")
     try:
@@ -64,4 +70,6 @@ def _item(name: str, item: pb.ScoreItem, fingerprint: str) -> Item:
         token_ids=rows[0].tolist() if rows else [],
         fingerprint=fingerprint,
         facts=facts,
+        answer_length=item.answer_length,
+        progress=progress,
     )

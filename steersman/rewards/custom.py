@@ -3,8 +3,9 @@
     def polite(completions, **kwargs) -> list[float | None]: ...
 
 It is called with keyword arguments that are lists over the batch: `prompts` and `completions` (conversations, as TRL
-gives them for conversational data), `completion_ids`, and one for each key of the rows (of `facts`, too). None says
-nothing of an answer. It may be `async`.
+gives them for conversational data), `completion_ids`, and one for each key of the rows (of `facts`, too); besides
+`trainer_state` with `global_step` and `max_steps`, and `log_extra` and `log_metric`, whose numbers are metrics. None
+says nothing of an answer. It may be `async`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zlib import crc32
 
 from steersman.errors import ConfigError
 from steersman.rewards.registry import Answered, BatchReward, Failed, Outcome, Verdict
@@ -46,7 +49,7 @@ def load_function(reference: str) -> Callable[..., Any]:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise ConfigError(f"python: {reference}: {error}; a path starts from the manifest's folder") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"python: {reference}: it cannot be imported ({type(error).__name__}: {error})") from error
     function: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(function):
@@ -55,12 +58,17 @@ def load_function(reference: str) -> Callable[..., Any]:
 
 
 def _from_file(path: Path) -> ModuleType:
+    """The file as a module: registered, as dataclasses of it need, and with its neighbours in reach, as of a script."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"steersman_reward_{path.stem}", path)
+    path = path.resolve()
+    spec = importlib.util.spec_from_file_location(f"steersman_reward_{path.stem}_{crc32(bytes(path)):08x}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec.loader.exec_module(module)
     return module
 
@@ -73,14 +81,51 @@ def custom_reward(reference: str, options: Mapping[str, Any]) -> BatchReward:
     function = load_function(reference)
 
     def reward(items: Sequence[Answered]) -> list[Outcome]:
-        given = function(**_columns(items), **options)
-        rewards = asyncio.run(given) if inspect.iscoroutine(given) else given
-        rewards = list(rewards)
+        logged = _Logged(len(items))
+        try:
+            given = function(**{**_columns(items), **_of_trainer(items, logged), **options})
+            given = asyncio.run(_awaited(given)) if inspect.isawaitable(given) else given
+        except SystemExit as error:
+            raise RuntimeError(f"it called sys.exit({error.code!r})") from None
+        try:
+            rewards = list(given)
+        except TypeError:
+            raise ValueError(f"it returned {given!r:.80}; return a list with one reward for each answer") from None
         if len(rewards) != len(items):
             raise ValueError(f"it returned {len(rewards)} rewards for {len(items)} answers; return one for each")
-        return [_outcome(value) for value in rewards]
+        return [_outcome(value, said) for value, said in zip(rewards, logged.of_answers, strict=True)]
 
     return reward
+
+
+async def _awaited(given: Awaitable[Any]) -> Any:
+    return await given
+
+
+class _Logged:
+    """What a function logs by TRL's `log_extra` and `log_metric`: finite numbers, as criteria of the answers."""
+
+    def __init__(self, answers: int) -> None:
+        self.of_answers: list[dict[str, float]] = [{} for _ in range(answers)]
+
+    def extra(self, column: str, values: Sequence[Any]) -> None:
+        """A column with a value for each answer; texts are not kept."""
+        for said, value in zip(self.of_answers, values, strict=False):
+            number = _number(value)
+            if number is not None:
+                said[str(column)] = number
+
+    def metric(self, name: str, value: Any) -> None:
+        """One number for the batch."""
+        self.extra(name, [value] * len(self.of_answers))
+
+
+def _of_trainer(items: Sequence[Answered], logged: _Logged) -> dict[str, Any]:
+    from transformers import TrainerState
+
+    done, steps = max((item.progress for item in items), default=(0, 0))
+    state = TrainerState(global_step=done, max_steps=steps)
+    return {"trainer_state": state, "log_extra": logged.extra, "log_metric": logged.metric}
 
 
 def _columns(items: Sequence[Answered]) -> dict[str, list[Any]]:
@@ -93,11 +138,21 @@ def _columns(items: Sequence[Answered]) -> dict[str, list[Any]]:
     return columns
 
 
-def _outcome(value: Any) -> Outcome:
+def _outcome(value: Any, said: Mapping[str, float]) -> Outcome:
     if value is None:
+        return None
+    number = _number(value)
+    if number is None:
+        return Failed(f"it returned {value!r:.80}, which is no finite number")
+    return Verdict(number, said)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, whoever's type it has; None for anything else, texts of digits included."""
+    if isinstance(value, str | bytes):
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        return Failed(f"it returned {value!r}, which is no number")
-    return Verdict(number) if math.isfinite(number) else Failed(f"it returned {number}, which is no finite number")
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None

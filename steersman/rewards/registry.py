@@ -37,6 +37,8 @@ class Answered:
     """The row's `facts` and its further keys."""
     token_ids: Sequence[int] = ()
     """Of the answer, where the caller knows them."""
+    progress: tuple[int, int] = (0, 0)
+    """Steps of the training that are done, and all of them."""
 
 
 @dataclass(frozen=True)

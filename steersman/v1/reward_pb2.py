@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from steersman.v1 import common_pb2 as steersman_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/reward.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"U\n\x0cScoreRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ScoreItem\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\"\xa0\x01\n\tScoreItem\x12-\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\'\n\x08messages\x18\x03 \x03(\x0b\x32\x15.steersman.v1.Message\x12\x12\n\nfacts_json\x18\x04 \x01(\t\x12\x12\n\ntools_json\x18\x05 \x01(\tJ\x04\x08\x02\x10\x03R\rprompt_length\"8\n\rScoreResponse\x12\'\n\x06scores\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ItemScore\"c\n\tItemScore\x12\x13\n\x06reward\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\'\n\x05parts\x18\x02 \x03(\x0b\x32\x18.steersman.v1.RewardPart\x12\r\n\x05\x65rror\x18\x03 \x01(\tB\t\n\x07_reward\"\xbf\x01\n\nRewardPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05value\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12\x36\n\x07\x61spects\x18\x04 \x03(\x0b\x32%.steersman.v1.RewardPart.AspectsEntry\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x1a.\n\x0c\x41spectsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_value\"\x16\n\x14GetRewardInfoRequest\"B\n\x15GetRewardInfoResponse\x12)\n\x07scorers\x18\x01 \x03(\x0b\x32\x18.steersman.v1.ScorerInfo\"{\n\nScorerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12&\n\x05model\x18\x04 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x0c\n\x04mean\x18\x05 \x01(\x02\x12\x0b\n\x03std\x18\x06 \x01(\x02\x32\xab\x01\n\rRewardService\x12@\n\x05Score\x12\x1a.steersman.v1.ScoreRequest\x1a\x1b.steersman.v1.ScoreResponse\x12X\n\rGetRewardInfo\x12\".steersman.v1.GetRewardInfoRequest\x1a#.steersman.v1.GetRewardInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/reward.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"\x87\x01\n\x0cScoreRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ScoreItem\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x30\n\x08progress\x18\x03 \x01(\x0b\x32\x1e.steersman.v1.TrainingProgress\"/\n\x10TrainingProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05steps\x18\x02 \x01(\x03\"\xb7\x01\n\tScoreItem\x12-\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\'\n\x08messages\x18\x03 \x03(\x0b\x32\x15.steersman.v1.Message\x12\x12\n\nfacts_json\x18\x04 \x01(\t\x12\x12\n\ntools_json\x18\x05 \x01(\t\x12\x15\n\ranswer_length\x18\x06 \x01(\rJ\x04\x08\x02\x10\x03R\rprompt_length\"8\n\rScoreResponse\x12\'\n\x06scores\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ItemScore\"c\n\tItemScore\x12\x13\n\x06reward\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\'\n\x05parts\x18\x02 \x03(\x0b\x32\x18.steersman.v1.RewardPart\x12\r\n\x05\x65rror\x18\x03 \x01(\tB\t\n\x07_reward\"\xbf\x01\n\nRewardPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05value\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12\x36\n\x07\x61spects\x18\x04 \x03(\x0b\x32%.steersman.v1.RewardPart.AspectsEntry\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x1a.\n\x0c\x41spectsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_value\"\x16\n\x14GetRewardInfoRequest\"B\n\x15GetRewardInfoResponse\x12)\n\x07scorers\x18\x01 \x03(\x0b\x32\x18.steersman.v1.ScorerInfo\"{\n\nScorerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12&\n\x05model\x18\x04 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x0c\n\x04mean\x18\x05 \x01(\x02\x12\x0b\n\x03std\x18\x06 \x01(\x02\x32\xab\x01\n\rRewardService\x12@\n\x05Score\x12\x1a.steersman.v1.ScoreRequest\x1a\x1b.steersman.v1.ScoreResponse\x12X\n\rGetRewardInfo\x12\".steersman.v1.GetRewardInfoRequest\x1a#.steersman.v1.GetRewardInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,24 +34,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REWARDPART_ASPECTSENTRY']._loaded_options = None
   _globals['_REWARDPART_ASPECTSENTRY']._serialized_options = b'8\001'
-  _globals['_SCOREREQUEST']._serialized_start=70
-  _globals['_SCOREREQUEST']._serialized_end=155
-  _globals['_SCOREITEM']._serialized_start=158
-  _globals['_SCOREITEM']._serialized_end=318
-  _globals['_SCORERESPONSE']._serialized_start=320
-  _globals['_SCORERESPONSE']._serialized_end=376
-  _globals['_ITEMSCORE']._serialized_start=378
-  _globals['_ITEMSCORE']._serialized_end=477
-  _globals['_REWARDPART']._serialized_start=480
-  _globals['_REWARDPART']._serialized_end=671
-  _globals['_REWARDPART_ASPECTSENTRY']._serialized_start=615
-  _globals['_REWARDPART_ASPECTSENTRY']._serialized_end=661
-  _globals['_GETREWARDINFOREQUEST']._serialized_start=673
-  _globals['_GETREWARDINFOREQUEST']._serialized_end=695
-  _globals['_GETREWARDINFORESPONSE']._serialized_start=697
-  _globals['_GETREWARDINFORESPONSE']._serialized_end=763
-  _globals['_SCORERINFO']._serialized_start=765
-  _globals['_SCORERINFO']._serialized_end=888
-  _globals['_REWARDSERVICE']._serialized_start=891
-  _globals['_REWARDSERVICE']._serialized_end=1062
+  _globals['_SCOREREQUEST']._serialized_start=71
+  _globals['_SCOREREQUEST']._serialized_end=206
+  _globals['_TRAININGPROGRESS']._serialized_start=208
+  _globals['_TRAININGPROGRESS']._serialized_end=255
+  _globals['_SCOREITEM']._serialized_start=258
+  _globals['_SCOREITEM']._serialized_end=441
+  _globals['_SCORERESPONSE']._serialized_start=443
+  _globals['_SCORERESPONSE']._serialized_end=499
+  _globals['_ITEMSCORE']._serialized_start=501
+  _globals['_ITEMSCORE']._serialized_end=600
+  _globals['_REWARDPART']._serialized_start=603
+  _globals['_REWARDPART']._serialized_end=794
+  _globals['_REWARDPART_ASPECTSENTRY']._serialized_start=738
+  _globals['_REWARDPART_ASPECTSENTRY']._serialized_end=784
+  _globals['_GETREWARDINFOREQUEST']._serialized_start=796
+  _globals['_GETREWARDINFOREQUEST']._serialized_end=818
+  _globals['_GETREWARDINFORESPONSE']._serialized_start=820
+  _globals['_GETREWARDINFORESPONSE']._serialized_end=886
+  _globals['_SCORERINFO']._serialized_start=888
+  _globals['_SCORERINFO']._serialized_end=1011
+  _globals['_REWARDSERVICE']._serialized_start=1014
+  _globals['_REWARDSERVICE']._serialized_end=1185
 # @@protoc_insertion_point(module_scope)

@@ -8,24 +8,36 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("items", "tokenizer_fingerprint")
+    __slots__ = ("items", "tokenizer_fingerprint", "progress")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[ScoreItem]
     tokenizer_fingerprint: str
-    def __init__(self, items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
+    progress: TrainingProgress
+    def __init__(self, items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., tokenizer_fingerprint: _Optional[str] = ..., progress: _Optional[_Union[TrainingProgress, _Mapping]] = ...) -> None: ...
+
+class TrainingProgress(_message.Message):
+    __slots__ = ("step", "steps")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    steps: int
+    def __init__(self, step: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class ScoreItem(_message.Message):
-    __slots__ = ("token_ids", "messages", "facts_json", "tools_json")
+    __slots__ = ("token_ids", "messages", "facts_json", "tools_json", "answer_length")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     FACTS_JSON_FIELD_NUMBER: _ClassVar[int]
     TOOLS_JSON_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_LENGTH_FIELD_NUMBER: _ClassVar[int]
     token_ids: _common_pb2.RaggedTensor
     messages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Message]
     facts_json: str
     tools_json: str
-    def __init__(self, token_ids: _Optional[_Union[_common_pb2.RaggedTensor, _Mapping]] = ..., messages: _Optional[_Iterable[_Union[_common_pb2.Message, _Mapping]]] = ..., facts_json: _Optional[str] = ..., tools_json: _Optional[str] = ...) -> None: ...
+    answer_length: int
+    def __init__(self, token_ids: _Optional[_Union[_common_pb2.RaggedTensor, _Mapping]] = ..., messages: _Optional[_Iterable[_Union[_common_pb2.Message, _Mapping]]] = ..., facts_json: _Optional[str] = ..., tools_json: _Optional[str] = ..., answer_length: _Optional[int] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("scores",)

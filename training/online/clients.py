@@ -161,19 +161,27 @@ class RewardClient(Remote):
         """Weights of the scorers whose values have mean 0 and standard deviation 1 on a reference set."""
         return {scorer.name: scorer.weight for scorer in self.info().scorers if scorer.kind == "model"}
 
-    async def score(self, items: Sequence[reward_pb2.ScoreItem]) -> list[Score]:
+    async def score(self, items: Sequence[reward_pb2.ScoreItem], progress: tuple[int, int] = (0, 0)) -> list[Score]:
         """One score an item, in order; what cannot be scored has no reward but an error.
 
         Items that fail are sent once more in the same company: a batch of other rows rounds in other ways.
+
+        Args:
+            progress: steps of the training that are done, and all of them.
         """
-        scores = await self._scores(items)
+        scores = await self._scores(items, progress)
         if any(math.isnan(score.reward) for score in scores):
-            again = await self._scores(items)
+            again = await self._scores(items, progress)
             scores = [new if math.isnan(old.reward) else old for old, new in zip(scores, again, strict=True)]
         return scores
 
-    async def _scores(self, items: Sequence[reward_pb2.ScoreItem]) -> list[Score]:
-        request = reward_pb2.ScoreRequest(items=items, tokenizer_fingerprint=self._fingerprint)
+    async def _scores(self, items: Sequence[reward_pb2.ScoreItem], progress: tuple[int, int]) -> list[Score]:
+        done, steps = progress
+        request = reward_pb2.ScoreRequest(
+            items=items,
+            tokenizer_fingerprint=self._fingerprint,
+            progress=reward_pb2.TrainingProgress(step=done, steps=steps),
+        )
         try:
             response = await self.call(lambda: self._stub.Score(request, timeout=CALL_SECONDS))
         except FailingError as error:

@@ -96,7 +96,12 @@ class Collector:
         """
         stage = self._stage
         scored, timing = self._rollouts.collect(
-            prompts, stage.samples_per_prompt, self.step_seed(step), first=first, in_flight=stage.max_staleness > 0
+            prompts,
+            stage.samples_per_prompt,
+            self.step_seed(step),
+            first=first,
+            in_flight=stage.max_staleness > 0,
+            progress=(step, stage.steps),
         )
         batch = to_batch(prompts, scored, self._rollouts.standardised)
         batch, counts = exclude_failed(batch, scored, stage.max_failed_share)

@@ -127,7 +127,14 @@ class Rollouts:
         self._deterministic = deterministic
 
     def collect(
-        self, prompts: Sequence[Prompt], n: int, seed: int, *, first: int = 0, in_flight: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        seed: int,
+        *,
+        first: int = 0,
+        in_flight: bool = False,
+        progress: tuple[int, int] = (0, 0),
     ) -> tuple[list[list[Scored]], dict[str, float]]:
         """`n` scored samples of every prompt, and where the time went.
 
@@ -135,14 +142,15 @@ class Rollouts:
             seed: of the step; a sample's random numbers follow from it, the prompt's place and the sample's number.
             first: place of the first prompt among all of the step.
             in_flight: weights may be published meanwhile, see `PolicyPool.samples`.
+            progress: steps of the training that are done, and all of them, for rewards that change with it.
 
         Returns:
             For every prompt its samples by sample index, and seconds and tokens of generation.
         """
-        return background().run(self._collect(prompts, n, seed, first, in_flight))
+        return background().run(self._collect(prompts, n, seed, first, in_flight, progress))
 
     async def _collect(
-        self, prompts: Sequence[Prompt], n: int, seed: int, first: int, in_flight: bool
+        self, prompts: Sequence[Prompt], n: int, seed: int, first: int, in_flight: bool, progress: tuple[int, int]
     ) -> tuple[list[list[Scored]], dict[str, float]]:
         start = time.monotonic()
         size = math.ceil(len(prompts) / BLOCKS)
@@ -170,7 +178,7 @@ class Rollouts:
                     block = sample.prompt_index // size
                     low, high = block * size, min((block + 1) * size, len(prompts))
                     if not any(missing[low:high]):
-                        blocks[block] = asyncio.create_task(self._score(prompts[low:high], samples[low:high]))
+                        blocks[block] = asyncio.create_task(self._score(prompts[low:high], samples[low:high], progress))
                     for task in blocks.values():
                         if task.done():
                             task.result()  # a failure ends the batch at once
@@ -197,7 +205,9 @@ class Rollouts:
             mask_top_p=self._mask_top_p,
         )
 
-    async def _score(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Any]]) -> list[list[Scored]]:
+    async def _score(
+        self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Any]], progress: tuple[int, int]
+    ) -> list[list[Scored]]:
         """Reward and reference of one block, side by side; a lost sample has neither."""
         rows = [
             (prompt, sample)
@@ -206,19 +216,21 @@ class Rollouts:
             if isinstance(sample, Sample)
         ]
         texts = [self._decode(sample.token_ids) for _, sample in rows]
-        scores, references = await asyncio.gather(self._rewards(rows, texts), self._reference_logprobs(rows))
+        scores, references = await asyncio.gather(self._rewards(rows, texts, progress), self._reference_logprobs(rows))
         made = {
             id(sample): Scored(sample, score, ref, text)
             for (_, sample), score, ref, text in zip(rows, scores, references, texts, strict=True)
         }
         return [[made.get(id(sample)) or _unmade(sample) for sample in group] for group in samples]
 
-    async def _rewards(self, rows: Sequence[tuple[Prompt, Sample]], texts: Sequence[str]) -> list[Score]:
+    async def _rewards(
+        self, rows: Sequence[tuple[Prompt, Sample]], texts: Sequence[str], progress: tuple[int, int]
+    ) -> list[Score]:
         items = [score_item(prompt, sample.token_ids, text) for (prompt, sample), text in zip(rows, texts, strict=True)]
         if not items:
             return []
         async with self._reward.free() as client:
-            return await client.score(items)
+            return await client.score(items, progress)
 
     async def _reference_logprobs(self, rows: Sequence[tuple[Prompt, Sample]]) -> list[np.ndarray] | list[None]:
         if not self._reference or not rows:
@@ -242,6 +254,7 @@ def score_item(prompt: Prompt, token_ids: np.ndarray, text: str) -> reward_pb2.S
         messages=[*map(to_message, prompt.messages), common_pb2.Message(role="assistant", content=text)],
         facts_json=prompt.facts_json,
         tools_json=json.dumps(prompt.tools) if prompt.tools else "",
+        answer_length=len(token_ids),
     )
 
 

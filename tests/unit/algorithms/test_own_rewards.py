@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from pydantic import ValidationError
 
 from services.reward.config import RewardConfig
 from services.reward.engine import Item, RewardEngine
+from services.reward.servicer import _items
 from steersman.config.base import load_model
 from steersman.config.manifest import VerifiableReward
-from steersman.errors import ConfigError
+from steersman.errors import ConfigError, InvalidArgumentError
 from steersman.rewards import Answered, Failed, Verdict, build_batch_reward, build_reward, custom_reward
 from steersman.rewards.metrics import greedy_match
 from steersman.testing.models import save_model_folder, tiny_roberta_reward, tiny_tokenizer
+from steersman.v1 import reward_pb2
+from training.online.rollout import Prompt, score_item
 
 OWN = '''
 def short(completions, **kwargs):
@@ -41,7 +45,32 @@ def too_few(completions, **kwargs):
     return [1.0]
 
 def words(completions, **kwargs):
-    return ["good", float("nan"), 1]
+    return ["good", float("nan"), "1", 1]
+
+def by_tokens(completion_ids, **kwargs):
+    """The first example of TRL's documentation: longer completions are worth more."""
+    return [float(len(ids)) for ids in completion_ids]
+
+def logs(completions, trainer_state, log_extra=None, log_metric=None, **kwargs):
+    """A curriculum that logs, by what TRL 1.16 hands over."""
+    lengths = [len(completion[0]["content"]) for completion in completions]
+    log_extra("length", lengths)
+    log_extra("said", [completion[0]["content"] for completion in completions])
+    log_metric("share_done", trainer_state.global_step / trainer_state.max_steps)
+    log_metric("broken", float("inf"))
+    return [float(length > trainer_state.global_step) for length in lengths]
+
+async def raises_late(completions, **kwargs):
+    raise ValueError("too late")
+
+def nothing(completions, **kwargs):
+    pass
+
+def one_number(completions, **kwargs):
+    return 1.0
+
+def leaves(completions, **kwargs):
+    raise SystemExit(3)
 
 number = 3
 '''
@@ -51,6 +80,7 @@ number = 3
 def own(tmp_path: Path) -> str:
     (tmp_path / "mine.py").write_text(OWN)
     (tmp_path / "broken.py").write_text("import nothing_of_that_name")
+    (tmp_path / "leaving.py").write_text("raise SystemExit(2)")
     return str(tmp_path / "mine.py")
 
 
@@ -70,11 +100,34 @@ def test_a_function_with_trls_signature(own: str) -> None:
 
 
 def test_a_value_that_is_no_finite_number_is_a_failure(own: str) -> None:
-    first, second, third = custom_reward(f"{own}:words", {})(answered("a", "b", "c"))
-    assert isinstance(first, Failed)
-    assert "'good', which is no number" in first.reason
-    assert isinstance(second, Failed)
-    assert third == Verdict(1.0)
+    *failed, last = custom_reward(f"{own}:words", {})(answered("a", "b", "c", "d"))
+    assert [outcome.reason for outcome in failed if isinstance(outcome, Failed)] == [
+        f"it returned {value}, which is no finite number" for value in ("'good'", "nan", "'1'")
+    ]
+    assert last == Verdict(1.0)
+
+
+def test_what_trl_hands_over_besides_columns(own: str) -> None:
+    """The trainer's state and the two ways to log; an option of the same name as a column is the one that counts."""
+    items = [replace(item, token_ids=(5, 6), progress=(1, 4)) for item in answered("a", "four")]
+    assert custom_reward(f"{own}:by_tokens", {})(items) == [Verdict(2.0), Verdict(2.0)]
+    assert custom_reward(f"{own}:logs", {})(items) == [
+        Verdict(0.0, {"length": 1.0, "share_done": 0.25}),
+        Verdict(1.0, {"length": 4.0, "share_done": 0.25}),
+    ]
+    options = {"answer": ["4", "4"]}
+    assert custom_reward(f"{own}:equals", options)(answered("4", "5", answer=["5", "5"])) == [Verdict(1.0), Verdict(0)]
+
+
+def test_a_file_is_imported_as_a_script_would_be(tmp_path: Path) -> None:
+    """With its neighbours in reach, and with dataclasses whose annotations are texts."""
+    (tmp_path / "beside_the_rewards.py").write_text("WORTH = 0.5")
+    (tmp_path / "whole.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_the_rewards import WORTH\n"
+        "@dataclass\nclass Rule:\n    worth: float\n"
+        "def fixed(completions, **kwargs):\n    return [Rule(WORTH).worth for _ in completions]\n"
+    )
+    assert custom_reward(f"{tmp_path / 'whole.py'}:fixed", {})(answered("a")) == [Verdict(0.5)]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +138,7 @@ def test_a_value_that_is_no_finite_number_is_a_failure(own: str) -> None:
         ("{folder}/mine.py:shorter", "has no function shorter"),
         ("{folder}/mine.py:number", "has no function number"),
         ("{folder}/broken.py:short", "No module named 'nothing_of_that_name'"),
+        ("{folder}/leaving.py:short", "it cannot be imported"),
         ("no_such_module:short", "No module named 'no_such_module'"),
     ],
 )
@@ -122,12 +176,31 @@ def test_the_service_adds_what_has_something_to_say(own: str) -> None:
 
 @pytest.mark.parametrize(
     ("function", "sentence"),
-    [("raises", "own: KeyError: 'no such thing'"), ("too_few", "own: ValueError: it returned 1 rewards for 2 answers")],
+    [
+        ("raises", "own: KeyError: 'no such thing'"),
+        ("raises_late", "own: ValueError: too late"),
+        ("too_few", "own: ValueError: it returned 1 rewards for 2 answers"),
+        ("nothing", "own: ValueError: it returned None; return a list with one reward for each answer"),
+        ("one_number", "own: ValueError: it returned 1.0; return a list"),
+        ("leaves", "own: RuntimeError: it called sys.exit(3)"),
+    ],
 )
 def test_a_function_that_fails_gives_no_reward_and_is_named(function: str, sentence: str, own: str) -> None:
     results = score([{"name": "own", "kind": "verifiable", "python": f"{own}:{function}"}], ["4", "5"], [{}, {}])
     assert [result.HasField("reward") for result in results] == [False, False]
     assert results[0].error.startswith(sentence)
+
+
+def test_the_answers_own_tokens_and_the_step_reach_the_function(own: str) -> None:
+    """From the request on, as the trainer sends it: a prompt of three tokens and an answer of two."""
+    prompt = Prompt(np.arange(3, dtype=np.int32), [{"role": "user", "content": "How much?"}])
+    item = score_item(prompt, np.array([7, 8], dtype=np.int32), "four")
+    progress = reward_pb2.TrainingProgress(step=2, steps=8)
+    (found,) = _items(reward_pb2.ScoreRequest(items=[item], progress=progress))
+    assert (found.answered.token_ids, found.answered.progress) == ([7, 8], (2, 8))
+    item.answer_length = 6
+    with pytest.raises(InvalidArgumentError, match=r"items\[0\].answer_length is 6, more than its token_ids"):
+        _items(reward_pb2.ScoreRequest(items=[item]))
 
 
 def test_the_manifest_names_it_after_the_function() -> None:
