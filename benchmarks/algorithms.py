@@ -4,8 +4,7 @@
     python -m benchmarks.algorithms --methods ilql,offline-sft --seeds 17 --jobs 1      # a part; joins what is there
     python -m benchmarks.algorithms_base build/bench/base && python -m benchmarks.algorithms --base build/bench/base
 
-The last line takes a small model of its own instead of the default one, which trains in seconds a cell; it writes the
-shop's language, but seldom copies a value from the record, on which most of the rubric stands.
+The last line takes a small model of its own instead of the default one, which trains in seconds a cell.
 
 Every method of a seed starts from the same SFT model (`start`) and has the same reward model (`judge`); both are
 trained once a seed. The budget counts answers that pass through the policy, generated or learned from, and so tokens
@@ -155,7 +154,7 @@ def run_cell(arguments: argparse.Namespace, method: str, seed: int) -> None:
     began = time.monotonic()
     with (folder / "log.txt").open("a") as log:
         if method in SERVED:
-            command = [Path(sys.executable).with_name("steersman"), "run", "-f", document, "--run-dir", run]
+            command = [sys.executable, "-m", "steersman", "run", "-f", document, "--run-dir", run]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             failed = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
         else:

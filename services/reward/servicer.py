@@ -48,7 +48,7 @@ def _items(request: pb.ScoreRequest) -> list[Item]:
     ]
 
 
-def _item(name: str, item: pb.ScoreItem, fingerprint: str, progress: tuple[int, int]) -> Item:
+def _item(name: str, item: pb.ScoreItem, fingerprint: str, progress: tuple[int, int] = (0, 0)) -> Item:
     rows = unpack_rows(item.token_ids, np.int32, f"{name}.token_ids") if item.HasField("token_ids") else []
     if len(rows) > 1:
         raise InvalidArgumentError(f"{name}.token_ids has {len(rows)} rows; an item is one row")
