@@ -88,7 +88,7 @@ def test_the_trainer_dates_samples_by_their_version(tiny_model: Path, tmp_path: 
     trainer.steps_of_version = {7: 0, 8: 1, 9: 2}
     versions = [[9, 9, 8, 7], [9, 9, 9, 9]]
 
-    def collect(prompts: Any, n: int, seed: int, *, first: int, in_flight: bool) -> Any:
+    def collect(prompts: Any, n: int, seed: int, *, first: int, in_flight: bool, progress: tuple[int, int]) -> Any:
         assert in_flight
         tokens, logprobs = np.array([40, 2], np.int32), np.array([-5.0, -5.0], np.float32)
         scored = [

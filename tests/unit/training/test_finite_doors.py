@@ -216,7 +216,7 @@ def test_further_prompts_are_asked_for_until_enough_teach_something(tiny_model: 
     prompts = [Prompt(np.array([4 + number], np.int32), [], key=str(number)) for number in range(8)]
     asked: list[tuple[int, list[str]]] = []
 
-    def collect(given: Any, n: int, seed: int, *, first: int, in_flight: bool) -> Any:
+    def collect(given: Any, n: int, seed: int, *, first: int, in_flight: bool, progress: tuple[int, int]) -> Any:
         asked.append((first, [prompt.key for prompt in given]))
         tokens, logprobs = np.array([40, 2], np.int32), np.array([-5.0, -5.0], np.float32)
         scored = [
