@@ -42,6 +42,8 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
 
 def _items(request: pb.ScoreRequest) -> list[Item]:
     progress = (request.progress.step, request.progress.steps)
+    if min(progress) < 0:
+        raise InvalidArgumentError(f"progress is {progress[0]} of {progress[1]} steps; neither may be below 0")
     return [
         _item(f"items[{index}]", item, request.tokenizer_fingerprint, progress)
         for index, item in enumerate(request.items)

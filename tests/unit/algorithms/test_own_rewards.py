@@ -201,6 +201,8 @@ def test_the_answers_own_tokens_and_the_step_reach_the_function(own: str) -> Non
     item.answer_length = 6
     with pytest.raises(InvalidArgumentError, match=r"items\[0\].answer_length is 6, more than its token_ids"):
         _items(reward_pb2.ScoreRequest(items=[item]))
+    with pytest.raises(InvalidArgumentError, match="progress is -1 of 0 steps; neither may be below 0"):
+        _items(reward_pb2.ScoreRequest(progress=reward_pb2.TrainingProgress(step=-1)))
 
 
 def test_the_manifest_names_it_after_the_function() -> None:

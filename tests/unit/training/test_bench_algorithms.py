@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks import algorithms_base
 from benchmarks.algorithms import COLUMNS, difference, done, manifest, write_figures
 from steersman.config.base import load_model
 from steersman.config.manifest import AlignmentRun
+from steersman.nn.load import load_causal_lm, load_tokenizer
 
 
 @pytest.fixture
@@ -73,3 +75,16 @@ def test_every_cell_is_a_valid_run(arguments: argparse.Namespace, method: str) -
     assert kinds[:2] == {"start": ["sft"], "ilql": ["ilql"], "offline-sft": ["sft"]}.get(
         method, ["sft", "reward_model"]
     )
+
+
+def test_the_small_base_model_reads_conversations_over_one_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(algorithms_base, "ROWS", 6)
+    monkeypatch.setattr(algorithms_base, "BATCH", 2)
+    turns = ["system", *["user", "assistant"] * algorithms_base.TURNS]
+    assert [[turn["role"] for turn in chat] for chat in algorithms_base.conversations(6)] == [turns] * 6
+    algorithms_base.make(tmp_path / "base", steps=1)
+    digits = load_tokenizer(tmp_path / "base").tokenize("407")
+    assert digits == ["4", "0", "7"]
+    assert load_causal_lm(tmp_path / "base").config.vocab_size <= algorithms_base.VOCABULARY
