@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 
 from steersman.config.manifest import DataSpec, DemoData, EvaluateStage, RunSpec, Stage
+from steersman.metric_names import is_known
 from training.context import DataFiles, StageContext
 
 
@@ -17,6 +18,9 @@ class Recorder:
         self.notes: list[str] = []
 
     def step(self, step: int, total: int, **metrics: float) -> None:
+        assert not (unknown := [name for name in metrics if not is_known(name)]), (
+            f"no place in the reference: {unknown}"
+        )
         self.steps.append((step, total, metrics))
 
     def note(self, text: str) -> None:

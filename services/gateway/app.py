@@ -17,6 +17,8 @@ from services.gateway.documentation import definitions
 from services.gateway.errors import error_response, from_problems
 from services.gateway.feedback import FeedbackBody, FeedbackDesk, feedback_router
 from services.gateway.health import health_router
+from services.gateway.inbox.router import inbox_router
+from services.gateway.inbox.worker import Inboxes
 from services.gateway.key_admin import KeyChange, NewKey, Rotation, keys_router
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import Endpoint
@@ -35,7 +37,12 @@ class MethodNotAllowedError(InvalidArgumentError):
 
 
 def create_app(
-    assistant: Assistant, auth: Authenticator, feedback: FeedbackDesk, metrics: Metrics, store: Store
+    assistant: Assistant,
+    auth: Authenticator,
+    feedback: FeedbackDesk,
+    inboxes: Inboxes,
+    metrics: Metrics,
+    store: Store,
 ) -> tuple[FastAPI, dict[str, Endpoint]]:
     """The application, and the endpoints by path that `FrontMiddleware` calls directly."""
     app = FastAPI(title="Steersman gateway", version=__version__, docs_url=None, redoc_url=None)
@@ -45,6 +52,7 @@ def create_app(
     app.include_router(feedback_router(feedback, auth))
     app.include_router(actions_router(assistant.grounding.desk, auth, assistant.recorder))
     app.include_router(keys_router(store, auth, assistant.recorder))
+    app.include_router(inbox_router(inboxes))
     app.include_router(health_router(assistant, auth, metrics))
     app.include_router(pages_router(assistant, auth, store))
     _add_error_handlers(app)

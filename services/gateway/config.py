@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from services.gateway.inbox_config import AnyInbox
 from services.gateway.tools_config import ToolsConfig
 from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
 from steersman.config.tls import ClientTls, Tls
@@ -297,6 +298,8 @@ class GatewayConfig(FrozenModel):
     memory: MemoryConfig = MemoryConfig()
     keeping: Keeping = Keeping()
     tools: ToolsConfig = ToolsConfig()
+    inboxes: list[AnyInbox] = []
+    """Ticket systems whose webhooks come in at `/hooks/NAME` and whose tickets are answered."""
     telemetry: Telemetry = Telemetry()
     drain_seconds: Seconds = 30.0
     """How long running streams may still take after SIGTERM."""
@@ -326,6 +329,18 @@ class GatewayConfig(FrozenModel):
                 if name == owner or name not in models:
                     others = [model for model in models if model != owner]
                     raise ValueError(f"{field} names {name!r}; choose from {', '.join(others) or 'further models'}")
+        return self
+
+    @model_validator(mode="after")
+    def _inboxes_are_told_apart(self) -> GatewayConfig:
+        names = [inbox.name for inbox in self.inboxes]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"inboxes: the name {twice!r} is given twice; it is the path of the webhook")
+        models = [self.model, *self.model_aliases, *(name for one in self.models for name in (one.name, *one.aliases))]
+        models += [route.name for route in self.routes]
+        for inbox in self.inboxes:
+            if inbox.model and inbox.model not in models:
+                raise ValueError(f"inboxes.{inbox.name}.model names {inbox.model!r}; choose from {', '.join(models)}")
         return self
 
     @property

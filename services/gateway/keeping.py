@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from services.gateway.config import Keeping
-from services.gateway.store import Audit
+from services.gateway.store import Audit, InboxTicket
 from steersman.store.engine import Store
 from steersman.store.models import Answer, now
 
@@ -26,6 +26,8 @@ def forget_old(store: Store, keeping: Keeping) -> None:
     _repeat(store, lambda session: _delete(session, Answer, Answer.created_at < answers))
     _repeat(store, lambda session: _delete(session, Audit, Audit.at < audit))
     _repeat(store, lambda session: _strip(session, evidence))
+    with store.transaction() as session:
+        session.execute(sa.delete(InboxTicket).where(InboxTicket.changed_at < answers, InboxTicket.due_at.is_(None)))
 
 
 def _repeat(store: Store, step: Callable[[Session], int]) -> None:

@@ -70,6 +70,12 @@ class Metrics:
             ["outcome"],
             registry=self.registry,
         )
+        self.inbox = Counter(
+            f"{name}_inbox",
+            "Webhooks and tickets of other systems: taken, ignored, and how a look at a ticket ended.",
+            ["inbox", "outcome"],
+            registry=self.registry,
+        )
         info = Gauge(f"{name}_info", "The model served.", ["model"], registry=self.registry)
         info.labels(model).set(1)
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Awaitable
 
 import uvicorn
+from fastapi import FastAPI
 
 from services.gateway.answering import Assistant
 from services.gateway.app import create_app
@@ -24,9 +25,10 @@ from services.gateway.chat_service import SERVICE_NAME as CHAT_SERVICE
 from services.gateway.chat_service import ChatServicer
 from services.gateway.config import GatewayConfig
 from services.gateway.feedback import FeedbackDesk
+from services.gateway.inbox.worker import Inboxes
 from services.gateway.keeping import forget_old
 from services.gateway.metrics import Metrics
-from services.gateway.middleware import FrontMiddleware, across_origins
+from services.gateway.middleware import Endpoint, FrontMiddleware, across_origins
 from services.gateway.oip import OipServer
 from services.gateway.protocol import guarded_protocol
 from services.gateway.refusals import Refusals
@@ -76,6 +78,7 @@ class Gateway:
         tokens = FeedbackTokens(secret)
         self.assistant = Assistant(config, self.models, self.store, tokens, self.metrics)
         self.feedback = FeedbackDesk(self.store, self.assistant.recorder, tokens, self.metrics, config, secret)
+        self.inboxes = Inboxes(self.assistant, self.store, secret)
         keys, customers = KeyRing(self.store), CustomerVerifier(config.identity)
         self.authenticator = Authenticator(config, keys, Sessions(secret), customers, secret)
         self.background = self.assistant.background
@@ -108,8 +111,7 @@ class Gateway:
             serve_metrics(config.host, config.metrics_port, self.metrics.registry)
         listener = listen(config.host, config.port, config.limits.answer_seconds)
         self.port = listener.getsockname()[1]
-        app, posts = create_app(self.assistant, self.authenticator, self.feedback, self.metrics, self.store)
-        self._oip.mount(app)
+        app, posts = self.application()
         front = across_origins(FrontMiddleware(app, config, self.metrics, self.refusals, posts), config.cors)
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
@@ -138,9 +140,19 @@ class Gateway:
         self.background.add("health", self._follow_readiness)
         self.background.add("chores", self._do_chores)
         self.background.add("refusals", self.refusals.run)
+        if self.inboxes.systems:
+            self.background.add("inboxes", self.inboxes.run)
         if config.tls is not None:
             self.background.add("certificates", self._follow_certificates)
         log.info("listening", extra={"host": config.host, "port": self.port, "grpc_port": self.grpc_port})
+
+    def application(self) -> tuple[FastAPI, dict[str, Endpoint]]:
+        """All of REST, and the endpoints that `FrontMiddleware` calls directly."""
+        app, posts = create_app(
+            self.assistant, self.authenticator, self.feedback, self.inboxes, self.metrics, self.store
+        )
+        self._oip.mount(app)
+        return app, posts
 
     async def _serve(self) -> None:
         assert self._uvicorn is not None
@@ -148,6 +160,10 @@ class Gateway:
         await self._uvicorn.serve([self._listener])
         if not self._uvicorn.should_exit:
             raise InternalError("The HTTP server ended by itself")
+
+    async def _tickets_end(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.background.finished("inboxes"), self.config.drain_seconds)
 
     async def _follow_readiness(self) -> None:
         """Keeps gRPC health true to readiness."""
@@ -210,12 +226,15 @@ class Gateway:
             ends.append(self.background.finished("http"))
         if self._grpc is not None:
             ends.append(self._grpc.drain())
+        self.inboxes.stop()
+        ends.append(self._tickets_end())
         await asyncio.gather(*ends)
         self.refusals.flush()
         await self.assistant.recorder.close(_LAST_WRITE_SECONDS)
         await self.assistant.grounding.close()
         await asyncio.to_thread(self.assistant.tracer.close)
         await self.background.close()
+        await self.inboxes.close()
         await self.models.close()
         for embeddings in self.assistant.embeddings.values():
             await embeddings.close()

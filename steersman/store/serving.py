@@ -1,4 +1,4 @@
-"""The gateway's tables: keys, use of quotas, audit trail, conversations, idempotency keys, proposed actions.
+"""The gateway's tables: keys, use of quotas, audit trail, conversations, idempotency keys, proposed actions, tickets.
 
 They lie here, beside what training reads, so that one migration path and one deletion cover the whole database.
 """
@@ -94,7 +94,7 @@ class Audit(Base):
     at: Mapped[dt.datetime] = mapped_column(default=now)
     request_id: Mapped[str] = mapped_column(sa.String(128))
     action: Mapped[str] = mapped_column(sa.String(32))
-    """answer, embed, replay, feedback, act, handover, keys, forget, refused."""
+    """answer, embed, replay, feedback, act, handover, inbox, keys, forget, refused."""
     outcome: Mapped[str] = mapped_column(sa.String(32))
     """Finish reason, or the error's class."""
     tenant: Mapped[str] = mapped_column(sa.String(200))
@@ -169,13 +169,42 @@ class ProposedAction(Base):
     expires_at: Mapped[dt.datetime]
 
 
+class InboxTicket(Base):
+    """A ticket of another system in which a customer wrote. It holds references, no texts."""
+
+    __tablename__ = "gateway_inbox"
+    __table_args__ = (sa.Index("ix_gateway_inbox_due_at", "due_at"),)
+
+    inbox: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    """Name of the ticket system in the gateway's configuration."""
+    ticket: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    tenant: Mapped[str] = mapped_column(sa.String(200))
+    customer: Mapped[str] = mapped_column(sa.String(200), default="")
+    """Key of the customer in the business systems, as the ticket system says it."""
+    told: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    """How often the system said that there is something new."""
+    due_at: Mapped[dt.datetime | None]
+    """When somebody is to look at it; None: nothing is to be done."""
+    held_until: Mapped[dt.datetime | None]
+    """Somebody is looking at it, for so long at most: he may die."""
+    attempts: Mapped[int] = mapped_column(default=0)
+    """Looks that failed since the last one that did not."""
+    answered: Mapped[str] = mapped_column(sa.String(64), default="")
+    """The system's number of the last message that was answered."""
+    replies: Mapped[int] = mapped_column(default=0)
+    """Answers that were written into the ticket."""
+    outcome: Mapped[str] = mapped_column(sa.String(32), default="")
+    """How the last look ended."""
+    changed_at: Mapped[dt.datetime] = mapped_column(default=now)
+
+
 def forget(session: Session, tenant: str, customer: str | None = None) -> int:
     """Deletes what the gateway remembers of a tenant, or of one of its end customers (the key in the business systems).
 
     The lines of the audit trail stay, without the customer's name. Returns the number of rows.
     """
     count = 0
-    for table in (Conversation, Idempotency, ProposedAction):
+    for table in (Conversation, Idempotency, ProposedAction, InboxTicket):
         mine = [table.tenant == tenant] + ([] if customer is None else [table.customer == customer])
         count += session.execute(sa.delete(table).where(*mine)).rowcount  # type: ignore[attr-defined]
     lines = [Audit.tenant == tenant, Audit.customer != ""] + ([] if customer is None else [Audit.customer == customer])

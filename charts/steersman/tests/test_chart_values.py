@@ -249,6 +249,22 @@ def test_further_models_and_embeddings_are_values(helm, find):
     assert policy.embeddings is not None
 
 
+def test_ticket_systems_are_values_and_their_secrets_environment(helm, find):
+    documents = helm.render(
+        "default",
+        "gateway.config.inboxes[0].name=desk",
+        "gateway.config.inboxes[0].type=zammad",
+        "gateway.config.inboxes[0].url=https://desk.example.com",
+        "gateway.config.inboxes[0].tokenEnv=ZAMMAD_TOKEN",
+        "gateway.config.inboxes[0].secretEnv=ZAMMAD_SECRET",
+        "gateway.envFrom[0].secretRef.name=desk",
+    )
+    config = load_model(GatewayConfig, config_of(documents, find, "gateway"), "gateway")
+    assert [(inbox.name, inbox.reply) for inbox in config.inboxes] == [("desk", "note")]
+    (container,) = find(documents, "Deployment", "gateway")["spec"]["template"]["spec"]["containers"]
+    assert {"secretRef": {"name": "desk"}} in container["envFrom"]
+
+
 @PROFILES
 def test_the_databases_password_is_in_no_argument(helm, find, monkeypatch, profile):
     documents = helm.render(profile)
