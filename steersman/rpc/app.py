@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from steersman.config.base import apply_overrides, load_model, read_yaml
+from steersman.config.base import apply_overrides, dump_yaml, load_model, read_yaml
 from steersman.ending import end_within
 from steersman.errors import SteersmanError
 from steersman.openmp import prefer_yielding_threads
@@ -32,6 +32,7 @@ def service_main(name: str, config_type: type[C], serve: Callable[[C], Awaitable
     parser = argparse.ArgumentParser(prog=f"python -m services.{name}", description=f"Steersman's {name} service")
     parser.add_argument("--config", type=Path, help="YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override of one field; repeatable")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     arguments = parser.parse_args()
     prefer_yielding_threads()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
@@ -39,6 +40,9 @@ def service_main(name: str, config_type: type[C], serve: Callable[[C], Awaitable
         given = [line for line in os.environ.get(OVERRIDES, "").splitlines() if line.strip()]
         data = apply_overrides(read_yaml(arguments.config) if arguments.config else {}, [*given, *arguments.set])
         config = load_model(config_type, data, str(arguments.config or "--set"))
+        if arguments.print_config:
+            print(dump_yaml(config), end="")
+            return
         code = asyncio.run(_served(name, serve(config)))
     except SteersmanError as error:
         print(f"{name}: {error}", file=sys.stderr)

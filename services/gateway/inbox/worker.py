@@ -127,12 +127,12 @@ class Inboxes:
                 outcome = await self._answered(inbox, held, caller)
             except (httpx.HTTPError, ValueError, SteersmanError) as error:
                 outcome = self._failed(inbox, held, error)
-            await asyncio.to_thread(self._end, held, outcome)
             self.count(held.inbox, outcome.name)
             if outcome.name in ("note", "public", "failed"):
                 records = [{"system": held.inbox, "record": str(held.ticket)}]
                 row = audit_row(caller, f"inbox-{held.ticket}", "inbox", outcome.name, outcome.answer_id, records)
                 await self._assistant.recorder.put(Record(row))
+            await asyncio.to_thread(self._end, held, outcome)
         except asyncio.CancelledError:
             await asyncio.shield(asyncio.to_thread(self._release, held))
             raise
