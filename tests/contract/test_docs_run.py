@@ -181,9 +181,11 @@ def evaluated_run(manifest: Path, where: Path) -> None:
         if name == "evaluate":
             (where / name / "evaluation.json").write_text(json.dumps(evaluation))
         else:
-            (where / name / "metrics.jsonl").write_text('{"step": 1, "total": 1, "loss": 0.5, "reward": 1.0}\n')
+            lines = [{"step": step, "total": 3, "loss": 0.5, "reward": 1.0, "kl": 0.1} for step in (1, 2, 3)]
+            (where / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         mark_complete(run, name, where)
     (where / "report").mkdir()
+    (where / "report/report.html").write_text("<p>a report</p>")
     (where / "usage.json").write_text(json.dumps({"seconds": {"rl": 1.0}, "peakMemoryGib": 1.0}))
 
 

@@ -30,12 +30,12 @@ class Helm:
     """The `helm` command on this chart."""
 
     def __init__(self, binary: Path, home: Path) -> None:
-        self._binary = binary
+        self.binary = binary
         self._environment = {**os.environ, "HELM_CACHE_HOME": str(home), "HELM_CONFIG_HOME": str(home)}
         self.render = functools.lru_cache(maxsize=None)(self._render)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(self._binary), *arguments]
+        command = [str(self.binary), *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=self._environment, timeout=240, check=False)
 
     def _render(self, profile: str, *sets: str) -> list[dict[str, Any]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import doc_blocks
 import kubernetes_validate
 import pytest
 import typer
@@ -90,6 +93,57 @@ def test_every_command_of_steersman_exists() -> None:
     for words in used:
         options = {name for one in known[words[0]].params for name in (*one.opts, *one.secondary_opts)}
         assert {word for word in words[1:] if word.startswith("-")} <= options, words
+
+
+@pytest.fixture(scope="module")
+def helps(helm):
+    """What a program says of a command, and of all of its commands."""
+
+    @functools.cache
+    def of(program: str, *command: str) -> str:
+        binary = [str(helm.binary.with_name(program))]
+        asked = [[*binary, *command, "--help"], *([[*binary, "options"]] if program == "kubectl" else [])]
+        said = [subprocess.run(words, capture_output=True, text=True, timeout=120, check=False) for words in asked]
+        return "".join(done.stdout + done.stderr for done in said)
+
+    return of
+
+
+PLUGINS = ("diff",)
+"""Commands of Helm's plugins, which are not here."""
+
+
+@pytest.mark.parametrize("program", ["kubectl", "helm"])
+def test_every_flag_exists(helps, program) -> None:
+    """The programs themselves are asked about each command of the guide; they need no cluster for that."""
+    used = [words for block in doc_blocks.blocks(*doc_blocks.SHELL) for words in block.commands if words[0] == program]
+    assert len(used) > 10
+    for words in used:
+        told = words[: words.index("--")] if "--" in words else words  # behind it, a command in a container
+        words = [word for word in told if word not in PLUGINS]
+        names = [word for word in words[1:] if re.fullmatch(r"[a-z][a-z-]*", word)]
+        namespace = words[words.index("-n") + 1] if "-n" in words else None
+        path = next(
+            names[start:end]
+            for start in range(len(names))
+            for end in (start + 3, start + 2, start + 1)
+            if names[start] != namespace and known(helps, program, names[start:end])
+        )
+        said = helps(program, *path)
+        for flag in (word.partition("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)):
+            assert re.search(rf"(^|[\s,]){re.escape(flag)}[\s,=]", said), f"{program} {' '.join(path)} has no {flag}"
+
+
+def known(helps, program: str, path: list[str]) -> bool:
+    """Whether a program has this command, and not only the one above it."""
+    if not path or any((program, *path[:length]) not in GROUPS for length in range(1, len(path))):
+        return False
+    said = helps(program, *path)
+    return "Usage" in said and not re.search(r"unknown command|Error:", said)
+
+
+GROUPS = {("kubectl", "create"), ("kubectl", "create", "secret"), ("kubectl", "set"), ("helm", "repo")}
+"""Commands that have commands of their own."""
 
 
 def test_keys_are_made_as_the_guide_says(tmp_path, capsys, monkeypatch) -> None:
