@@ -7,10 +7,14 @@ proto files, chart values from the chart's own README.
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
 import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -143,7 +147,56 @@ def _commands() -> str:
         check=True,
         cwd=ROOT,
     )
-    return "# Commands\n\n" + done.stdout.partition("\n")[2].lstrip("\n")
+    text = done.stdout.partition("\n")[2].strip("\n")
+    lead = (
+        "`--json` prints one line for scripts, whose shape stands [below](#what-json-looks-like). Exit codes: 0 done; "
+        "1 what was asked about is not well (`doctor` finds something missing, a watched run fails); 2 a wrong option, "
+        "manifest or row; 130 interrupted; every other one is that of [its error](errors.md). What went wrong is one "
+        "sentence on standard error."
+    )
+    return f"# Commands\n\n{lead}\n\n{text}\n\n{_shapes()}"
+
+
+def _shapes() -> str:
+    """What each command prints with `--json`, out of the classes that it is printed from."""
+    from steersman.cli.shapes import OUTPUTS
+
+    lines = ["## What `--json` looks like", ""]
+    inner: dict[str, type] = {}
+    for command, shape in OUTPUTS.items():
+        listed = typing.get_args(shape)
+        kind = listed[0] if listed else shape
+        what = f"a list of [{kind.__name__}](#{kind.__name__.lower()})" if listed else ""
+        if not listed:
+            what = kind if isinstance(kind, str) else f"[{kind.__name__}](#{kind.__name__.lower()})"
+        lines.append(f"- `steersman {command} --json`: {what}")
+        if not isinstance(kind, str):
+            inner |= _dataclasses(kind)
+    for name, kind in inner.items():
+        lines += ["", f"### {name}", "", _text(kind.__doc__), "", "| field | type | meaning |", "|---|---|---|"]
+        lines += [f"| `{field}` | `{_cell(said)}` | {_cell(meaning)} |" for field, said, meaning in _documented(kind)]
+    return "\n".join([*lines, ""])
+
+
+def _dataclasses(kind: type) -> dict[str, type]:
+    """A dataclass and those in its fields, by name."""
+    found = {kind.__name__: kind}
+    for hint in typing.get_type_hints(kind).values():
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner) and isinstance(inner, type) and inner.__name__ not in found:
+                found |= _dataclasses(inner)
+    return found
+
+
+def _documented(kind: type) -> Iterator[tuple[str, str, str]]:
+    """(field, type, docstring under it) of a dataclass."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(node, ast.ClassDef)
+    for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            text = after.value.value if told else ""  # type: ignore[union-attr]
+            yield statement.target.id, ast.unparse(statement.annotation), str(text)
 
 
 def _gateway_api() -> str:

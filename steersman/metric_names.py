@@ -28,7 +28,7 @@ FROM_FILES = {
     "mean_reward": "reward model: mean reward of all answers of the step",
     "min_reward": "reward model: smallest of them",
     "max_reward": "reward model: largest of them",
-    "rewards/chosen": "DPO, KTO: mean implied reward, beta * (log p - log p of the reference), of chosen (good) answers",
+    "rewards/chosen": "DPO, KTO: mean implied reward, beta (log p - log p of the reference), of chosen (good) answers",
     "rewards/rejected": "DPO, KTO: the same of the rejected (bad) answers",
     "rewards/margins": "DPO, KTO: difference of the two",
     "rewards/accuracies": "DPO: share of pairs whose chosen answer has the higher implied reward",

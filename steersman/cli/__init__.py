@@ -12,6 +12,7 @@ import typer
 
 from steersman.artifacts import refusal
 from steersman.cli import cluster, data, doctor, evaluation, init, runs, tracking, validate
+from steersman.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from steersman.config.manifest import AlignmentRun
@@ -249,7 +250,9 @@ def _resolve_model(name: str, revision: str | None = None) -> Path:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="A run's folder with an evaluation.")]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder with an evaluation.")], as_json: JsonOption = False
+) -> None:
     """Draws a run's report again and prints its table."""
     from steersman.errors import NotFoundError
     from steersman.local.executor import conclude
@@ -257,4 +260,9 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run's folder with an 
 
     if not any(run_dir.glob("evaluate*/evaluation.json")):
         raise NotFoundError(f"{run_dir} has no evaluation.json; run a manifest with an evaluate stage first")
-    conclude(run_dir, Usage(run_dir / "usage.json"), again=True)
+    conclude(run_dir, Usage(run_dir / "usage.json"), again=True, show=not as_json)
+    if as_json:
+        from steersman.cli.shapes import Report, print_json
+
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        print_json(Report(str(run_dir / "report" / "report.html"), summary))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steersman.cli.options import Context, JsonOption, Namespace
 from steersman.errors import ConfigError, ConflictError, NotFoundError, PermissionDeniedError, UnavailableError
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ ENDED = ("Succeeded", "RolledBack", "Failed", "Cancelled")
 
 app = typer.Typer(help="Runs in a Kubernetes cluster.", no_args_is_help=True)
 
-Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; the kubeconfig's by default.")]
-Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
 Name = Annotated[str, typer.Argument(help="Name of the run.")]
 
 
@@ -182,9 +181,17 @@ def status(
     namespace: Namespace = None,
     context: Context = None,
     watch: Annotated[bool, typer.Option(help="Show the progress until the run ends.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show where runs are."""
+    from steersman.cli.shapes import RunState, print_json
+
+    if as_json and watch:
+        raise ConfigError("--json is one line about now, --watch tells until the run ends; give one of them")
     cluster = connect(context, namespace)
+    if as_json:
+        print_json([RunState.of(run) for run in ([cluster.get(name)] if name else cluster.list())])
+        return
     if name is None:
         for run in cluster.list():
             typer.echo(summary(run))

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from steersman.cli import labelling
-from steersman.cli.options import DEFAULT_STORE, StoreOption, parse_pairs
+from steersman.cli.options import DEFAULT_STORE, JsonOption, StoreOption, parse_pairs
 
 if TYPE_CHECKING:
+    from steersman.cli.shapes import Imported
     from steersman.data.importing import ImportJob, Summary
 
 
@@ -71,8 +72,10 @@ def import_(
     hugging_face: Annotated[bool, typer.Option(help="FILES are ids or folders for the datasets library.")] = False,
     hugging_face_split: Annotated[str | None, typer.Option(help="Read this split only.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar, no summary.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Imports foreign data as canonical rows: streaming, without duplicates, split by prompt."""
+    from steersman.cli.shapes import print_json
     from steersman.data.formats import FORMATS, ImportOptions
     from steersman.data.importing import ImportJob, import_to_folder
     from steersman.data.records import IncompleteFileError
@@ -109,8 +112,10 @@ def import_(
         near_duplicates,
     )
     shares = Splits(parse_shares(splits), seed=seed, by=split_by, salt="import")  # see store/drafts.py
-    summary = import_to_folder(job, out, shares) if quiet else import_with_progress(job, out, shares)
-    if not quiet:
+    summary = import_to_folder(job, out, shares) if quiet or as_json else import_with_progress(job, out, shares)
+    if as_json:
+        print_json(_imported(summary, out))
+    elif not quiet:
         print_summary(summary, out)
     if summary.incomplete:
         raise IncompleteFileError(
@@ -142,6 +147,25 @@ def import_with_progress(job: ImportJob, out: Path, splits: object) -> Summary:
         return import_to_folder(job, out, splits, progress)  # type: ignore[arg-type]
 
 
+def _imported(summary: Summary, out: Path) -> Imported:
+    from steersman.cli.shapes import Imported
+
+    return Imported(
+        summary.format,
+        str(out),
+        summary.read,
+        summary.written,
+        dict(summary.splits),
+        summary.duplicates,
+        summary.near_duplicates,
+        summary.ids_made_unique,
+        summary.ungrouped,
+        dict(summary.not_kept),
+        {reason: entry.count for reason, entry in summary.skipped.items()},
+        summary.incomplete,
+    )
+
+
 def print_summary(summary: Summary, out: Path) -> None:
     """What was read, written and left out, and why."""
     from rich.console import Console
@@ -170,19 +194,28 @@ def print_summary(summary: Summary, out: Path) -> None:
 
 
 @app.command()
-def formats() -> None:
+def formats(as_json: JsonOption = False) -> None:
     """Lists the formats that `import` knows."""
     from rich.console import Console
     from rich.table import Table
 
+    from steersman.cli.shapes import FormatLine, print_json
     from steersman.data.formats import FORMATS
 
+    found = [
+        FormatLine(
+            entry.name, entry.row_type.__name__.lower() if entry.row_type else "any", entry.licence or "", entry.about
+        )
+        for entry in FORMATS.values()
+    ]
+    found.append(FormatLine("table", "by the columns", "", "JSONL, JSON, CSV, Parquet with a column map"))
+    found.append(FormatLine("steersman", "--rows", "", "rows that have the canonical shape already"))
+    if as_json:
+        print_json(found)
+        return
     table = Table("format", "rows", "licence of the public set", "about")
-    for entry in FORMATS.values():
-        kind = entry.row_type.__name__.lower() if entry.row_type else "any"
-        table.add_row(entry.name, kind, entry.licence or "-", entry.about)
-    table.add_row("table", "by the columns", "-", "JSONL, JSON, CSV, Parquet with a column map")
-    table.add_row("steersman", "--rows", "-", "rows that have the canonical shape already")
+    for one in found:
+        table.add_row(one.name, one.rows, one.licence or "-", one.about)
     Console().print(table)
 
 
@@ -222,6 +255,7 @@ def release(
     option: Annotated[list[str], typer.Option("--set", help="As ties=keep, pii.entities=email,name.")] = [],  # noqa: B006
     splits: Annotated[str, typer.Option(help="Shares; a prompt lies on one side only.")] = "train=0.95,test=0.05",
     threshold: Annotated[list[str], typer.Option(help="As min_alpha=0.6, instead of the projects'.")] = [],  # noqa: B006
+    as_json: JsonOption = False,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Makes the next version of a data set; blocked when agreement misses a threshold."""
@@ -250,6 +284,12 @@ def release(
         raise ConfigError(f"release {describe_validation_error(error)}") from None
     made, created = publish(Store.open(store), options, out)
     card = made.card
+    if as_json:
+        from steersman.cli.shapes import Released, print_json
+
+        counts = (card["rows"], card["splits"], made.digest, made.url, card["left out"], card["scrubbed"])
+        print_json(Released(name, made.version, created, *counts, card["empty splits"]))
+        return
     typer.echo(
         f"{name} v{made.version}: {'made' if created else 'nothing changed since'}; {card['rows']:,} rows "
         f"({', '.join(f'{split} {n:,}' for split, n in card['splits'].items())}), SHA-256 {made.digest}, {made.url}"
@@ -263,43 +303,56 @@ def release(
 
 
 @app.command()
-def releases(store: StoreOption = DEFAULT_STORE) -> None:
+def releases(as_json: JsonOption = False, store: StoreOption = DEFAULT_STORE) -> None:
     """Lists the releases and checks their files."""
     import sqlalchemy as sa
     from rich.console import Console
     from rich.table import Table
 
+    from steersman.cli.shapes import ReleaseLine, print_json
     from steersman.errors import SteersmanError
     from steersman.store import Store
     from steersman.store.models import Release
     from steersman.store.releases import verify
 
-    table = Table("release", "rows", "made", "state", "folder")
+    def line(found: Release) -> ReleaseLine:
+        try:
+            verify(found)
+            state = "good"
+        except SteersmanError as error:
+            state = error.message
+        made, rows = found.created_at.isoformat(timespec="minutes"), found.card["rows"]
+        return ReleaseLine(found.name, found.version, rows, made, state == "good", state, found.url)
+
     with Store.open(store).reading() as session:
-        for found in session.scalars(sa.select(Release).order_by(Release.name, Release.version)):
-            try:
-                verify(found)
-                state = "good"
-            except SteersmanError as error:
-                state = error.message
-            made = f"{found.created_at:%Y-%m-%d %H:%M}"
-            table.add_row(f"{found.name} v{found.version}", f"{found.card['rows']:,}", made, state, found.url)
+        lines = [line(found) for found in session.scalars(sa.select(Release).order_by(Release.name, Release.version))]
+    if as_json:
+        print_json(lines)
+        return
+    table = Table("release", "rows", "made", "state", "folder")
+    for one in lines:
+        table.add_row(f"{one.name} v{one.version}", f"{one.rows:,}", one.made, one.state, one.folder)
     Console().print(table)
 
 
 @app.command()
 def trained(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    as_json: JsonOption = False,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Records on which releases the models of a run were trained, by the hashes of its data files."""
+    from steersman.cli.shapes import Trained, print_json
     from steersman.store import Store
     from steersman.store.releases import record_run
 
     with Store.open(store).transaction() as session:
-        found = [(stage, f"{release.name} v{release.version}") for stage, release in record_run(session, run)]
-    for stage, release in found:
-        typer.echo(f"{stage} of {run.resolve().name} was trained on {release}")
+        found = [Trained(stage, release.name, release.version) for stage, release in record_run(session, run)]
+    if as_json:
+        print_json(found)
+        return
+    for one in found:
+        typer.echo(f"{one.stage} of {run.resolve().name} was trained on {one.release} v{one.version}")
     if not found:
         typer.echo(f"no data file of {run} is one of a release in this store")
 
@@ -332,6 +385,7 @@ def delete_customer(
     ] = None,
     secret_env: Annotated[str | None, typer.Option(help="The gateway's secretEnv.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Deletes a tenant's or an end customer's data, makes new versions without it, lists the models trained on it."""
@@ -349,8 +403,14 @@ def delete_customer(
         with opened.reading() as session:
             held = register.holdings(session, subject)
         found = f"{held.items:,} items, {held.answers:,} answers and {held.rows:,} rows of releases"
-        typer.confirm(f"Delete all data of {whose} ({found})? This cannot be undone.", abort=True)
+        typer.confirm(f"Delete all data of {whose} ({found})? This cannot be undone.", abort=True, err=as_json)
     report = register.delete_customer(opened, subject)
+    if as_json:
+        from steersman.cli.shapes import Deleted, print_json
+
+        gone = (report.items, report.answers, report.remembered, report.new_versions, report.withdrawn)
+        print_json(Deleted(customer, *gone, report.models, report.files))
+        return
     typer.echo(f"{report.items:,} items, {report.answers:,} answers and {report.remembered:,} kept turns deleted")
     for name, version in report.new_versions.items():
         typer.echo(f"{name}: {'no row is left' if version is None else f'use v{version}'}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from steersman.cli.options import Context, JsonOption, Namespace
 from steersman.errors import NotFoundError, PermissionDeniedError, SteersmanError
 
 State = Literal["ok", "note", "missing"]
@@ -36,18 +36,25 @@ class Finding:
     mend: str = ""
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """All that was looked at."""
+
+    findings: list[Finding]
+
+
 def doctor(
     cluster: Annotated[bool, typer.Option("--cluster", help="Look at the cluster of the kubeconfig instead.")] = False,
-    namespace: Annotated[
-        str | None, typer.Option("--namespace", "-n", help="Namespace; the kubeconfig's by default.")
-    ] = None,
-    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what this machine, or a cluster, has, lacks, and how to mend it; exit code 1 when something is missing."""
     findings = list(_cluster(namespace, context) if cluster else _machine())
     if as_json:
-        typer.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}))
+        from steersman.cli.shapes import print_json
+
+        print_json(Doctor(findings))
     else:
         for finding in findings:
             typer.echo(f"{_MARKS[finding.state]} {finding.name:<16} {finding.found}")

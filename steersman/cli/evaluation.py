@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steersman.cli.options import DEFAULT_STORE, StoreOption
+from steersman.cli.options import DEFAULT_STORE, JsonOption, StoreOption
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +47,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for suites.json and suites.html.")] = Path("evaluation"),
     model: Annotated[str | None, typer.Option(help="Model's name at the endpoints; the first one by default.")] = None,
     key_env: Annotated[str | None, typer.Option(help="Environment variable with the endpoints' API key.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Asks suites of models, runs and endpoints: results by tag, and what changed; and what the models know."""
     from steersman.errors import ConfigError
@@ -97,7 +97,7 @@ def evaluate_live(
     ] = None,
     previous: Annotated[Path | None, typer.Option(help="suites.json of an earlier time span, to compare with.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for suites.json and suites.html.")] = Path("evaluation"),
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Suites and judges over what the gateway recorded in a time span, by deployment."""
     from steersman.errors import NotFoundError
@@ -132,7 +132,7 @@ def evaluate_reward(
     pairs: Annotated[Path | None, typer.Option(help="Comparisons that people judged (JSONL).")] = None,
     project: Annotated[str | None, typer.Option(help="Labelling project: agreement with each labeler.")] = None,
     store: StoreOption = DEFAULT_STORE,
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What a reward model knows: benchmarks, accuracy, calibration, length, agreement with each labeler."""
     from steersman.errors import ConfigError, NotFoundError
@@ -330,6 +330,7 @@ def _table(result: SuiteResult, earlier: Any) -> Table:
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of two or more runs with an evaluation.")],
     out: Annotated[Path, typer.Option(help="Folder for compare.html.")] = Path("evaluation"),
+    as_json: JsonOption = False,
 ) -> None:
     """Compares runs on one page: metrics, wins, suites, knowledge, configurations, answers side by side."""
     from steersman.artifacts import storage_errors
@@ -354,4 +355,11 @@ def compare(
         versions.append(Version(name, evaluation, spec))
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        typer.echo(str(write_compare(versions, out)))
+        page = write_compare(versions, out)
+    if not as_json:
+        typer.echo(str(page))
+        return
+    from steersman.cli.shapes import Comparison, print_json
+    from steersman.report.summary import summarise
+
+    print_json(Comparison(str(page), {one.name: summarise(one.evaluation) for one in versions}))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steersman.cli.options import DEFAULT_STORE, StoreOption, parse_pairs
+from steersman.cli.options import DEFAULT_STORE, JsonOption, StoreOption, parse_pairs
 
 app = typer.Typer()
 
@@ -58,12 +58,13 @@ def create_project(
 
 
 @app.command()
-def projects(store: StoreOption = DEFAULT_STORE) -> None:
+def projects(as_json: JsonOption = False, store: StoreOption = DEFAULT_STORE) -> None:
     """Lists the labelling projects."""
     import sqlalchemy as sa
     from rich.console import Console
     from rich.table import Table
 
+    from steersman.cli.shapes import ProjectLine, print_json
     from steersman.store import Store
     from steersman.store.models import Item, LabelerDay, Project
 
@@ -73,12 +74,19 @@ def projects(store: StoreOption = DEFAULT_STORE) -> None:
         .where(LabelerDay.project_id == Project.id)
         .scalar_subquery()
     )
-    table = Table("project", "kind", "overlap", "items", "judgements")
     with Store.open(store).reading() as session:
-        for project, item_count, judgements in session.execute(
-            sa.select(Project, items, judged).order_by(Project.name)
-        ):
-            table.add_row(project.name, project.kind, str(project.overlap), f"{item_count:,}", f"{int(judgements):,}")
+        found = [
+            ProjectLine(project.name, project.kind, project.overlap, item_count, int(judgements))
+            for project, item_count, judgements in session.execute(
+                sa.select(Project, items, judged).order_by(Project.name)
+            )
+        ]
+    if as_json:
+        print_json(found)
+        return
+    table = Table("project", "kind", "overlap", "items", "judgements")
+    for one in found:
+        table.add_row(one.name, one.kind, str(one.overlap), f"{one.items:,}", f"{one.judgements:,}")
     Console().print(table)
 
 
@@ -141,7 +149,7 @@ def compare_run(
 @app.command()
 def wins(
     project: str,
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    as_json: JsonOption = False,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Which model people prefer in a blind comparison: win rates and Bradley and Terry's strengths, with intervals."""
@@ -333,7 +341,7 @@ def reopen(
 @app.command()
 def agreement(
     project: str,
-    json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
+    as_json: JsonOption = False,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Shows how far the labelers of a project agree, and what would block a release."""
@@ -347,8 +355,8 @@ def agreement(
         found = get_project(session, project)
         report = agreement_report(session, found)
         failures = report.failures(Thresholds.model_validate(found.thresholds))
-    if json:
-        typer.echo(report.model_dump_json(indent=2))
+    if as_json:
+        typer.echo(report.model_dump_json())
     else:
         print_report(report, failures)
 

@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 DEFAULT_STORE = "sqlite:///steersman.db"
+JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON; the reference has its shape.")]
+Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; the kubeconfig's by default.")]
+Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
 StoreOption = Annotated[str, typer.Option(envvar="STEERSMAN_STORE", help="Database URL.")]
 
 

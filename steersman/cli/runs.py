@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from steersman.cli.options import JsonOption
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class RunLine:
 
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the runs of this machine, the newest first: phase, stage, reward, rubric, age."""
     from steersman.errors import NotFoundError
@@ -42,7 +44,9 @@ def runs(
         raise NotFoundError(f"{folder} is not a folder; name the one that --run-dir folders lie in")
     found = sorted((_look(path.parent) for path in folder.glob("*/manifest.yaml")), key=lambda line: line.age_seconds)
     if as_json:
-        typer.echo(json.dumps([asdict(line) for line in found]))
+        from steersman.cli.shapes import print_json
+
+        print_json(found)
         return
     from rich.console import Console
     from rich.table import Table

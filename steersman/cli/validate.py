@@ -8,16 +8,20 @@ from typing import Annotated
 
 import typer
 
+from steersman.cli.options import JsonOption
+
 
 def validate(
     file: Annotated[Path, typer.Option("--file", "-f", help="The manifest (kind: AlignmentRun).")],
     set_: Annotated[list[str], typer.Option("--set", metavar="spec.a.b=c", help="Override; repeatable.")] = [],  # noqa: B006
+    as_json: JsonOption = False,
 ) -> None:
     """Checks a manifest, its paths, every row of its data, and its model, and does nothing else.
 
     The model is computed with: a small random one of the same architecture must give the same numbers on every path
     that the run takes. One sentence says what is wrong first; the exit code is that of the run.
     """
+    from steersman.cli.shapes import Valid, print_json
     from steersman.config.manifest import load_manifest
     from steersman.local import folder
     from steersman.local.executor import validate_run
@@ -25,4 +29,7 @@ def validate(
     manifest = load_manifest(file, set_)
     with tempfile.TemporaryDirectory(prefix="steersman-validate-") as scratch:
         validate_run(folder.resolve(manifest, Path(scratch), file.absolute().parent), Path(scratch))
+    if as_json:
+        print_json(Valid(str(file), manifest.metadata.name, manifest.stage_names()))
+        return
     print(f"{file}: valid, {len(manifest.spec.stages)} stages: {', '.join(manifest.stage_names())}")

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import json
@@ -254,11 +255,12 @@ def _is_done(run: AlignmentRun, name: str, run_dir: Path) -> bool:
         return folder.is_done(run, name, run_dir)
 
 
-def conclude(run_dir: Path, usage: Usage, *, again: bool = False) -> None:
+def conclude(run_dir: Path, usage: Usage, *, again: bool = False, show: bool = True) -> None:
     """Report, summary and table of the newest evaluation; nothing where there is none.
 
     Args:
         again: draw the report also where it is newer than the evaluation.
+        show: tell of it; False: nothing is printed.
     """
     found = sorted(run_dir.glob("evaluate*/evaluation.json"), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -277,12 +279,14 @@ def conclude(run_dir: Path, usage: Usage, *, again: bool = False) -> None:
     if again or not report.is_file() or report.stat().st_mtime < found[-1].stat().st_mtime:
         from steersman.report.report import write_report
 
-        with ConsoleReporter("report") as reporter:
-            reporter.activity("drawing")
+        with ConsoleReporter("report") if show else contextlib.nullcontext() as reporter:
+            if reporter is not None:
+                reporter.activity("drawing")
             write_report(run_dir, evaluation, report.parent)
     (run_dir / "summary.json").write_text(json.dumps(summarise(evaluation)) + "\n", encoding="utf-8")
-    Console().print(render_table(evaluation))
-    say("report", str(report))
+    if show:
+        Console().print(render_table(evaluation))
+        say("report", str(report))
 
 
 @contextmanager
