@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
-from steersman.errors import ConfigError
+from steersman.errors import ConfigError, meant
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -172,7 +172,9 @@ def _list_index(node: list[Any], key: str, path: str) -> int:
     for index, element in enumerate(node):
         if isinstance(element, dict) and key in element:
             return index
-    raise ConfigError(f"--set {path}: the list has no element '{key}'")
+    known = [name for element in node if isinstance(element, dict) for name in element]
+    there = f"; it has {', '.join(known)}" if known else ""
+    raise ConfigError(f"--set {path}: the list has no element '{key}'{there}{meant(key, known)}")
 
 
 def load_model(cls: type[M], data: dict[str, Any], source: str) -> M:

@@ -24,7 +24,9 @@ A message is one sentence (or two): the field, file or row; the reason; the mend
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -269,3 +271,9 @@ def all_error_types() -> list[type[SteersmanError]]:
         found.append(cls)
         queue.extend(cls.__subclasses__())
     return found
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a name that is not known: `; did you mean 'grpo'?`, empty where none is near."""
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steersman.errors import FailedPreconditionError, NotFoundError, SteersmanError
+from steersman.errors import FailedPreconditionError, NotFoundError, SteersmanError, meant
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,7 +176,9 @@ class Run:
         from steersman.report.report import stage_metrics
 
         if stage is not None and stage not in self.stages:
-            raise NotFoundError(f"the run has no stage {stage}; it has {', '.join(self.stages)}")
+            raise NotFoundError(
+                f"the run has no stage {stage}; it has {', '.join(self.stages)}{meant(stage, self.stages)}"
+            )
         rows = [
             {"stage": name, **row}
             for name, found in stage_metrics(self.folder).items()

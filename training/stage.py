@@ -28,7 +28,7 @@ from steersman.config.stages import (
     stage_digest,
     verified,
 )
-from steersman.errors import ConfigError, SteersmanError
+from steersman.errors import ConfigError, SteersmanError, meant
 from steersman.local.takeover import made_elsewhere, take_over
 from steersman.local.tracked import followed
 from steersman.openmp import prefer_yielding_threads
@@ -75,7 +75,7 @@ def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
     run = load_manifest(run_dir / "manifest.yaml", overrides)
     names = run.stage_names()
     if name not in names:
-        raise ConfigError(f"--stage {name}: the run has no such stage; it has {', '.join(names)}")
+        raise ConfigError(f"--stage {name}: the run has no such stage; it has {', '.join(names)}{meant(name, names)}")
     stage = dict(run.stages())[name]
     complete = read_complete(run_dir, name)
     if complete is not None:

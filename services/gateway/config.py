@@ -13,7 +13,7 @@ from services.gateway.inbox_config import AnyInbox
 from services.gateway.tools_config import ToolsConfig
 from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
 from steersman.config.tls import ClientTls, Tls
-from steersman.errors import ConfigError
+from steersman.errors import ConfigError, meant
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -328,7 +328,9 @@ class GatewayConfig(FrozenModel):
             for name in named:
                 if name == owner or name not in models:
                     others = [model for model in models if model != owner]
-                    raise ValueError(f"{field} names {name!r}; choose from {', '.join(others) or 'further models'}")
+                    raise ValueError(
+                        f"{field} names {name!r}; choose from {', '.join(others) or 'further models'}{meant(name, others)}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -340,7 +342,9 @@ class GatewayConfig(FrozenModel):
         models += [route.name for route in self.routes]
         for inbox in self.inboxes:
             if inbox.model and inbox.model not in models:
-                raise ValueError(f"inboxes.{inbox.name}.model names {inbox.model!r}; choose from {', '.join(models)}")
+                raise ValueError(
+                    f"inboxes.{inbox.name}.model names {inbox.model!r}; choose from {', '.join(models)}{meant(inbox.model, models)}"
+                )
         return self
 
     @property

@@ -82,7 +82,7 @@ def import_(
     from steersman.data.splits import Splits
     from steersman.data.table import ColumnMap, canonical_format, table_format
     from steersman.data.truth import read_consent
-    from steersman.errors import ConfigError
+    from steersman.errors import ConfigError, meant
 
     if format == "table":
         winners = {"winners": parse_pairs(winner, "--winner")} if winner else {}
@@ -92,7 +92,8 @@ def import_(
     elif format in FORMATS:
         chosen = FORMATS[format]
     else:
-        raise ConfigError(f"format {format!r}: unknown; known are table, steersman, {', '.join(FORMATS)}")
+        known = ("table", "steersman", *FORMATS)
+        raise ConfigError(f"format {format!r}: unknown; known are {', '.join(known)}{meant(format, known)}")
     job = ImportJob(
         chosen,
         tuple(files),
@@ -240,10 +241,10 @@ def label_studio_config(
     """Prints the labelling configuration for Label Studio that fits exported tasks."""
     from steersman.data.export import label_studio_config as config
     from steersman.data.records import ROW_TYPES
-    from steersman.errors import ConfigError
+    from steersman.errors import ConfigError, meant
 
     if rows not in ROW_TYPES:
-        raise ConfigError(f"rows: {rows!r} is no row type; known are {', '.join(ROW_TYPES)}")
+        raise ConfigError(f"rows: {rows!r} is no row type; known are {', '.join(ROW_TYPES)}{meant(rows, ROW_TYPES)}")
     typer.echo(config(ROW_TYPES[rows], aspect))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -23,7 +23,7 @@ _FEWEST_STEPS = 8
 
 def init(
     folder: Annotated[Path, typer.Argument(help="New folder; its name becomes the run's.")],
-    recipe: Annotated[Recipe, typer.Option(help="What to train.")] = "ppo",
+    recipe: Annotated[str, typer.Option(help=f"What to train: {', '.join(get_args(Recipe))}.")] = "ppo",
     base: Annotated[str, typer.Option(help="Base model: a folder or a hub id.")] = "smollm2-135m-instruct",
     demonstrations: Annotated[Path | None, typer.Option(help='JSONL rows {"messages": [...]}.')] = None,
     preferences: Annotated[
@@ -37,8 +37,11 @@ def init(
     """Make a folder with a commented run.yaml and checked data; without files the demo's data are generated."""
     from steersman.config.base import commented_yaml, load_model
     from steersman.config.manifest import AlignmentRun
-    from steersman.errors import ConfigError, ConflictError
+    from steersman.errors import ConfigError, ConflictError, meant
 
+    recipes = get_args(Recipe)
+    if recipe not in recipes:
+        raise ConfigError(f"--recipe {recipe!r}: choose from {', '.join(recipes)}{meant(recipe, recipes)}")
     if folder.exists():
         raise ConflictError(f"{folder} exists already; name a new folder")
     given = {

@@ -278,14 +278,14 @@ def assign(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Gives items to one person, who gets them next and keeps them."""
-    from steersman.errors import ConfigError
+    from steersman.errors import ConfigError, meant
     from steersman.store import Store
     from steersman.store.judging import ensure_labeler, get_project
     from steersman.store.managing import STATES, find_items
     from steersman.store.managing import assign as give
 
     if state not in STATES:
-        raise ConfigError(f"--state {state!r}: expected one of {', '.join(STATES)}")
+        raise ConfigError(f"--state {state!r}: expected one of {', '.join(STATES)}{meant(state, STATES)}")
     with Store.open(store).transaction() as session:
         target = get_project(session, project)
         items = find_items(session, target, text=search, state=state, limit=limit)

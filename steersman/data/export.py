@@ -20,7 +20,7 @@ from steersman.data.opening import display_name
 from steersman.data.records import Row, describe_validation_error, row_type_of, write_jsonl
 from steersman.data.sources import read_records
 from steersman.data.splits import encode
-from steersman.errors import ConfigError, DataError
+from steersman.errors import ConfigError, DataError, meant
 
 FORMATS = ("jsonl", "parquet", "label-studio")
 _BATCH = 1000
@@ -49,7 +49,7 @@ def export(source: str | os.PathLike[str], target: Path, form: str) -> int:
     Raises DataError for a wrong row, ConfigError for an unknown form.
     """
     if form not in FORMATS:
-        raise ConfigError(f"--to: {form!r} is no form of export; known are {', '.join(FORMATS)}")
+        raise ConfigError(f"--to: {form!r} is no form of export; known are {', '.join(FORMATS)}{meant(form, FORMATS)}")
     with storage_errors(target):
         if form == "jsonl":
             return write_jsonl(target, read_any(source))[0]

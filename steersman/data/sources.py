@@ -31,7 +31,7 @@ from steersman.data.opening import (
     open_bytes,
 )
 from steersman.data.records import MAX_LINE_BYTES, IncompleteFileError, damaged, describe_json_error, lines_of
-from steersman.errors import DataError
+from steersman.errors import DataError, meant
 
 _CHUNK = 1 << 20
 _CSV_HEAD = 1 << 16
@@ -303,7 +303,7 @@ def read_hugging_face(name: str, *, split: str | None = None, config: str | None
     except Exception as error:
         raise DataError(f"{name}: the datasets library cannot load it ({str(error).splitlines()[0]})") from error
     if split is not None and split not in loaded:
-        raise DataError(f"{name}: has no split {split!r}; it has {', '.join(loaded)}")
+        raise DataError(f"{name}: has no split {split!r}; it has {', '.join(loaded)}{meant(split, loaded)}")
     number = 0
     for part in [split] if split else list(loaded):
         try:

@@ -40,7 +40,7 @@ from steersman.data.records import (
     row_type_of,
 )
 from steersman.data.returns import conversation
-from steersman.errors import ConfigError, DataError
+from steersman.errors import ConfigError, DataError, meant
 
 _TARGETS = {
     "prompt", "system", "answer", "chosen", "rejected", "answer_a", "answer_b", "winner", "label", "margin", "reward",
@@ -63,7 +63,9 @@ class ColumnMap:
         for target in self.columns:
             if target not in _TARGETS and not target.startswith(_GROUPS):
                 known = ", ".join(sorted(_TARGETS)) + ", aspects.NAME, facts.NAME, meta.NAME"
-                raise ConfigError(f"column map: {target!r} is no part of a row; known are {known}")
+                raise ConfigError(
+                    f"column map: {target!r} is no part of a row; known are {known}{meant(target, _TARGETS)}"
+                )
         self.row_type  # noqa: B018 - refuses a map that makes no row
 
     @property
@@ -96,7 +98,7 @@ def table_format(columns: ColumnMap) -> Format:
 def canonical_format(kind: str) -> Format:
     """Rows that already have the canonical shape of `kind`, or that of TRL's formats."""
     if kind not in ROW_TYPES:
-        raise ConfigError(f"--rows: {kind!r} is no row type; known are {', '.join(ROW_TYPES)}")
+        raise ConfigError(f"--rows: {kind!r} is no row type; known are {', '.join(ROW_TYPES)}{meant(kind, ROW_TYPES)}")
     row_type = ROW_TYPES[kind]
 
     def convert(record: dict[str, Any], options: ImportOptions) -> Converted:

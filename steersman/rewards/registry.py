@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from steersman.errors import ConfigError
+from steersman.errors import ConfigError, meant
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -143,6 +143,7 @@ def _factory(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     if factory is None:
         raise ConfigError(
             f"reward {name!r} is not registered; there are {', '.join(registered())}, and python: FILE:FUNCTION"
+            f"{meant(name, registered())}"
         )
     try:
         inspect.signature(factory).bind(**options)

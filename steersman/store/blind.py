@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from steersman.errors import NotFoundError
+from steersman.errors import NotFoundError, meant
 from steersman.report.schema import Evaluation, Sample, prompt_of
 from steersman.report.wins import Duel
 from steersman.store.items import NewItem
@@ -28,7 +28,8 @@ def items_of(evaluation: Evaluation, models: Sequence[str], prompts: int | None 
     """
     missing = next((name for name in models if name not in evaluation.models), None)
     if missing is not None:
-        raise NotFoundError(f"the evaluation has no model {missing}; it has {', '.join(evaluation.models)}")
+        known = evaluation.models
+        raise NotFoundError(f"the evaluation has no model {missing}; it has {', '.join(known)}{meant(missing, known)}")
     first: dict[str, dict[str, Sample]] = {}
     for name in models:
         for sample in evaluation.models[name]:

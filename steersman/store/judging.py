@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError, PermissionDeniedError
+from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError, PermissionDeniedError, meant
 from steersman.store.items import (
     Added,
     NewItem,
@@ -86,7 +86,7 @@ def create_project(
 ) -> Project:
     """Makes a project. Raises ConflictError when the name is taken, InvalidArgumentError for a wrong setting."""
     if kind not in KINDS:
-        raise InvalidArgumentError(f"kind: {kind!r} is none of {', '.join(KINDS)}")
+        raise InvalidArgumentError(f"kind: {kind!r} is none of {', '.join(KINDS)}{meant(kind, KINDS)}")
     if kind == "rate" and not aspects:
         raise InvalidArgumentError("aspects: a rating project needs at least one")
     if overlap < 1 or honeypot_every < 0:
