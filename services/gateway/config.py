@@ -328,9 +328,8 @@ class GatewayConfig(FrozenModel):
             for name in named:
                 if name == owner or name not in models:
                     others = [model for model in models if model != owner]
-                    raise ValueError(
-                        f"{field} names {name!r}; choose from {', '.join(others) or 'further models'}{meant(name, others)}"
-                    )
+                    choice = f"{', '.join(others) or 'further models'}{meant(name, others)}"
+                    raise ValueError(f"{field} names {name!r}; choose from {choice}")
         return self
 
     @model_validator(mode="after")
@@ -342,9 +341,8 @@ class GatewayConfig(FrozenModel):
         models += [route.name for route in self.routes]
         for inbox in self.inboxes:
             if inbox.model and inbox.model not in models:
-                raise ValueError(
-                    f"inboxes.{inbox.name}.model names {inbox.model!r}; choose from {', '.join(models)}{meant(inbox.model, models)}"
-                )
+                choice = f"{', '.join(models)}{meant(inbox.model, models)}"
+                raise ValueError(f"inboxes.{inbox.name}.model names {inbox.model!r}; choose from {choice}")
         return self
 
     @property

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from steersman.cli import app
 from steersman.cli.shapes import OUTPUTS, RunState, print_json
+from steersman.errors import SteersmanError
 from steersman.store import Store
 from steersman.store.feedback import Event, save_answer, submit
 from steersman.store.models import Answer
@@ -74,6 +75,48 @@ def test_a_namespace_is_asked_for_in_one_way() -> None:
                 assert {"-n", "--namespace"} <= options(command), name
             if "-n" in one.opts:
                 assert one.opts == ["--namespace", "-n"], name
+
+
+# --- names that are nearly right
+
+RUN = """
+apiVersion: steersman.dev/v1alpha1
+kind: AlignmentRun
+metadata: {name: a-run}
+spec:
+  data: {demo: {}}
+  stages: [{sft: {}}, {rewardModel: {}}, {rl: {}}, {evaluate: {}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        ("run -f run.yaml --dry-run --set spec.stages.rll.steps=3", "rl"),
+        ("run -f stage.yaml --dry-run", "rewardModel"),
+        ("run -f reward.yaml --dry-run", "exact-facts"),
+        ("run -f value.yaml --dry-run", "grpo"),
+        ("init new --recipe dop", "dpo"),
+        ("data import ultrafeedbak rows.jsonl --out in", "ultrafeedback"),
+        ("data import steersman rows.jsonl --rows feedbak --out in", "feedback"),
+        ("data create-project shop comprae", "compare"),
+        ("data assign shop Ann --state opne", "open"),
+        ("data export rows.jsonl x --to parqet", "parquet"),
+        ("data label-studio-config preferenc", "preference"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(
+    arguments: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(RUN)
+    (tmp_path / "stage.yaml").write_text(RUN.replace("rewardModel", "rewardModell"))
+    rewards = "{rl: {reward: {verifiable: [{name: exact-fact}]}}}"
+    (tmp_path / "reward.yaml").write_text(RUN.replace("{rl: {}}", rewards))
+    (tmp_path / "value.yaml").write_text(RUN.replace("{rl: {}}", "{rl: {algorithm: grop}}"))
+    done = CliRunner().invoke(app, arguments.split())
+    assert isinstance(done.exception, SteersmanError), done.output
+    assert f"did you mean '{near}'?" in str(done.exception)
 
 
 # --- what is printed
