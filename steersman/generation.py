@@ -129,6 +129,8 @@ class GenerationRequest:
     stream: bool = False
     """Send a `TokenEvent` for every token, too."""
     constraint: TokenConstraint | None = None
+    score_prompts: bool = False
+    """Send a `PromptScored` for every prompt, before its first token."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -183,6 +185,20 @@ class TokenEvent:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PromptScored:
+    """Log-probabilities of a prompt's tokens but the first, under the model's own distribution: untempered, without
+    penalties and biases."""
+
+    prompt_index: int
+    logprobs: np.ndarray
+    """float32 [P - 1], of the second token and those after it."""
+    top_ids: np.ndarray
+    """int32 [P - 1, `top_logprobs`], the tokens that were most likely in each place, the first of them most."""
+    top_logprobs: np.ndarray
+    """float32, as `top_ids`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class SampleFinished:
     """A sample that came to its end. A cancelled one carries what it had."""
 
@@ -204,7 +220,7 @@ class RequestFailed:
     error: SteersmanError
 
 
-Event = TokenEvent | SampleFinished | RequestFailed
+Event = TokenEvent | PromptScored | SampleFinished | RequestFailed
 
 
 @dataclass(frozen=True, slots=True, eq=False)

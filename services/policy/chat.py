@@ -6,7 +6,7 @@ import asyncio
 import json
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import numpy as np
 
 from services.policy.constrain import json_constraint
-from services.policy.engine import Engine, GenerationRequest, SampleFinished, TokenEvent
+from services.policy.engine import Engine, GenerationRequest, PromptScored, SampleFinished, TokenEvent
 from services.policy.families import EFFORTS, effort_options, response_template, without_calls
 from services.policy.reading import AnswerReader, TextStream
 from services.policy.requests import events_of, sampling_params
@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 512
 """Stop texts of a request: every token of an answer is compared with them."""
+_SCORES_AT_ONCE = 256
+"""Tokens of a prompt in one response."""
 
 
 class ChatFormat:
@@ -211,6 +213,8 @@ async def answer(
             f"stop holds {len(request.stop)} texts of up to {longest} characters; at most {MAX_STOPS} texts of "
             f"{MAX_STOP_CHARACTERS} characters are looked for"
         )
+    if request.prompt_logprobs and request.messages:
+        raise InvalidArgumentError("prompt_logprobs are of a prompt that is continued, not of messages; leave one out")
     prompt = await chat.beside_the_loop(chat.encode, request)
     count = request.n or 1
     info = engine.info()
@@ -227,6 +231,7 @@ async def answer(
         n=count,
         stream=True,
         constraint=constraint,
+        score_prompts=request.prompt_logprobs,
     )
     new_reader = await chat.beside_the_loop(chat.reader, request)
     prompt_text = await chat.beside_the_loop(chat.tokenizer.decode, prompt) if request.prompt_token_ids else ""
@@ -236,6 +241,14 @@ async def answer(
     ended: set[int] = set()
     calls: dict[int, list[common_pb2.ToolCall]] = defaultdict(list)
     async for event in events_of(engine, generation):
+        if isinstance(event, PromptScored):
+            for begin in range(0, len(prompt), _SCORES_AT_ONCE):
+                yield pb.PolicyServiceChatResponse(
+                    prompt_logprobs=await chat.beside_the_loop(_prompt_tokens, chat, prompt, event, begin),
+                    prompt_tokens=len(prompt),
+                    prompt_text="" if begin else prompt_text,
+                )
+            continue
         if not isinstance(event, (TokenEvent, SampleFinished)) or event.sample_index in ended:
             continue
         index = event.sample_index
@@ -277,14 +290,29 @@ async def answer(
 
 
 def _token(chat: ChatFormat, event: TokenEvent) -> pb.TokenLogprob:
-    text = chat.text_of(event.token_id)
+    return _described(chat, event.token_id, event.logprob, event.top_logprobs)
+
+
+def _prompt_tokens(chat: ChatFormat, prompt: np.ndarray, scored: PromptScored, begin: int) -> list[pb.TokenLogprob]:
+    """The next tokens of a prompt; its first one has no log-probability."""
+    found = []
+    for place, token in enumerate(prompt[begin : begin + _SCORES_AT_ONCE].tolist(), start=begin - 1):
+        if place < 0:
+            found.append(_described(chat, token, 0.0, ()))
+            continue
+        top = zip(scored.top_ids[place].tolist(), scored.top_logprobs[place].tolist(), strict=True)
+        found.append(_described(chat, token, float(scored.logprobs[place]), top))
+    return found
+
+
+def _described(chat: ChatFormat, token_id: int, logprob: float, top: Iterable[tuple[int, float]]) -> pb.TokenLogprob:
     return pb.TokenLogprob(
-        token_id=event.token_id,
-        text=text,
-        logprob=event.logprob,
-        raw=chat.bytes_of(event.token_id),
+        token_id=token_id,
+        text=chat.text_of(token_id),
+        logprob=logprob,
+        raw=chat.bytes_of(token_id),
         top=[
-            pb.TokenAlternative(token_id=token, text=chat.text_of(token), logprob=logprob, raw=chat.bytes_of(token))
-            for token, logprob in event.top_logprobs
+            pb.TokenAlternative(token_id=token, text=chat.text_of(token), logprob=value, raw=chat.bytes_of(token))
+            for token, value in top
         ],
     )

@@ -17,6 +17,7 @@ from steersman.generation import (
     Event,
     FinishReason,
     GenerationRequest,
+    PromptScored,
     RequestFailed,
     SampleFinished,
     TokenEvent,
@@ -168,13 +169,19 @@ class FakeEngine:
             choices = np.flatnonzero(allowed)
             token = int(choices[int.from_bytes(digest[4:8], "little") % len(choices)])
         logprob = -float(np.log(self.vocab_size))
+        if request.score_prompts and not position and not sample.sample_index:
+            rest = prompt[1:, None].astype(np.int32)
+            top = (rest + np.arange(params.top_logprobs, dtype=np.int32)) % self.vocab_size
+            scores = np.full(top.shape, logprob, np.float32)
+            alone = np.full(len(rest), logprob, np.float32)
+            sample.on_event(PromptScored(sample.prompt_index, alone, top, scores))
         sample.token_ids.append(token)
         sample.logprobs.append(logprob)
         if version not in sample.versions:
             sample.versions.append(version)
         if request.stream:
-            top = tuple(((token + i) % self.vocab_size, logprob) for i in range(params.top_logprobs))
-            sample.on_event(TokenEvent(sample.prompt_index, sample.sample_index, token, logprob, version, top))
+            others = tuple(((token + i) % self.vocab_size, logprob) for i in range(params.top_logprobs))
+            sample.on_event(TokenEvent(sample.prompt_index, sample.sample_index, token, logprob, version, others))
         if token in stops:
             self._finish(sample, "stop")
         elif len(sample.token_ids) >= params.max_new_tokens or prompt.size + len(sample.token_ids) >= self.max_context:

@@ -40,7 +40,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, prompt_index: _Optional[int] = ..., sample_index: _Optional[int] = ..., token_ids: _Optional[_Union[_common_pb2.RaggedTensor, _Mapping]] = ..., logprobs: _Optional[_Union[_common_pb2.RaggedTensor, _Mapping]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., weights_versions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PolicyServiceChatRequest(_message.Message):
-    __slots__ = ("messages", "sampling", "n", "stop", "tools_json", "json_schema", "top_logprobs", "prompt", "whole", "prompt_token_ids", "continue_last", "reasoning_effort")
+    __slots__ = ("messages", "sampling", "n", "stop", "tools_json", "json_schema", "top_logprobs", "prompt", "whole", "prompt_token_ids", "continue_last", "reasoning_effort", "prompt_logprobs")
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class PolicyServiceChatRequest(_message.Message):
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CONTINUE_LAST_FIELD_NUMBER: _ClassVar[int]
     REASONING_EFFORT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     messages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Message]
     sampling: _common_pb2.SamplingParams
     n: int
@@ -65,10 +66,11 @@ class PolicyServiceChatRequest(_message.Message):
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     continue_last: bool
     reasoning_effort: str
-    def __init__(self, messages: _Optional[_Iterable[_Union[_common_pb2.Message, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., tools_json: _Optional[str] = ..., json_schema: _Optional[str] = ..., top_logprobs: _Optional[int] = ..., prompt: _Optional[str] = ..., whole: bool = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., continue_last: bool = ..., reasoning_effort: _Optional[str] = ...) -> None: ...
+    prompt_logprobs: bool
+    def __init__(self, messages: _Optional[_Iterable[_Union[_common_pb2.Message, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., tools_json: _Optional[str] = ..., json_schema: _Optional[str] = ..., top_logprobs: _Optional[int] = ..., prompt: _Optional[str] = ..., whole: bool = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., continue_last: bool = ..., reasoning_effort: _Optional[str] = ..., prompt_logprobs: bool = ...) -> None: ...
 
 class PolicyServiceChatResponse(_message.Message):
-    __slots__ = ("choice_index", "delta", "tokens", "finish_reason", "tool_calls", "prompt_tokens", "completion_tokens", "weights_version", "reasoning_delta", "reasoning_tokens", "prompt_text")
+    __slots__ = ("choice_index", "delta", "tokens", "finish_reason", "tool_calls", "prompt_tokens", "completion_tokens", "weights_version", "reasoning_delta", "reasoning_tokens", "prompt_text", "prompt_logprobs")
     CHOICE_INDEX_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +82,7 @@ class PolicyServiceChatResponse(_message.Message):
     REASONING_DELTA_FIELD_NUMBER: _ClassVar[int]
     REASONING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TEXT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     choice_index: int
     delta: str
     tokens: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
@@ -91,7 +94,8 @@ class PolicyServiceChatResponse(_message.Message):
     reasoning_delta: str
     reasoning_tokens: int
     prompt_text: str
-    def __init__(self, choice_index: _Optional[int] = ..., delta: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., tool_calls: _Optional[_Iterable[_Union[_common_pb2.ToolCall, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., weights_version: _Optional[int] = ..., reasoning_delta: _Optional[str] = ..., reasoning_tokens: _Optional[int] = ..., prompt_text: _Optional[str] = ...) -> None: ...
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
+    def __init__(self, choice_index: _Optional[int] = ..., delta: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., tool_calls: _Optional[_Iterable[_Union[_common_pb2.ToolCall, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., weights_version: _Optional[int] = ..., reasoning_delta: _Optional[str] = ..., reasoning_tokens: _Optional[int] = ..., prompt_text: _Optional[str] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "text", "logprob", "top", "raw")

@@ -37,6 +37,10 @@ class Decoder(Protocol):
         """
         ...
 
+    def score(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> Decoded:
+        """As `prefill`, and the next token's logits after each of T tokens, all of one row."""
+        ...
+
 
 DecoderName = Literal["llama", "generic", "cached", "uncached", "encoder-decoder"]
 
@@ -114,6 +118,9 @@ class LlamaDecoder:
     def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Decoded:
         hidden = self._norm(self._forward(token_ids, positions, step)).to(self._dtype)
         return Decoded(self._head(hidden), hidden)
+
+    def score(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> Decoded:
+        return self.decode(token_ids, positions, step)
 
     def _forward(
         self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep, fill: bool = False
@@ -250,6 +257,9 @@ class GenericDecoder:
     def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Decoded:
         logits = self._call(token_ids, positions, step, torch.arange(len(token_ids), device=token_ids.device))
         return Decoded(logits, self._seen.take()[0])
+
+    def score(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> Decoded:
+        return self.decode(token_ids, positions, step)
 
     def _call(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep, keep: Tensor) -> Tensor:
         ids = token_ids.unsqueeze(0)

@@ -17,6 +17,7 @@ from services.policy.engines.attention import DecodeStep, PrefillStep
 from services.policy.engines.decoded import Decoded, LastHidden
 from services.policy.engines.kv_cache import KVCache
 from services.policy.engines.weights import WeightStore, attach_parameters
+from steersman.errors import UnsupportedError
 from steersman.nn.encoder_decoder import start_token
 
 
@@ -63,6 +64,11 @@ class PlainDecoder:
                 self._model(input_ids=ids[None], past_key_values=state, use_cache=True)
             cache.seen[span.row] = ids.tolist(), state
 
+    def score(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> Decoded:
+        self.prefill(token_ids, positions, step)
+        logits = self._model(input_ids=token_ids[None], use_cache=False).logits[0]
+        return Decoded(logits, self._seen.take()[0])
+
     def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Decoded:
         cache = step.cache
         assert isinstance(cache, RowCache)
@@ -100,6 +106,9 @@ class EncoderDecoder:
         parts = token_ids.split([span.end - span.start for span in step.spans])
         for span, ids in zip(step.spans, parts, strict=True):
             cache.seen[span.row] = ids.tolist(), None
+
+    def score(self, token_ids: Tensor, positions: Tensor, step: PrefillStep) -> Decoded:
+        raise UnsupportedError("an encoder-decoder gives no log-probabilities of its prompt; leave prompt_logprobs out")
 
     def decode(self, token_ids: Tensor, positions: Tensor, step: DecodeStep | PrefillStep) -> Decoded:
         cache = step.cache

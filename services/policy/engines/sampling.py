@@ -91,6 +91,16 @@ class Drawn:
         return tuple((token, logprob) for token, logprob in pairs if logprob > -math.inf)
 
 
+def prompt_scores(logits: Tensor, targets: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of `targets` int64 [T] after logits [T, V]: log-probabilities float32 [T]; the `count` most likely tokens int32
+    [T, count] and theirs float32 [T, count], with no token beyond the vocabulary.
+    """
+    scores = logits.float().log_softmax(-1)
+    best = torch.topk(scores, min(count, scores.shape[1]))
+    chosen = scores.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return chosen.cpu().numpy(), best.indices.cpu().numpy().astype(np.int32), best.values.cpu().numpy()
+
+
 def draw(logits: Tensor, how: Draw) -> Drawn:
     """Draws one token a row from logits [B, V], which it may overwrite.
 

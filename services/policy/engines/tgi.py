@@ -31,6 +31,7 @@ from steersman.errors import (
     InvalidArgumentError,
     SteersmanError,
     UnavailableError,
+    UnsupportedError,
 )
 from steersman.generation import (
     EngineInfo,
@@ -148,6 +149,10 @@ class TgiEngine:
         if request.params.mask_top_p < 1.0:
             raise InvalidArgumentError(
                 "the tgi engine has no mask policy (sampling.mask_top_p); use the transformers engine"
+            )
+        if request.score_prompts:
+            raise UnsupportedError(
+                "the tgi engine streams no log-probabilities of a prompt; use the transformers or vllm engine"
             )
         if request.constraint is not None or request.params.min_new_tokens:
             what = "a token constraint" if request.constraint is not None else "sampling.min_new_tokens"

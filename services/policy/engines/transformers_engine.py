@@ -32,7 +32,7 @@ from services.policy.engines.kv_cache import KVCache, row_capacity
 from services.policy.engines.lookahead import Lookahead
 from services.policy.engines.plain import RowCache
 from services.policy.engines.prefixes import PrefixMemory, common_prefix
-from services.policy.engines.sampling import Drawn, draw, end_tokens, stream_key
+from services.policy.engines.sampling import Drawn, draw, end_tokens, prompt_scores, stream_key
 from services.policy.engines.transformers_samples import ConstraintError, DrawPlan, Sample, deliver, report
 from services.policy.engines.weights import Place, WeightStore
 from steersman.errors import (
@@ -41,12 +41,14 @@ from steersman.errors import (
     InvalidArgumentError,
     SteersmanError,
     UnavailableError,
+    UnsupportedError,
 )
 from steersman.generation import (
     EngineInfo,
     Event,
     FinishReason,
     GenerationRequest,
+    PromptScored,
     RequestFailed,
     TokenEvent,
     WeightsUpdate,
@@ -58,6 +60,10 @@ logger = logging.getLogger(__name__)
 
 _SHARE_AT_LEAST = 8
 """Shared prompt tokens from which copying pays."""
+_SCORED_AT_ONCE = 2**25
+"""Logits of a prompt that are held at the same time: 128 MiB."""
+_SCORED_AT_ONCE_PLAIN = 2**27
+"""Of a prompt that must be computed at once."""
 
 
 class TransformersEngine:
@@ -214,6 +220,8 @@ class TransformersEngine:
         request.check(self._vocab, self._context)
         if request.params.mask_top_p < 1.0 and self._mask is None:
             raise FailedPreconditionError("sampling.mask_top_p is set, but no mask policy is loaded; publish one first")
+        if request.score_prompts:
+            self._check_scored(request)
         samples = [
             self._sample(request, on_event, prompt_index, sample_index)
             for prompt_index in range(len(request.prompts))
@@ -235,6 +243,16 @@ class TransformersEngine:
             self._submitted.extend(samples)
             self._wake.notify()
             return self._next_handle
+
+    def _check_scored(self, request: GenerationRequest) -> None:
+        if self._chosen == "encoder-decoder":
+            raise UnsupportedError("an encoder-decoder gives no log-probabilities of its prompt; leave them out")
+        most = _SCORED_AT_ONCE_PLAIN // self._vocab
+        longest = max(map(len, request.prompts))
+        if self._plain and longest > most:
+            raise InvalidArgumentError(
+                f"a prompt has {longest} tokens; this model gives log-probabilities of {most} at most; shorten it"
+            )
 
     def _sample(
         self, request: GenerationRequest, on_event: Callable[[Event], None], prompt_index: int, sample_index: int
@@ -422,7 +440,10 @@ class TransformersEngine:
                     cache.forget(len(self._rows))
             self._rows.append(sample)
             self._draw = None
-        computed = [span for span in admitted if span.end > span.start]
+        scored = [span for span in admitted if self._rows[span.row].is_scored]
+        computed = [span for span in admitted if span.end > span.start and span not in scored]
+        for span in scored:  # before the others, which may take what these have computed
+            self._score(span)
         if computed:
             self._prefill(computed)
         for span in admitted:
@@ -445,6 +466,8 @@ class TransformersEngine:
     def _share(self, sample: Sample) -> Span:
         """The prompt tokens to compute, and the running sample whose prompt begins with the others."""
         end = len(sample.prompt) - 1
+        if sample.is_scored:  # keys and values that are there already tell no log-probabilities
+            return Span(len(self._rows), 0, end)
         donor, shared = None, 0
         for row, other in enumerate(self._rows):
             if other.prompt_version != self._version:
@@ -474,6 +497,29 @@ class TransformersEngine:
         self._decoder.prefill(ids, places, PrefillStep(self._cache, spans, self._device))
         if self._mask is not None:
             self._mask.decoder.prefill(ids, places, PrefillStep(self._mask.cache, spans, self._device))
+
+    def _score(self, span: Span) -> None:
+        """Computes a prompt as `_prefill` does, and tells the log-probabilities of its tokens."""
+        sample = self._rows[span.row]
+        count = sample.request.params.top_logprobs
+        ids = self._tensor(sample.prompt)
+        width = span.end if self._plain else max(1, _SCORED_AT_ONCE // self._vocab)
+        parts = []
+        for start in range(0, span.end, max(1, width)):
+            part = Span(span.row, start, min(start + width, span.end))
+            step = PrefillStep(self._cache, [part], self._device)
+            places = torch.arange(part.start, part.end, device=self._device)
+            logits, hidden = self._decoder.score(ids[part.start : part.end], places, step)
+            if self._heads is not None:
+                logits = logits.float() + self._heads(hidden)
+            parts.append(prompt_scores(logits, ids[part.start + 1 : part.end + 1], count))
+        if self._mask is not None and span.end:
+            places = torch.arange(span.end, device=self._device)
+            self._mask.decoder.prefill(ids[:-1], places, PrefillStep(self._mask.cache, [span], self._device))
+        if not parts:
+            parts = [(np.zeros(0, np.float32), np.zeros((0, count), np.int32), np.zeros((0, count), np.float32))]
+        chosen, top_ids, top = (np.concatenate(one) for one in zip(*parts, strict=True))
+        deliver(sample, PromptScored(sample.prompt_index, chosen, top_ids, top))
 
     def _decode(self) -> None:
         """One token for every running sample, or several for the only one."""

@@ -44,6 +44,11 @@ class Sample:
         return self.request.stream
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the prompt's log-probabilities are asked for: once a prompt, by its first sample."""
+        return self.request.score_prompts and self.sample_index == 0
+
+    @property
     def may_look_ahead(self) -> bool:
         """Whether several tokens can be drawn at once: nothing restricts one by those before it."""
         params = self.request.params

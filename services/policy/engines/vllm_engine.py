@@ -427,6 +427,8 @@ class VllmEngine:
         outputs = self._llm.generate(tokens_input(prompt.tolist()), params, vllm_id, lora_request=one.adapter)
         async with aclosing(outputs) as results:
             async for result in results:
+                if result.prompt_logprobs:
+                    sample.add_prompt(result.prompt_logprobs)
                 sample.add(result.outputs[0], self._version)
 
     def _died(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from services.policy.engines.sampling import stream_key
 from steersman.errors import InternalError
-from steersman.generation import Event, FinishReason, GenerationRequest, SampleFinished, TokenEvent
+from steersman.generation import Event, FinishReason, GenerationRequest, PromptScored, SampleFinished, TokenEvent
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -73,6 +73,7 @@ class Sample:
             stop_token_ids=sorted(eos.union(params.stop_token_ids)),
             ignore_eos=True,  # they are among the stop tokens
             logprobs=params.top_logprobs,
+            prompt_logprobs=params.top_logprobs if request.score_prompts and self.sample_index == 0 else None,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
@@ -82,6 +83,14 @@ class Sample:
     def _key(self) -> np.uint64:
         request = self._request.request
         return stream_key(request.params.seed, request.first_prompt + self.prompt_index, self.sample_index)
+
+    def add_prompt(self, flat: Any) -> None:
+        """vLLM's log-probabilities of the prompt, which come once; the first token's place is empty."""
+        count = self._request.request.params.top_logprobs
+        starts = np.array(flat.start_indices[1:], np.int64)
+        logprobs, token_ids = np.array(flat.logprobs, np.float32), np.array(flat.token_ids, np.int32)
+        top = starts[:, None] + 1 + np.arange(count)
+        deliver(self._request, PromptScored(self.prompt_index, logprobs[starts], token_ids[top], logprobs[top]))
 
     def add(self, output: CompletionOutput, version: int) -> None:
         """`version` is that of streamed tokens; the sample itself has the exact spans that vLLM kept."""
