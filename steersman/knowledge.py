@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from steersman.errors import ConfigError, DataError, UnsupportedError
+from steersman.errors import ConfigError, DataError
 
 FOLDER_VARIABLE = "STEERSMAN_KNOWLEDGE"
 """Environment variable with the folder of the files."""
@@ -84,6 +84,7 @@ def ask_knowledge(
     limit: int | None = None,
     model_name: str | None = None,
     key_env: str | None = None,
+    tokenizer: Path | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     batch_size: int = 8,
@@ -92,37 +93,56 @@ def ask_knowledge(
     """Score of every question by task, in the order of the files.
 
     Args:
-        target: a model folder, or the URL of a chat endpoint (which can be asked generating tasks only).
+        target: a model folder, or the URL of an OpenAI-compatible endpoint.
         task_files: folder that `write_tasks` filled.
         limit: only the first questions of each task.
+        model_name, key_env: of an endpoint, see `steersman.suites.asking.Endpoint`.
+        tokenizer: folder of the endpoint's model or tokenizer; tasks that compare given answers need it.
 
     Raises:
-        ConfigError: lm-eval is not installed.
-        UnsupportedError: an endpoint, and a task that needs the log-probability of given answers.
+        ConfigError: lm-eval is not installed, or there is no tokenizer and a task needs it.
+        UnavailableError: an endpoint that tells no log-probabilities of a prompt.
     """
     _harness()
+    note(f"knowledge: {', '.join(tasks)}")
+    if not target.startswith(("http://", "https://")):
+        from steersman.nn.harness import FolderModel
+
+        model = FolderModel(pretrained=target, dtype=dtype, device=device, batch_size=batch_size)
+        return _evaluated(model, tasks, task_files, limit)
+    compared = [task for task in tasks if task not in _METRICS]
+    if compared and tokenizer is None:
+        raise ConfigError(
+            f"{compared[0]} compares how likely given answers are, in tokens of the endpoint's model; name its folder "
+            "with --tokenizer FOLDER, or ask only gsm8k"
+        )
+    from steersman.nn.harness import EndpointModel
+    from steersman.nn.load import load_tokenizer
+    from steersman.suites.asking import Endpoint
+
+    known = None if tokenizer is None else load_tokenizer(tokenizer)
+    with Endpoint(target, model_name, key_env=key_env) as endpoint:
+        return _evaluated(EndpointModel(endpoint, known, _context(tokenizer)), tasks, task_files, limit)
+
+
+def _context(folder: Path | None) -> int:
+    """Tokens that the model of a folder takes; 2,048, as the harness has it, where nothing says so."""
+    from transformers import AutoConfig
+
+    from steersman.nn.load import context_of
+
+    if folder is None or not (folder / "config.json").is_file():
+        return 2048
+    return context_of(AutoConfig.from_pretrained(folder).get_text_config(decoder=True))
+
+
+def _evaluated(model: Any, tasks: Sequence[str], task_files: Path, limit: int | None) -> dict[str, tuple[float, ...]]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    if target.startswith(("http://", "https://")):
-        chosen = [task for task in tasks if task not in _METRICS]
-        if chosen:
-            raise UnsupportedError(
-                f"{chosen[0]} compares log-probabilities of given answers, which chat endpoints do not give; ask the "
-                "model's folder, or only gsm8k"
-            )
-        if key_env is not None:
-            os.environ.setdefault("OPENAI_API_KEY", os.environ.get(key_env, ""))
-        os.environ.setdefault("OPENAI_API_KEY", "none")
-        model: Any = "local-chat-completions"
-        arguments = {"base_url": f"{target.rstrip('/')}/chat/completions", "model": model_name, "num_concurrent": 4}
-    else:
-        model, arguments = "hf", {"pretrained": target, "dtype": dtype}
-    note(f"knowledge: {', '.join(tasks)}")
     result = lm_eval.simple_evaluate(
-        model=model, model_args=arguments, tasks=list(tasks), limit=limit, batch_size=batch_size, device=device,
-        task_manager=TaskManager(include_path=str(task_files), include_defaults=False), log_samples=True,
-        bootstrap_iters=0, apply_chat_template=model == "local-chat-completions", random_seed=0,
+        model=model, tasks=list(tasks), limit=limit, log_samples=True, bootstrap_iters=0, random_seed=0,
+        task_manager=TaskManager(include_path=str(task_files), include_defaults=False),
     )  # fmt: skip
     assert result is not None  # only on other ranks than the first
     return {task: _scores(task, result["samples"][task]) for task in tasks}

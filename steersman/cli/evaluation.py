@@ -47,6 +47,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for suites.json and suites.html.")] = Path("evaluation"),
     model: Annotated[str | None, typer.Option(help="Model's name at the endpoints; the first one by default.")] = None,
     key_env: Annotated[str | None, typer.Option(help="Environment variable with the endpoints' API key.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the endpoints' model: its tokenizer, for --knowledge.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Asks suites of models, runs and endpoints: results by tag, and what changed; and what the models know."""
@@ -59,7 +62,8 @@ def evaluate(
 
     if not suite and knowledge is None:
         raise ConfigError("there is nothing to ask: give --suite FILE, or --knowledge FOLDER")
-    known = _knowledge(targets, knowledge, task, limit, model, key_env) if knowledge is not None else {}
+    how = {"limit": limit, "model_name": model, "key_env": key_env, "tokenizer": tokenizer}
+    known = _knowledge(targets, knowledge, task, how) if knowledge is not None else {}
     if not suite:
         _end(out, {}, known, as_json)
         return
@@ -211,10 +215,12 @@ def _shown(
     return summary(results, before) | ({"judges": wins(judged)} if judged else {})
 
 
-def _knowledge(
-    targets: list[str], folder: Path, tasks: list[str], limit: int | None, model: str | None, key_env: str | None
-) -> dict[str, Any]:
-    """Table and figures of every task; the first target is what the others are compared with."""
+def _knowledge(targets: list[str], folder: Path, tasks: list[str], how: dict[str, Any]) -> dict[str, Any]:
+    """Table and figures of every task; the first target is what the others are compared with.
+
+    Args:
+        how: further arguments of `ask_knowledge`.
+    """
     import tempfile
 
     from rich.console import Console
@@ -235,7 +241,7 @@ def _knowledge(
         for target, name in zip(targets, names, strict=True):
             reporter.activity(f"asking {name}")
             place = target if is_url(target) else str(find_model(Path(target))[0])
-            scores[name] = ask_knowledge(place, tasks, Path(files), limit=limit, model_name=model, key_env=key_env)
+            scores[name] = ask_knowledge(place, tasks, Path(files), **how)
     table = Table(title="Knowledge", title_justify="left")
     for title in ("task", *names):
         table.add_column(title, justify="left" if title == "task" else "right")

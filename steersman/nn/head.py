@@ -70,6 +70,12 @@ class OutputHead:
             sets=sets,
         )
 
+    def likeliest(self, hidden: Tensor, *, chunk_tokens: int = 512) -> Tensor:
+        """int64 [T], the likeliest token after each of hidden [T, D]."""
+        hidden, weight, bias = self._scaled(hidden)
+        parts = hidden.split(chunk_tokens)
+        return torch.cat([nn.functional.linear(part, weight, bias).argmax(-1) for part in parts])
+
     def top_p_sets(self, hidden: Tensor, targets: Tensor, top_p: float, *, temperature: float = 1.0) -> Tensor:
         """As `logprobs.top_p_sets_of`, without a gradient."""
         hidden, weight, bias = self._scaled(hidden)

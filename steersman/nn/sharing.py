@@ -28,7 +28,7 @@ def share_beginnings(rows: Sequence[np.ndarray]) -> list[Group]:
     tokens saves (n - 1) c. Dynamic programming finds the best runs.
     """
     order = sorted(range(len(rows)), key=lambda row: rows[row].tolist())
-    common = [_common_prefix(rows[one], rows[other]) for one, other in itertools.pairwise(order)]
+    common = [common_prefix(rows[one], rows[other]) for one, other in itertools.pairwise(order)]
     saved, start_of_last = [0], [0]
     for end in range(1, len(order) + 1):
         best, start, shared = saved[end - 1], end - 1, len(rows[order[end - 1]])
@@ -51,7 +51,8 @@ def share_beginnings(rows: Sequence[np.ndarray]) -> list[Group]:
     return groups
 
 
-def _common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens both begin with."""
     width = min(len(one), len(other))
     same = one[:width] == other[:width]
     return width if same.all() else int(same.argmin())

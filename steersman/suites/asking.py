@@ -113,7 +113,7 @@ class Endpoint:
         max_tokens: int, seed: int,
     ) -> Reply:  # fmt: skip
         """The next answer of a conversation; what the endpoint refuses is an error of the tree."""
-        body: dict[str, Any] = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens}
+        body: dict[str, Any] = {"messages": list(messages), "max_tokens": max_tokens}
         if decoding.temperature is not None:
             body["temperature"] = decoding.temperature
         if not decoding.is_greedy:
@@ -121,7 +121,7 @@ class Endpoint:
         if tools:
             body["tools"] = list(tools)
         start = time.monotonic()
-        answer = self._json("POST", "chat/completions", json=body)
+        answer = self.post("chat/completions", body)
         seconds = time.monotonic() - start
         try:
             message = answer["choices"][0]["message"]
@@ -148,6 +148,10 @@ class Endpoint:
     ) -> Spoken:
         """See `converse`."""
         return converse(lambda said: self.reply(said, tools, decoding, max_tokens, seed), messages)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """What the endpoint answers to a body that names no model; what it refuses is an error of the tree."""
+        return self._json("POST", path, json={"model": self.model, **body})
 
     def _first_model(self) -> str:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import AsyncGenerator, Mapping
@@ -29,6 +30,8 @@ from steersman.v1.policy_pb2 import (
     TokenLogprob,
 )
 
+_SCORES_AT_ONCE = 256
+
 
 class OpenAIReplica:
     """See `services.gateway.backends.base.Replica`."""
@@ -49,12 +52,19 @@ class OpenAIReplica:
     ) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         path = "completions" if request.prompt or request.prompt_token_ids else "chat/completions"
         body = {"model": self._model, **request_body(request)}
+        if request.prompt_logprobs:
+            body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+            body["echo"] = True
         translator = Translator()
         timeout = httpx.Timeout(seconds, connect=self._client.timeout.connect)
         try:
             async with self._client.stream("POST", path, json=body, timeout=timeout) as response:
                 if response.status_code != 200:
                     raise _refusal(response.status_code, _message(await response.aread()))
+                if request.prompt_logprobs:
+                    for scored in await asyncio.to_thread(_scored, request, await response.aread()):
+                        yield scored
+                    return
                 async for line in response.aiter_lines():
                     if not line.startswith("data:") or line.endswith("[DONE]"):
                         continue
@@ -140,6 +150,39 @@ def _message_body(message: common_pb2.Message) -> dict[str, Any]:
     if message.tool_call_id:
         body["tool_call_id"] = message.tool_call_id
     return body
+
+
+def _scored(request: PolicyServiceChatRequest, body: bytes) -> list[PolicyServiceChatResponse]:
+    """The prompt's tokens, then the answer, of a completion that begins with its prompt.
+
+    Raises:
+        UnavailableError: it is none.
+    """
+    try:
+        whole = json.loads(body)
+        (choice,) = whole["choices"]
+        count, made = (_count(whole["usage"][name]) for name in ("prompt_tokens", "completion_tokens"))
+        tokens = _tokens(choice["logprobs"])
+        reason = finish_reason(choice["finish_reason"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UnavailableError(f"The engine sent no completion with its prompt ({type(error).__name__})") from None
+    if len(tokens) < count:
+        raise UnavailableError(f"The engine told {len(tokens)} of the prompt's {count} tokens")
+    if count:
+        tokens[0].logprob = 0.0
+    of_ids = "".join(token.text for token in tokens[:count]) if request.prompt_token_ids else ""
+    found = [
+        PolicyServiceChatResponse(
+            prompt_logprobs=tokens[begin : min(begin + _SCORES_AT_ONCE, count)], prompt_tokens=count,
+            prompt_text="" if begin else of_ids,
+        )
+        for begin in range(0, count, _SCORES_AT_ONCE)
+    ]  # fmt: skip
+    end = PolicyServiceChatResponse(
+        delta="".join(token.text for token in tokens[count:]), tokens=tokens[count:], finish_reason=reason,
+        prompt_tokens=count, completion_tokens=made,
+    )  # fmt: skip
+    return [*found, end]
 
 
 class Translator:

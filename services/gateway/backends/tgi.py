@@ -20,6 +20,7 @@ from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatR
 # What TGI's chat route does not know.
 _REFUSED = {
     "prompt_token_ids": "prompt",
+    "prompt_logprobs": "echo with logprobs",
     "continue_last": "continue_final_message",
     "reasoning_effort": "reasoning_effort",
 }

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
+from orjson import Fragment
+
 from services.gateway.answer import Answer
+from services.gateway.openai.text_logprobs import TextLogprobs
 from steersman.rpc.finish import openai_finish_name
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatResponse, TokenLogprob
@@ -53,13 +56,6 @@ class TokenInfo(TopLogprob):
 class ChatLogprobs(TypedDict):
     content: list[TokenInfo]
     refusal: None
-
-
-class TextLogprobs(TypedDict):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
 
 
 class About(TypedDict):
@@ -130,7 +126,7 @@ class ChatChunk(TypedDict):
 class TextChoice(TypedDict):
     index: int
     text: str
-    logprobs: TextLogprobs | None
+    logprobs: TextLogprobs | Fragment | None
     finish_reason: str | None
 
 
@@ -198,18 +194,6 @@ def token_infos(tokens: Iterable[TokenLogprob]) -> list[TokenInfo]:
         }
         for token in tokens
     ]
-
-
-def text_logprobs(tokens: Iterable[TokenLogprob], offset: int) -> TextLogprobs:
-    """The legacy form; `offset` is the number of characters before these tokens."""
-    found: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token in tokens:
-        found["tokens"].append(token.text)
-        found["token_logprobs"].append(token.logprob)
-        found["top_logprobs"].append({other.text: other.logprob for other in token.top})
-        found["text_offset"].append(offset)
-        offset += len(token.text)
-    return found
 
 
 def chat_completion(answer: Answer, logprobs: dict[int, list[TokenInfo]] | None) -> ChatCompletion:

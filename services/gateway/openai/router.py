@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import orjson
@@ -16,29 +15,21 @@ from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.bodies import consent_of, fingerprint_of, plain_headers, read_body
 from services.gateway.errors import BadRequestError
+from services.gateway.openai.completions import completion_events, completion_object
 from services.gateway.openai.documentation import CHAT_DOC, COMPLETIONS_DOC, MODEL_DOC, MODELS_DOC
 from services.gateway.openai.objects import (
     ChatCompletion,
-    TextChoice,
-    TextCompletion,
     TokenInfo,
     about,
     chat_choice,
     chat_chunk,
     chat_completion,
-    text_completion,
-    text_logprobs,
     token_infos,
     usage,
 )
 from services.gateway.openai.schema import ChatCompletionRequest, CompletionRequest
-from services.gateway.openai.stream import DONE, EventStream, event, until_disconnect
+from services.gateway.openai.stream import DONE, EventStream, collect, event, until_disconnect
 from services.gateway.openai.translate import chat_request, completion_request
-from steersman.rpc.finish import openai_finish_name
-from steersman.v1.policy_pb2 import TokenLogprob
-
-_TOKENS_AT_ONCE = 64
-_PROMPTS_AT_ONCE = 4
 
 
 def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> APIRouter:
@@ -94,8 +85,8 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
         ]
         if body.stream:
             answer = await until_disconnect(request.receive, assistant.answer(questions[0]))
-            return EventStream(_completion_events(answer, body), answer.close)
-        return _json(await until_disconnect(request.receive, _completion_object(assistant, questions, body)))
+            return EventStream(completion_events(answer, body), answer.close)
+        return _json(await until_disconnect(request.receive, completion_object(assistant, questions, body)))
 
     @router.get("/models", **MODELS_DOC)
     async def list_models(request: Request) -> Response:
@@ -120,24 +111,12 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "steersman"}
 
 
-async def _collect(answer: Answer, take: Callable[[int, Sequence[TokenLogprob]], None] | None = None) -> None:
-    """Reads the answer to its end; `take` receives the tokens of every choice, a few at a time."""
-    try:
-        async for response in answer:
-            for begin in range(0, len(response.tokens) if take else 0, _TOKENS_AT_ONCE):
-                assert take is not None
-                take(response.choice_index, response.tokens[begin : begin + _TOKENS_AT_ONCE])
-                await asyncio.sleep(0)
-    finally:
-        await answer.close()
-
-
 async def _chat_object(answer: Answer, logprobs: bool) -> ChatCompletion:
     if not logprobs:
-        await _collect(answer)
+        await collect(answer)
         return chat_completion(answer, None)
     found: dict[int, list[TokenInfo]] = {}
-    await _collect(answer, lambda index, tokens: found.setdefault(index, []).extend(token_infos(tokens)))
+    await collect(answer, lambda index, tokens, _: found.setdefault(index, []).extend(token_infos(tokens)))
     return chat_completion(answer, found)
 
 
@@ -162,82 +141,5 @@ async def _chat_events(answer: Answer, body: ChatCompletionRequest) -> AsyncGene
     yield DONE
 
 
-def _echo(answer: Answer, body: CompletionRequest) -> str:
-    """The prompt, where it is to be given back.
-
-    Raises:
-        BadRequestError: it came as token ids, and the engine does not tell their text.
-    """
-    if not body.echo:
-        return ""
-    request = answer.question.request
-    if request.prompt_token_ids and not answer.prompt_text:
-        raise BadRequestError("echo: this engine does not tell the text of token ids; leave it out", param="echo")
-    return request.prompt or answer.prompt_text
-
-
 def _numbered(key: str, index: int) -> str:
     return f"{key}#{index}" if key and index else key
-
-
-async def _completion_object(
-    assistant: Assistant, questions: Sequence[Question], body: CompletionRequest
-) -> TextCompletion:
-    """One answer a prompt, read as soon as it begins: a few at a time, so that a batch waits for places that it holds
-    neither itself nor keeps from others. When one fails, none goes on."""
-    found: list[dict[int, list[TokenLogprob]]] = [{} for _ in questions]
-    places = asyncio.Semaphore(min(_PROMPTS_AT_ONCE, assistant.config.limits.concurrent_answers))
-
-    async def ask(question: Question, tokens: dict[int, list[TokenLogprob]]) -> Answer:
-        def take(index: int, some: Sequence[TokenLogprob]) -> None:
-            tokens.setdefault(index, []).extend(some)
-
-        async with places:
-            answer = await assistant.answer(question)
-            await _collect(answer, None if body.logprobs is None else take)
-        return answer
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(ask(*each)) for each in zip(questions, found, strict=True)]
-    except BaseExceptionGroup as several:
-        raise several.exceptions[0] from None
-    answers = [task.result() for task in tasks]
-    choices: list[TextChoice] = []
-    for answer, tokens in zip(answers, found, strict=True):
-        for index, choice in enumerate(answer.choices):
-            choices.append(
-                {
-                    "index": len(choices),
-                    "text": _echo(answer, body) + choice.text,
-                    "logprobs": None if body.logprobs is None else text_logprobs(tokens.get(index, ()), 0),
-                    "finish_reason": openai_finish_name(choice.finish_reason) or "stop",
-                }
-            )
-    return {**text_completion(answers[0], choices), "usage": usage(answers), "steersman": about(answers[0])}
-
-
-async def _completion_events(answer: Answer, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
-    with_usage = bool(body.stream_options and body.stream_options.include_usage)
-    offsets: dict[int, int] = {}
-    begun: set[int] = set()
-    async with contextlib.aclosing(aiter(answer)) as responses:
-        async for response in responses:
-            index = response.choice_index
-            choice: TextChoice = {
-                "index": index,
-                "text": response.delta if index in begun else _echo(answer, body) + response.delta,
-                "logprobs": None,
-                "finish_reason": openai_finish_name(response.finish_reason),
-            }
-            begun.add(index)
-            if body.logprobs is not None:
-                choice["logprobs"] = text_logprobs(response.tokens, offsets.get(index, 0))
-                offsets[index] = offsets.get(index, 0) + len(response.delta)
-            chunk = text_completion(answer, [choice])
-            if with_usage:
-                chunk["usage"] = None
-            yield event(chunk)
-    if with_usage:
-        yield event({**text_completion(answer, []), "usage": usage([answer])})
-    yield DONE

@@ -194,6 +194,8 @@ StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 PromptToken = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 _MOST_TOKENS = 20_000
+_MOST_SCORED = 100_000
+"""Characters, or token ids, of prompts whose tokens' log-probabilities are told: each makes some hundred bytes."""
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -354,16 +356,29 @@ class CompletionRequest(_Sampling):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     """Report log-probabilities, with this many alternatives for every token."""
     echo: bool | None = None
-    """Give the prompt before its continuation; not with `logprobs`, which are of what was generated."""
+    """Give the prompt before its continuation, with `logprobs` those of its own tokens, too."""
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    """Longest continuation in tokens; 0 with `echo`: none."""
     suffix: None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     """Only 1."""
 
     @model_validator(mode="after")
-    def _echo_has_no_logprobs(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo cannot be had with logprobs, which are of what was generated; leave one out")
+    def _check(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens 0 leaves nothing to give back; send echo: true with it, or at least 1")
+        if self.scores_prompt:
+            if (self.n or 1) > 1:
+                raise ValueError("echo with logprobs gives one choice a prompt, whose tokens are the same; leave n out")
+            size = sum(map(len, self.prompts))
+            if size > _MOST_SCORED:
+                raise ValueError(f"echo with logprobs takes {_MOST_SCORED:,} characters of prompts, here are {size:,}")
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's own tokens are asked for."""
+        return bool(self.echo) and self.logprobs is not None
 
     @property
     def prompts(self) -> list[str | list[int]]:

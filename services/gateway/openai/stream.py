@@ -1,23 +1,30 @@
-"""Server-sent events, and work that ends when the client goes away."""
+"""Answers read to their end, or sent as events; and work that ends when the client goes away."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from services.gateway.answer import Answer
 from services.gateway.errors import error_body
 from steersman.errors import CancelledError, InternalError, SteersmanError
+from steersman.v1.policy_pb2 import TokenLogprob
 
 log = logging.getLogger("steersman.gateway")
 
 T = TypeVar("T")
+
+_TOKENS_AT_ONCE = 64
+
+Take = Callable[[int, Sequence[TokenLogprob], bool], None]
+"""Receives a few tokens of a choice, and whether they are of its prompt."""
 
 
 def event(data: Any) -> bytes:
@@ -25,6 +32,20 @@ def event(data: Any) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
+
+
+async def collect(answer: Answer, take: Take | None = None) -> None:
+    """Reads the answer to its end; `take` receives the tokens of every choice, a few at a time."""
+    try:
+        async for response in answer:
+            if take is None:
+                continue
+            for tokens, of_prompt in ((response.prompt_logprobs, True), (response.tokens, False)):
+                for begin in range(0, len(tokens), _TOKENS_AT_ONCE):
+                    take(response.choice_index, tokens[begin : begin + _TOKENS_AT_ONCE], of_prompt)
+                    await asyncio.sleep(0)
+    finally:
+        await answer.close()
 
 
 class EventStream(Response):

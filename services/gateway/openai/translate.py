@@ -61,10 +61,12 @@ def completion_request(body: CompletionRequest, prompt: str | list[int]) -> Poli
     return PolicyServiceChatRequest(
         prompt=prompt if isinstance(prompt, str) else "",
         prompt_token_ids=() if isinstance(prompt, str) else prompt,
-        sampling=_sampling(body, body.max_tokens or 16),
+        # An engine makes at least one token; where none is wanted it is left out of the answer.
+        sampling=_sampling(body, 1 if body.max_tokens == 0 else body.max_tokens or 16),
         n=body.n or 1,
         stop=body.stops,
         top_logprobs=body.logprobs or 0,
+        prompt_logprobs=body.scores_prompt,
         whole=not body.stream,
     )
 

@@ -147,7 +147,8 @@ class Claims:
                 response.tokens.extend(_ripe(choice))
                 if response.finish_reason:
                     self._count(choice)
-                if response.delta or response.tokens or response.tool_calls or response.finish_reason:
+                told = response.delta or response.tokens or response.prompt_logprobs
+                if told or response.tool_calls or response.finish_reason:
                     yield response
 
     def refused(self) -> None:

@@ -62,11 +62,77 @@ async def test_echo_and_token_ids(client: openai.AsyncOpenAI, policy: FakePolicy
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"prompt": [-1]}, {"prompt": [1, "a"]}, {"prompt": []}, {"prompt": "a", "echo": True, "logprobs": 1}]
+    "wrong",
+    [
+        {"prompt": [-1]},
+        {"prompt": [1, "a"]},
+        {"prompt": []},
+        {"prompt": "a", "max_tokens": 0},
+        {"prompt": "a", "echo": True, "logprobs": 1, "n": 2},
+        {"prompt": ["a" * 60_000] * 2, "echo": True, "logprobs": 1},
+    ],
 )
 async def test_wrong_prompts_are_refused(client: openai.AsyncOpenAI, wrong: dict[str, Any]) -> None:
     with pytest.raises(openai.BadRequestError):
         await client.completions.create(model="steersman", **wrong)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_with_logprobs_tells_those_of_the_prompt(
+    client: openai.AsyncOpenAI, policy: FakePolicy, stream: bool
+) -> None:
+    async def choices(**fields: Any) -> list[tuple[str, dict[str, list[Any]], str]]:
+        found: dict[int, tuple[str, dict[str, list[Any]], str]] = {}
+        answer = await client.completions.create(model="steersman", stream=stream, echo=True, **fields)
+        parts = [chunk async for chunk in answer] if stream else [answer]
+        for choice in (choice for part in parts for choice in part.choices):
+            text, columns, _ = found.get(choice.index, ("", {}, ""))
+            for name, column in choice.logprobs.model_dump().items():
+                columns[name] = columns.get(name, []) + column
+            found[choice.index] = text + choice.text, columns, choice.finish_reason
+        if not stream:
+            made = sum(len(text.split()) for text, _, _ in found.values()) - answer.usage.prompt_tokens
+            assert answer.usage.completion_tokens == made
+        return [found[index] for index in sorted(found)]
+
+    ((text, found, _),) = await choices(prompt="äh two", logprobs=2, max_tokens=2)
+    assert text == "äh two echo äh"
+    assert found["tokens"] == ["äh", " two", " echo", " äh"]
+    assert found["text_offset"] == [0, 2, 6, 11]
+    assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+    for token, logprob, top in list(
+        zip(*(found[name] for name in ("tokens", "token_logprobs", "top_logprobs")), strict=True)
+    )[1:]:
+        assert top == {token: logprob, f"{token}1": pytest.approx(logprob - 1)}
+    many = " ".join(f"w{place}" for place in range(700))
+    ((text, found, reason),) = await choices(prompt=many, logprobs=0, max_tokens=0)
+    assert (text, reason) == (many, "length")
+    assert [many[at:].startswith(token) for at, token in zip(found["text_offset"], found["tokens"], strict=True)] == [
+        True
+    ] * 700
+    assert policy.requests[-1].sampling.max_new_tokens == 1
+    ((text, found, _),) = await choices(prompt=[3, 44], logprobs=1, max_tokens=1)
+    assert (text, found["tokens"], found["text_offset"]) == ("3 44 echo", ["3", " 44", " echo"], [0, 1, 4])
+    if not stream:
+        several = await choices(prompt=[[3], [4, 5]], logprobs=1, max_tokens=1)
+        assert [(text, found["tokens"]) for text, found, _ in several] == [
+            ("3 echo", ["3", " echo"]),
+            ("4 5 echo", ["4", " 5", " echo"]),
+        ]
+
+
+async def test_an_engine_that_passes_over_the_prompt_is_no_answer(
+    client: openai.AsyncOpenAI, policy: FakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_before = FakePolicy._answer
+
+    def answer(self: FakePolicy, request: Any, context: Any) -> Any:
+        request.prompt_logprobs = False  # as a service that does not know the field
+        return of_before(self, request, context)
+
+    monkeypatch.setattr(FakePolicy, "_answer", answer)
+    with pytest.raises(openai.BadRequestError, match="no log-probabilities of this prompt"):
+        await client.completions.create(model="steersman", prompt="one", echo=True, logprobs=1)
 
 
 async def test_thoughts_are_apart_from_the_answer(client: openai.AsyncOpenAI, policy: FakePolicy) -> None:
