@@ -297,14 +297,25 @@ def assign(
 def order(
     project: str,
     reward: Annotated[str, typer.Option(help="host:port of a reward service.")],
+    accuracy: Annotated[
+        float, typer.Option(help="Licence: least lower end of how often it prefers what people did.", min=0, max=1)
+    ] = 0.5,
+    without: Annotated[str, typer.Option(help="What happens without the licence: warn, or refuse.")] = "warn",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Hands out first what a reward model is least sure of; what it thinks is shown to nobody."""
+    from steersman.errors import ConfigError
+    from steersman.judges.options import Licence
     from steersman.ordering import order_by_reward
     from steersman.store import Store
 
-    ordered, left = order_by_reward(Store.open(store), project, reward)
-    typer.echo(f"{ordered:,} items of {project} ordered, {left:,} left as they are (an answer has no reward)")
+    if without not in ("warn", "refuse"):
+        raise ConfigError(f"--without {without!r}: expected warn or refuse")
+    licence = Licence.model_validate({"accuracy": accuracy, "without": without})
+    done = order_by_reward(Store.open(store), project, reward, licence, lambda line: typer.echo(line, err=True))
+    typer.echo(f"{done.ordered:,} items of {project} ordered, {done.left:,} left as they are (an answer has no reward)")
+    if done.licence.granted:
+        typer.echo(f"{reward} has a licence: {done.licence.text}")
 
 
 @app.command()

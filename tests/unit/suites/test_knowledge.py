@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from steersman.errors import ConfigError, DataError, UnsupportedError
+from steersman.errors import ConfigError, DataError
 from steersman.knowledge import ask_knowledge, available, write_tasks
 from steersman.report.schema import Evaluation, Sample
 from steersman.report.summary import knowledge, summarise
@@ -81,10 +82,41 @@ def test_the_numbers_are_those_of_the_harness_alone(folder: Path, tmp_path: Path
         assert sum(found[task]) / 2 == pytest.approx(alone[task]["acc,none"], abs=1e-6), task
 
 
-def test_an_endpoint_has_no_log_probabilities_of_given_answers(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_questions_share_is_computed_once_and_changes_no_number(
+    tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `knowledge`)")
-    with pytest.raises(UnsupportedError, match="ask the model's folder"):
-        ask_knowledge("http://127.0.0.1:1/v1", TASKS, tmp_path)
+    from lm_eval.models.huggingface import HFLM
+
+    from steersman.nn import harness
+    from steersman.testing.models import save_model_folder, tiny_llama
+
+    monkeypatch.setattr(harness, "_TOKENS_AT_ONCE", 100)
+    folder = save_model_folder(tmp_path / "model", tiny_llama())
+    model = harness.FolderModel(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
+    context = [5, 6, 7, 8] * 12
+    asked = [((str(n), ""), context[: 10 + n], [40 + n % 3, 50, 51 + n][: 1 + n % 3]) for n in range(30)]
+    asked += [(("", ""), context, follows) for follows in ([9], [9, 10], [9, 10, 11], [12])]
+    asked += [(("", ""), [4], [5, 6]), asked[3]]
+    if not packed:  # beyond the context the harness leaves tokens out, and so do its numbers
+        asked += [(("", ""), context * 11, [9, 9])]
+    before = model.model.config._attn_implementation
+    found = model._loglikelihood_tokens(asked, disable_tqdm=True)
+    assert model.model.config._attn_implementation == before
+    wanted = HFLM._loglikelihood_tokens(model, asked, disable_tqdm=True)
+    assert [best for _, best in found] == [best for _, best in wanted]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], abs=1e-4)
+    # The likeliest is told as such.
+    ((_, best),) = model._loglikelihood_tokens([(("", ""), context, [_greedy(model, context)])], disable_tqdm=True)
+    assert best
+
+
+def _greedy(model: Any, context: list[int]) -> int:
+    import torch
+
+    with torch.no_grad():
+        return int(model.model(torch.tensor([context])).logits[0, -1].argmax())
 
 
 def test_before_and_after_stand_in_the_summary_with_interval_and_equivalence() -> None:
