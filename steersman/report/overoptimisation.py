@@ -78,6 +78,8 @@ class Goodhart(NamedTuple):
 
     alpha: float
     beta: float
+    explained: float = 1.0
+    """Share of the looks' variance that the fit explains (R²)."""
 
     def at(self, kl: float) -> float:
         """The change that the law expects."""
@@ -144,7 +146,10 @@ def fit(looks: Sequence[Look], scorer: str) -> Goodhart | None:
         return None
     d, change = (np.array(column) for column in zip(*points, strict=True))
     alpha, slope = np.linalg.lstsq(np.stack([d, d * np.log(d)], 1), change, rcond=None)[0]
-    return Goodhart(float(alpha), -float(slope))
+    law = Goodhart(float(alpha), -float(slope))
+    left = float(np.square(change - [law.at(one**2) for one in d]).sum())
+    spread = float(np.square(change - change.mean()).sum())
+    return law._replace(explained=max(0.0, 1.0 - left / spread) if spread > 0 else 0.0)
 
 
 def read_looks(path: Path) -> tuple[Look, ...]:
@@ -181,6 +186,7 @@ def summary(looks: Sequence[Look], planned: int, false_alarms: float) -> dict[st
         "peak_kl": {
             name: None if law is None or law.peak_kl is None else _round(law.peak_kl) for name, law in laws.items()
         },
+        "law_explains": {name: None if law is None else round(law.explained, 4) for name, law in laws.items()},
         "recommended": recommended(looks).step,
         "alarm": None if alarm is None else {"step": alarm.step, "scorer": alarm.scorer, "text": alarm.text},
         "false_alarms": false_alarms,

@@ -66,11 +66,18 @@ def write_suites(
         environment().get_template("suites.html.j2").render(
             report=report, earlier=earlier, rows=rows, headline=_headline(rows),
             targets=list(dict.fromkeys(result.target for result in report.results)),
-            wins=judged_wins(judged), licences=licences,
+            wins=judged_wins(judged, _compared(report, judged)), licences=licences,
         ),
         encoding="utf-8",
     )  # fmt: skip
     return path
+
+
+def _compared(report: SuiteReport, judged: Mapping[str, JudgeResult]) -> list[str]:
+    """The versions that judges compared, in the order of the results."""
+    said = dict.fromkeys(name for one in judged.values() for pair in one.pairs for name in (pair.other, pair.one))
+    targets = dict.fromkeys(result.target for result in report.results)
+    return [name for name in {**targets, **said} if name in said]
 
 
 def suite_rows(results: tuple[SuiteResult, ...], earlier: tuple[SuiteResult, ...] = ()) -> list[dict[str, Any]]:

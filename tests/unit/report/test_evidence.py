@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from steersman.judges.licence import enforce, kappa_interval, measure, missing, 
 from steersman.judges.options import Licence, LlmJudge
 from steersman.report.evidence import evidence
 from steersman.report.overoptimisation import Look
+from steersman.report.pages import write_suites
 from steersman.report.report import write_report
 from steersman.report.schema import Evaluation, JudgedPair, JudgeResult, Message, Sample, Watched
 from steersman.report.summary import summarise
 from steersman.statistics import wilson_interval
-from steersman.suites.asked import Asked, SuiteResult
+from steersman.suites.asked import Asked, SuiteReport, SuiteResult
 
 
 def test_a_licence_is_the_lower_end_of_the_agreement_with_people() -> None:
@@ -137,6 +139,34 @@ def test_the_report_shows_every_section(tmp_path: Path) -> None:
     for words in ("Wins by llm (m)", "cost 0.5", "Licences", "granted", "Over-optimisation", "Recommended", "Suites",
                   "Rewards and knowledge", "mmlu_world_religions", "reward, variance"):  # fmt: skip
         assert words in html, words
+
+
+def test_every_win_stands_under_the_version_that_it_is_against(tmp_path: Path) -> None:
+    """The judge met the versions in another order than the suites have them."""
+    names = ("first", "second", "third")
+    scores = {("third", "first"): 1.0, ("third", "second"): 0.5, ("second", "first"): 0.0}
+    pairs = tuple(
+        JudgedPair(prompt_id=f"p{n}#0", one=one, other=other, score=score)
+        for n in range(8) for (one, other), score in scores.items()
+    )  # fmt: skip
+    results = tuple(
+        SuiteResult(suite="shop", kind="business", target=name, decoding="greedy",
+                    asked=(Asked(case="c", question="q", answers=("a",), checks={"facts": None}),))
+        for name in names
+    )  # fmt: skip
+    report = SuiteReport(date="2026-11-26", settings={}, results=results)
+    html = write_suites(report, tmp_path, None, {"llm": JudgeResult(model="m", pairs=pairs)}).read_text()
+    table = html[html.index("Wins by llm") :].split("</table>")[0]
+    head = re.findall(r'<th scope="col">([^<]*)', table)[1:-1]
+    assert head == list(names)
+    for row in re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", table):
+        name, cells = row.split("</th>", 1)
+        shown = [cell[:4] for cell in re.findall(r"<td>([^<]*)", cells)][:3]
+        wanted = [
+            "–" if one == name else f"{100 * scores.get((name, one), 1 - scores.get((one, name), 0)):.1f}"[:4]
+            for one in names
+        ]
+        assert shown == wanted, name
 
 
 def test_the_summary_has_judges_and_licences() -> None:

@@ -90,6 +90,13 @@ def test_the_law_of_gao_is_recovered() -> None:
     assert (law.alpha, law.beta) == pytest.approx((alpha, beta))
     assert law.peak_kl == pytest.approx(math.exp(alpha / beta - 1) ** 2)
     assert law.at(4.0) == pytest.approx(2 * (alpha - beta * math.log(2)))
+    assert law.explained == pytest.approx(1.0)
+    bent = [*looks[:-1], look(5, [8.0] * 3, [2.0] * 3, kl=64.0)]
+    course = np.array([one.mean("gold") for one in bent[1:]])
+    other = fit(bent, "gold")
+    assert other is not None
+    told = np.array([other.at(one.kl) for one in bent[1:]])
+    assert other.explained == pytest.approx(1 - ((course - told) ** 2).sum() / ((course - course.mean()) ** 2).sum())
     assert fit(looks[:3], "gold") is None
 
 
