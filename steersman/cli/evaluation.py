@@ -53,7 +53,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Asks suites of models, runs and endpoints: results by tag, and what changed; and what the models know."""
-    from steersman.errors import ConfigError
+    from steersman.errors import ConfigError, NotFoundError
     from steersman.local.evaluate import ask_all
     from steersman.local.judges import read_judges
     from steersman.suites.asked import read_results
@@ -62,6 +62,11 @@ def evaluate(
 
     if not suite and knowledge is None:
         raise ConfigError("there is nothing to ask: give --suite FILE, or --knowledge FOLDER")
+    _must_matter("--suite", suite, {"--judge": judge, "--previous": previous})
+    _must_matter("--knowledge", knowledge, {"--task": task, "--limit": limit, "--tokenizer": tokenizer})
+    _must_matter("--judge", judge, {"--people": people})
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise NotFoundError(f"--tokenizer {tokenizer} is not a folder; name that of the endpoints' model")
     how = {"limit": limit, "model_name": model, "key_env": key_env, "tokenizer": tokenizer}
     known = _knowledge(targets, knowledge, task, how) if knowledge is not None else {}
     if not suite:
@@ -111,6 +116,7 @@ def evaluate_live(
     from steersman.suites.asked import read_results
     from steersman.suites.schema import read_suite
 
+    _must_matter("--judge", judge, {"--people": people})
     judges, suites = read_judges(judge), [read_suite(path) for path in suite]
     earlier = read_results(previous) if previous is not None else None
     now = datetime.now(UTC)
@@ -161,6 +167,15 @@ def evaluate_reward(
         verdicts = [said for item, labeler, ranking in rankings for said in pairs_of(item, labeler, ranking)]
         found["labelers"] = against_labelers(verdicts, rewards)
     typer.echo(json.dumps(found) if as_json else json.dumps(found, indent=2))
+
+
+def _must_matter(needed: str, given: object, options: dict[str, object]) -> None:
+    """Refuses options that would change nothing, because what they are about is not asked for."""
+    from steersman.errors import ConfigError
+
+    alone = next((name for name, value in options.items() if value), None)
+    if alone is not None and not given:
+        raise ConfigError(f"{alone} changes nothing without {needed}; give both, or leave it out")
 
 
 def _time(text: str, now: datetime, option: str) -> datetime:

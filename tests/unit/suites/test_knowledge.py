@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from steersman.errors import ConfigError, DataError
+from steersman.errors import ConfigError, DataError, SteersmanError
 from steersman.knowledge import ask_knowledge, available, write_tasks
 from steersman.report.schema import Evaluation, Sample
 from steersman.report.summary import knowledge, summarise
@@ -134,3 +134,24 @@ def test_before_and_after_stand_in_the_summary_with_interval_and_equivalence() -
     assert found["difference"][0] == pytest.approx(-1 / 400, abs=1e-4)
     assert (found["equivalent"], found["questions"], found["bound"]) == (True, 400, 0.03)
     assert summarise(evaluated)["knowledge"]["mmlu"] == found
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--suite", "s.yaml", "--task", "gsm8k"], "--task changes nothing without --knowledge"),
+        (["--suite", "s.yaml", "--limit", "3"], "--limit changes nothing without --knowledge"),
+        (["--suite", "s.yaml", "--people", "p.jsonl"], "--people changes nothing without --judge"),
+        (["--knowledge", "k", "--judge", "j.yaml"], "--judge changes nothing without --suite"),
+        (["--knowledge", "k", "--previous", "suites.json"], "--previous changes nothing without --suite"),
+        (["--knowledge", "k", "--tokenizer", "nowhere"], "--tokenizer nowhere is not a folder"),
+    ],
+)
+def test_an_option_without_effect_is_refused_before_anything_loads(options: list[str], said: str) -> None:
+    from typer.testing import CliRunner
+
+    from steersman.cli import app
+
+    result = CliRunner().invoke(app, ["eval", "model", *options])
+    assert isinstance(result.exception, SteersmanError)
+    assert said in str(result.exception)
