@@ -20,7 +20,15 @@ from engine_client import TIMEOUT, collect, gather, random_prompts, reference_lo
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from services.policy.engine import Event, GenerationRequest, SampleFinished, SamplingParams, TokenEvent, WeightsUpdate
+from services.policy.engine import (
+    Event,
+    GenerationRequest,
+    PromptScored,
+    SampleFinished,
+    SamplingParams,
+    TokenEvent,
+    WeightsUpdate,
+)
 from steersman.errors import InvalidArgumentError, UnavailableError
 from steersman.testing.models import save_model_folder, tiny_llama
 
@@ -147,6 +155,22 @@ def test_logprobs_are_of_the_distribution_that_was_sampled_from(engine) -> None:
     assert known.mean() >= (1.0 if engine.info().dtype == "float32" else 0.7)
     expected = kept.values.log_softmax(-1).gather(1, places.indices)[:, 0].numpy()
     assert_near(engine, sample.logprobs[known], expected[known])
+
+
+def test_a_prompt_has_the_models_own_log_probabilities(engine) -> None:
+    prompts = random_prompts([20, 1, 20])
+    prompts[2] = prompts[0]  # vLLM's prefix cache holds it
+    params = SamplingParams(max_new_tokens=2, temperature=0.5, top_logprobs=2)
+    events, _ = collect(engine, GenerationRequest("t", prompts, params, n=2, stream=True, score_prompts=True))
+    found = {event.prompt_index: event for event in events if isinstance(event, PromptScored)}
+    assert sum(isinstance(event, PromptScored) for event in events) == len(found) == 3
+    for index, prompt in enumerate(prompts):
+        scored = found[index]
+        assert (len(scored.logprobs), scored.top_ids.shape) == (len(prompt) - 1, (len(prompt) - 1, 2))
+        if len(prompt) > 1:
+            assert_near(engine, scored.logprobs, reference_logprobs(model(), prompt[:1], prompt[1:]))
+            assert (scored.top_logprobs[:, 0] >= scored.logprobs - 1e-6).all()
+            assert (scored.top_logprobs[:, 0] >= scored.top_logprobs[:, 1]).all()
 
 
 @EXACT
