@@ -33,7 +33,7 @@ _TOKENS_AT_ONCE = 4096
 _CALLS_AT_ONCE = 4
 
 
-class FolderModel(HFLM):  # type: ignore[misc]  # the harness is not typed
+class FolderModel(HFLM):
     """The harness's own model of a folder; rows that begin alike share what they begin with."""
 
     def _loglikelihood_tokens(self, requests: list[Asked], disable_tqdm: bool = False, **kwargs: Any) -> list[Told]:
@@ -103,7 +103,7 @@ def _parts(rows: Sequence[tuple[tuple[int, ...], int]]) -> Iterator[list[tuple[t
         yield part
 
 
-class EndpointModel(TemplateLM):  # type: ignore[misc]
+class EndpointModel(TemplateLM):
     """A model behind an OpenAI-compatible endpoint: completions with `echo` and `logprobs` tell how likely a given
     answer is, the chat generates. It answers token ids, so that its rows are those of the folder.
     """

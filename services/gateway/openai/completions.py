@@ -14,7 +14,6 @@ from services.gateway.openai.schema import CompletionRequest
 from services.gateway.openai.stream import DONE, collect, event
 from services.gateway.openai.text_logprobs import TextLogprobs, TextTokens
 from steersman.rpc.finish import openai_finish_name
-from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatResponse, TokenLogprob
 
 _PROMPTS_AT_ONCE = 4
@@ -120,7 +119,7 @@ def _must_be_scored(body: CompletionRequest, choice: TextTokens | None) -> None:
         )
 
 
-def _said(body: CompletionRequest, text: str, reason: common_pb2.FinishReason) -> tuple[str, str | None]:
+def _said(body: CompletionRequest, text: str, reason: int) -> tuple[str, str | None]:
     """What is given of a continuation, and why it ended; engines make a token where none is wanted."""
     name = openai_finish_name(reason)
     return ("", name and "length") if body.max_tokens == 0 else (text, name)
