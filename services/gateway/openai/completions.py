@@ -32,7 +32,9 @@ async def completion_object(
             answer = await assistant.answer(question)
 
             def take(index: int, some: Sequence[TokenLogprob], of_prompt: bool) -> None:
-                choice = tokens.setdefault(index, TextTokens(_echo(answer, body)))
+                if index not in tokens:
+                    tokens[index] = TextTokens(_echo(answer, body))
+                choice = tokens[index]
                 if of_prompt:
                     choice.keep(choice.of_prompt(some)[1])
                 elif body.max_tokens != 0:
@@ -68,7 +70,9 @@ async def completion_events(answer: Answer, body: CompletionRequest) -> AsyncGen
     choices: dict[int, TextTokens] = {}
     async with contextlib.aclosing(aiter(answer)) as responses:
         async for response in responses:
-            choice = choices.setdefault(response.choice_index, TextTokens(_echo(answer, body)))
+            if response.choice_index not in choices:
+                choices[response.choice_index] = TextTokens(_echo(answer, body))
+            choice = choices[response.choice_index]
             if not response.prompt_logprobs:
                 _must_be_scored(body, choice)
             text, logprobs = _piece(body, choice, response)

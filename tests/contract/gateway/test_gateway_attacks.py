@@ -361,3 +361,13 @@ async def test_what_runs_beside_the_loop_is_short_too(seed: str) -> None:
             assert min(took) < 0.05
     finally:
         gc.enable()
+
+
+async def test_the_logprobs_of_a_long_prompt(site: Site) -> None:
+    body = {"model": "steersman", "prompt": " word" * 18_000, "echo": True, "logprobs": 5, "max_tokens": 0}
+    answer, stall = await site.attack("/v1/completions", json.dumps(body).encode(), headers())
+    assert answer.status_code == 200, answer.text[:300]
+    found = answer.json()["choices"][0]["logprobs"]
+    assert len(answer.content) > 2_000_000
+    assert (len(found["tokens"]), found["text_offset"][-1], found["token_logprobs"][0]) == (18_000, 5 * 17_999, None)
+    assert stall < PARSING, site.meter.what
