@@ -16,11 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import spearmanr
 
+from steersman.report.overoptimisation import Look, recommended
 from steersman.report.schema import Evaluation, RewardModelEvaluation
 from steersman.report.summary import criteria, label
 from steersman.statistics import (
     calibration_bins,
     expected_calibration_error,
+    mean_interval,
     wilson_interval,
 )
 
@@ -307,6 +309,30 @@ def length_against_reward(evaluation: Evaluation) -> Figure:
             ax.set(title=f"{label(name)}: {_rank_correlation(points)}", xlabel="tokens of the answer")
         axes[0].set_ylabel("reward")
         return figure
+
+
+def scores_by_kl(looks: Sequence[Look]) -> Figure | None:
+    """The reward and every scorer that training never uses, along the checkpoints; None with fewer than two looks."""
+    if len(looks) < 2:
+        return None
+    scorers = list(looks[-1].scorers)
+    advised = recommended(looks)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 3.2))
+        axes = figure.subplots(1, 1 + len(scorers), squeeze=False)[0]
+        for ax, scorer, colour in zip(axes, [None, *scorers], [ORANGE] + [BLUE] * len(scorers), strict=True):
+            kept = [(look, list(look.values(scorer).values())) for look in looks if look.values(scorer)]
+            means = [mean_interval(values) for _, values in kept]
+            places = [look.kl for look, _ in kept]
+            ax.fill_between(
+                places, [m.low for m in means], [m.high for m in means], color=colour, alpha=0.2, linewidth=0
+            )
+            ax.plot(places, [m.estimate for m in means], color=colour, marker="o", markersize=4)
+            ax.axvline(advised.kl, color=INK, linestyle=":", linewidth=1)
+            ax.set_title("Reward" if scorer is None else label(scorer))
+            ax.set_xlabel("KL to the reference, nats per answer")
+            ax.set_ylabel("mean")
+    return figure
 
 
 def _rank_correlation(points: np.ndarray) -> str:

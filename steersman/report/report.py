@@ -156,6 +156,19 @@ def _plots(evaluation: Evaluation, stages: Mapping[str, Sequence[Mapping[str, An
             plots.length_against_reward(evaluation),
         )
     )
+    by_kl = plots.scores_by_kl(evaluation.watched.looks) if evaluation.watched else None
+    if by_kl is not None:
+        found.append(
+            Plot(
+                False,
+                "scores_by_kl",
+                "Reward and unseen scorers along training",
+                "The same prompts at several checkpoints, means with 95% intervals. Where the reward goes on rising "
+                "and a scorer that training never uses falls, the reward is being exploited. Dotted: the recommended "
+                "checkpoint.",
+                by_kl,
+            )
+        )
     for stage, rows in stages.items():
         figure = plots.training_curves(stage, rows)
         if figure is not None:

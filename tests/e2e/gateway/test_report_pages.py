@@ -133,7 +133,14 @@ async def test_report_and_comparison_at_every_width_and_colour(tmp_path: Path) -
         await page.click("th >> text=KL to the reference")
         assert await page.evaluate("document.querySelector(':target').textContent") == "KL"
         shown = await page.inner_text("main")
-        for section in ("Wins by llm (a-large-judge)", "Licences", "Over-optimisation", "Best of n", "Suites"):
+        for section in (
+            "Wins by llm (a-large-judge)",
+            "Licences",
+            "Over-optimisation",
+            "along training",
+            "Best of n",
+            "Suites",
+        ):
             assert section in shown, section
         await every_look(page, "report")
 
