@@ -136,7 +136,8 @@ def test_the_report_shows_every_section(tmp_path: Path) -> None:
     assert table["reward, variance"]["numbers"][0] == pytest.approx(sum((x - mean) ** 2 for x in rewards) / 7)
     assert [cell.estimate for cell in table["mmlu_world_religions"]["cells"]] == [0.75, 0.5]
     html = write_report(tmp_path, evaluation, tmp_path / "report").read_text()
-    for words in ("Wins by llm (m)", "cost 0.5", "Licences", "granted", "Over-optimisation", "Recommended", "Suites", "unseen scorers along training",
+    for words in ("Wins by llm (m)", "cost 0.5", "Licences", "granted", "Over-optimisation", "Recommended", "Suites",
+                  "unseen scorers along training",
                   "Rewards and knowledge", "mmlu_world_religions", "reward, variance"):  # fmt: skip
         assert words in html, words
 
