@@ -141,6 +141,14 @@ async def test_a_served_tokenizer_that_is_known_is_asked(tmp_path: Path) -> None
     assert "@ @turn@@" in body["messages"][0]["content"]
 
 
+async def test_tgi_streams_no_log_probabilities_of_a_prompt() -> None:
+    async with before(Foreign(), "tgi") as http:
+        body = {"model": "steersman", "prompt": "a", "echo": True, "logprobs": 1}
+        answer = await http.post("/v1/completions", json=body, headers=signed("c1"))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported"), answer.text
+        assert "echo with logprobs: this engine cannot do it" in answer.json()["error"]["message"]
+
+
 async def test_the_guard_can_be_left_to_the_server() -> None:
     foreign = Foreign()
     async with before(foreign, "openai", controlTokens="pass") as http:

@@ -121,6 +121,23 @@ async def test_echo_with_logprobs_tells_those_of_the_prompt(
         ]
 
 
+async def test_a_foreign_server_tells_the_prompts_log_probabilities(gateway: Gateway) -> None:
+    """Before another server of that kind, which is a gateway as well: what it tells is told on."""
+    body = {"model": "steersman", "echo": True, "logprobs": 2, "max_tokens": 2, "seed": 1}
+    many = " ".join(f"w{place}" for place in range(600))
+    async with (
+        running_gateway(gateway_config(gateway.url, policy={"kind": "openai"})) as outer,
+        httpx.AsyncClient(timeout=60) as http,
+    ):
+        for prompt in ("one two", [3, 44], many):
+            there, here = [
+                (await http.post(f"{url}/v1/completions", json=body | {"prompt": prompt})).json()["choices"]
+                for url in (gateway.url, outer.url)
+            ]
+            assert here == there
+        assert len(here[0]["logprobs"]["tokens"]) == 602
+
+
 async def test_an_engine_that_passes_over_the_prompt_is_no_answer(
     client: openai.AsyncOpenAI, policy: FakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
