@@ -16,7 +16,7 @@ from steersman.progress import ConsoleReporter
 Scores = dict[str, dict[str, tuple[float, ...]]]
 """Task to model to the score of every question."""
 DEMO_TASKS = ("truthfulqa_mc1", "truthfulqa_mc2", "mmlu_world_religions")
-DEMO_QUESTIONS = 40
+DEMO_QUESTIONS = 150
 """Of each task: what two cores answer in minutes."""
 
 
