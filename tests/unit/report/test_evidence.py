@@ -162,11 +162,9 @@ def test_every_win_stands_under_the_version_that_it_is_against(tmp_path: Path) -
     assert head == list(names)
     for row in re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", table):
         name, cells = row.split("</th>", 1)
-        shown = [cell[:4] for cell in re.findall(r"<td>([^<]*)", cells)][:3]
-        wanted = [
-            "–" if one == name else f"{100 * scores.get((name, one), 1 - scores.get((one, name), 0)):.1f}"[:4]
-            for one in names
-        ]
+        shown = re.findall(r"<td>([^<]*)", cells)[:3]
+        won = [scores.get((name, one), 1 - scores.get((one, name), 0)) for one in names]
+        wanted = ["–" if one == name else f"{share:.1%}" for one, share in zip(names, won, strict=True)]
         assert shown == wanted, name
 
 
