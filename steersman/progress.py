@@ -1,8 +1,9 @@
 """Progress that people can follow and programs can read, and the metrics file of a stage.
 
-    rl  [####------] step 5/24  reward 0.42  kl 0.013  312 tok/s  left 3:41
+    rl  [####------] step 5/24  reward 0.42  kl 0.013  312 tok/s  left 3:41, in all about 4:30
 
-On a terminal it is one moving bar; with `STEERSMAN_PROGRESS=json` it is JSON lines, one event each.
+What comes after the stage is known from whoever runs it (`AFTERWARDS`). On a terminal it is one moving bar; with
+`STEERSMAN_PROGRESS=json` it is JSON lines, one event each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -31,6 +33,44 @@ _SHOWN = ("reward", "loss", "eval_loss", "accuracy", "kl")
 """Metrics on the line; all of them are in the metrics file."""
 _RECENT = 8
 """Steps that the estimate of the time left looks back on."""
+
+
+AFTERWARDS = "STEERSMAN_AFTERWARDS"
+"""Environment variable: the stages that follow, separated by commas, `;`, and the seconds that they took in an earlier
+run of the same; none where that is not known."""
+
+
+@dataclass(frozen=True)
+class TimeLeft:
+    """What is left to do, in seconds."""
+
+    stage: float
+    """Of the stage, by its own last steps."""
+    then: tuple[str, ...] = ()
+    """Stages that follow."""
+    later: float | None = None
+    """Of these; None: not known."""
+
+    @staticmethod
+    def from_environment(stage: float) -> TimeLeft:
+        names, _, seconds = os.environ.get(AFTERWARDS, "").partition(";")
+        then = tuple(name for name in names.split(",") if name)
+        try:
+            later = float(seconds)
+        except ValueError:
+            return TimeLeft(stage, then)
+        return TimeLeft(stage, then, later if math.isfinite(later) else None)
+
+    @property
+    def whole(self) -> float | None:
+        """Of the run; None: not known."""
+        return self.stage if not self.then else None if self.later is None else self.stage + self.later
+
+    def __str__(self) -> str:
+        left = f"left {clock(self.stage)}"
+        if self.then:
+            left += f", then {', '.join(self.then)}" if self.whole is None else f", in all about {clock(self.whole)}"
+        return left
 
 
 class ConsoleReporter:
@@ -76,7 +116,7 @@ class ConsoleReporter:
             self._append({"step": step, "total": total, **{key: _plain(value) for key, value in metrics.items()}})
         with self._lock:
             self._times.append(time.monotonic())
-            left = self._seconds_left(total - step)
+            left = self._time_left(total - step)
             self._set_activity("working")
             self._view.step(step, total, metrics, left)
 
@@ -107,10 +147,10 @@ class ConsoleReporter:
         self._activity = text
         self._activity_since = self._last_shown = time.monotonic()
 
-    def _seconds_left(self, steps: int) -> float | None:
+    def _time_left(self, steps: int) -> TimeLeft | None:
         if len(self._times) < 2:
             return None
-        return steps * (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+        return TimeLeft.from_environment(steps * (self._times[-1] - self._times[0]) / (len(self._times) - 1))
 
     def _beat(self) -> None:
         while not self._done.wait(0.5):
@@ -184,7 +224,7 @@ class _View(Protocol):
 
     def open(self) -> None: ...
     def close(self) -> None: ...
-    def step(self, step: int, total: int, metrics: Mapping[str, float], left: float | None) -> None: ...
+    def step(self, step: int, total: int, metrics: Mapping[str, float], left: TimeLeft | None) -> None: ...
     def note(self, text: str) -> None: ...
     def activity(self, text: str, seconds: float) -> None: ...
 
@@ -214,10 +254,10 @@ class _Lines:
     def close(self) -> None:
         pass
 
-    def step(self, step: int, total: int, metrics: Mapping[str, float], left: float | None) -> None:
+    def step(self, step: int, total: int, metrics: Mapping[str, float], left: TimeLeft | None) -> None:
         filled = round(10 * step / max(1, total))
         parts = [f"[{'#' * filled}{'-' * (10 - filled)}] step {step}/{total}", *shown_metrics(metrics)]
-        self.note("  ".join([*parts, f"left {clock(left)}"] if left is not None else parts))
+        self.note("  ".join([*parts, *([str(left)] if left else [])]))
 
     def note(self, text: str) -> None:
         print(f"{self._stage}  {text}", file=self._stream, flush=True)
@@ -241,9 +281,12 @@ class _JsonLines:
     def close(self) -> None:
         pass
 
-    def step(self, step: int, total: int, metrics: Mapping[str, float], left: float | None) -> None:
+    def step(self, step: int, total: int, metrics: Mapping[str, float], left: TimeLeft | None) -> None:
         plain = {key: _plain(value) for key, value in metrics.items()}
-        self._print(event="progress", step=step, total=total, seconds_left=left and round(left, 1), **plain)
+        seconds = {"seconds_left": left and round(left.stage, 1)}
+        if left and left.then:
+            seconds["run_seconds_left"] = left.whole and round(left.whole, 1)
+        self._print(event="progress", step=step, total=total, **seconds, **plain)
 
     def note(self, text: str) -> None:
         self._print(event="note", text=text)
@@ -279,9 +322,9 @@ class _Bar:
         self._progress.update(self._task, activity="")
         self._progress.stop()
 
-    def step(self, step: int, total: int, metrics: Mapping[str, float], left: float | None) -> None:
+    def step(self, step: int, total: int, metrics: Mapping[str, float], left: TimeLeft | None) -> None:
         parts = [f"{step}/{total}", *shown_metrics(metrics)]
-        description = "  ".join([*parts, f"left {clock(left)}"] if left is not None else parts)
+        description = "  ".join([*parts, *([str(left)] if left else [])])
         self._progress.update(self._task, completed=step, total=total, description=description)
 
     def note(self, text: str) -> None:

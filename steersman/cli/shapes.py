@@ -79,6 +79,8 @@ class Valid:
     name: str
     stages: list[str]
     """In their order."""
+    seconds: float | None
+    """What it will take, by earlier runs of the same stages on this machine; null: not known."""
 
 
 @dataclass(frozen=True)

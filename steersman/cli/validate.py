@@ -23,13 +23,19 @@ def validate(
     """
     from steersman.cli.shapes import Valid, print_json
     from steersman.config.manifest import load_manifest
+    from steersman.home import cache_folder
     from steersman.local import folder
     from steersman.local.executor import validate_run
+    from steersman.local.pace import Pace
+    from steersman.progress import clock
 
     manifest = load_manifest(file, set_)
     with tempfile.TemporaryDirectory(prefix="steersman-validate-") as scratch:
-        validate_run(folder.resolve(manifest, Path(scratch), file.absolute().parent), Path(scratch))
+        resolved = folder.resolve(manifest, Path(scratch), file.absolute().parent)
+        validate_run(resolved, Path(scratch), show=not as_json)
+    seconds = Pace(cache_folder() / "pace.json").expected_of_all(resolved, resolved.stage_names())
     if as_json:
-        print_json(Valid(str(file), manifest.metadata.name, manifest.stage_names()))
+        print_json(Valid(str(file), manifest.metadata.name, manifest.stage_names(), seconds))
         return
-    print(f"{file}: valid, {len(manifest.spec.stages)} stages: {', '.join(manifest.stage_names())}")
+    expected = "" if seconds is None else f"; by earlier runs here about {clock(seconds)}"
+    print(f"{file}: valid, {len(manifest.spec.stages)} stages: {', '.join(manifest.stage_names())}{expected}")

@@ -21,7 +21,7 @@ import importlib.util
 import json
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,17 @@ from typing import Any
 from steersman.artifacts import read_json
 from steersman.config.manifest import AlignmentRun, ServicesSpec
 from steersman.errors import ChecksumError, ConfigError, ConflictError, StorageError, UnavailableError
+from steersman.home import cache_folder
 from steersman.local import folder, process
 from steersman.local.memory import memory_folder
+from steersman.local.pace import Pace
 from steersman.local.prepare import found_digests
 from steersman.local.services import GRPC_NAMES, endpoint_overrides, services_of
 from steersman.local.supervisor import Supervisor
 from steersman.local.takeover import source_folder, take_over
 from steersman.local.tracked import SWITCH, followed
 from steersman.local.usage import Usage
-from steersman.progress import ConsoleReporter, clock, say
+from steersman.progress import AFTERWARDS, ConsoleReporter, clock, say
 from steersman.rpc.client import Access, wait_ready
 from steersman.rpc.token import RUN_TOKEN
 
@@ -91,7 +93,9 @@ def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> N
             run_dir / "services", _environment(run, base) | token, run.spec.services.start_timeout_seconds
         ) as supervisor,
     ):
-        for name in run.stage_names():
+        pace = Pace(cache_folder() / "pace.json")
+        names = run.stage_names()
+        for number, name in enumerate(names, 1):
             if told := take_over(run, name, run_dir):
                 say(name, told)
             if _is_done(run, name, run_dir):
@@ -106,11 +110,20 @@ def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> N
             try:
                 with usage.phase(name):
                     environment = _environment(run, base, shared=bool(services)) | token
+                    environment[AFTERWARDS] = _afterwards(pace, run, names[number:], run_dir)
                     _run_stage(run, name, run_dir, overrides, environment, supervisor)
             except StageFailed:
                 conclude(run_dir, usage)  # a gate that is not passed has numbers to show
                 raise
             say(name, f"complete after {clock(usage.seconds[name])}")
+            pace.note(run, name, run_dir, usage.seconds[name])
+
+
+def _afterwards(pace: Pace, run: AlignmentRun, names: Sequence[str], run_dir: Path) -> str:
+    """The stages after one that are still to do, and how long they will take, where that is known."""
+    left = [name for name in names if not (run_dir / name / "complete.json").is_file()]
+    seconds = pace.expected_of_all(run, left)
+    return f"{','.join(left)};{'' if seconds is None else f'{seconds:.1f}'}"
 
 
 @contextmanager
@@ -171,10 +184,16 @@ def run_child(
     log: Path,
     environment: dict[str, str],
     supervisor: Supervisor | None = None,
+    *,
+    show: bool = True,
 ) -> None:
-    """Runs a module to its end, keeping the services alive meanwhile; raises StageFailed with its last words."""
+    """Runs a module to its end, keeping the services alive meanwhile; raises StageFailed with its last words.
+
+    Args:
+        show: its progress goes to standard output; False: to the log.
+    """
     begin = log.stat().st_size if log.is_file() else 0
-    child = process.start(module, arguments, log, environment, own_output=False)
+    child = process.start(module, arguments, log, environment, own_output=not show)
     try:
         while child.poll() is None:
             for told in supervisor.tend() if supervisor else ():
@@ -197,13 +216,17 @@ def run_child(
         raise StageFailed(words if known else f"{name} failed ({words}); {log} has the whole story", code)
 
 
-def validate_run(run: AlignmentRun, run_dir: Path) -> None:
-    """Does what a run does before its first stage, in a folder of its own; errors are those of the run."""
+def validate_run(run: AlignmentRun, run_dir: Path, *, show: bool = True) -> None:
+    """Does what a run does before its first stage, in a folder of its own; errors are those of the run.
+
+    Args:
+        show: tell the progress.
+    """
     found_digests(run, run_dir)
     folder.write_manifest(run, run_dir)
     log = run_dir / "logs" / "prepare.log"
     manifest = folder.manifest_path(run_dir)
-    run_child("prepare", "steersman.local.prepare", [str(manifest)], log, _environment(run))
+    run_child("prepare", "steersman.local.prepare", [str(manifest)], log, _environment(run), show=show)
 
 
 def _prepare(run: AlignmentRun, run_dir: Path) -> tuple[AlignmentRun, Path]:

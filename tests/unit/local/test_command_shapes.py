@@ -211,6 +211,20 @@ def test_runs_and_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {"Python", "memory", "disk"} <= {one["name"] for one in found["findings"]}
 
 
+def test_a_manifest_that_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed stands in the log then; test_architecture.py lets it be computed."""
+    shown: list[bool] = []
+    monkeypatch.setattr("steersman.local.executor.run_child", lambda *given, show: shown.append(show))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(RUN)
+    valid = checked(says("validate", "-f", "run.yaml"), OUTPUTS["validate"])
+    stages = ["sft", "reward-model", "rl", "evaluate"]
+    assert valid == {"file": "run.yaml", "name": "a-run", "stages": stages, "seconds": None}
+    assert CliRunner().invoke(app, ["validate", "-f", "run.yaml"]).output.endswith("evaluate\n")
+    assert shown == [False, True]
+
+
 def test_a_run_in_a_cluster() -> None:
     status = {
         "phase": "Failed",
