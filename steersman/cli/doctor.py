@@ -7,40 +7,21 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from steersman.cli.options import Context, JsonOption, Namespace
+from steersman.cli.shapes import Doctor, Finding, State, print_json
 from steersman.errors import NotFoundError, PermissionDeniedError, SteersmanError
 
-State = Literal["ok", "note", "missing"]
 _MARKS: dict[State, str] = {"ok": "✓", "note": "·", "missing": "✗"}
 _GIB = 2**30
 _DEMO_MEMORY, _DEMO_DISK = 10 * _GIB, 6 * _GIB
 """What the quickstart takes at its peak, and leaves on the disk."""
 _PORTS = {"REST": 8080, "gRPC": 8081}
 _GROUP = "steersman.dev"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    name: str
-    state: State
-    """missing: something cannot work; note: something works less well, or only some of it."""
-    found: str
-    mend: str = ""
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """All that was looked at."""
-
-    findings: list[Finding]
 
 
 def doctor(
@@ -52,8 +33,6 @@ def doctor(
     """Say what this machine, or a cluster, has, lacks, and how to mend it; exit code 1 when something is missing."""
     findings = list(_cluster(namespace, context) if cluster else _machine())
     if as_json:
-        from steersman.cli.shapes import print_json
-
         print_json(Doctor(findings))
     else:
         for finding in findings:

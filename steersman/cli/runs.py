@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from steersman.cli.options import JsonOption
-
-
-@dataclass(frozen=True)
-class RunLine:
-    """One run of this machine."""
-
-    name: str
-    folder: str
-    phase: str
-    """Complete, Running, Stopped or Begun, or why it cannot be read."""
-    stage: str
-    """The stage that is at work or comes next; empty when all are complete."""
-    done: int
-    stages: int
-    reward: float | None
-    """Mean reward of the aligned model on held-out prompts, once it is evaluated."""
-    rubric: float | None
-    """Mean of the rubric's total, likewise."""
-    age_seconds: float
-    """Since the last change."""
+from steersman.cli.shapes import RunLine, print_json
 
 
 def runs(
@@ -44,8 +24,6 @@ def runs(
         raise NotFoundError(f"{folder} is not a folder; name the one that --run-dir folders lie in")
     found = sorted((_look(path.parent) for path in folder.glob("*/manifest.yaml")), key=lambda line: line.age_seconds)
     if as_json:
-        from steersman.cli.shapes import print_json
-
         print_json(found)
         return
     from rich.console import Console

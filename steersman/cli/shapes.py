@@ -8,12 +8,49 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 import typer
 
-from steersman.cli.doctor import Doctor
-from steersman.cli.runs import RunLine
+State = Literal["ok", "note", "missing"]
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """One run of this machine."""
+
+    name: str
+    folder: str
+    phase: str
+    """Complete, Running, Stopped or Begun, or why it cannot be read."""
+    stage: str
+    """The stage that is at work or comes next; empty when all are complete."""
+    done: int
+    stages: int
+    reward: float | None
+    """Mean reward of the aligned model on held-out prompts, once it is evaluated."""
+    rubric: float | None
+    """Mean of the rubric's total, likewise."""
+    age_seconds: float
+    """Since the last change."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    state: State
+    """missing: something cannot work; note: something works less well, or only some of it."""
+    found: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """All that was looked at."""
+
+    findings: list[Finding]
 
 
 @dataclass(frozen=True)
