@@ -208,7 +208,7 @@ class Timed:
         self._read("page: agreement", project_work(agreement_report))
         self._read("page: disputed items", project_work(disputed_items))
         self._read("page: items", project_work(find_items))
-        self._read("page: items, the hundredth", project_work(find_items, offset=5000))
+        self._read("page: items, the hundredth", project_work(find_items, after=(0.0, 5000)))
         self._read("page: items, open", project_work(find_items, state="open"))
 
     def work(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from steersman.store.failures import decide
 from steersman.store.models import Base
 
 _BUSY_SECONDS = 30
+_MIGRATING = 7335732783
+"""The lock's number, at PostgreSQL."""
 _AWAY = "The database cannot be reached or written; try again later"
 
 
@@ -69,14 +72,32 @@ class Store:
 
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        with self.engine.connect().execution_options(steersman_write=True) as connection, connection.begin():
-            if self.engine.dialect.name == "postgresql":
-                connection.execute(sa.text("SELECT pg_advisory_xact_lock(7335732783)"))
+        with self._migrating() as connection:
             config.attributes["connection"] = connection
             current = MigrationContext.configure(connection).get_current_revision()
+            if self.engine.dialect.name == "postgresql":
+                connection.rollback()  # each migration has a transaction of its own
             passed = ScriptDirectory.from_config(config).iterate_revisions(current, "base") if current else ()
             down = revision in ("base", *(one.revision for one in passed))
             (command.downgrade if down else command.upgrade)(config, revision)
+
+    @contextmanager
+    def _migrating(self) -> Iterator[sa.Connection]:
+        """A connection, for one process at a time. On SQLite all is one transaction."""
+        if self.engine.dialect.name != "postgresql":
+            with self.engine.connect().execution_options(steersman_write=True) as connection, connection.begin():
+                yield connection
+            return
+        # The lock is a session's: an index that is built beside writers needs to be outside of transactions. It is
+        # asked for again and again: the build waits for all transactions, that of a statement that waits included.
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as lock:
+            while not lock.scalar(sa.text(f"SELECT pg_try_advisory_lock({_MIGRATING})")):
+                time.sleep(0.1)
+            try:
+                with self.engine.connect() as connection:
+                    yield connection
+            finally:
+                lock.execute(sa.text(f"SELECT pg_advisory_unlock({_MIGRATING})"))
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:

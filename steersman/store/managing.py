@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from steersman.errors import InvalidArgumentError, NotFoundError
 from steersman.store.judging import forget_labeler, visible
-from steersman.store.models import Assignment, Item, Labeler, Project, ProjectVersion, now
+from steersman.store.models import (
+    DISPUTED,
+    ITEM_STATES,
+    Assignment,
+    Item,
+    ItemState,
+    Labeler,
+    Project,
+    ProjectVersion,
+    now,
+)
 from steersman.store.storable import holds_unstorable
 from steersman.store.verdicts import Verdict
 
-ItemState = Literal["all", "open", "judged", "disputed", "resolved", "honeypots"]
 STATES: tuple[ItemState, ...] = get_args(ItemState)
 _SETTINGS = ("guidelines", "overlap", "honeypot_every", "thresholds")
 
@@ -83,23 +92,17 @@ def find_items(
     text: str = "",
     state: ItemState = "all",
     tenant: str | None = None,
-    offset: int = 0,
+    after: tuple[float, int] | None = None,
     limit: int = 50,
 ) -> list[Item]:
-    """Items by a part of their key or conversation, without regard to case, and by state; disputed ones first."""
+    """Items by a part of their key or conversation, without regard to case, and by state; disputed ones first.
+
+    Args:
+        after: `place_of` the last item that is known already; what follows it is found at once, however many precede.
+    """
     query = sa.select(Item).where(visible(project, tenant))
-    if state == "honeypots":
-        query = query.where(Item.honeypot.is_(True))
-    elif state != "all":
-        query = query.where(Item.honeypot.is_(False))
-        query = query.where(
-            {
-                "open": sa.and_(Item.open_slots > 0, Item.resolved_at.is_(None)),
-                "judged": Item.judgements > 0,
-                "disputed": sa.and_(Item.disagreement > 0, Item.resolved_at.is_(None)),
-                "resolved": Item.resolved_at.is_not(None),
-            }[state]
-        )
+    if state != "all":
+        query = query.where(sa.text(ITEM_STATES[state]))
     if text := text.replace("\0", ""):
         # SQLite keeps JSON with \u escapes, PostgreSQL without.
         columns = (Item.key, sa.cast(Item.prompt, sa.Text), sa.cast(Item.candidates, sa.Text))
@@ -107,8 +110,21 @@ def find_items(
         query = query.where(
             sa.or_(*(column.icontains(spelling, autoescape=True) for column in columns for spelling in spellings))
         )
-    order = (sa.func.coalesce(Item.disagreement, 0).desc(), Item.id)
-    return list(session.scalars(query.order_by(*order).offset(offset).limit(limit)))
+    disputed = sa.literal_column(DISPUTED)
+    worst_first = query.order_by(disputed.desc(), Item.id)
+    if after is None:
+        return list(session.scalars(worst_first.limit(limit)))
+    # As two ranges of the index, which no database makes of (a < x OR a = x AND id > y).
+    same = query.where(disputed == after[0], Item.id > after[1]).order_by(Item.id)
+    found = list(session.scalars(same.limit(limit)))
+    if len(found) < limit:
+        found += session.scalars(worst_first.where(disputed < after[0]).limit(limit - len(found)))
+    return found
+
+
+def place_of(item: Item) -> tuple[float, int]:
+    """Where an item stands among those that `find_items` finds."""
+    return item.disagreement or 0.0, item.id
 
 
 def resolve(session: Session, project: Project, item: Item, verdict: Verdict | None, by: str) -> None:

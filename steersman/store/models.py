@@ -23,6 +23,18 @@ ProjectKind = Literal["compare", "rank", "rate", "edit"]
 AssignmentState = Literal["open", "judged", "skipped"]
 FeedbackKind = Literal["thumbs", "edit", "outcome"]
 FeedbackChannel = Literal["browser", "application", "staff"]
+ItemState = Literal["all", "open", "judged", "disputed", "resolved", "honeypots"]
+
+# Which items a state holds, and how much they are disputed. Literally the same in indexes and queries: a database takes
+# an index for a query only if it sees that it holds all that is asked for, which a parameter hides.
+DISPUTED = "coalesce(disagreement, 0)"
+ITEM_STATES: dict[ItemState, str] = {
+    "open": "open_slots > 0 AND resolved_at IS NULL AND NOT honeypot",
+    "judged": "judgements > 0 AND NOT honeypot",
+    "disputed": f"{DISPUTED} > 0 AND resolved_at IS NULL AND NOT honeypot",
+    "resolved": "resolved_at IS NOT NULL AND NOT honeypot",
+    "honeypots": "honeypot",
+}
 
 
 class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
@@ -119,7 +131,15 @@ class Item(Base):
         sa.Index(None, "project_id", "honeypot", "open_slots", "place", "id"),
         sa.Index(None, "project_id", "disagreement"),
         sa.Index(None, "customer"),
-    )
+        sa.Index("ix_items_all", "project_id", sa.text(f"{DISPUTED} DESC"), "id"),
+        *(
+            sa.Index(
+                f"ix_items_{state}", "project_id", sa.text(f"{DISPUTED} DESC"), "id",
+                sqlite_where=sa.text(which), postgresql_where=sa.text(which),
+            )
+            for state, which in ITEM_STATES.items()
+        ),
+    )  # fmt: skip
 
     id: Mapped[int] = mapped_column(BigKey, primary_key=True)
     project_id: Mapped[int] = mapped_column(sa.ForeignKey("projects.id"))

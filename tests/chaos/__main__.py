@@ -1,18 +1,21 @@
 """`make chaos`: seeded random schedules of faults; the last line is one JSON object.
 
-    python -m chaos [--family run|gateway] [--first SEED] [--schedules N] [--minutes 10] [--shape NAME]
+    python -m chaos [--family run|gateway] [--first SEED] [--schedules N] [--minutes 10] [--shape NAME] [--log FILE]
 
 `CHAOS_SEED=n` repeats one schedule. `schedules` is the sum of `equal` (it went on, or was started again after a kill,
 to the same weights, rows and records), `stopped_clearly` (it stopped with one sentence, and after the mend, started
-again, came to the same) and `bad`. What ran by fault is written to build/bench/chaos.json.
+again, came to the same) and `bad`. What ran by fault is written to build/bench/chaos.json. `--log` keeps a line of each
+schedule; seeds that the file has already, of the family, are not run again, so that many hours can be had in parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -35,6 +38,7 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, help="of each family; without it until the time is over")
     parser.add_argument("--minutes", type=float, default=float(os.environ.get("CHAOS_MINUTES") or 10))
     parser.add_argument("--shape", help="only schedules of this shape")
+    parser.add_argument("--log", type=Path, help="JSON lines, one for each schedule; those that it has are passed over")
     parser.add_argument("--out", type=Path, default=forking.ROOT / "build" / "bench" / "chaos.json")
     options = parser.parse_args()
     families = [options.family] if options.family else list(FAMILIES)
@@ -62,6 +66,7 @@ def _both(options: argparse.Namespace, first: int) -> int:
         command = [sys.executable, "-m", "chaos", "--family", family, "--first", str(first), "--out", str(out)]
         command += ["--minutes", str(options.minutes / len(FAMILIES))]
         command += ["--schedules", str(options.schedules)] if options.schedules else []
+        command += ["--log", str(options.log)] if options.log else []
         out.unlink(missing_ok=True)
         done = subprocess.run(command, check=False)
         result = json.loads(out.read_text()) if out.is_file() else None
@@ -86,24 +91,33 @@ def _family(name: str, first: int, options: argparse.Namespace) -> dict[str, Any
     faults: dict[str, Counter[str]] = {}
     bad: list[dict[str, Any]] = []
     deadline = time.monotonic() + 60 * options.minutes
-    seed = first
+    done = _seeds(options.log, name)
+    seeds = range(first, first + options.schedules) if options.schedules else itertools.count(first)
     try:
-        while options.schedules is None or seed < first + options.schedules:
-            if options.schedules is None and time.monotonic() > deadline:
+        for seed in seeds:
+            if time.monotonic() > deadline and (options.schedules is None or options.log):
                 break
-            began = time.monotonic()
+            if seed in done:
+                continue
+            began, computed = time.monotonic(), _computed()
+            line: dict[str, Any] = {"family": name, "seed": seed}
             try:
                 outcome, names = family.schedule(seed, options.shape)
             except Bad as error:
                 outcome, names = "bad", error.faults
+                line["error"] = str(error)[:1500]
                 again = f"CHAOS_SEED={seed} make chaos ARGS='--family {name}'"
-                bad.append({"family": name, "seed": seed, "error": str(error)[:1500], "faults": names, "repeat": again})
+                bad.append({**line, "faults": names, "repeat": again})
             counts[outcome] += 1
             for fault in set(names):
                 faults.setdefault(fault, Counter())[outcome] += 1
-            text = f"chaos  {name} {seed}  {outcome}  {time.monotonic() - began:.0f} s  {', '.join(names)}"
-            print(text + (f"  {bad[-1]['error']}" if outcome == "bad" else ""), flush=True)
-            seed += 1
+            seconds, computed = time.monotonic() - began, _computed() - computed
+            text = f"chaos  {name} {seed}  {outcome}  {seconds:.0f} s, {computed:.1f} s computed  {', '.join(names)}"
+            print(text + (f"  {line['error']}" if outcome == "bad" else ""), flush=True)
+            if options.log:
+                line |= {"outcome": outcome, "faults": names, "seconds": round(seconds, 1), "cpu": round(computed, 1)}
+                with options.log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
     finally:
         if hasattr(family, "close"):
             family.close()
@@ -117,6 +131,18 @@ def _family(name: str, first: int, options: argparse.Namespace) -> dict[str, Any
         "bad": bad,
         "faults": {fault: dict(count) for fault, count in sorted(faults.items())},
     }
+
+
+def _seeds(log: Path | None, family: str) -> set[int]:
+    """Those that a log has."""
+    lines = log.read_text().splitlines() if log is not None and log.is_file() else []
+    return {line["seed"] for line in map(json.loads, lines) if line["family"] == family}
+
+
+def _computed() -> float:
+    """Seconds of processors that all children took that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def make_family(name: str, scratch: Path) -> Any:

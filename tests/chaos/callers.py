@@ -19,6 +19,8 @@ import httpx
 
 PATIENCE = 100.0
 """Seconds that a caller asks the same again before he gives up."""
+PAUSE = (0.05, 0.4)
+"""Seconds between two operations of one caller: what is tried is faults, not load."""
 _FIELD = re.compile(r'name="(item_id|event_id|shown_at)" value="([^"]*)"')
 
 
@@ -80,7 +82,7 @@ class Callers:
                 if self.stopping:
                     return
                 await self._turn(conversation, turn)
-                await asyncio.sleep(self._draw.uniform(0, 0.1))
+                await asyncio.sleep(self._draw.uniform(*PAUSE))
 
     async def _turn(self, conversation: str, turn: int) -> None:
         number = self.number()
@@ -124,7 +126,7 @@ class Callers:
             judged = await self.insist("judge", self._post(page, data=sent, headers=cookie), 303, 404)
             if judged.status_code == 303:
                 self.note("judgement", event=fields["event_id"], item=fields["item_id"], labeller=name)
-            await asyncio.sleep(self._draw.uniform(0, 0.1))
+            await asyncio.sleep(self._draw.uniform(*PAUSE))
 
     async def desk(self, port: int) -> None:
         """The ticket system behind the webhook."""

@@ -16,6 +16,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import runpy
@@ -51,15 +52,22 @@ def preload(family: str) -> None:
     prefer_yielding_threads()
     import steersman.cli  # noqa: F401
 
-    _import("services.policy.build", "services.policy.servicer", "services.policy.weights")
+    _import("services.policy.build", "services.policy.servicer", "services.policy.weights", "steersman.rpc.app")
+    _import("services.policy.engines.transformers_engine", "transformers.models.llama.modeling_llama")
+    _import("trl.chat_template_utils", "steersman.nn.prepare", "numba", "sqlite3", "alembic.command", "mako.template")
     if family == "run":
-        _import("peft", "trl", "services.reward.servicer", "services.reference.servicer", "training.stage")
+        _import("peft", "services.reward.servicer", "services.reference.servicer", "training.stage")
         _import("training.online.rl_stage", "training.rejection_sampling", "training.release")
         _import("training.offline.sft", "training.offline.reward_model", "steersman.local.executor")
-        _import("steersman.local.prepare", "steersman.nn.prepare", "transformers.models.llama.modeling_llama")
+        _import("steersman.local.prepare", "steersman.tracking.follow", "mlflow.tracking", "mlflow.store.tracking")
+        _import("mlflow.store.tracking.sqlalchemy_store")
     else:
         _import("services.gateway.server", "services.gateway.testing", "steersman.testing.fake_policy", "psycopg")
-        _import("transformers.models.llama.modeling_llama")
+        _import("uvloop", "httpx")
+    gc.collect()
+    gc.freeze()  # no process of ours looks through all this again
+    if threading.active_count() > 1:
+        raise RuntimeError("a library began a thread; whoever forks must have none")
 
 
 def _import(*names: str) -> None:

@@ -169,12 +169,14 @@ class Site:
             assert family.postgres is not None
             self.proxies["database"] = Proxy(family.postgres.port)
             name = f"chaos{seed}"
-            family.postgres.run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)", f"CREATE DATABASE {name}")
             self.direct = family.postgres.url(name)
             self.database = family.postgres.url(name, self.proxies["database"].port)
         else:
-            self.direct = self.database = f"sqlite:///{self.database_folder}/gateway.db"
-        self.project = forking.call_for(lambda: _make_project(self.direct))
+            name = f"{self.database_folder}/gateway.db"
+            self.direct = self.database = f"sqlite:///{name}"
+        self.project = family.make_database(plan.shape, name)
+        self.began_in = 0.0
+        """Seconds until the gateways were ready at first: a busy machine is given more time for everything."""
         self.running: dict[str, Process] = {}
         self.ended: list[tuple[str, int]] = []
         self.stopped: list[psutil.Process] = []
@@ -241,8 +243,10 @@ class Site:
             with contextlib.suppress(psutil.Error):
                 self.stopped.append(psutil.Process(process.pid))
 
-    def wait_ready(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_ready(self, since: str, seconds: float) -> None:
+        seconds += 5 * self.began_in
+        began = time.monotonic()
+        deadline = began + seconds
         words = ""
         for port in self.ports:
             while True:
@@ -253,8 +257,9 @@ class Site:
                 except (urllib.error.URLError, OSError) as error:
                     words = error.read().decode()[:300] if isinstance(error, urllib.error.HTTPError) else str(error)
                 if time.monotonic() > deadline:
-                    raise Bad(f"a gateway is not ready {seconds:.0f} s after everything was mended: {words}")
+                    raise Bad(f"a gateway is not ready {seconds:.0f} s after {since}: {words}")
                 time.sleep(0.05)
+        self.began_in = self.began_in or time.monotonic() - began
 
     def acknowledged(self) -> list[dict[str, Any]]:
         path = self.folder / "acknowledged.jsonl"
@@ -368,6 +373,7 @@ class GatewayFamily:
     mounts: bool = False
     base: Path = Path()
     clock: forking.Clock | None = field(default=None)
+    _projects: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from chaos.runs import _may_mount, _write_base
@@ -382,6 +388,24 @@ class GatewayFamily:
         with contextlib.suppress(ImportError):
             self._pg_folder = Path(tempfile.mkdtemp(prefix="steersman-chaos-pg-", dir="/tmp"))
             self.postgres = Postgres(self._pg_folder)
+
+    def make_database(self, shape: str, name: str) -> int:
+        """A copy of a database with a labelling project, made once; returns the project's number.
+
+        `name`: of the database, or the file.
+        """
+        template = "chaos_template" if shape == "postgresql" else str(self.scratch / "template.db")
+        if self.postgres is not None and shape == "postgresql":
+            if shape not in self._projects:
+                self.postgres.run(f"CREATE DATABASE {template}")
+                self._projects[shape] = forking.call_for(lambda: _make_project(self.postgres.url(template)))  # type: ignore[union-attr]
+            dropped = f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"
+            self.postgres.run(dropped, f"CREATE DATABASE {name} TEMPLATE {template}")
+        else:
+            if shape not in self._projects:
+                self._projects[shape] = forking.call_for(lambda: _make_project(f"sqlite:///{template}"))
+            shutil.copy(template, name)
+        return self._projects[shape]
 
     def close(self) -> None:
         if self.postgres is not None:
@@ -412,30 +436,31 @@ class GatewayFamily:
     def _work(self, site: Site) -> None:
         for name in ("policy", "gateway-0", "gateway-1"):
             site.start(name)
-        site.wait_ready(60)
+        site.wait_ready("its start", 300)
+        more = 5 * site.began_in
         site.start("callers")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 30 + more
         while not site.acknowledged():
             if time.monotonic() > deadline:
-                raise Bad("nothing was acknowledged within 30 s")
+                raise Bad(f"nothing was acknowledged within {30 + more:.0f} s")
             time.sleep(0.05)
         self._make_faults(site)
-        site.wait_ready(75)
+        site.wait_ready("everything was mended", 75)
         (site.folder / "stop").touch()
         try:
-            site.running["callers"].wait(120)
+            site.running["callers"].wait(120 + more)
         except subprocess.TimeoutExpired:
             raise Bad("callers did not come to an end") from None
         for name in ("gateway-0", "gateway-1"):
             site.running[name].terminate()
         for name in ("gateway-0", "gateway-1"):
             try:
-                code = site.running[name].wait(30)
+                code = site.running[name].wait(30 + more)
             except subprocess.TimeoutExpired:
                 site.running[name].send_signal(signal.SIGUSR2)
                 time.sleep(0.5)
                 stacks = (site.folder / f"{name}.log").read_text(errors="replace")[-4000:]
-                raise Bad(f"{name} does not end 30 s after SIGTERM: {stacks}") from None
+                raise Bad(f"{name} does not end {30 + more:.0f} s after SIGTERM: {stacks}") from None
             if code:
                 raise Bad(f"{name} ended with {code} after SIGTERM: {(site.folder / f'{name}.log').read_text()[-400:]}")
 

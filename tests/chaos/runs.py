@@ -35,7 +35,7 @@ from chaos.outcome import Bad, Ended, orphans
 from chaos.proxy import Proxy
 
 SECONDS = 300.0
-"""A start of a run that takes longer hangs."""
+"""A start of a run that takes longer hangs, unless the unbroken run took more than a tenth of it."""
 STARTS = 6
 GENERATION = {"maxNewTokens": 6}
 SCORER = """
@@ -146,9 +146,9 @@ class Start:
         self.killed = False
         """By us, so it says nothing."""
 
-    def events(self) -> Iterator[dict[str, Any] | None]:
-        """Events as they come, and None now and then; ends with the process."""
-        deadline = time.monotonic() + SECONDS
+    def events(self, seconds: float = 6 * SECONDS) -> Iterator[dict[str, Any] | None]:
+        """Events as they come, and None now and then; ends with the process. Raises Bad when it takes longer."""
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             ready, _, _ = select.select([self._pipe], [], [], 0.1)
             if ready:
@@ -164,7 +164,7 @@ class Start:
             yield None
         else:
             self.end()
-            raise Bad(f"the run hangs: no end after {SECONDS:.0f} s")
+            raise Bad(f"the run hangs: no end after {seconds:.0f} s")
 
     def members(self, module: str) -> list[psutil.Process]:
         """Its processes of a module; `executor` is the run itself."""
@@ -220,6 +220,8 @@ class World:
     clock: forking.Clock | None = None
     force: bool = False
     """The next start is told to make again what does not fit."""
+    seconds: float = SECONDS
+    """A start that takes longer hangs."""
 
     @property
     def run(self) -> Path:
@@ -286,7 +288,7 @@ def _two_runs(world: World, fault: Fault) -> None:
         "steersman", ["run", "-f", str(world.folder / "run.yaml"), "--run-dir", str(world.run)],
         out=out, errors=errors, environment=os.environ, nursery=True,
     )  # fmt: skip
-    code = second.wait(SECONDS)
+    code = second.wait(world.seconds)
     ended = Ended(code, errors.read_text(), False)
     assert world.start is not None
     if code:
@@ -543,6 +545,8 @@ class Family:
     clock: forking.Clock | None = None
     """None where there is no compiler: it does not jump then."""
     _unbroken: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _slowest: float = 0.0
+    """Seconds of the slowest unbroken run: a busy machine is given more time."""
 
     def __post_init__(self) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
@@ -562,10 +566,12 @@ class Family:
                 self._begin_from(world, self.scratch / "unbroken-ppo" / "run") if self.unbroken("ppo") else None
             try:
                 self._give(world)
+                began = time.monotonic()
                 world.start = Start(world.folder)
                 for _ in world.start.events():
                     pass
                 ended = world.start.wait()
+                self._slowest = max(self._slowest, time.monotonic() - began)
                 if ended.code:
                     raise RuntimeError(f"the unbroken run ended with {ended.code}: {ended.errors}")
             finally:
@@ -602,6 +608,7 @@ class Family:
         plan = plan_of(seed, mounts=self.mounts, jumps=self.clock is not None, shape=shape)
         expected = self.unbroken(plan.shape)
         world = self._world(plan.shape, f"seed-{seed}", random.Random(seed + 1))
+        world.seconds = max(SECONDS, 10 * self._slowest)
         if plan.limits == "clock jumps":
             world.clock = self.clock
         before = set(os.listdir("/dev/shm"))
@@ -688,7 +695,7 @@ def _by_our_hand(told: str, plan: Plan) -> bool:
 def _follow(world: World, faults: list[Fault]) -> Ended:
     assert world.start is not None
     jumps = itertools.cycle((7200, -7200, 40_000_000, 0, -40_000_000))
-    for event in world.start.events():
+    for event in world.start.events(world.seconds):
         world.tick()
         if event is not None and world.clock is not None:
             world.clock.set(next(jumps))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -50,8 +51,8 @@ def projects_router(store: Store, auth: Authenticator) -> APIRouter:
         return await asyncio.to_thread(run)
 
     @router.get("/items")
-    async def items(request: Request, project: str, q: str = "", state: str = "all", page: int = 0) -> Response:
-        return await work(request, project, lambda s, p, c, t: _items_page(s, p, t, q, state, page))
+    async def items(request: Request, project: str, q: str = "", state: str = "all", after: str = "") -> Response:
+        return await work(request, project, lambda s, p, c, t: _items_page(s, p, t, q, state, after))
 
     @router.post("/items")
     async def give(request: Request, project: str) -> Response:
@@ -83,16 +84,27 @@ def projects_router(store: Store, auth: Authenticator) -> APIRouter:
     return router
 
 
-def _items_page(session: Session, project: Project, tenant: str | None, q: str, state: str, page: int) -> Response:
+def _items_page(session: Session, project: Project, tenant: str | None, q: str, state: str, after: str) -> Response:
     if state not in managing.STATES:
         raise BadRequestError(f"There is no state {state!r}; choose one of {', '.join(managing.STATES)}", param="state")
-    page = min(max(page, 0), 1_000_000)
     found = managing.find_items(
-        session, project, text=q[:200], state=state, tenant=tenant, offset=page * _PAGE, limit=_PAGE + 1
+        session, project, text=q[:200], state=state, tenant=tenant, after=_place(after), limit=_PAGE + 1
     )
-    more = len(found) > _PAGE
-    values: dict[str, Any] = {"q": q, "state": state, "page": page, "states": managing.STATES, "more": more}
+    more = "{!r}:{}".format(*managing.place_of(found[_PAGE - 1])) if len(found) > _PAGE else ""
+    values: dict[str, Any] = {"q": q, "state": state, "after": after, "states": managing.STATES, "more": more}
     return render("items.html", project=project, items=found[:_PAGE], given=None, **values)
+
+
+def _place(after: str) -> tuple[float, int] | None:
+    """Where a page of items begins, as the page before says it: DISAGREEMENT:ID."""
+    disagreement, _, item_id = after.partition(":")
+    try:
+        place = float(disagreement), int(item_id)
+    except ValueError:
+        place = math.nan, 0
+    if after and not (0 <= place[0] <= 1 and 0 <= place[1] <= LARGEST_ID):
+        raise BadRequestError("There is no such page; begin with the first", param="after")
+    return place if after else None
 
 
 def _give(session: Session, project: Project, tenant: str | None, form: dict[str, str]) -> Response:
@@ -105,7 +117,7 @@ def _give(session: Session, project: Project, tenant: str | None, form: dict[str
     found = managing.find_items(session, project, text=q[:200], state=state, tenant=tenant, limit=_PAGE)
     labeler = ensure_labeler(session, name, tenant or "")
     given = managing.assign(session, project, labeler, [item.id for item in found])
-    values: dict[str, Any] = {"q": q, "state": state, "page": 0, "states": managing.STATES, "more": False}
+    values: dict[str, Any] = {"q": q, "state": state, "after": "", "states": managing.STATES, "more": ""}
     return render("items.html", project=project, items=found, given=f"{given} items given to {name}", **values)
 
 

@@ -15,6 +15,7 @@ from steersman.store import Store
 from steersman.store.models import Base, Labeler
 
 
+@pytest.mark.filterwarnings("ignore:.*expression-based index")  # of SQLite; PostgreSQL's are compared
 def test_migrations_make_exactly_the_tables_of_the_models(store: Store) -> None:
     with store.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"target_metadata": Base.metadata, "compare_type": True})

@@ -30,8 +30,8 @@ from steersman.store.judging import (
     record,
     reopen_disputed,
 )
-from steersman.store.managing import assign, edit_project, find_items, get_item, resolve, retire, versions
-from steersman.store.models import Item, Judgement, Project
+from steersman.store.managing import assign, edit_project, find_items, get_item, place_of, resolve, retire, versions
+from steersman.store.models import Item, ItemState, Judgement, Project
 from steersman.store.releases import publish
 from steersman.store.statistics import agreement_report
 from steersman.store.verdicts import Verdict
@@ -222,7 +222,27 @@ def test_items_are_found_by_their_words(store: Store) -> None:
             ("a\0b", 0),
         ):
             assert len(find_items(session, project, text=text.lower() if text[0:1] == "Ä" else text)) == count, text
-        assert len(find_items(session, project, offset=10, limit=2)) == 2
+
+
+@pytest.mark.parametrize("state", ["all", "judged", "disputed", "open"])
+def test_pages_of_items_follow_one_another(store: Store, state: ItemState) -> None:
+    project = project_of(store, items=9, overlap=2)
+    with store.transaction() as session:
+        ids = session.scalars(sa.select(Item.id).order_by(Item.id)).all()
+        people = [ensure_labeler(session, name).id for name in ("ann", "bob")]
+        for item_id, verdicts in ((ids[7], (A, B)), (ids[3], (A, B)), (ids[5], (A, A)), (ids[1], (A,))):
+            for who, verdict in zip(people, verdicts, strict=False):
+                record(session, project, NewJudgement(item_id, who, verdict, 1.0))
+        whole = find_items(session, project, state=state)
+        found, after = [], None
+        while page := find_items(session, project, state=state, after=after, limit=2):
+            found += page
+            after = place_of(page[-1])
+    numbers = [ids.index(item.id) for item in found]
+    assert found == whole
+    assert numbers == {
+        "all": [3, 7, 0, 1, 2, 4, 5, 6, 8], "judged": [3, 7, 1, 5], "disputed": [3, 7], "open": [0, 1, 2, 4, 6, 8]
+    }[state]  # fmt: skip
 
 
 # --- people -----------------------------------------------------------------------------------------------------

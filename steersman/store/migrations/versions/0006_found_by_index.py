@@ -1,6 +1,6 @@
 """What is erased, and a day's feedback, are found by an index."""
 
-from alembic import op
+from steersman.store.indexes import create_index, drop_index
 
 revision = "0006"
 down_revision = "0005"
@@ -14,9 +14,9 @@ INDEXES = (
 
 def upgrade() -> None:
     for name, table, columns in INDEXES:
-        op.create_index(name, table, columns)
+        create_index(name, table, columns)
 
 
 def downgrade() -> None:
     for name, table, _ in INDEXES:
-        op.drop_index(name, table_name=table)
+        drop_index(name, table)
