@@ -7,6 +7,7 @@ a sparse overlay; `--set a.b=c` goes on top. Keys are camelCase in YAML, as ever
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ def commented_yaml(cls: type[BaseModel], data: dict[str, Any], head: str) -> str
         data: keys in camelCase; only these are written.
         head: comment on top.
     """
-    schema = cls.model_json_schema(by_alias=True)
+    schema = _schema(cls)
     return "".join(f"# {line}\n" for line in head.splitlines()) + "\n".join(_commented(schema, schema, data)) + "\n"
 
 
@@ -215,15 +216,21 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     return f"{location}: {message}"
 
 
+@functools.cache
+def _schema(cls: type[BaseModel]) -> dict[str, Any]:
+    """Of a whole run it takes a third of a second to make, and a document may have many faults."""
+    return cls.model_json_schema(by_alias=True)
+
+
 def _field_names(cls: type[BaseModel], path: Sequence[Any]) -> list[str]:
     """Aliases of the fields of the model at `path`, or of none where the path leaves the models."""
-    schema = cls.model_json_schema(by_alias=True)
+    schema = _schema(cls)
     return list(_node_at(schema, path).get("properties", {}))
 
 
 def _field_with_value(cls: type[BaseModel], path: Sequence[Any], value: str) -> str | None:
     """A field of a field of the model at `path` that takes `value`: where people write `ppo:` for `algorithm: ppo`."""
-    schema = cls.model_json_schema(by_alias=True)
+    schema = _schema(cls)
     for outer, holder in _node_at(schema, path).get("properties", {}).items():
         for inner, node in _resolve(schema, holder).get("properties", {}).items():
             node = _resolve(schema, node)

@@ -31,7 +31,7 @@ DISPUTED = "coalesce(disagreement, 0)"
 ITEM_STATES: dict[ItemState, str] = {
     "open": "open_slots > 0 AND resolved_at IS NULL AND NOT honeypot",
     "judged": "judgements > 0 AND NOT honeypot",
-    "disputed": f"{DISPUTED} > 0 AND resolved_at IS NULL AND NOT honeypot",
+    "disputed": "disagreement <> 0 AND resolved_at IS NULL AND NOT honeypot",
     "resolved": "resolved_at IS NOT NULL AND NOT honeypot",
     "honeypots": "honeypot",
 }

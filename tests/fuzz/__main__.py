@@ -3,7 +3,7 @@
     python -m fuzz --inputs 1000000 --seed 1 [--only NAME]
 
 An input is bad when the target raises what it does not document, takes more than two seconds of processor time, or more
-memory than the limit. Each bad one is shrunk by hypothesis and written with what repeats it.
+memory than the limit. Each bad one is written with what repeats it; those that hypothesis drew are shrunk.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis import strategies as st
 from hypothesis.errors import FlakyFailure
 
 from fuzz.targets import Target, targets
@@ -52,6 +54,41 @@ def fuzz(name: str, inputs: int, start: int) -> dict[str, Any]:
 
 
 def round_of(target: Target, inputs: int, number: int) -> tuple[int, dict[str, str] | None]:
+    """Throws `inputs` values that follow from `number`; returns how many, up to the first bad one, and that."""
+    source = target.source()
+    if isinstance(source, st.SearchStrategy):
+        return _drawn(target, source, inputs, number)
+    draw = random.Random(number)
+    for tried in range(inputs):
+        value = source(draw)
+        try:
+            try:
+                _read(target, value)
+            except Slow:  # once: the machine was busy, or a library was loaded
+                _read(target, value)
+        except Exception as error:
+            return tried + 1, _problem(error, value)
+    return inputs, None
+
+
+def _read(target: Target, value: Any) -> None:
+    began = time.thread_time()
+    with contextlib.suppress(*target.allowed):
+        target.read(value)
+    if time.thread_time() - began > SECONDS:
+        raise Slow(f"{time.thread_time() - began:.1f} s")
+
+
+def _problem(error: BaseException, value: Any) -> dict[str, str]:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{os.path.relpath(where.filename)}:{where.lineno}"
+    return {"error": f"{type(error).__name__}: {error}"[:300], "at": place, "value": repr(value)[:300]}
+
+
+def _drawn(
+    target: Target, strategy: st.SearchStrategy[Any], inputs: int, number: int
+) -> tuple[int, dict[str, str] | None]:
+    """The same by hypothesis."""
     tried = 0
     last: Any = None
 
@@ -65,27 +102,21 @@ def round_of(target: Target, inputs: int, number: int) -> tuple[int, dict[str, s
         verbosity=Verbosity.quiet,
         report_multiple_bugs=False,
     )
-    @given(target.strategy())
+    @given(strategy)
     def once(value: Any) -> None:
         nonlocal tried, last
         tried += 1
         last = value
-        began = time.thread_time()
-        with contextlib.suppress(*target.allowed):
-            target.read(value)
-        if time.thread_time() - began > SECONDS:
-            raise Slow(f"{time.thread_time() - began:.1f} s")
+        _read(target, value)
 
     try:
         once()
     except FlakyFailure as error:
         if all(isinstance(each, Slow) for each in error.exceptions):
-            return tried, None  # slow once: the machine was busy, or a library was loaded
+            return tried, None  # slow once
         return tried, {"error": str(error)[:300], "at": "", "value": repr(last)[:300]}
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{os.path.relpath(where.filename)}:{where.lineno}"
-        return tried, {"error": f"{type(error).__name__}: {error}"[:300], "at": place, "value": repr(last)[:300]}
+        return tried, _problem(error, last)
     return tried, None
 
 
@@ -111,6 +142,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1, help="what it begins with; the same seed gives the same inputs")
     parser.add_argument("--only", help="one target")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
@@ -120,10 +152,12 @@ def main() -> int:
     if not chosen:
         parser.error(f"--only {options.only}: there are {', '.join(target.name for target in targets())}")
     shares = sum(target.share for target in chosen)
-    part = -(-options.inputs // shares)
-    jobs = [(target.name, part, options.seed + 100_000 * number) for target in chosen for number in range(target.share)]
+    jobs = []
+    for number, target in enumerate(chosen):
+        inputs = -(-options.inputs * target.share // shares)
+        jobs.append((target.name, inputs, options.seed + 100_000 * number))
     found: list[dict[str, Any]] = []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(options.processes) as threads:
         for result in threads.map(_apart, jobs):
             found.append(result)
             print(f"fuzz  {result['target']:<18} {result['inputs']:>9,} inputs  {len(result['bad'])} bad", flush=True)

@@ -74,7 +74,7 @@ def requests() -> st.SearchStrategy[tuple[Method, list[bytes]]]:
 def _one(method: Method) -> st.SearchStrategy[bytes]:
     good = [message.SerializeToString() for message in _good() if isinstance(message, method.request)] or [b""]
     drawn = _filled(method.request.DESCRIPTOR, 3).map(lambda message: message.SerializeToString())
-    return st.one_of(st.binary(max_size=64), values.flipped(good), drawn, drawn)
+    return st.one_of(st.binary(max_size=64), values.strategy(values.flipped(good)), drawn, drawn)
 
 
 @cache
@@ -127,7 +127,7 @@ def _filled(draw: st.DrawFn, descriptor: Any, depth: int) -> Message:
 
 def _scalar(field: Any) -> st.SearchStrategy[Any]:
     if field.type == Field.TYPE_STRING:
-        return values.texts.map(lambda text: text.encode("utf-8", "replace").decode())
+        return values.strategy(lambda draw: values.texts(draw).encode("utf-8", "replace").decode())
     if field.type == Field.TYPE_BYTES:
         return st.binary(max_size=32)
     if field.type == Field.TYPE_BOOL:

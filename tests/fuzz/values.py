@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -16,36 +17,61 @@ ODD_TEXTS = [
 ]  # fmt: skip
 ODD_NUMBERS = [0, -1, 1, 2**31 - 1, 2**31, 2**63, -(2**63), 2**64, 10**30, 0.1, -0.0, 1e308]
 
-texts = st.one_of(
-    st.sampled_from(ODD_TEXTS), st.text(max_size=40), st.text(alphabet="0123456789 order-/.№#", max_size=40)
-)
-scalars = st.one_of(st.none(), st.booleans(), st.sampled_from(ODD_NUMBERS), texts)
-anything = st.recursive(
-    scalars,
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
-    max_leaves=8,
-)
+_DIGITS = "0123456789 order-/.№#"
+
+Make = Callable[[random.Random], Any]
+"""Makes a value. Each choice of hypothesis costs more than most readers take, so it draws for few."""
 
 
-@st.composite
-def changed(draw: st.DrawFn, documents: list[Any]) -> Any:
+def texts(draw: random.Random) -> str:
+    kind = draw.randrange(3)
+    if kind == 0:
+        return draw.choice(ODD_TEXTS)
+    if kind == 1:
+        return "".join(draw.choices(_DIGITS, k=draw.randrange(41)))
+    highest = draw.choice((0x7F, 0xFF, 0xD7FF, 0x10FFFF))
+    codes = [draw.randint(0, highest) for _ in range(draw.randrange(41))]
+    return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+
+
+def anything(draw: random.Random, depth: int = 3) -> Any:
+    """A value of JSON; `depth`: at most so many levels of lists and objects."""
+    kind = draw.randrange(6 if depth else 4)
+    if kind == 4:
+        return [anything(draw, depth - 1) for _ in range(draw.randrange(5))]
+    if kind == 5:
+        return {texts(draw): anything(draw, depth - 1) for _ in range(draw.randrange(5))}
+    return (None, draw.random() < 0.5, draw.choice(ODD_NUMBERS), texts(draw))[kind]
+
+
+def changed(documents: Sequence[Any]) -> Make:
     """One of the documents with one to three of its values, keys or items replaced, removed or doubled."""
-    document = copy.deepcopy(draw(st.sampled_from(documents)))
-    for _ in range(draw(st.integers(1, 3))):
-        places = list(_places(document))
-        if not places:
-            return draw(anything)
-        holder, key = draw(st.sampled_from(places))
-        what = draw(st.sampled_from(("replace", "replace", "remove", "add", "double")))
-        if what == "replace":
-            holder[key] = draw(anything)
-        elif what == "remove":
-            del holder[key]
-        elif isinstance(holder, dict):
-            holder[draw(texts)] = draw(anything)
-        else:
-            holder.insert(0, copy.deepcopy(holder[key]) if what == "double" else draw(anything))
-    return document
+
+    def make(draw: random.Random) -> Any:
+        document = _copy(draw.choice(documents))
+        for _ in range(draw.randint(1, 3)):
+            places = list(_places(document))
+            if not places:
+                return anything(draw)
+            holder, key = draw.choice(places)
+            what = draw.choice(("replace", "replace", "remove", "add", "double"))
+            if what == "replace":
+                holder[key] = anything(draw)
+            elif what == "remove":
+                del holder[key]
+            elif isinstance(holder, dict):
+                holder[texts(draw)] = anything(draw)
+            else:
+                holder.insert(0, _copy(holder[key]) if what == "double" else anything(draw))
+        return document
+
+    return make
+
+
+def _copy(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _copy(child) for key, child in node.items()}
+    return [_copy(child) for child in node] if isinstance(node, list) else node
 
 
 def _places(node: Any) -> Any:
@@ -55,17 +81,29 @@ def _places(node: Any) -> Any:
         yield from _places(child)
 
 
-@st.composite
-def flipped(draw: st.DrawFn, originals: list[bytes]) -> bytes:
+def flipped(originals: Sequence[bytes]) -> Make:
     """One of the originals cut, with bytes changed, or put together from two."""
-    data = bytearray(draw(st.sampled_from(originals)))
-    for _ in range(draw(st.integers(0, 4))):
-        if data:
-            data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
-    cut = draw(st.integers(0, len(data)))
-    return bytes(data[:cut]) + draw(
-        st.one_of(st.just(bytes(data[cut:])), st.binary(max_size=16), st.sampled_from(originals))
-    )
+
+    def make(draw: random.Random) -> bytes:
+        data = bytearray(draw.choice(originals))
+        for _ in range(draw.randrange(5)):
+            if data:
+                data[draw.randrange(len(data))] = draw.randrange(256)
+        cut = draw.randint(0, len(data))
+        rest = (bytes(data[cut:]), draw.randbytes(draw.randrange(17)), draw.choice(originals))
+        return bytes(data[:cut]) + draw.choice(rest)
+
+    return make
+
+
+def several(make: Make, most: int, least: int = 0) -> Make:
+    """A list of them."""
+    return lambda draw: [make(draw) for _ in range(draw.randint(least, most))]
+
+
+def strategy(make: Make) -> st.SearchStrategy[Any]:
+    """For what hypothesis draws."""
+    return st.integers(0, 2**62).map(lambda number: make(random.Random(number)))
 
 
 def as_json(value: Any) -> bytes:

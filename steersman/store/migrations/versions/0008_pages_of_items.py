@@ -11,7 +11,7 @@ STATES = {
     "all": None,
     "open": "open_slots > 0 AND resolved_at IS NULL AND NOT honeypot",
     "judged": "judgements > 0 AND NOT honeypot",
-    "disputed": "coalesce(disagreement, 0) > 0 AND resolved_at IS NULL AND NOT honeypot",
+    "disputed": "disagreement <> 0 AND resolved_at IS NULL AND NOT honeypot",
     "resolved": "resolved_at IS NOT NULL AND NOT honeypot",
     "honeypots": "honeypot",
 }
