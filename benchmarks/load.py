@@ -110,8 +110,8 @@ async def _slow_readers(readers: int, seconds: float) -> dict[str, Any]:
     bad += [f"slow readers: only {held} of {readers} streams were held"] if held < readers else []
     bad += [f"slow readers: {left} places are held beyond the time of an answer"] if left else []
     return {
-        "readers": readers, "held": held, "settled_seconds": settled, "alone_seconds": alone, "beside_seconds": beside, "freed_seconds": freed,
-        "places_held": left, "bad": bad,
+        "readers": readers, "held": held, "settled_seconds": settled, "alone_seconds": alone,
+        "beside_seconds": beside, "freed_seconds": freed, "places_held": left, "bad": bad,
     }  # fmt: skip
 
 
