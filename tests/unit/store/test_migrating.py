@@ -32,7 +32,7 @@ ADD = sa.text(
 )
 
 
-@pytest.mark.parametrize("store_at", ["0007"], indirect=True)
+@pytest.mark.parametrize("store_at", ["0008"], indirect=True)
 def test_others_write_while_an_index_is_built(store_at: Store) -> None:
     store = store_at
     with store.transaction() as session:

@@ -4,8 +4,8 @@ import sqlalchemy as sa
 
 from steersman.store.indexes import create_index, drop_index
 
-revision = "0008"
-down_revision = "0007"
+revision = "0009"
+down_revision = "0008"
 
 STATES = {
     "all": None,
