@@ -42,6 +42,9 @@ from steersman.v1.policy_pb2 import PolicyServiceChatRequest
 
 # The SDK parses sys.argv when it is imported and would take our `--config` for its `--configure_logging`.
 _argv, sys.argv = sys.argv, [sys.argv[0], "--configure_logging", "false"]
+# It imports a client of Kubernetes, which would import a validator of manifests, and that for seconds a parser of URLs.
+_hidden = {"kubernetes_validate"} - set(sys.modules)
+sys.modules.update(dict.fromkeys(_hidden))  # type: ignore[arg-type]
 try:
     import kserve
     from kserve import errors as kserve_errors
@@ -53,6 +56,8 @@ try:
     from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
 finally:
     sys.argv = _argv
+    for _name in _hidden:
+        del sys.modules[_name]
 
 SERVICE_NAME = "inference.GRPCInferenceService"
 _MOST_QUESTIONS = 64

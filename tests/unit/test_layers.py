@@ -60,6 +60,12 @@ def test_imports_no_torch(repo_root: Path) -> None:
     run(sys.executable, "-c", program, *WITHOUT_TORCH, cwd=repo_root)
 
 
+def test_a_gateway_without_tools_loads_nothing_for_them(repo_root: Path) -> None:
+    """The SDK of MCP and JSON schemas take longer to load than the gateway itself."""
+    program = "import sys, services.gateway.server; assert not {'mcp', 'jsonschema', 'torch'} & set(sys.modules)"
+    run(sys.executable, "-c", program, cwd=repo_root)
+
+
 def test_no_two_test_modules_share_a_name(repo_root: Path) -> None:
     """pytest imports them by their base name, and the second of a name ends the whole run."""
     named: dict[str, list[Path]] = {}

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from services.gateway.answer import Answer, Question
 from services.gateway.errors import BadRequestError
@@ -16,16 +16,18 @@ from services.gateway.tools.claims import Claims, ground_of, told_by_application
 from services.gateway.tools.desk import Desk
 from services.gateway.tools.hand_over import wants_person
 from services.gateway.tools.lookup import look_up
-from services.gateway.tools.mcp_client import McpConnection
 from services.gateway.tools.reading import Wish
 from services.gateway.tools.records import Records
-from services.gateway.tools.toolbox import Toolbox
 from services.gateway.tools_config import ToolsConfig
 from steersman.background import Background
 from steersman.errors import DeadlineError, NotFoundError, UnavailableError
 from steersman.store.engine import Store
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
+
+if TYPE_CHECKING:
+    from services.gateway.tools.mcp_client import McpConnection
+    from services.gateway.tools.toolbox import Toolbox
 
 Generate = Callable[[PolicyServiceChatRequest], AsyncGenerator[PolicyServiceChatResponse, None]]
 _TURNS_LOOKED_AT = 3
@@ -37,9 +39,9 @@ class Grounding:
         self._config = config
         systems = [system.open() for system in config.systems]
         self.records = Records(systems, metrics)
-        self.connections = [McpConnection(server) for server in config.mcp_servers]
+        self.connections = _connections(config)
         self.desk = Desk(config.hand_over, store) if config.hand_over is not None else None
-        self.toolbox = Toolbox(self.records, self.connections, self.desk)
+        self.toolbox = _toolbox(self.records, self.connections, self.desk) if config.mode == "tools" else None
         self._claims = Claims(config, metrics)
         self.has_systems = bool(systems or self.connections or self.desk)
 
@@ -92,7 +94,7 @@ class Grounding:
             if facts is not None:
                 answer.lookups.extend(facts.lookups)
                 _add_context(request, facts.context)
-        ours = self.toolbox.definitions(answer.question.caller) if self._config.mode == "tools" else []
+        ours = self.toolbox.definitions(answer.question.caller) if self.toolbox is not None else []
         if ours and request.messages:
             stream = self._with_tools(answer, request, ours, asked, generate)
         else:
@@ -228,6 +230,7 @@ class Grounding:
         with answer.trace.tool(call.name if call.name in names else "unknown", call.id):
             try:
                 async with asyncio.timeout(min(max(answer.seconds_left, 0), _LONGEST_WAIT)):
+                    assert self.toolbox is not None  # whose tool it is
                     outcome = await self.toolbox.call(answer.question.caller, call, transcript(turn))
             except TimeoutError:
                 raise DeadlineError("The answer's tools took too long; ask for less") from None
@@ -235,6 +238,21 @@ class Grounding:
         turn.messages.add(role="tool", content=outcome.lookup.text, tool_call_id=call.id, name=call.name)
         if outcome.proposal is not None:
             answer.proposals.append(outcome.proposal)
+
+
+# MCP's SDK and JSON schemas take seconds to load, so only a gateway that uses them loads them.
+def _connections(config: ToolsConfig) -> list[McpConnection]:
+    if not config.mcp_servers:
+        return []
+    from services.gateway.tools.mcp_client import McpConnection
+
+    return [McpConnection(server) for server in config.mcp_servers]
+
+
+def _toolbox(records: Records, connections: list[McpConnection], desk: Desk | None) -> Toolbox:
+    from services.gateway.tools.toolbox import Toolbox
+
+    return Toolbox(records, connections, desk)
 
 
 def _constrained(request: PolicyServiceChatRequest) -> bool:

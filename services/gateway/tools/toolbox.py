@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import jsonschema.validators
@@ -20,10 +20,12 @@ from services.gateway.proposals import ActionName, Proposal
 from services.gateway.systems.base import Kind
 from services.gateway.tools.desk import Desk
 from services.gateway.tools.lookup import describe
-from services.gateway.tools.mcp_client import McpConnection
 from services.gateway.tools.records import Records, clean
 from steersman.errors import InvalidArgumentError, SteersmanError
 from steersman.v1.common_pb2 import ToolCall
+
+if TYPE_CHECKING:
+    from services.gateway.tools.mcp_client import McpConnection
 
 log = logging.getLogger("steersman.gateway")
 
