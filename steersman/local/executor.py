@@ -30,7 +30,7 @@ from steersman.artifacts import read_json
 from steersman.config.manifest import AlignmentRun, ServicesSpec
 from steersman.errors import ChecksumError, ConfigError, ConflictError, StorageError, UnavailableError
 from steersman.home import cache_folder
-from steersman.local import folder, process
+from steersman.local import folder, nursery, process
 from steersman.local.memory import memory_folder
 from steersman.local.pace import Pace
 from steersman.local.prepare import found_digests
@@ -71,26 +71,40 @@ def run_manifest(run: AlignmentRun, run_dir: Path, *, force_restart: bool = Fals
     with _only_one(run_dir):
         removed = folder.settle(run, run_dir, force_restart=force_restart)
         folder.write_manifest(run, run_dir)
-        with Usage(run_dir / "usage.json") as usage:
+        with (
+            nursery.opened(_loaded(run), run_dir / "logs" / "nursery.log") as start,
+            Usage(run_dir / "usage.json") as usage,
+        ):
             with usage.phase("prepare"):
-                run, base = _prepare(run, run_dir)
+                run, base = _prepare(run, run_dir, start)
             removed += folder.settle(run, run_dir, force_restart=force_restart)
             for name in removed:
                 usage.forget(name)
             with followed(run, run_dir, _environment(run, base, shared=False)):
-                _run_stages(run, run_dir, base, usage)
+                _run_stages(run, run_dir, base, usage, start)
                 with usage.phase("report"):
                     conclude(run_dir, usage)
     return run
 
 
-def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> None:
+def _loaded(run: AlignmentRun) -> list[str]:
+    """What the processes of a run import, except torchrun and its ranks, which begin by exec."""
+    stages = [stage for _, stage in run.stages()]
+    loaded = ["steersman.local.architecture", "steersman.nn.prepare", "steersman.nn.load"]
+    if any(stage.uses_services for stage in stages):
+        loaded += ["services.policy.build", "services.policy.servicer", "services.policy.weights"]
+        loaded += ["services.reward.engine", "services.reward.servicer"]
+        loaded += ["services.reference.engine", "services.reference.servicer"]
+    return loaded + sorted({stage.runner.partition(":")[0] for stage in stages})
+
+
+def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage, start: process.Start) -> None:
     # Other users of this machine reach the ports, too.
     token = {RUN_TOKEN: secrets.token_urlsafe(32), SWITCH: "parent"}
     with (
         _weights_in_memory(run, base) as run,
         Supervisor(
-            run_dir / "services", _environment(run, base) | token, run.spec.services.start_timeout_seconds
+            run_dir / "services", _environment(run, base) | token, run.spec.services.start_timeout_seconds, start
         ) as supervisor,
     ):
         pace = Pace(cache_folder() / "pace.json")
@@ -111,7 +125,7 @@ def _run_stages(run: AlignmentRun, run_dir: Path, base: Path, usage: Usage) -> N
                 with usage.phase(name):
                     environment = _environment(run, base, shared=bool(services)) | token
                     environment[AFTERWARDS] = _afterwards(pace, run, names[number:], run_dir)
-                    _run_stage(run, name, run_dir, overrides, environment, supervisor)
+                    _run_stage(run, name, run_dir, overrides, environment, supervisor, start)
             except StageFailed:
                 conclude(run_dir, usage)  # a gate that is not passed has numbers to show
                 raise
@@ -165,6 +179,7 @@ def _run_stage(
     overrides: list[str],
     environment: dict[str, str],
     supervisor: Supervisor,
+    start: process.Start,
 ) -> None:
     module, arguments = "training.stage", ["--run-dir", str(run_dir), "--stage", name]
     for override in overrides:
@@ -173,8 +188,8 @@ def _run_stage(
     if workers > 1 and dict(run.stages())[name].shared_by_ranks:
         # Each rank dies with torchrun as torchrun does with this process.
         ranks = ["--one-machine", "--nproc-per-node", str(workers), "--module", "steersman.local.child", "0"]
-        module, arguments = "training.ranks", [*ranks, module, *arguments]
-    run_child(name, module, arguments, run_dir / "logs" / f"{name}.log", environment, supervisor)
+        module, arguments, start = "training.ranks", [*ranks, module, *arguments], process.start
+    run_child(name, module, arguments, run_dir / "logs" / f"{name}.log", environment, supervisor, start=start)
 
 
 def run_child(
@@ -186,6 +201,7 @@ def run_child(
     supervisor: Supervisor | None = None,
     *,
     show: bool = True,
+    start: process.Start = process.start,
 ) -> None:
     """Runs a module to its end, keeping the services alive meanwhile; raises StageFailed with its last words.
 
@@ -193,7 +209,7 @@ def run_child(
         show: its progress goes to standard output; False: to the log.
     """
     begin = log.stat().st_size if log.is_file() else 0
-    child = process.start(module, arguments, log, environment, own_output=not show)
+    child = start(module, arguments, log, environment, own_output=not show)
     try:
         while child.poll() is None:
             for told in supervisor.tend() if supervisor else ():
@@ -201,7 +217,7 @@ def run_child(
             time.sleep(0.2)
     finally:
         process.stop([child])
-    code = child.returncode
+    code = child.wait()
     if code < 0:
         raise StageFailed(f"{name} was {process.cause(code)}; start the run again, it continues there", 128 - code)
     if code > 0:
@@ -229,7 +245,7 @@ def validate_run(run: AlignmentRun, run_dir: Path, *, show: bool = True) -> None
     run_child("prepare", "steersman.local.prepare", [str(manifest)], log, _environment(run), show=show)
 
 
-def _prepare(run: AlignmentRun, run_dir: Path) -> tuple[AlignmentRun, Path]:
+def _prepare(run: AlignmentRun, run_dir: Path, start: process.Start) -> tuple[AlignmentRun, Path]:
     """Base model, data, device and precision; what was decided once stays for the run's life."""
     path = run_dir / "prepared.json"
     manifest = folder.manifest_path(run_dir)
@@ -242,9 +258,8 @@ def _prepare(run: AlignmentRun, run_dir: Path) -> tuple[AlignmentRun, Path]:
         or not Path(known["base"]).is_dir()
         or not data_is_there
     ):
-        run_child(
-            "prepare", "steersman.local.prepare", [str(manifest)], run_dir / "logs" / "prepare.log", _environment(run)
-        )
+        log = run_dir / "logs" / "prepare.log"
+        run_child("prepare", "steersman.local.prepare", [str(manifest)], log, _environment(run), start=start)
         known = _read_prepared(path)
         assert known is not None
     spec = run.spec.model_dump(mode="json", by_alias=True)

@@ -12,9 +12,28 @@ import sys
 import time
 from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Protocol
 
 GRACE_SECONDS = 8.0
 """From SIGTERM to SIGKILL."""
+
+
+class Child(Protocol):
+    """A process that was started: `subprocess.Popen`, or what has this of it."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+class Start(Protocol):
+    """`start`, or another way to the same."""
+
+    def __call__(
+        self, module: str, arguments: Sequence[str], log: Path, environment: dict[str, str], *, own_output: bool
+    ) -> Child: ...
 
 
 def start(
@@ -40,13 +59,13 @@ def start(
         )
 
 
-def signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+def signal_group(process: Child, number: signal.Signals) -> None:
     """Signals a child and whatever it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
 
 
-def stop(processes: Sequence[subprocess.Popen[bytes]], grace: float = GRACE_SECONDS) -> None:
+def stop(processes: Sequence[Child], grace: float = GRACE_SECONDS) -> None:
     """Ends children together: SIGTERM, and after `grace` seconds SIGKILL; also when interrupted while waiting."""
     try:
         for process in processes:

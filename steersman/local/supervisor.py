@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from steersman.errors import UnavailableError
 from steersman.local import process
+from steersman.local.process import Child
 from steersman.progress import ConsoleReporter
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
@@ -45,7 +45,7 @@ class Service:
 class _Running:
     service: Service
     ports: dict[str, int]
-    process: subprocess.Popen[bytes]
+    process: Child
     ready: bool = False
     crashes: int = 0
     restart_at: float | None = None
@@ -57,15 +57,23 @@ class _Running:
 class Supervisor:
     """Owns the service processes; use it as a context manager, and from one thread."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], start_timeout: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: dict[str, str],
+        start_timeout: float,
+        start: process.Start = process.start,
+    ) -> None:
         """Args:
         folder: gets `<name>.yaml` and `<name>.log` of every service.
         environment: of the children.
         start_timeout: seconds until a service has to be ready.
+        start: how a process is started.
         """
         self._folder = folder
         self._environment = environment
         self._start_timeout = start_timeout
+        self._start_process = start
         self._running: dict[str, _Running] = {}
 
     def __enter__(self) -> Supervisor:
@@ -146,9 +154,9 @@ class Supervisor:
         running.process = self._start(running.service)
         running.restart_at, running.started = None, time.monotonic()
 
-    def _start(self, service: Service) -> subprocess.Popen[bytes]:
+    def _start(self, service: Service) -> Child:
         config = str(self._folder / f"{service.name}.yaml")
-        return process.start(
+        return self._start_process(
             service.module, ["--config", config], self.log(service.name), self._environment, own_output=True
         )
 
@@ -204,4 +212,5 @@ class Supervisor:
 
 
 def _cause(running: _Running) -> str:
+    assert running.process.returncode is not None  # it has ended
     return process.cause(running.process.returncode)

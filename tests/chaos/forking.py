@@ -268,7 +268,7 @@ def _leave(work: Callable[[], Any]) -> None:
 
 def _open_nursery() -> None:
     """From now on `steersman.local.process.start` asks a loaded process to fork; this one becomes the parent."""
-    import steersman.local.process as process
+    from steersman.local import nursery, process
 
     adopt_orphans()
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -291,6 +291,7 @@ def _open_nursery() -> None:
 
     by_exec = process.start
     process.start = start  # type: ignore[assignment]
+    nursery.opened = lambda *_: contextlib.nullcontext(start)  # type: ignore[assignment]
 
 
 def _nurse(orders: socket.socket, owner: int) -> None:

@@ -231,7 +231,7 @@ class Watched:
                 return module in child.cmdline()
             return False
 
-        return next(filter(runs_it, psutil.Process(self.process.pid).children()))
+        return next(filter(runs_it, psutil.Process(self.process.pid).children(recursive=True)))
 
     def wait(self) -> tuple[int, str]:
         _, errors = self.process.communicate()

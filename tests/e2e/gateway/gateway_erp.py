@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
 import json
 import os
@@ -166,15 +167,14 @@ def tryton(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     config = folder / "trytond.conf"
     config.write_text(f"[database]\nuri = sqlite://\npath = {folder}\n[web]\nlisten = 127.0.0.1:{port}\n")
     scripts = Path(sys.executable).parent
-    if not (cache / "facts.json").is_file():
-        _make_database(scripts, setup, config, folder)
-        partial = cache.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name in ("erp.sqlite", "facts.json"):
-            shutil.copy(folder / name, partial / name)
-        shutil.rmtree(cache, ignore_errors=True)
-        partial.rename(cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".lock").open("w") as lock:  # one worker makes it, the other waits
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (cache / "facts.json").is_file():
+            _make_database(scripts, setup, config, folder)
+            shutil.copy(folder / "erp.sqlite", cache / "erp.sqlite")
+            shutil.copy(folder / "facts.json", cache / ".facts.json")
+            (cache / ".facts.json").rename(cache / "facts.json")  # the last, so that what is there is whole
     shutil.copy(cache / "erp.sqlite", folder / "erp.sqlite")
     facts = json.loads((cache / "facts.json").read_text())
     server = subprocess.Popen(
