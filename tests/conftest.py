@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -37,6 +38,14 @@ def _arithmetic_as_it_was() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
         if before is not None and torch.get_num_threads() != before:
             torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _modules_are_no_garbage() -> None:
+    """What is loaded stays, so that no collection looks at all of torch and of the tests again: that takes a second,
+    and a trainer asks for several."""
+    gc.collect()
+    gc.freeze()
 
 
 # Files run side by side, one a worker: those that take minutes begin first, so that none of them is alone at the end.

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from steersman import leaving
@@ -58,7 +60,7 @@ def main() -> None:
     prefer_yielding_threads()
     leaving.listen()
     try:
-        run_stage(arguments.run_dir.absolute(), arguments.stage, arguments.set)
+        run_stage(arguments.run_dir.absolute(), arguments.stage, arguments.set, loaded=gc.freeze)
     except (SteersmanError, OSError) as error:
         told = error if isinstance(error, SteersmanError) else refusal(error)
         if told is None:
@@ -70,8 +72,13 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
-    """Runs the stage unless it is complete; raises SteersmanError."""
+def run_stage(run_dir: Path, name: str, overrides: list[str], loaded: Callable[[], object] | None = None) -> None:
+    """Runs the stage unless it is complete; raises SteersmanError.
+
+    Args:
+        loaded: called when the libraries are. In a process of its own what is there then stays, and is no matter for
+            the full collections that a trainer asks for, each of which would walk all of torch.
+    """
     run = load_manifest(run_dir / "manifest.yaml", overrides)
     names = run.stage_names()
     if name not in names:
@@ -96,10 +103,10 @@ def run_stage(run_dir: Path, name: str, overrides: list[str]) -> None:
         if is_first:
             (folder / "config.yaml").write_text(dump_yaml(stage))
     with followed(run, run_dir, os.environ, part=True) if is_first else contextlib.nullcontext():
-        _run(run, name, run_dir, is_first)
+        _run(run, name, run_dir, is_first, loaded or (lambda: None))
 
 
-def _run(run: AlignmentRun, name: str, run_dir: Path, is_first: bool) -> None:
+def _run(run: AlignmentRun, name: str, run_dir: Path, is_first: bool, loaded: Callable[[], object]) -> None:
     stage, folder = dict(run.stages())[name], run_dir / name
     module, _, function = stage.runner.partition(":")
     with ConsoleReporter(name, folder / "metrics.jsonl") if is_first else SilentReporter() as reporter:
@@ -109,7 +116,9 @@ def _run(run: AlignmentRun, name: str, run_dir: Path, is_first: bool) -> None:
 
             meet(context.device)
         reporter.note(f"{name}: {context.precision} on {context.device}")
-        getattr(importlib.import_module(module), function)(stage, context)
+        run_it = getattr(importlib.import_module(module), function)
+        loaded()
+        run_it(stage, context)
     if is_first:
         mark_complete(run, name, run_dir)
         shutil.rmtree(context.checkpoints, ignore_errors=True)

@@ -6,6 +6,7 @@ grpc.health.v1 answers from the first moment and says SERVING only after `Server
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -257,6 +258,9 @@ class Server:
         await self.start()
         if load is not None:
             await load()
+        # What is there now stays: a full collection would walk all of torch and hold every call up meanwhile.
+        gc.collect()
+        gc.freeze()
         await self.ready()
         log.info("serving on %s", ", ".join(address_of(self._config.host, port) for port in self.ports))
         await self.run_until_signal()
