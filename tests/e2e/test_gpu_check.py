@@ -15,12 +15,14 @@ import pytest
 from benchmarks.gpu import __main__ as check
 from benchmarks.gpu import bundle, learning
 
-PARTS = [name for name in check.PARTS if name != "quickstart"]
+APART = ("tests", "learning")
+"""Run as everything does, in processes of their own; the others here, which spares four of them."""
+HERE = [name for name in check.PARTS if name not in ("quickstart", *APART)]
 """The quickstart as a whole is what test_local_run.py runs."""
 
 
 @pytest.mark.timeout(900)
-def test_everything_runs_with_tiny_sizes(repo_root: Path, tmp_path: Path) -> None:
+def test_parts_run_as_processes_with_tiny_sizes(repo_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "gpu_check.json"
     command = [
         sys.executable,
@@ -32,7 +34,7 @@ def test_everything_runs_with_tiny_sizes(repo_root: Path, tmp_path: Path) -> Non
         "--out",
         str(out),
         "--parts",
-        *PARTS,
+        *APART,
     ]
     environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, check=False)
@@ -42,15 +44,28 @@ def test_everything_runs_with_tiny_sizes(repo_root: Path, tmp_path: Path) -> Non
     assert report["quick"] is True
     assert report["device"] == "cpu"
     found = {name: part["found"] for name, part in report["parts"].items()}
-    assert set(found) == set(PARTS)
+    assert set(found) == set(APART)
+    assert found["tests"]["passed"]
+    assert found["learning"]["mismatch_mean_abs"] < 1e-4
+
+
+def test_everything_else_runs_with_tiny_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(name: str, device: str, *rest: Any) -> dict[str, Any]:
+        result = tmp_path / "result.json"
+        check._child(name, str(result), device, True, tmp_path)
+        return dict(json.loads(result.read_text()))
+
+    monkeypatch.setattr(check, "_run", run)
+    options = argparse.Namespace(device="cpu", quick=True, parts=HERE, seconds=600.0, out=tmp_path / "found.json")
+    assert check.check(options)
+    found = {name: part["found"] for name, part in json.loads(options.out.read_text())["parts"].items()}
+    assert set(found) == set(HERE)
     assert found["rollout"]["mismatch"] < 1e-5
     for part in ("update-1b", "update-8b"):
         assert all(one["finite"] and one["gemm_share"] > 0 for one in found[part].values())
     assert {name for name in found["sync"] if "through" in name} == {"full through folder", "lora through folder"}
     assert all(one["logprob_mismatch"] < 1e-4 for name, one in found["sync"].items() if "through" in name)
     assert all(one["megabytes"] > 0 for name, one in found["sync"].items() if "through" in name)
-    assert found["tests"]["passed"]
-    assert found["learning"]["mismatch_mean_abs"] < 1e-4
 
 
 def test_a_part_that_fails_leaves_the_others_alone(

@@ -1,9 +1,8 @@
-"""One rank of test_ranks_encoder_decoder: `torchrun ... ranks_encoder_decoder_worker.py MODEL RUN_DIR OUT`."""
+"""One rank of test_ranks_encoder_decoder."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,9 @@ def curves(model: Path, work: Path, ranks: Ranks) -> dict[str, list[dict[str, fl
     return found
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+def write_curves(t5: Path, run_dir: Path, out: Path) -> None:
+    """What one rank does."""
     torch.set_num_threads(1)
-    t5, run_dir, out = map(Path, sys.argv[1:])
     joined = Ranks.join("cpu")
     result = curves(t5, out.parent, joined)
     if joined.is_first:

@@ -1,4 +1,4 @@
-"""One rank of test_ranks: `torchrun ... ranks_stages_worker.py RUN_DIR STAGE...` runs stages one after the other.
+"""One rank of test_ranks: runs stages one after the other.
 
 `STAGE@N` dies in that stage behind its N-th step, whose checkpoint is written; in `STAGE~N` the first rank gets SIGTERM
 there, and all ranks end and save the step that has begun.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,9 @@ def leave_behind(step: int) -> None:
     training.offline.trl_setup.Progress.on_step_begin = on_step_begin  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    for stage in sys.argv[2:]:
+def run_stages(run_dir: Path, *stages: str) -> None:
+    for stage in stages:
         name, how, last = re.fullmatch(r"([^@~]+)([@~]?)(\d*)", stage).groups()  # type: ignore[union-attr]
         if how:
             {"@": die_behind, "~": leave_behind}[how](int(last))
-        run_stage(Path(sys.argv[1]), name, [])
+        run_stage(run_dir, name, [])

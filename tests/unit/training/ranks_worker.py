@@ -1,9 +1,8 @@
-"""One rank of test_ranks: `torchrun ... ranks_worker.py MODEL OUT` writes the loss curves of every algorithm."""
+"""One rank of test_ranks: the loss curves of every algorithm."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +45,10 @@ def curves(model: Path, work: Path, ranks: Ranks) -> dict[str, list[dict[str, fl
     return found
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+def write_curves(model: Path, out: Path) -> None:
+    """What one rank does."""
     torch.set_num_threads(1)
-    folder, out = map(Path, sys.argv[1:])
     joined = Ranks.join("cpu")
-    result = curves(folder, out.parent, joined)
+    result = curves(model, out.parent, joined)
     if joined.is_first:
         out.write_text(json.dumps(result))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks_worker import CASES, STEPS, curves
+from ranks_stages_worker import run_stages
+from ranks_worker import CASES, STEPS, curves, write_curves
 from safetensors.torch import load_file
+from two_ranks import run_on_two_ranks
 
 from steersman.config.base import dump_yaml, load_model
 from steersman.config.manifest import AlignmentRun
@@ -21,31 +20,11 @@ from steersman.nn.ilql import read_heads
 from training.parallel import Ranks
 from training.stage import run_stage
 
-KILLED = r"Signal 9 \(SIGKILL\)"
-
-
-def run_on_two_ranks(worker: str, *arguments: object, ends: str | None = None) -> str:
-    """What the ranks said; `ends`: how torchrun says that a rank ended early."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name(worker)), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if ends:
-        assert re.search(ends, done.stderr), done.stderr[-3000:]
-    else:
-        assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
-
 
 def test_two_ranks_give_the_loss_curve_of_one(tiny_model: Path, tmp_path: Path) -> None:
     """Every algorithm, all weights or an adapter: losses, norms and weights agree to 1e-4 over ten steps."""
     out = tmp_path / "two.json"
-    run_on_two_ranks("ranks_worker.py", tiny_model, out)
+    run_on_two_ranks(write_curves, tiny_model, out, folder=tmp_path)
     two = json.loads(out.read_text())
     one = curves(tiny_model, tmp_path, Ranks())
     assert set(two) == set(CASES)
@@ -101,11 +80,11 @@ def test_two_ranks_train_the_stages_of_trl_as_one_does(tiny_model: Path, tmp_pat
         (tmp_path / name / "manifest.yaml").write_text(dump_yaml(run))
     for name in run.stage_names():
         run_stage(tmp_path / "one", name, [])
-    run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", "sft@2", ends=KILLED)
-    stages = ("sft", "reward-model~2")
-    said = run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", *stages, ends=r"exitcode *: 143")
+    run_on_two_ranks(run_stages, tmp_path / "two", "sft@2", folder=tmp_path, ends=-signal.SIGKILL)
+    stages, left = ("sft", "reward-model~2"), 128 + signal.SIGTERM
+    said = run_on_two_ranks(run_stages, tmp_path / "two", *stages, folder=tmp_path, ends=left)
     assert "sft  continuing from checkpoint-2" in said
-    said = run_on_two_ranks("ranks_stages_worker.py", tmp_path / "two", *run.stage_names())
+    said = run_on_two_ranks(run_stages, tmp_path / "two", *run.stage_names(), folder=tmp_path)
     assert "reward-model  continuing from checkpoint-3" in said
     for name in run.stage_names():
         one, two = (

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks_encoder_decoder_worker import CASES, curves
+from ranks_encoder_decoder_worker import CASES, curves, write_curves
 from safetensors.torch import load_file
 from test_dpo_kto import pairs
-from test_ranks import run_on_two_ranks
+from two_ranks import run_on_two_ranks
 
 from steersman.config.base import dump_yaml, load_model
 from steersman.config.manifest import AlignmentRun
@@ -36,7 +36,7 @@ def test_two_ranks_train_an_encoder_decoder_as_one_does(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.yaml").write_text(dump_yaml(run))
 
-    run_on_two_ranks("ranks_encoder_decoder_worker.py", t5, tmp_path / "two", tmp_path / "two.json")
+    run_on_two_ranks(write_curves, t5, tmp_path / "two", tmp_path / "two.json", folder=tmp_path)
     one, two = curves(t5, tmp_path, Ranks()), json.loads((tmp_path / "two.json").read_text())
     assert set(one) == set(two) == set(CASES)
     for name, steps in one.items():
