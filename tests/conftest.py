@@ -19,6 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["STEERSMAN_TRACKING"] = "off"  # runs of the tests leave no database beside them; tests of tracking set it
 prefer_yielding_threads()  # as services and stages do, before anything imports torch
+gc.disable()  # until everything is collected: what is loaded until then is no garbage
 
 settings.register_profile("steersman", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("steersman")
@@ -44,6 +45,7 @@ def _arithmetic_as_it_was() -> Iterator[None]:
 def _modules_are_no_garbage() -> None:
     """What is loaded stays, so that no collection looks at all of torch and of the tests again: that takes a second,
     and a trainer asks for several."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
