@@ -23,6 +23,7 @@ from steersman.judges.options import Licence
 from steersman.report.schema import LicenceResult
 from steersman.rpc.client import open_channel
 from steersman.rpc.conversation import to_message
+from steersman.rpc.wire import in_parts
 from steersman.store import Store
 from steersman.store.blind import rankings_of
 from steersman.store.judging import get_project
@@ -95,11 +96,11 @@ def _order(store: Store, project: Project, items: Sequence[Item], stub: Any, tar
 
 def _rewards(stub: Any, target: str, conversations: Sequence[Sequence[dict[str, Any]]]) -> list[float | None]:
     """Of each conversation; None where the service gives none."""
-    request = reward_pb2.ScoreRequest(
-        items=[reward_pb2.ScoreItem(messages=_messages(conversation)) for conversation in conversations]
-    )
+    items = [reward_pb2.ScoreItem(messages=_messages(conversation)) for conversation in conversations]
+    scores: list[reward_pb2.ItemScore] = []
     try:
-        scores = stub.Score(request, timeout=_TIMEOUT_SECONDS).scores
+        for part in in_parts([item.ByteSize() for item in items]):
+            scores += stub.Score(reward_pb2.ScoreRequest(items=items[part]), timeout=_TIMEOUT_SECONDS).scores
     except grpc.RpcError as error:
         raise from_grpc(error, f"reward {target}") from error
     return [score.reward if score.HasField("reward") else None for score in scores]

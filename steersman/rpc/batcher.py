@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from steersman.errors import InternalError, InvalidArgumentError, RateLimitedError, UnavailableError
+from steersman.rpc.wire import REQUEST_ITEMS
 
 log = logging.getLogger("steersman.rpc")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MAX_WAITING_ITEMS = 16_384
+MAX_WAITING_ITEMS = REQUEST_ITEMS
 """Items of a request, and of all callers that wait; the next request is refused until there is room."""
 
 

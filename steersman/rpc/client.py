@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from steersman.config.manifest import ServiceSpec
 from steersman.config.tls import ClientTls
 from steersman.errors import UnavailableError
-from steersman.rpc.server import MAX_MESSAGE_BYTES, channel_options
+from steersman.rpc.server import ANSWER_BYTES, channel_options
 from steersman.rpc.tls import FollowingChannel, channel_credentials, client_files
 from steersman.rpc.token import BlockingToken, aio_interceptors, read_token
 
@@ -26,7 +26,7 @@ def _options(tls: ClientTls | None, max_message_bytes: int) -> list[tuple[str, A
 
 
 def open_channel(
-    target: str, tls: ClientTls | None = None, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
+    target: str, tls: ClientTls | None = None, token: str | None = None, max_message_bytes: int = ANSWER_BYTES
 ) -> grpc.Channel:
     """A blocking channel; `dns:///name` targets are balanced over all addresses.
 
@@ -49,7 +49,7 @@ def open_aio_channel(
     target: str,
     tls: ClientTls | None = None,
     token: str | None = None,
-    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_message_bytes: int = ANSWER_BYTES,
     *,
     alone: bool = False,
 ) -> grpc.aio.Channel:

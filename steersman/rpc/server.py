@@ -30,10 +30,12 @@ from steersman.rpc.metrics import serve_metrics, track
 from steersman.rpc.sealed import Unreadable, checked
 from steersman.rpc.tls import server_credentials
 from steersman.rpc.token import TokenCheck, read_token
+from steersman.rpc.wire import REQUEST_BYTES
 
 log = logging.getLogger("steersman.rpc")
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+ANSWER_BYTES = 64 * 1024 * 1024
+"""Largest message that a caller takes: of an answer at once, the alternatives of every token."""
 
 
 class ServerConfig(FrozenModel):
@@ -49,17 +51,17 @@ class ServerConfig(FrozenModel):
     """Prometheus metrics; None: none."""
     drain_seconds: float = 30.0
     """How long running calls may still take after SIGTERM."""
-    max_message_bytes: int = MAX_MESSAGE_BYTES
-    """Larger messages are refused with RESOURCE_EXHAUSTED."""
+    max_message_bytes: int = REQUEST_BYTES
+    """Larger requests are refused with RESOURCE_EXHAUSTED."""
     max_concurrent_calls: Annotated[int, Field(gt=0)] = 1024
     """Calls of a listener at the same time; the next is refused with RESOURCE_EXHAUSTED."""
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """Options that servers and clients must agree on."""
+    """Options that servers and clients must agree on; `max_message_bytes`: largest message that this side takes."""
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", ANSWER_BYTES),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),

@@ -23,6 +23,34 @@ _ELEMENT_TYPES = {dtype: element for element, dtype in _DTYPES.items()}
 assert sys.byteorder == "little", "arrays are sent as they lie in memory"
 
 
+REQUEST_BYTES = 8 * 1024 * 1024
+"""Largest message that a service takes. Reading one holds everybody else's calls up, by some ten milliseconds; callers
+with more ask several times (`in_parts`)."""
+REQUEST_ITEMS = 16_384
+"""Most items of a request for rewards or log-probabilities."""
+_ITEM_BYTES = 32
+"""What the wire adds to an item: its lengths, and what is sent with it."""
+
+
+def in_parts(sizes: Sequence[int], most: int = REQUEST_BYTES - 2**16) -> list[slice]:
+    """Neighbouring items that go into one request each; an item that is larger goes alone, and is refused.
+
+    Args:
+        sizes: bytes of every item.
+        most: bytes that a request has for its items.
+    """
+    found: list[slice] = []
+    begin = room = 0
+    for index, size in enumerate(sizes):
+        room -= size + _ITEM_BYTES
+        if room < 0 or index - begin == REQUEST_ITEMS:
+            found.append(slice(index, index + 1))
+            begin, room = index, most - size - _ITEM_BYTES
+        else:
+            found[-1] = slice(begin, index + 1)
+    return found
+
+
 def pack_rows(rows: Sequence[np.ndarray], dtype: type = np.int32) -> pb.RaggedTensor:
     """Packs one-dimensional rows of unequal length.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from steersman.errors import InternalError
 from steersman.rpc.client import Access
-from steersman.rpc.wire import pack_rows, unpack_rows
+from steersman.rpc.wire import in_parts, pack_rows, unpack_rows
 from steersman.v1 import (
     common_pb2,
     policy_pb2,
@@ -176,6 +176,12 @@ class RewardClient(Remote):
         return scores
 
     async def _scores(self, items: Sequence[reward_pb2.ScoreItem], progress: tuple[int, int]) -> list[Score]:
+        found = []
+        for part in in_parts([item.ByteSize() for item in items]):
+            found += await self._scores_of(items[part], progress)
+        return found
+
+    async def _scores_of(self, items: Sequence[reward_pb2.ScoreItem], progress: tuple[int, int]) -> list[Score]:
         done, steps = progress
         request = reward_pb2.ScoreRequest(
             items=items,
@@ -217,6 +223,12 @@ class ReferenceClient(Remote):
 
     async def logprobs(self, rows: Sequence[tuple[np.ndarray, np.ndarray]], temperature: float) -> list[np.ndarray]:
         """float32 [R] of every (prompt, response), in order; all NaN where the service could not compute them."""
+        found = []
+        for part in in_parts([4 * (len(prompt) + len(response)) for prompt, response in rows]):
+            found += await self._logprobs_of(rows[part], temperature)
+        return found
+
+    async def _logprobs_of(self, rows: Sequence[tuple[np.ndarray, np.ndarray]], temperature: float) -> list[np.ndarray]:
         request = reference_pb2.ComputeLogprobsRequest(
             token_ids=pack_rows([np.concatenate(row) for row in rows]),
             prompt_lengths=[len(prompt) for prompt, _ in rows],

@@ -23,7 +23,7 @@ import grpc
 import numpy as np
 
 from steersman.errors import ConflictError, FailedPreconditionError, SteersmanError, UnavailableError, from_grpc
-from steersman.rpc.wire import pack_rows
+from steersman.rpc.wire import in_parts, pack_rows
 from steersman.v1 import common_pb2, policy_pb2
 from training.online.clients import PolicyReplica, Sample
 from training.online.publication import Outbox, WeightsPayload
@@ -201,7 +201,8 @@ class PolicyPool:
         )
         count = 1 if len(self._replicas) == 1 else PARTS * len(self._replicas)
         cuts = PARTS if deterministic else count
-        bounds = sorted({len(prompts) * cut // cuts for cut in range(cuts + 1)})
+        largest = {part.start for part in in_parts([4 * len(prompt) for prompt in prompts])}
+        bounds = sorted(largest | {len(prompts) * cut // cuts for cut in range(cuts + 1)})
         parts = [
             _Part(low, high, {(prompt, sample) for prompt in range(low, high) for sample in range(n)})
             for low, high in itertools.pairwise(bounds)
