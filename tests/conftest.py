@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from steersman import loading
 from steersman.openmp import prefer_yielding_threads
 
 # A shell's background job ignores SIGINT, and so would every process that a test starts and interrupts.
@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["STEERSMAN_TRACKING"] = "off"  # runs of the tests leave no database beside them; tests of tracking set it
 prefer_yielding_threads()  # as services and stages do, before anything imports torch
-gc.disable()  # until everything is collected: what is loaded until then is no garbage
+loading.begin()
 
 settings.register_profile("steersman", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("steersman")
@@ -45,9 +45,7 @@ def _arithmetic_as_it_was() -> Iterator[None]:
 def _modules_are_no_garbage() -> None:
     """What is loaded stays, so that no collection looks at all of torch and of the tests again: that takes a second,
     and a trainer asks for several."""
-    gc.enable()
-    gc.collect()
-    gc.freeze()
+    loading.done()
 
 
 # Files run side by side, one a worker: those that take minutes begin first, so that none of them is alone at the end.

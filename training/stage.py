@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import importlib
 import os
 import shutil
@@ -16,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from steersman import leaving
+from steersman import leaving, loading
 from steersman.artifacts import refusal, storage_errors
 from steersman.config.base import dump_yaml
 from steersman.config.manifest import AlignmentRun, load_manifest
@@ -57,10 +56,11 @@ def main() -> None:
     parser.add_argument("--stage", required=True, help="name of the stage, for example rl")
     parser.add_argument("--set", action="append", default=[], metavar="spec.a.b=c", help="override; repeatable")
     arguments = parser.parse_args()
+    loading.begin()
     prefer_yielding_threads()
     leaving.listen()
     try:
-        run_stage(arguments.run_dir.absolute(), arguments.stage, arguments.set, loaded=gc.freeze)
+        run_stage(arguments.run_dir.absolute(), arguments.stage, arguments.set, loaded=loading.done)
     except (SteersmanError, OSError) as error:
         told = error if isinstance(error, SteersmanError) else refusal(error)
         if told is None:
@@ -76,8 +76,7 @@ def run_stage(run_dir: Path, name: str, overrides: list[str], loaded: Callable[[
     """Runs the stage unless it is complete; raises SteersmanError.
 
     Args:
-        loaded: called when the libraries are. In a process of its own what is there then stays, and is no matter for
-            the full collections that a trainer asks for, each of which would walk all of torch.
+        loaded: called when the libraries are, in a process of its own: a trainer asks for full collections.
     """
     run = load_manifest(run_dir / "manifest.yaml", overrides)
     names = run.stage_names()

@@ -30,6 +30,7 @@ from services.controller.model import RUN_LABEL, Settings
 from services.controller.reconcile import Backoff, Reconciler, canary_of
 from services.controller.signals import LiveSignals
 from services.controller.status import TERMINAL
+from steersman import loading
 from steersman.registry import Registry
 from steersman.rpc.metrics import serve_metrics
 
@@ -189,6 +190,7 @@ async def serve(config: ControllerConfig) -> None:
         ConfigError: templates are missing.
         UnavailableError: the API server or the Lease is lost; the process must start anew.
     """
+    loading.done()
     templates = load_templates(config.templates)
     await kube_config.load_config()
     database = os.environ.get(config.database_env)

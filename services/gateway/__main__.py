@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from pathlib import Path
 
 from services.gateway.config import GatewayConfig, load_config
+from steersman import loading
 from steersman.config import dump_yaml
 from steersman.ending import end_within
 from steersman.errors import SteersmanError
@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(config: GatewayConfig) -> int:
+    loading.begin()
     # Imported late: `--help` and configuration errors need none of it.
     import uvloop
 
@@ -40,9 +41,7 @@ def _run(config: GatewayConfig) -> int:
     async def serve() -> int:
         gateway = Gateway(config)
         await gateway.start()
-        # What is there now stays: a full collection would walk all of it and hold every stream up meanwhile.
-        gc.collect()
-        gc.freeze()
+        loading.done()
         try:
             await gateway.run_until_signal()
             code = 0

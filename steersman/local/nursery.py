@@ -16,7 +16,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import gc
 import importlib
 import json
 import os
@@ -30,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steersman import loading
 from steersman.local import process
 from steersman.local.child import die_with_parent
 
@@ -185,14 +185,14 @@ class _Ending:
 def _load(modules: Sequence[str]) -> None:
     from steersman.openmp import prefer_yielding_threads
 
+    loading.begin()
     prefer_yielding_threads()
     for name in modules:
         try:
             importlib.import_module(name)
         except Exception as error:
             print(f"{name}: {error}", file=sys.stderr)
-    gc.collect()
-    gc.freeze()  # a collection would write to all pages that are shared
+    loading.done()  # a collection would also write to all pages that are shared
 
 
 def _serve(orders: socket.socket) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+from steersman import loading
 from steersman.config.base import apply_overrides, dump_yaml, load_model, read_yaml
 from steersman.ending import end_within
 from steersman.errors import SteersmanError
@@ -34,6 +35,7 @@ def service_main(name: str, config_type: type[C], serve: Callable[[C], Awaitable
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override of one field; repeatable")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     arguments = parser.parse_args()
+    loading.begin()
     prefer_yielding_threads()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:

@@ -6,7 +6,6 @@ grpc.health.v1 answers from the first moment and says SERVING only after `Server
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 from pydantic import Field
 
+from steersman import loading
 from steersman.config.base import FrozenModel
 from steersman.config.tls import Tls
 from steersman.errors import ERROR_DOMAIN, ConfigError, RateLimitedError, SteersmanError
@@ -260,9 +260,7 @@ class Server:
         await self.start()
         if load is not None:
             await load()
-        # What is there now stays: a full collection would walk all of torch and hold every call up meanwhile.
-        gc.collect()
-        gc.freeze()
+        loading.done()
         await self.ready()
         log.info("serving on %s", ", ".join(address_of(self._config.host, port) for port in self.ports))
         await self.run_until_signal()
