@@ -28,6 +28,9 @@ if multiprocessing.current_process().name == "MainProcess" and os.environ.get("S
     gc.freeze()
 
 
+_PATIENCE = 600.0
+
+
 def run_on_two_ranks(work: Callable[..., None], *arguments: Any, folder: Path, ends: int = 0) -> str:
     """What the ranks said; `ends`: the exit code of the first rank, a signal's number below zero.
 
@@ -51,15 +54,16 @@ def run_on_two_ranks(work: Callable[..., None], *arguments: Any, folder: Path, e
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     try:
         wait([rank.sentinel for rank in ranks])
-        if ends < 0:
+        if ends:
+            ranks[0].join(_PATIENCE)
             ranks[1].kill()  # as torchrun does: who has lost another cannot go on
         for rank in ranks:
-            rank.join()
+            rank.join(_PATIENCE)
     finally:
         for rank in ranks:
             rank.kill()
     said = log.read_text(errors="replace")
-    assert ends < 0 or ranks[1].exitcode == ends, said[-3000:]
+    assert ends or ranks[1].exitcode == 0, said[-3000:]
     assert ranks[0].exitcode == ends, said[-3000:]
     return said
 
