@@ -163,7 +163,8 @@ def evaluate_reward(
 
         with Store.open(store).reading() as session:
             rankings, answers = rankings_of(session, get_project(session, project))
-        rewards = dict(zip(answers, score(list(answers.values())), strict=True)) if answers else {}
+        scored = zip(answers, score(list(answers.values())), strict=True) if answers else ()
+        rewards = {answer: reward for answer, reward in scored if reward is not None}
         verdicts = [said for item, labeler, ranking in rankings for said in pairs_of(item, labeler, ranking)]
         found["labelers"] = against_labelers(verdicts, rewards)
     typer.echo(json.dumps(found) if as_json else json.dumps(found, indent=2))

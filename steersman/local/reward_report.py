@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steersman.data.records import Preference, numbered_rows, plain_messages
-from steersman.report.reward_bench import Question, Scored, read_questions, report
+from steersman.errors import DataError, InvalidArgumentError
+from steersman.report.reward_bench import Scored, read_questions, report
 from steersman.report.schema import PairScore, RewardModelEvaluation
 from steersman.statistics import wilson_interval
 
-Scorer = Callable[[Sequence[Sequence[dict[str, Any]]]], list[float]]
-"""Conversations that end with the answer -> rewards, in order."""
+Scorer = Callable[[Sequence[Sequence[dict[str, Any]]]], list[float | None]]
+"""Conversations that end with the answer -> rewards, in order; None of one that is longer than the model takes."""
 
 
 class Said(NamedTuple):
@@ -29,35 +30,50 @@ class Said(NamedTuple):
 
 
 def open_scorer(folder: Path) -> Scorer:
-    """The reward model of a folder on this machine; answers too long for it are refused by name."""
+    """The reward model of a folder on this machine."""
     from steersman.nn.hardware import pick_device
     from steersman.nn.load import load_reward_model
 
     model = load_reward_model(folder, device=pick_device("auto"))
 
-    def score(conversations: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
-        return [float(value) for value in model.score([model.encode(list(one)) for one in conversations]).reward]
+    def encoded(conversation: Sequence[dict[str, Any]]) -> list[int] | None:
+        try:
+            return model.encode(list(conversation))
+        except InvalidArgumentError:
+            return None
+
+    def score(conversations: Sequence[Sequence[dict[str, Any]]]) -> list[float | None]:
+        rows = [encoded(one) for one in conversations]
+        rewards = iter(model.score([row for row in rows if row is not None]).reward.tolist())
+        return [None if row is None else next(rewards) for row in rows]
 
     return score
 
 
 def on_benchmark(score: Scorer, path: Path) -> dict[str, Any]:
-    """RewardBench or RewardBench 2."""
+    """RewardBench or RewardBench 2; `left_out`: rows with an answer that is longer than the model takes."""
     questions = read_questions(path)
     rewards = iter(score([_ends_with(one.prompt, text) for one in questions for text in (*one.right, *one.wrong)]))
-
-    def scored(one: Question) -> Scored:
-        return Scored(one, tuple(next(rewards) for _ in one.right), tuple(next(rewards) for _ in one.wrong))
-
-    return report([scored(one) for one in questions])
+    found = []
+    for one in questions:
+        right, wrong = ([next(rewards) for _ in side] for side in (one.right, one.wrong))
+        kept = [[value for value in side if value is not None] for side in (right, wrong)]
+        if kept == [right, wrong]:
+            found.append(Scored(one, tuple(kept[0]), tuple(kept[1])))
+    _must_have(found, path)
+    return report(found) | {"left_out": len(questions) - len(found)}
 
 
 def on_pairs(score: Scorer, path: Path) -> dict[str, Any]:
-    """Accuracy with its interval, calibration, and what length alone explains, on comparisons that people judged."""
-    rows = [row for _, row in numbered_rows(path, Preference) if row.soft_label != 0.5]  # a tie has no right side
-    sides = [[plain_messages(row.prompt) + plain_messages(getattr(row, side)) for row in rows] for side in _SIDES]
-    chosen, rejected = (score(side) for side in sides)
-    lengths = [[len(str(one[-1]["content"] or "")) for one in side] for side in sides]
+    """Accuracy with its interval, calibration, and what length alone explains, on comparisons that people judged;
+    `left_out`: those with an answer that is longer than the model takes."""
+    asked = [row for _, row in numbered_rows(path, Preference) if row.soft_label != 0.5]  # a tie has no right side
+    sides = [[plain_messages(row.prompt) + plain_messages(getattr(row, side)) for row in asked] for side in _SIDES]
+    both = list(zip(*(score(side) for side in sides), *sides, strict=True))
+    rows = [(one, other, *texts) for one, other, *texts in both if one is not None and other is not None]
+    _must_have(rows, path)
+    chosen, rejected = [row[0] for row in rows], [row[1] for row in rows]
+    lengths = [[len(str(row[place][-1]["content"] or "")) for row in rows] for place in (2, 3)]
     longer = sum(_win(one - other) for one, other in zip(*lengths, strict=True)) / len(rows)
     found = RewardModelEvaluation(
         pairs=tuple(PairScore(chosen=one, rejected=other) for one, other in zip(chosen, rejected, strict=True)),
@@ -71,6 +87,7 @@ def on_pairs(score: Scorer, path: Path) -> dict[str, Any]:
             by_length["longer" if long > short else "shorter"].append(_win(one - other))
     return {
         "pairs": len(rows),
+        "left_out": len(asked) - len(rows),
         "accuracy": list(wilson_interval(found.accuracy * len(rows), len(rows))),
         "calibration_error": found.calibration_error if len(rows) > 1 else None,
         "length_baseline": found.length_baseline,
@@ -125,6 +142,14 @@ def pairs_of(item: int, labeler: str, ranking: Sequence[Sequence[int]]) -> list[
 
 
 _SIDES = ("chosen", "rejected")
+
+
+def _must_have(rows: Sequence[object], path: Path) -> None:
+    if not rows:
+        raise DataError(
+            f"{path}: no row can be scored: there is none, or all are longer than the reward model takes; use one that "
+            "was trained on longer conversations"
+        )
 
 
 def _ends_with(prompt: str, answer: str) -> list[dict[str, Any]]:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from steersman.errors import DataError
-from steersman.local.reward_report import against_labelers, on_benchmark, on_pairs, pairs_of
+from steersman.local.reward_report import against_labelers, on_benchmark, on_pairs, open_scorer, pairs_of
+from steersman.nn.reward import REWARD_FILE, RewardSettings
 from steersman.report.reward_bench import Question, Scored, correct, read_questions, report, ties
+from steersman.testing.models import save_model_folder, tiny_llama_reward
 
 
 def scored(subset: str, right: tuple[float, ...], wrong: tuple[float, ...], identity: str = "1") -> Scored:
@@ -95,3 +97,21 @@ def test_comparisons_tell_length_from_preference(tmp_path: Path) -> None:
     assert (by_length["longer"][0], by_length["shorter"][0]) == (1.0, 0.0)
     bench = write(tmp_path / "b.jsonl", [{"subset": "hep-go", "prompt": "p", "chosen": "longer", "rejected": "no"}])
     assert on_benchmark(lambda ones: [float(len(one[-1]["content"])) for one in ones], bench)["total"] == 1.0
+
+
+def test_rows_that_are_longer_than_the_model_takes_are_left_out_and_counted(tmp_path: Path) -> None:
+    folder = save_model_folder(tmp_path / "model", tiny_llama_reward())
+    (folder / REWARD_FILE).write_text(RewardSettings(max_length=64).model_dump_json(by_alias=True))
+    score = open_scorer(folder)
+    rows = [{"subset": "hep-go", "prompt": "p", "chosen": "good " * n, "rejected": "bad"} for n in (1, 2, 400)]
+    found = on_benchmark(score, write(tmp_path / "b.jsonl", rows))
+    assert (found["left_out"], found["subsets"]["hep-go"]["rows"]) == (1, 2)
+
+    def pair(text: str) -> dict[str, Any]:
+        sides = {k: [{"role": "assistant", "content": one}] for k, one in (("chosen", text), ("rejected", "no"))}
+        return {"prompt": [{"role": "user", "content": "q"}], **sides}
+
+    found = on_pairs(score, write(tmp_path / "p.jsonl", [pair("yes"), pair("well, yes"), pair("yes " * 500)]))
+    assert (found["pairs"], found["left_out"]) == (2, 1)
+    with pytest.raises(DataError, match="all are longer than the reward model takes"):
+        on_benchmark(score, write(tmp_path / "c.jsonl", rows[2:]))
