@@ -64,7 +64,7 @@ def write_compare(versions: Sequence[Version], out: Path) -> Path:
     html = environment().get_template("compare.html.j2").render(
         names=names, columns=columns, rows=rows, headline=_headline(names, rows), image=_distributions(versions),
         suites=_suites(versions), knowledge=_knowledge(versions), differences=_differences(versions),
-        examples=_examples(versions), colours=plots.colours(names), **_wins(versions),
+        examples=_examples(versions), unit=_unit(versions[-1]), colours=plots.colours(names), **_wins(versions),
     )  # fmt: skip
     path = out / "compare.html"
     path.write_text(html, encoding="utf-8")
@@ -168,6 +168,12 @@ def _differences(versions: Sequence[Version]) -> list[dict[str, Any]]:
         for field in fields
         if len({one.get(field) for one in fields_of}) > 1
     ]
+
+
+def _unit(version: Version) -> str:
+    """What stands side by side: prompts, or several answers to each of them."""
+    keys = list(version.samples)
+    return "prompts" if len(set(map(prompt_of, keys))) == len(keys) else "answers"
 
 
 def _examples(versions: Sequence[Version]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from steersman.suites.asked import SuiteReport
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 
-def evaluated(seed: int) -> Evaluation:
+def evaluated(seed: int, samples: int = 1) -> Evaluation:
     draw = random.Random(seed)
 
     def sample(number: int, shift: float, index: int = 0) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def evaluated(seed: int) -> Evaluation:
 
     shifts = {"base": -1.0, "sft": 0.2, "rlhf": 0.9}
     models = {
-        name: [sample(n, shift, index) for n in range(12) for index in range(4)] for name, shift in shifts.items()
+        name: [sample(n, shift, index) for n in range(12) for index in range(samples)] for name, shift in shifts.items()
     }
     knowledge = [float(n % 3 == 0) for n in range(60)]
     return Evaluation.model_validate(
@@ -114,7 +114,7 @@ async def test_report_and_comparison_at_every_width_and_colour(tmp_path: Path) -
     stage = tmp_path / "run" / "rl"
     stage.mkdir(parents=True)
     (stage / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "reward": {n / 7}, "kl": {n}}}\n' for n in range(20)))
-    report = write_report(tmp_path / "run", evaluated(1), tmp_path / "report")
+    report = write_report(tmp_path / "run", evaluated(1, samples=4), tmp_path / "report")
     evaluation = evaluated(1)
     asked = SuiteReport(date=str(evaluation.date), settings={"samples": 1}, results=evaluation.suites)
     suites = write_suites(asked, tmp_path, None, evaluation.judges, evaluation.licences)

@@ -16,10 +16,10 @@ from steersman.report.compare import Version, write_compare
 from steersman.report.schema import Evaluation
 
 
-def evaluated(gain: float, asked: str = "") -> Evaluation:
-    def sample(number: int, reward: float) -> dict[str, Any]:
+def evaluated(gain: float, asked: str = "", samples: int = 1) -> Evaluation:
+    def sample(number: int, reward: float, index: int) -> dict[str, Any]:
         return {
-            "prompt_id": f"p{number}",
+            "prompt_id": f"p{number}#{index}",
             "prompt": [{"role": "user", "content": f"Question {number}? <script>alert(1)</script>{asked}"}],
             "answer": f"Answer {number} of {gain:g}.",
             "reward": reward,
@@ -30,7 +30,7 @@ def evaluated(gain: float, asked: str = "") -> Evaluation:
         }
 
     models = {
-        name: [sample(number, shift + 0.1 * (number % 3)) for number in range(12)]
+        name: [sample(number, shift + 0.1 * (number % 3), n) for number in range(12) for n in range(samples)]
         for name, shift in (("sft", 0.0), ("rlhf", gain))
     }
     return Evaluation.model_validate({"name": "shop", "seed": 1, "models": models, "seconds": {"rl": 1.0}})
@@ -48,6 +48,13 @@ def test_the_page_says_where_each_run_is_better_and_worse(tmp_path: Path) -> Non
     assert page.count('class="example"') == 12
     assert "<script>alert" not in page
     assert not re.search(r'(src|href)="(?!data:|#)', page), "the page needs nothing beside itself"
+
+
+def test_what_is_counted_is_called_by_its_name(tmp_path: Path) -> None:
+    for samples, unit in ((1, "prompts"), (3, "answers")):
+        runs = [Version(name, evaluated(gain, samples=samples), {}) for name, gain in (("old", 1.0), ("new", 2.0))]
+        page = write_compare(runs, tmp_path).read_text()
+        assert (page.count('class="example"'), f"${{examples.length}} {unit}" in page) == (12 * samples, True)
 
 
 def test_runs_of_other_prompts_stand_beside_each_other(tmp_path: Path) -> None:
