@@ -7,6 +7,7 @@ Presidio's; phone numbers are not, because any order number is a possible number
 from __future__ import annotations
 
 import re
+import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -35,6 +36,16 @@ _HINTS = {
 # What every number that is looked for holds. It begins with a digit: a text without one is passed at a glance.
 _NUMBER = re.compile(r"\d(?:[\d ()./\u2013\u00a0-]{5,22}\d|(?<=[A-Za-z]{2}\d)\d)")
 _NUMBERS = ("<PHONE>", "<CARD>")
+# The same of a text's UTF-8, its bytes put into classes: digits, what may stand between them, letters, and what other
+# scripts' digits begin with. A pattern that begins with one fixed byte is searched for ten times faster.
+_CLASSES = {
+    b"0": string.digits.encode(),
+    b"-": " ()./-\u2013\u00a0".encode(),
+    b"a": string.ascii_letters.encode(),
+    b"\xff": b"\xd9\xdb\xdf\xe0\xe1\xea\xef\xf0",
+}
+_TO_CLASSES = bytes.maketrans(b"".join(_CLASSES.values()), b"".join(name * len(of) for name, of in _CLASSES.items()))
+_CLASSED_NUMBER = re.compile(rb"0(?:[0-]{5,66}0|(?<=aa0)0)")
 _FIXED = frozenset({"id", "source", "licence", "customer", "origin"})
 _SAMPLES = 5
 _PERSONAL_KEY = re.compile(r"phone|mobile|tel|fax|card|contact", re.IGNORECASE)
@@ -112,17 +123,17 @@ class Scrubber:
     def scrub_row(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row with all its texts scrubbed, itself where there is nothing to scrub; what names the row, its source and
         its tenant stays."""
-        texts = {name: value for name, value in row.items() if name not in _FIXED}
-        text = plain_text(texts)
+        text = plain_text(row, _FIXED)
         if text is not None and not self._may_hold(text):
             return row
+        texts = {name: value for name, value in row.items() if name not in _FIXED}
         known, before = frozenset(_business_numbers(row.get("facts"))), self.found.total()
         scrubbed = {name: self._walk(value, known) for name, value in texts.items()}
         return row | scrubbed if self.found.total() != before else row
 
     def _may_hold(self, text: str) -> bool:
         """Whether it is worth a look: most texts are passed at a glance."""
-        return "name" in self._options.entities or "@" in text or _NUMBER.search(text) is not None
+        return "name" in self._options.entities or "@" in text or _holds_number(text)
 
     def _is_known(self, text: str, span: Span, known: frozenset[str]) -> bool:
         start, end, tag, certainty = span
@@ -203,6 +214,14 @@ class Scrubber:
                 f"pii: names need the spaCy pipeline {self._options.name_model!r}, which is not installed; "
                 "install one with named entities and name it"
             ) from error
+
+
+def _holds_number(text: str) -> bool:
+    """`_NUMBER.search(text)`, at a glance where there is none."""
+    classes = text.encode(errors="surrogatepass").translate(_TO_CLASSES)
+    if b"\xff" not in classes and _CLASSED_NUMBER.search(classes) is None:
+        return False
+    return _NUMBER.search(text) is not None
 
 
 def _business_numbers(facts: Any, key: str = "") -> Iterator[str]:

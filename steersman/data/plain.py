@@ -6,7 +6,8 @@ The types in `records` take as long over such a row as all the rest of an import
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from steersman.data.truth import says_consent
@@ -20,7 +21,7 @@ _CONVERSATIONS = {
 _ANSWERS = frozenset({"chosen", "rejected", "completion"})
 _TURN = ["role", "content"]
 _ROLES = frozenset({"user", "assistant", "tool"})  # and a system turn at the front
-_FIELDS: dict[str, Callable[[Any], bool]] = {
+_FIELDS: dict[str, Check] = {
     **dict.fromkeys(("id", "source", "licence", "customer"), lambda value: type(value) is str),
     **dict.fromkeys(("consent", "label"), lambda value: type(value) is bool),
     "margin": lambda value: type(value) is float and 0 <= value < math.inf,
@@ -28,6 +29,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("facts", "tools", "aspects", "scales"), lambda value: False),
 }
 _SCALARS = frozenset({str, int, float, bool})
+
+Check = Callable[[Any], bool]
 
 
 def is_plain(row: Mapping[str, Any], kind: str) -> bool:
@@ -50,14 +53,16 @@ def is_plain(row: Mapping[str, Any], kind: str) -> bool:
         return False
     if kind == "feedback" and "label" not in row:
         return False
-    own = [name for name, _ in conversations]
-    return bool(own) and all(name in own or _is_plain_field(name, row[name]) for name in row)
+    return bool(conversations) and all(check(row[name]) for name, check in _checks(kind, tuple(row)))
 
 
-def plain_text(row: Mapping[str, Any]) -> str | None:
-    """All texts of a row, one a line; None where the row holds more than turns of role and content, and scalars."""
+def plain_text(row: Mapping[str, Any], but: Collection[str] = ()) -> str | None:
+    """The texts of a row, one a line, `but` for some of its keys; None where the row holds more than turns of role and
+    content, and scalars."""
     texts = []
-    for value in row.values():
+    for name, value in row.items():
+        if name in but:
+            continue
         if type(value) is str:
             texts.append(value)
         elif type(value) is list:
@@ -74,16 +79,25 @@ def _is_plain_conversation(turns: list[Any], last_role: str) -> bool:
     if not turns:
         return False
     for turn in turns:
-        if type(turn) is not dict or list(turn) != _TURN or type(turn["content"]) is not str:
+        if type(turn) is not dict or [*turn] != _TURN:
             return False
-        if turn["role"] not in _ROLES and (turn["role"] != "system" or turn is not turns[0]):
+        role, text = turn.values()
+        if type(role) is not str or type(text) is not str:
             return False
-    text = turns[-1]["content"]
-    return turns[-1]["role"] == last_role and text != "" and not text.isspace()
+        if role not in _ROLES and (role != "system" or turn is not turns[0]):
+            return False
+    return role == last_role and text != "" and not text.isspace()
 
 
-def _is_plain_field(name: str, value: Any) -> bool:
-    check = _FIELDS.get(name)
-    if check is None:
-        return type(value) in _SCALARS and says_consent(name) is None
-    return check(value)
+@lru_cache(maxsize=1024)
+def _checks(kind: str, names: tuple[str, ...]) -> list[tuple[str, Check]]:
+    """What the further fields of a row must pass: the rows of a file have the same ones."""
+    own = {name for name, _ in _CONVERSATIONS[kind]}
+    return [(name, _check_of(name)) for name in names if name not in own]
+
+
+def _check_of(name: str) -> Check:
+    if name in _FIELDS:
+        return _FIELDS[name]
+    scalar = says_consent(name) is None
+    return lambda value: scalar and type(value) in _SCALARS

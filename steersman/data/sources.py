@@ -108,6 +108,8 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any] | DataError:
         data = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         return DataError(f"{where}: {describe_json_error(error, line)}")
+    if orjson.dumps(data) == line.rstrip():  # all of it was read: no number was rounded, no field stands twice
+        return _require_object(data, where)
     if _LONG_NUMBER in line.translate(_DIGITS) and _has_float(data):
         try:  # orjson rounds what a double cannot hold
             data = loads_exactly(line)

@@ -62,6 +62,10 @@ def content_id(content_bits: int) -> str:
     return f"{content_bits:016x}"
 
 
+#: Of a fingerprint, how many of its last bits are looked at first.
+_BITS = 27
+_LAST = (1 << _BITS) - 1
+
 #: A split's name becomes a file's name; `skipped.jsonl` has another meaning.
 _NAME = re.compile(r"(?!skipped$)[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -103,17 +107,23 @@ class Splits:
 
 
 class SeenSet:
-    """A growing set of 64-bit fingerprints that costs 8 bytes each: a small hash set before a sorted array."""
+    """A growing set of 64-bit fingerprints that costs 8 bytes each: a small hash set before a sorted array.
+
+    Fingerprints are even over their range, so one bit for each value of their last bits tells nearly always that one is
+    new, without a search in an array that no cache holds: of ten million, one in fourteen is looked for in vain.
+    """
 
     def __init__(self, recent: int = 1_000_000) -> None:
         self._recent: set[int] = set()
         self._limit = recent
         self._sorted = np.empty(0, np.uint64)
+        self._bits = bytearray()
+        """2**_BITS bits: which last bits occur in the array."""
 
     def __contains__(self, value: int) -> bool:
         if value in self._recent:
             return True
-        if not len(self._sorted):
+        if not self._bits or not self._bits[(value & _LAST) >> 3] >> (value & 7) & 1:
             return False
         at = int(self._sorted.searchsorted(np.uint64(value)))
         return at < len(self._sorted) and int(self._sorted[at]) == value
@@ -124,7 +134,15 @@ class SeenSet:
             return False
         self._recent.add(value)
         if len(self._recent) >= self._limit:
-            fresh = np.fromiter(self._recent, np.uint64, len(self._recent))
-            self._sorted = np.sort(np.concatenate([self._sorted, fresh]))
-            self._recent.clear()
+            self._settle()
         return True
+
+    def _settle(self) -> None:
+        """Moves the recent ones into the array."""
+        fresh = np.fromiter(self._recent, np.uint64, len(self._recent))
+        self._recent.clear()
+        self._sorted = np.sort(np.concatenate([self._sorted, fresh]))
+        self._bits = self._bits or bytearray(1 << _BITS - 3)
+        last = fresh & np.uint64(_LAST)
+        ones = np.uint8(1) << (last & np.uint64(7)).astype(np.uint8)
+        np.bitwise_or.at(np.frombuffer(self._bits, np.uint8), last >> np.uint64(3), ones)

@@ -75,11 +75,12 @@ def write_release(session: Session, options: ReleaseOptions, folder: Path) -> Dr
     }
     earlier: list[SeenSet] = []  # of each source: what another source holds too is a copy
     counts: dict[str, Counter[str]] = defaultdict(Counter)
+    released: Counter[tuple[str | None, ...]] = Counter()
     validate = ROW_TYPES[options.kind].model_validate
     votes = options.kind != "demonstration"  # equal judgements of one source are several people's
     with ExitStack() as stack:
         files: dict[str, IO[bytes]] = {
-            split: stack.enter_context(open(folder / f"{split}.jsonl", "wb")) for split in splits.names
+            split: stack.enter_context(open(folder / f"{split}.jsonl", "wb", 1 << 20)) for split in splits.names
         }
         for source in options.sources:
             own = SeenSet()
@@ -106,16 +107,18 @@ def write_release(session: Session, options: ReleaseOptions, folder: Path) -> Dr
                     counts["left out"]["duplicate"] += 1
                     continue
                 files[split].write(line + b"\n")
-                for what, value in (
-                    ("splits", split),
-                    ("sources", source),
-                    ("licences", row.get("licence") or "not stated"),
-                    ("customers", row.get("customer") or ""),
-                    ("end customers", row.get("end_customer") or ""),
-                ):
-                    counts[what][value] += 1
+                released[split, source, row.get("licence"), row.get("customer"), row.get("end_customer")] += 1
             earlier.append(own)
     options.rule.check_names()
+    for (split, source, licence, customer, end_customer), n in released.items():
+        for what, value in (
+            ("splits", split),
+            ("sources", source),
+            ("licences", licence or "not stated"),
+            ("customers", customer or ""),
+            ("end customers", end_customer or ""),
+        ):
+            counts[what][value] += n
     if not counts["splits"]:
         why = ", ".join(f"{n} x {reason}" for reason, n in counts["left out"].items()) or "the sources are empty"
         raise FailedPreconditionError(f"release {options.name}: no row is left ({why})")

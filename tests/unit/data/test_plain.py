@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from steersman.data.grouping import Groups
-from steersman.data.pii import Scrubber
+from steersman.data.pii import _NUMBER, Scrubber, _holds_number
 from steersman.data.plain import is_plain
 from steersman.data.records import ROW_TYPES
 
@@ -21,7 +22,7 @@ CONVERSATIONS = {
     "prompt": ("prompt",),
 }
 TURN = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "assistant", "user", "system", "tool", "developer"])},
+    {"role": st.sampled_from(["user", "assistant", "assistant", "user", "system", "tool", "developer", ["user"]])},
     optional={"content": st.sampled_from(["", " ", "yes", "no"]), "name": st.just("ada")},
 )
 EXTRA = st.dictionaries(
@@ -65,6 +66,17 @@ def test_a_row_that_is_passed_at_a_glance_holds_nothing_to_scrub(text: str) -> N
     row = {"prompt": [{"role": "user", "content": text}], "note": text}
     scrubber = Scrubber()
     assert scrubber.scrub_row(row)["prompt"][0]["content"] == scrubber.scrub(text)
+
+
+@given(st.text(alphabet="aZé“ß 09\u0663\u0966４５😀漢@.-+()/\u2013\u00a0", max_size=40))
+def test_what_holds_no_number_at_a_glance_holds_none(text: str) -> None:
+    assert _holds_number(text) is (_NUMBER.search(text) is not None)
+
+
+def test_digits_of_every_script_are_seen_at_a_glance() -> None:
+    for digit in filter(str.isdecimal, map(chr, range(sys.maxunicode))):
+        assert _holds_number(f"é {digit * 8}")
+        assert _holds_number(f"漢 DE{digit * 2}")
 
 
 def test_iban_in_any_grouping_is_not_passed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from steersman.store.judging import (
     get_project,
     record,
 )
-from steersman.store.models import Answer, FeedbackEvent, Item, Judgement
+from steersman.store.models import Answer, FeedbackEvent, Item, Judgement, ReleaseCustomer, ReleaseEndCustomer
 from steersman.store.releases import delete_customer, get_release, publish, record_training, verify
 from steersman.store.statistics import agreement_report
 from steersman.store.verdicts import Verdict
@@ -346,3 +347,40 @@ def test_an_empty_release_says_why(store: Store, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"bad\.jsonl:1: prompt: empty list"):
         publish(store, options(str(path)), tmp_path)
     assert list(tmp_path.rglob("v*")) == []
+
+
+def test_a_release_of_files_keeps_its_bytes(store: Store, tmp_path: Path) -> None:
+    """The digest was taken before reading, looking for personal data and counting were made faster."""
+    texts = (
+        "Where is order 4711-0815?",
+        "Ring +49 30 901820 “now”",
+        "Wo ist ٠١٢٣٤٥٦٧٨٩, é?",
+        "mail ada@example.org",
+        "Why?",
+    )
+    lines = []
+    for number in range(60):
+        row: dict[str, Any] = {
+            "prompt": [{"role": "user", "content": f"{number % 37}: {texts[number % 5]}"}],
+            "chosen": [{"role": "assistant", "content": texts[number % 3]}],
+            "rejected": [{"role": "assistant", "content": f"{texts[number % 4]} no"}],
+            "id": f"r{number}",
+            **({"licence": "MIT"} if number % 2 else {}),
+            **({"customer": "acme", "end_customer": f"c{number % 3}"} if number % 3 else {}),
+            **({"consent": "no" if number % 14 else "yes"} if number % 7 == 0 else {}),
+            **({"facts": {"order": "4711-0815"}, "margin": 1} if number % 5 == 0 else {}),
+        }
+        lines.append(orjson.dumps(row) if number % 4 else json.dumps(row).encode())
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(b"\n".join(lines))
+    asked = options(str(source), pii=PiiOptions(), splits={"train": 0.7, "test": 0.3})
+    made, _ = publish(store, asked, tmp_path / "r")
+    assert made.digest == "b194fdb9a860b561a9fd8f75aa41a673af432b80fe9f154c9fa4e48f383d147f"
+    assert made.card["splits"] == {"test": 15, "train": 41}
+    assert made.card["licences"] == {"MIT": 26, "not stated": 30}
+    assert made.card["left out"] == {"no consent": 4}
+    assert made.card["scrubbed"] == {"<EMAIL>": 25, "<PHONE>": 42}
+    with store.reading() as session:
+        assert {row.customer: row.rows for row in session.scalars(sa.select(ReleaseCustomer))} == {"acme": 37}
+        people = {row.end_customer: row.rows for row in session.scalars(sa.select(ReleaseEndCustomer))}
+        assert people == {"c1": 18, "c2": 19}
