@@ -75,13 +75,15 @@ def run_pinned(*command: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--near-duplicates", type=float, help="leave near copies out, too: their least similarity")
     parser.add_argument("--out", type=Path, default=Path("build/bench/import_data.json"))
     parser.add_argument("--workdir", type=Path, help="where the files go; a temporary folder by default")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.workdir) as folder:
         source, out = Path(folder, "rows.jsonl.gz"), Path(folder, "out")
         write_rows(source, arguments.rows)
-        figures = run_pinned("import", "hh", str(source), "--out", str(out), "--quiet")
+        near = () if arguments.near_duplicates is None else ("--near-duplicates", str(arguments.near_duplicates))
+        figures = run_pinned("import", "hh", str(source), "--out", str(out), "--quiet", *near)
         summary = json.loads((out / "import.json").read_bytes())
         source.unlink()
         store = f"sqlite:///{folder}/store.db"
@@ -89,7 +91,9 @@ def main() -> None:
             "release", "bench", "--store", store, "--out", f"{folder}/releases",
             "--source", str(out / "train.jsonl"), "--source", str(out / "test.jsonl"),
         )  # fmt: skip
-    figures |= {"rows": summary["read"], "written": summary["written"], "duplicates": summary["duplicates"]}
+    figures |= {name: summary[name] for name in ("written", "duplicates", "near_duplicates")} | {
+        "rows": summary["read"]
+    }
     figures |= {f"rows_per_{clock}_s": summary["read"] / figures[f"{clock}_s"] for clock in ("wall", "cpu")}
     figures |= {f"release_{name}": value for name, value in released.items()}
     figures |= {f"release_rows_per_{clock}_s": summary["written"] / released[f"{clock}_s"] for clock in ("wall", "cpu")}

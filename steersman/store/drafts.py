@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from steersman.data.agreement import AgreementReport, Thresholds
 from steersman.data.format import Skip
 from steersman.data.pii import Scrubber
+from steersman.data.plain import seldom_collected
 from steersman.data.records import ROW_TYPES, describe_validation_error
 from steersman.data.release import Draft, seal
 from steersman.data.rules import ReleaseOptions
@@ -58,6 +59,7 @@ def check_agreement(session: Session, options: ReleaseOptions) -> dict[str, dict
     return figures
 
 
+@seldom_collected()
 def write_release(session: Session, options: ReleaseOptions, folder: Path) -> Draft:
     """Writes the files of a release into an empty folder: one JSONL a split, README.md and card.json.
 

@@ -261,6 +261,14 @@ def test_short_and_odd_texts_have_no_near_copies_but_equal_ones() -> None:
     assert first == [False, True, False, True, *[False] * 8]
 
 
+def test_case_and_signs_of_other_scripts_make_no_other_text() -> None:
+    texts = ["ÉTÉ à l’œuvre — «ΟΧΙ» ДА! 😀 x²", "été À L'ŒUVRE, οχι… да? X²", "été a l'œuvre, οχι… да? X²"]
+    with NearDuplicates(1.0) as near:
+        for text in texts:
+            near.add(text)
+        assert near.copies().tolist() == [False, True, False]
+
+
 def test_what_a_format_cannot_keep_is_counted_and_said(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     row = {"instruction": "q", "input": "", "output": "a"}
