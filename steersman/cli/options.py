@@ -22,5 +22,7 @@ def parse_pairs(values: list[str], option: str) -> dict[str, str]:
         name, equals, rest = value.partition("=")
         if not equals or not name:
             raise ConfigError(f"{option} {value!r}: expected NAME=VALUE")
+        if name.strip() in pairs:
+            raise ConfigError(f"{option} {value!r}: {name.strip()} is given twice; give it once")
         pairs[name.strip()] = rest.strip().strip('"').replace("\\n", "\n")
     return pairs

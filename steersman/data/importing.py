@@ -23,7 +23,7 @@ from steersman.artifacts import atomic_dir, file_digest
 from steersman.data.format import Format, ImportOptions, Skip
 from steersman.data.near import NearDuplicates
 from steersman.data.opening import Position, display_name, expand
-from steersman.data.plain import is_plain, seldom_collected
+from steersman.data.plain import MAX_TENANT, is_plain, seldom_collected
 from steersman.data.records import IncompleteFileError, Row, describe_validation_error, row_type_of
 from steersman.data.sources import Record, read_hugging_face, read_records
 from steersman.data.splits import CONTENT, SeenSet, Splits, content_id, fingerprint, join_parts
@@ -299,7 +299,9 @@ _PLAIN_METADATA = frozenset({"source", "licence", "customer"})
 
 
 def _is_plain_metadata(metadata: Mapping[str, Any]) -> bool:
-    return metadata.keys() <= _PLAIN_METADATA and all(type(value) is str for value in metadata.values())
+    return metadata.keys() <= _PLAIN_METADATA and all(
+        type(value) is str and len(value) <= MAX_TENANT for value in metadata.values()
+    )
 
 
 @seldom_collected()

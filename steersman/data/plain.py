@@ -14,6 +14,9 @@ from typing import Any
 
 from steersman.data.truth import says_consent
 
+#: Characters of the names of a tenant and of one of its customers.
+MAX_TENANT, MAX_END_CUSTOMER = 200, 64
+
 _CONVERSATIONS = {
     "demonstration": (("messages", "assistant"),),
     "preference": (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")),
@@ -24,7 +27,9 @@ _ANSWERS = frozenset({"chosen", "rejected", "completion"})
 _TURN = ["role", "content"]
 _ROLES = frozenset({"user", "assistant", "tool"})  # and a system turn at the front
 _FIELDS: dict[str, Check] = {
-    **dict.fromkeys(("id", "source", "licence", "customer"), lambda value: type(value) is str),
+    **dict.fromkeys(("id", "source", "licence"), lambda value: type(value) is str),
+    "customer": lambda value: type(value) is str and len(value) <= MAX_TENANT,
+    "end_customer": lambda value: type(value) is str and len(value) <= MAX_END_CUSTOMER,
     **dict.fromkeys(("consent", "label"), lambda value: type(value) is bool),
     "margin": lambda value: type(value) is float and 0 <= value < math.inf,
     "soft_label": lambda value: type(value) is float and 0 <= value <= 1,

@@ -28,6 +28,7 @@ from pydantic_core import PydanticCustomError
 
 from steersman.artifacts import file_digest
 from steersman.data.opening import UNREADABLE, display_name, open_bytes
+from steersman.data.plain import MAX_END_CUSTOMER, MAX_TENANT
 from steersman.data.truth import read_consent, with_one_consent
 from steersman.errors import DataError
 
@@ -115,7 +116,7 @@ class Row(BaseModel):
     """Where the row came from: data set, project or application."""
     licence: str | None = None
     """SPDX identifier or name of the licence that the text is under."""
-    customer: str | None = None
+    customer: str | None = Field(default=None, max_length=MAX_TENANT)
     """The tenant whose data this is; the key for deletion."""
     consent: Annotated[bool | None, BeforeValidator(read_consent)] = None
     """False: the person or tenant refused training; a release leaves the row out. Words and digits are read as
@@ -126,6 +127,19 @@ class Row(BaseModel):
 
     tools: list[dict[str, Any]] | None = None
     """OpenAI tool definitions that the conversation's assistant had; rendered as the chat service renders them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _end_customer_is_named(cls, data: Any) -> Any:
+        """The pseudonym of the tenant's customer, a further key of the row, by which his data is found and erased."""
+        if not isinstance(data, dict) or data.get("end_customer") is None:
+            return data
+        name = data["end_customer"]
+        if type(name) is int:
+            return data | {"end_customer": str(name)}
+        if not isinstance(name, str) or len(name) > MAX_END_CUSTOMER:
+            raise _wrong("end_customer", f"expected the customer's pseudonym, at most {MAX_END_CUSTOMER} characters")
+        return data
 
     def to_json(self) -> bytes:
         """The row as one JSON line without its line end; keys that are None are left out."""

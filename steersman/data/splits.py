@@ -84,6 +84,8 @@ class Splits:
         for name in shares:
             if not _NAME.fullmatch(name):
                 raise ConfigError(f"splits: {name!r} is no name of a split; use letters, digits, - and _, as train")
+        if len({name.casefold() for name in shares}) < len(shares):  # some file systems do not tell them apart
+            raise ConfigError(f"splits: {', '.join(shares)} differ in capitals only; give each split a name of its own")
         good = all(math.isfinite(share) and share >= 0 for share in shares.values())
         if not shares or not good or abs(sum(shares.values()) - 1) > 1e-6:
             raise ConfigError(f"splits: shares {dict(shares)} must be positive and sum to 1, as train=0.9,test=0.1")

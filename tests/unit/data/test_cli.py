@@ -169,3 +169,12 @@ def test_export_and_its_configuration(tmp_path: Path) -> None:
         assert name in json.loads((tmp_path / "tasks.json").read_bytes())[0]["data"]
     assert '<Rating name="polite"' in invoke("label-studio-config", "aspects", "--aspect", "polite")
     assert "hh" in invoke("formats")
+
+
+@pytest.mark.parametrize(
+    ("shares", "reason"),
+    [("train=0.5,train=1", "train is given twice"), ("Train=0.5,train=0.5", "differ in capitals only")],
+)
+def test_a_split_that_is_named_twice_is_refused(tmp_path: Path, shares: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        invoke("import", "steersman", pairs(tmp_path / "p.jsonl"), "--out", tmp_path / "out", "--splits", shares)

@@ -26,7 +26,9 @@ TURN = st.fixed_dictionaries(
     optional={"content": st.sampled_from(["", " ", "yes", "no"]), "name": st.just("ada")},
 )
 EXTRA = st.dictionaries(
-    st.sampled_from(["id", "source", "customer", "consent", "margin", "soft_label", "label", "facts", "tools", "at"]),
+    st.sampled_from(
+        ["id", "source", "customer", "consent", "margin", "soft_label", "label", "facts", "tools", "at", "end_customer"]
+    ),
     st.sampled_from([None, True, "no", 1, 0.5, -1.0, float("inf"), "x", {"a": None}, []]),
     max_size=3,
 )

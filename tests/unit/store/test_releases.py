@@ -28,7 +28,7 @@ from steersman.store.judging import (
     record,
 )
 from steersman.store.models import Answer, FeedbackEvent, Item, Judgement, ReleaseCustomer, ReleaseEndCustomer
-from steersman.store.releases import delete_customer, get_release, publish, record_training, verify
+from steersman.store.releases import Subject, delete_customer, get_release, publish, record_training, verify
 from steersman.store.statistics import agreement_report
 from steersman.store.verdicts import Verdict
 
@@ -384,3 +384,39 @@ def test_a_release_of_files_keeps_its_bytes(store: Store, tmp_path: Path) -> Non
         assert {row.customer: row.rows for row in session.scalars(sa.select(ReleaseCustomer))} == {"acme": 37}
         people = {row.end_customer: row.rows for row in session.scalars(sa.select(ReleaseEndCustomer))}
         assert people == {"c1": 18, "c2": 19}
+
+
+PAIR = {
+    "prompt": [{"role": "user", "content": "Why?"}],
+    "chosen": [{"role": "assistant", "content": "So."}],
+    "rejected": [{"role": "assistant", "content": "No."}],
+}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"end_customer": ["x"]},
+        {"end_customer": {"id": 1}},
+        {"end_customer": "x" * 65},
+        {"customer": "x" * 201},
+        {"prompt": [{"role": ["user"], "content": "Why?"}]},
+    ],
+)
+def test_what_names_nobody_is_refused_by_row_and_field(store: Store, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(orjson.dumps(PAIR) + b"\n" + orjson.dumps(PAIR | wrong))
+    with pytest.raises(DataError, match=f"rows.jsonl:2: {next(iter(wrong))}"):
+        publish(store, options(str(source)), tmp_path / "r")
+
+
+def test_an_end_customer_who_is_a_number_is_erased_by_it(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(b"\n".join(orjson.dumps(PAIR | {"customer": "acme", "end_customer": who}) for who in (7, 8)))
+    publish(store, options(str(source)), tmp_path / "r")
+    report = delete_customer(store, Subject("acme", "7"))
+    assert report.new_versions == {"support": 2}
+    with store.reading() as session:
+        assert [row.end_customer for row in session.scalars(sa.select(ReleaseEndCustomer)) if row.release_id == 2] == [
+            "8"
+        ]
