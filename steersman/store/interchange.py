@@ -12,9 +12,10 @@ from __future__ import annotations
 import csv
 import datetime as dt
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from steersman.store.verdicts import Verdict
 
 PARTS = ("item", "labeler", "value", "strength", "edit", "note", "unsafe", "time", "seconds", "event_id", "verdict")
 _CHUNK = 500
+#: Seconds since 1970 that a number is one of: 1973 to 5138; in milliseconds it is larger.
+_EARLIEST, _LATEST = 1e8, 1e11
 
 
 @dataclass
@@ -88,7 +91,7 @@ def import_judgements(
             if name not in labelers:
                 labelers[name] = ensure_labeler(session, name).id
             at = _time(row.get("time"))
-            seconds = min(max(float(row.get("seconds") or 0.0), 0.0), 86_400.0)
+            seconds = _seconds(row.get("seconds"))
             event = row.get("event_id") or _event_id(project, key, name, row.get("time"), verdict)
             ready.append(NewJudgement(items[key], labelers[name], verdict, seconds, str(event)[:64], created_at=at))
         except ValidationError as error:
@@ -99,7 +102,7 @@ def import_judgements(
             taken.left_out[str(error)] += 1
     ready.sort(key=lambda judgement: judgement.created_at)
     for start in range(0, len(ready), _CHUNK):
-        chunk = ready[start : start + _CHUNK]
+        chunk = _with_own_events(session, project, ready[start : start + _CHUNK])
         try:
             new = record_many(session, project, chunk)
         except ConflictError as error:
@@ -224,12 +227,44 @@ def _verdict(project: Project, row: dict[str, Any], meaning: Mapping[str, str]) 
 def _time(value: Any) -> dt.datetime:
     if value is None:
         return now()
-    if isinstance(value, int | float) or str(value).replace(".", "", 1).isdigit():
-        return dt.datetime.fromtimestamp(float(value), dt.UTC)
-    found = dt.datetime.fromisoformat(str(value))
+    try:
+        if isinstance(value, int | float) or str(value).replace(".", "", 1).isdigit():
+            since = float(value)
+            if since < _EARLIEST:  # a year, or a serial number of a spreadsheet
+                raise ValueError
+            return dt.datetime.fromtimestamp(since / 1000 if since > _LATEST else since, dt.UTC)
+        found = dt.datetime.fromisoformat(str(value))
+    except (ValueError, OverflowError):
+        raise DataError(f"time is {value!r}; expected ISO 8601, or seconds or milliseconds since 1970") from None
     return found if found.tzinfo else found.replace(tzinfo=dt.UTC)
 
 
+def _seconds(value: Any) -> float:
+    seconds = float(value or 0.0)
+    if math.isnan(seconds):
+        raise DataError("seconds is no number; leave the cell empty")
+    return min(max(seconds, 0.0), 86_400.0)
+
+
+def _with_own_events(session: Session, project: Project, judgements: list[NewJudgement]) -> list[NewJudgement]:
+    """Judgements whose event ids another project has, as those of an export that is read into a second project, get ids
+    of this one's own: the same again at a repetition."""
+    query = sa.select(Judgement.event_id).where(
+        Judgement.event_id.in_([judgement.event_id for judgement in judgements]), Judgement.project_id != project.id
+    )
+    taken = set(session.scalars(query))
+    return [
+        replace(judgement, event_id=_hashed([project.id, judgement.event_id]))
+        if judgement.event_id in taken
+        else judgement
+        for judgement in judgements
+    ]
+
+
 def _event_id(project: Project, item: str, labeler: str, time: Any, verdict: Verdict) -> str:
-    said = orjson.dumps([project.id, item, labeler, str(time), verdict.to_dict()], option=orjson.OPT_SORT_KEYS)
-    return "import-" + hashlib.blake2b(said, digest_size=16).hexdigest()
+    return _hashed([project.id, item, labeler, str(time), verdict.to_dict()])
+
+
+def _hashed(said: list[Any]) -> str:
+    content = orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
+    return "import-" + hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -89,6 +89,8 @@ def create_project(
         raise InvalidArgumentError(f"kind: {kind!r} is none of {', '.join(KINDS)}{meant(kind, KINDS)}")
     if kind == "rate" and not aspects:
         raise InvalidArgumentError("aspects: a rating project needs at least one")
+    if len(set(aspects)) < len(aspects) or not all(aspect.strip() for aspect in aspects):
+        raise InvalidArgumentError(f"aspects: {', '.join(map(repr, aspects))}; each needs a name of its own")
     if overlap < 1 or honeypot_every < 0:
         raise InvalidArgumentError("overlap must be at least 1, honeypot_every at least 0")
     if session.scalar(sa.select(Project.id).where(Project.name == name)) is not None:
