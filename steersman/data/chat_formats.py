@@ -27,12 +27,12 @@ def trl(record: dict[str, Any], options: ImportOptions) -> Converted:
             yield pair
             return
         row |= pair
-        if row.get("messages") == row["prompt"] + row["chosen"]:
-            del row["messages"]  # said already
         _score_margin(row)
     for name, role in _SIDES.items():
         if isinstance(row.get(name), str):
             row[name] = [message(role, row[name].strip())]
+    if "chosen" in row and "rejected" in row and row.get("messages") == row["prompt"] + row["chosen"]:
+        del row["messages"]  # said already
     if "completion" in row and row.get("label") is None and not {"aspects", "reward"} & row.keys():
         row["messages"] = row.pop("prompt") + row.pop("completion")
         row.pop("label", None)

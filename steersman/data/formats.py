@@ -51,15 +51,18 @@ def dolly(record: dict[str, Any], options: ImportOptions) -> Converted:
 
 
 def alpaca(record: dict[str, Any], options: ImportOptions) -> Converted:
+    yield {"messages": [*_instructed(record), _answer(record["output"])]}
+
+
+def _instructed(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conversation up to the output."""
     extra = record.get("input") or ""
-    if _NO_INPUT.fullmatch(extra):
-        extra = ""
+    extra = "" if _NO_INPUT.fullmatch(extra) else extra.strip()
     question = record["instruction"].strip()
-    row = _demonstration(f"{question}\n\n{extra.strip()}" if extra.strip() else question, record["output"])
-    earlier = [message("system", record["system"])] if record.get("system") else []
+    turns = [message("system", record["system"])] if record.get("system") else []
     for asked, answered in record.get("history") or []:  # LLaMA-Factory: rounds before this one
-        earlier += [message("user", asked.strip()), message("assistant", answered.strip())]
-    yield row | {"messages": [*earlier, *row["messages"]]}
+        turns += [message("user", asked.strip()), _answer(answered)]
+    return [*turns, message("user", f"{question}\n\n{extra}" if extra else question)]
 
 
 def alpaca_prompt(record: dict[str, Any], options: ImportOptions) -> Converted:
@@ -94,7 +97,7 @@ def bitext(record: dict[str, Any], options: ImportOptions) -> Converted:
 
 
 def _demonstration(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [message("user", question.strip()), message("assistant", answer.strip())]}
+    return {"messages": [message("user", question.strip()), _answer(answer)]}
 
 
 # --- chat transcripts -------------------------------------------------------------------------------------------
@@ -114,7 +117,7 @@ _SHAREGPT_ROLES = {
 
 
 def sharegpt(record: dict[str, Any], options: ImportOptions) -> Converted:
-    turns = _sharegpt_turns(record)
+    turns = _asked(record)
     if isinstance(turns, Skip):
         yield turns
         return
@@ -124,35 +127,60 @@ def sharegpt(record: dict[str, Any], options: ImportOptions) -> Converted:
 
 
 def sharegpt_dpo(record: dict[str, Any], options: ImportOptions) -> Converted:
-    turns = _sharegpt_turns(record)
-    if isinstance(turns, Skip):
-        yield turns
-        return
-    answers = [record[side] for side in ("chosen", "rejected")]
-    chosen, rejected = (answer if isinstance(answer, str) else answer["value"] for answer in answers)
-    pair = {"prompt": turns, "chosen": [message("assistant", chosen)], "rejected": [message("assistant", rejected)]}
-    yield pair | offered_tools(record)
+    """LLaMA-Factory's DPO files: a conversation, or an instruction, and two answers: texts, turns or lists of turns."""
+    prompt = _asked(record)
+    pair: dict[str, Any] = {"prompt": prompt}
+    for side in ("chosen", "rejected"):
+        answer = record[side]
+        raw = (
+            answer
+            if isinstance(answer, list)
+            else [answer if isinstance(answer, dict) else message("assistant", answer)]
+        )
+        pair[side] = _sharegpt_turns(raw, prompt if isinstance(prompt, list) else [])
+    skipped = next((part for part in pair.values() if isinstance(part, Skip)), None)
+    yield skipped or pair | offered_tools(record)
 
 
 def kto(record: dict[str, Any], options: ImportOptions) -> Converted:
-    """LLaMA-Factory's KTO files: a whole conversation and whether its last answer is good."""
-    turns = _sharegpt_turns(record)
+    """LLaMA-Factory's KTO files: a conversation, or an instruction with an output, and whether its answer is good."""
+    turns = _asked(record)
     if isinstance(turns, Skip):
         yield turns
         return
-    yield {"prompt": turns[:-1], "completion": turns[-1:], "label": record["label"]} | offered_tools(record)
+    if _is_instruction(record):
+        turns.append(_answer(record["output"]))
+    label = record["kto_tag"] if "kto_tag" in record else record["label"]
+    yield {"prompt": turns[:-1], "completion": turns[-1:], "label": label} | offered_tools(record)
+
+
+def _answer(text: str) -> dict[str, Any]:
+    return message("assistant", text.strip())
 
 
 def _beside_turns(record: dict[str, Any]) -> Iterator[str]:
     name = "conversations" if "conversations" in record else "messages"
-    told = (turn for turn in record[name] if "from" in turn or "value" in turn)  # OpenAI's turns are kept whole
+    told = (turn for turn in record.get(name, ()) if "from" in turn or "value" in turn)  # OpenAI's are kept whole
     return beside(told, ("from", "role", "value", "content"), name)
 
 
-def _sharegpt_turns(record: dict[str, Any]) -> list[dict[str, Any]] | Skip:
-    raw = record["conversations"] if "conversations" in record else record["messages"]
-    turns = [message("system", record["system"])] if record.get("system") else []
-    call = 0
+def _is_instruction(record: dict[str, Any]) -> bool:
+    return "instruction" in record and not {"conversations", "messages"} & record.keys()
+
+
+def _asked(record: dict[str, Any]) -> list[dict[str, Any]] | Skip:
+    """The conversation of a record; of an instruction, with its system and history, all but the output."""
+    if _is_instruction(record):
+        return _instructed(record)
+    system = [message("system", record["system"])] if record.get("system") else []
+    turns = _sharegpt_turns(record["conversations"] if "conversations" in record else record["messages"], system)
+    return turns if isinstance(turns, Skip) else system + turns
+
+
+def _sharegpt_turns(raw: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[dict[str, Any]] | Skip:
+    """Turns in OpenAI's form, their calls numbered on from those of the turns before."""
+    turns: list[dict[str, Any]] = []
+    call = sum(len(turn.get("tool_calls") or ()) for turn in before)
     for turn in raw:
         name = turn["from"] if "from" in turn else turn["role"]
         role = _SHAREGPT_ROLES.get(name)

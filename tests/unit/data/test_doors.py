@@ -286,6 +286,44 @@ def test_what_rows_keep_whole_is_not_said_to_be_lost(tmp_path: Path) -> None:
     assert (rows[0]["note"], rows[1]["other"], dict(summary.not_kept)) == ("kept", 5, {})
 
 
+def test_llama_factorys_pairs_and_thumbs_come_as_turns_or_instructions(tmp_path: Path) -> None:
+    call = '{"name": "track", "arguments": {"order": 5}}'
+    asked = [{"from": "human", "value": "q"}]
+    used = [{"from": "function_call", "value": call}, {"from": "observation", "value": "r"}]
+    told = {"system": "s", "history": [["a", "b"]], "instruction": "q", "input": "x"}
+    path = tmp_path / "dpo.jsonl"
+    path.write_bytes(jsonl(
+        {"conversations": asked, "chosen": {"from": "function_call", "value": call}, "rejected": "No."},
+        {"messages": [{"role": "user", "content": "q"}], "chosen": [*used, {"from": "gpt", "value": "a"}],
+         "rejected": {"role": "assistant", "content": "No."}},
+        told | {"chosen": "a", "rejected": "b"},
+        {"conversations": asked, "chosen": {"from": "nobody", "value": "a"}, "rejected": "b"},
+    ))  # fmt: skip
+    rows, summary = run(path, FORMATS["sharegpt-dpo"])
+    assert [turn.get("tool_calls", [{}])[0].get("function") for turn in rows[0]["chosen"]] == [
+        {"name": "track", "arguments": '{"order":5}'}
+    ]
+    assert [turn["role"] for turn in rows[1]["chosen"]] == ["assistant", "tool", "assistant"]
+    assert rows[1]["chosen"][1]["tool_call_id"] == rows[1]["chosen"][0]["tool_calls"][0]["id"]
+    assert [turn["content"] for turn in rows[2]["prompt"]] == ["s", "a", "b", "q\n\nx"]
+    assert list(summary.skipped) == ["turn of unknown role 'nobody'"]
+    path = tmp_path / "kto.jsonl"
+    path.write_bytes(
+        jsonl(told | {"output": "a", "kto_tag": "false"}, {"conversations": [*asked, *asked], "kto_tag": 1})
+    )
+    rows, summary = run(path, FORMATS["kto"])
+    assert [(row["completion"][0]["content"], row["label"]) for row in rows] == [("a", False)]
+    assert summary.read == 2
+
+
+def test_answers_that_are_texts_follow_a_prompt_of_messages(tmp_path: Path) -> None:
+    path = tmp_path / "trl.jsonl"
+    path.write_bytes(jsonl(pair(1) | {"chosen": "good 1"}, pair(2) | {"chosen": "good", "rejected": "bad"}))
+    rows, summary = run(path, FORMATS["trl"])
+    assert [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows] == [("good", "bad")]
+    assert "chosen and rejected must both be texts" in next(iter(summary.skipped))
+
+
 def test_what_turns_say_beside_their_text_is_counted_once_a_record(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     turns = [{"from": "human", "value": "q", "weight": 0}, {"from": "gpt", "value": "a", "weight": 1, "loss": None}]
