@@ -273,6 +273,7 @@ def assign(
     project: str,
     labeler: Annotated[str, typer.Argument(help="Who gets the items.")],
     search: Annotated[str, typer.Option(help="Items with this in their key or conversation.")] = "",
+    end_customer: Annotated[str, typer.Option(help="Only items of this end customer, by pseudonym.")] = "",
     state: Annotated[str, typer.Option(help="open, judged, disputed, resolved or all.")] = "open",
     limit: Annotated[int, typer.Option(help="At most so many.")] = 100,
     store: StoreOption = DEFAULT_STORE,
@@ -288,7 +289,7 @@ def assign(
         raise ConfigError(f"--state {state!r}: expected one of {', '.join(STATES)}{meant(state, STATES)}")
     with Store.open(store).transaction() as session:
         target = get_project(session, project)
-        items = find_items(session, target, text=search, state=state, limit=limit)
+        items = find_items(session, target, text=search, end_customer=end_customer, state=state, limit=limit)
         given = give(session, target, ensure_labeler(session, labeler), [item.id for item in items])
     typer.echo(f"{given:,} items of {project} given to {labeler}")
 

@@ -90,6 +90,7 @@ def find_items(
     project: Project,
     *,
     text: str = "",
+    end_customer: str = "",
     state: ItemState = "all",
     tenant: str | None = None,
     after: tuple[float, int] | None = None,
@@ -98,11 +99,14 @@ def find_items(
     """Items by a part of their key or conversation, without regard to case, and by state; disputed ones first.
 
     Args:
+        end_customer: pseudonym of the end customer whose they are; empty: anybody's.
         after: `place_of` the last item that is known already; what follows it is found at once, however many precede.
     """
     query = sa.select(Item).where(visible(project, tenant))
     if state != "all":
         query = query.where(sa.text(ITEM_STATES[state]))
+    if end_customer := end_customer.replace("\0", ""):
+        query = query.where(Item.meta["end_customer"].as_string() == end_customer)
     if text := text.replace("\0", ""):
         # SQLite keeps JSON with \u escapes, PostgreSQL without.
         columns = (Item.key, sa.cast(Item.prompt, sa.Text), sa.cast(Item.candidates, sa.Text))

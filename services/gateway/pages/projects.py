@@ -51,8 +51,10 @@ def projects_router(store: Store, auth: Authenticator) -> APIRouter:
         return await asyncio.to_thread(run)
 
     @router.get("/items")
-    async def items(request: Request, project: str, q: str = "", state: str = "all", after: str = "") -> Response:
-        return await work(request, project, lambda s, p, c, t: _items_page(s, p, t, q, state, after))
+    async def items(
+        request: Request, project: str, q: str = "", whose: str = "", state: str = "all", after: str = ""
+    ) -> Response:
+        return await work(request, project, lambda s, p, c, t: _items_page(s, p, t, q, whose, state, after))
 
     @router.post("/items")
     async def give(request: Request, project: str) -> Response:
@@ -84,14 +86,24 @@ def projects_router(store: Store, auth: Authenticator) -> APIRouter:
     return router
 
 
-def _items_page(session: Session, project: Project, tenant: str | None, q: str, state: str, after: str) -> Response:
+def _items_page(
+    session: Session, project: Project, tenant: str | None, q: str, whose: str, state: str, after: str
+) -> Response:
     if state not in managing.STATES:
         raise BadRequestError(f"There is no state {state!r}; choose one of {', '.join(managing.STATES)}", param="state")
     found = managing.find_items(
-        session, project, text=q[:200], state=state, tenant=tenant, after=_place(after), limit=_PAGE + 1
+        session,
+        project,
+        text=q[:200],
+        end_customer=whose[:64],
+        state=state,
+        tenant=tenant,
+        after=_place(after),
+        limit=_PAGE + 1,
     )
     more = "{!r}:{}".format(*managing.place_of(found[_PAGE - 1])) if len(found) > _PAGE else ""
-    values: dict[str, Any] = {"q": q, "state": state, "after": after, "states": managing.STATES, "more": more}
+    asked = {"q": q, "whose": whose[:64], "state": state, "after": after}
+    values: dict[str, Any] = {"asked": asked, "states": managing.STATES, "more": more}
     return render("items.html", project=project, items=found[:_PAGE], given=None, **values)
 
 
@@ -111,13 +123,16 @@ def _give(session: Session, project: Project, tenant: str | None, form: dict[str
     name = form.get("labeler", "").strip()[:200]
     if not name:
         raise BadRequestError("Say who shall get the items", param="labeler")
-    q, state = form.get("q", ""), form.get("state", "all")
+    q, whose, state = form.get("q", ""), form.get("whose", "")[:64], form.get("state", "all")
     if state not in managing.STATES:
         raise BadRequestError("There is no such state", param="state")
-    found = managing.find_items(session, project, text=q[:200], state=state, tenant=tenant, limit=_PAGE)
+    found = managing.find_items(
+        session, project, text=q[:200], end_customer=whose, state=state, tenant=tenant, limit=_PAGE
+    )
     labeler = ensure_labeler(session, name, tenant or "")
     given = managing.assign(session, project, labeler, [item.id for item in found])
-    values: dict[str, Any] = {"q": q, "state": state, "after": "", "states": managing.STATES, "more": ""}
+    asked = {"q": q, "whose": whose, "state": state, "after": ""}
+    values: dict[str, Any] = {"asked": asked, "states": managing.STATES, "more": ""}
     return render("items.html", project=project, items=found, given=f"{given} items given to {name}", **values)
 
 

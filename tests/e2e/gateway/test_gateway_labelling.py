@@ -303,7 +303,8 @@ async def test_tenants_see_neither_each_others_items_nor_projects(tmp_path: Path
             answers = [{"messages": [{"role": "assistant", "content": text}]} for text in "ab"]
             for tenant in ("acme", "bolt"):
                 question = [{"role": "user", "content": f"secret of {tenant}"}]
-                add_items(session, shared, [NewItem(tenant, question, answers, customer=tenant)])
+                whose = {"end_customer": f"somebody-at-{tenant}"}
+                add_items(session, shared, [NewItem(tenant, question, answers, whose, customer=tenant)])
             create_project(session, "only acme", "compare", customer="acme")
         for tenant, other in (("acme", "bolt"), ("bolt", "acme")):
             mine = await new_page(page)
@@ -317,6 +318,12 @@ async def test_tenants_see_neither_each_others_items_nor_projects(tmp_path: Path
                 text = await mine.inner_text("main")
                 assert f"secret of {other}" not in text, path
                 assert f"secret of {tenant}" in text or path.endswith("agreement"), path
+            await mine.goto(f"{url}/label/shared/items?whose=somebody-at-{other}")
+            assert "secret" not in await mine.inner_text("main"), "the other tenant's customers are nobody here"
+            await mine.goto(f"{url}/label/shared/items")
+            await mine.click(f"a[title=somebody-at-{tenant}]")
+            assert await mine.input_value("#whose") == f"somebody-at-{tenant}"
+            assert f"secret of {tenant}" in await mine.inner_text("main")
             with gateway.store.reading() as session:
                 theirs = session.scalars(sa.select(Item.id).where(Item.customer == other)).one()
             form = {"overlap": "1", "honeypot_every": "0"}

@@ -252,6 +252,15 @@ def test_pages_of_items_follow_one_another(store: Store, state: ItemState) -> No
     }[state]  # fmt: skip
 
 
+def test_items_are_found_by_whose_they_are(store: Store) -> None:
+    project = project_of(store, items=2)
+    with store.transaction() as session:
+        add_items(session, project, [item(f"m{n}", meta={"end_customer": f"p{n % 2}"}) for n in range(3)])
+        for whose, keys in (("p0", ["m0", "m2"]), ("p1", ["m1"]), ("P0", []), ("p", []), ("p0\0", ["m0", "m2"])):
+            assert [found.key for found in find_items(session, project, end_customer=whose)] == keys, whose
+        assert [found.key for found in find_items(session, project, end_customer="p0", text="m2")] == ["m2"]
+
+
 # --- people -----------------------------------------------------------------------------------------------------
 
 
