@@ -4,7 +4,8 @@
     python -m benchmarks.algorithms --methods ilql,offline-sft --seeds 17 --jobs 1      # a part; joins what is there
     python -m benchmarks.algorithms_base build/bench/base && python -m benchmarks.algorithms --base build/bench/base
 
-The last line takes a small model of its own instead of the default one, which trains in seconds a cell.
+The last line takes a small model of its own instead of the default one, which trains in seconds a cell; it writes the
+shop's language, but seldom copies a value from the record, on which most of the rubric stands.
 
 Every method of a seed starts from the same SFT model (`start`) and has the same reward model (`judge`); both are
 trained once a seed. The budget counts answers that pass through the policy, generated or learned from, and so tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,18 +75,23 @@ class SampleBatch:
 
     @staticmethod
     def joined(batches: Sequence[SampleBatch]) -> SampleBatch:
-        """The samples of several batches of one step, which have the same scorers."""
+        """The samples of several batches of one step; of a scorer that said nothing in a batch its values are NaN."""
         if len(batches) == 1:
             return batches[0]
         offsets = np.cumsum([0, *(len(batch.prompts) for batch in batches)])
-        names = batches[0].parts.keys()
+        names = dict.fromkeys(name for batch in batches for name in batch.parts)
+
+        def part(name: str) -> Tensor:
+            found = [batch.parts.get(name, torch.full_like(batch.scores, math.nan)) for batch in batches]
+            return torch.cat(found)
+
         return SampleBatch(
             prompts=tuple(prompt for batch in batches for prompt in batch.prompts),
             responses=tuple(response for batch in batches for response in batch.responses),
             loss_mask=tuple(mask for batch in batches for mask in batch.loss_mask),
             group=torch.cat([batch.group + int(offset) for batch, offset in zip(batches, offsets, strict=False)]),
-            parts={name: torch.cat([batch.parts[name] for batch in batches]) for name in names},
-            standardised=batches[0].standardised,
+            parts={name: part(name) for name in names},
+            standardised={name: weight for batch in batches for name, weight in batch.standardised.items()},
             **{name: torch.cat([getattr(batch, name) for batch in batches]) for name in _TENSORS},
         )
 

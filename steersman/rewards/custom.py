@@ -77,13 +77,21 @@ def custom_reward(reference: str, options: Mapping[str, Any]) -> BatchReward:
     """A function as a reward of batches; `options` are further keyword arguments.
 
     A wrong number of rewards, or one that is no finite number, is a failure and never a value.
+
+    Raises:
+        ConfigError: see `load_function`, or the function does not take an option.
     """
     function = load_function(reference)
+    taken = _taken(function)
+    for name in options:
+        if taken is not None and name not in taken:
+            raise ConfigError(f"python: {reference}: options.{name}: the function takes no {name}")
 
     def reward(items: Sequence[Answered]) -> list[Outcome]:
         logged = _Logged(len(items))
         try:
-            given = function(**{**_columns(items), **_of_trainer(items, logged), **options})
+            arguments = {**_columns(items), **_of_trainer(items, logged), **options}
+            given = function(**{name: value for name, value in arguments.items() if taken is None or name in taken})
             given = asyncio.run(_awaited(given)) if inspect.isawaitable(given) else given
         except SystemExit as error:
             raise RuntimeError(f"it called sys.exit({error.code!r})") from None
@@ -96,6 +104,17 @@ def custom_reward(reference: str, options: Mapping[str, Any]) -> BatchReward:
         return [_outcome(value, said) for value, said in zip(rewards, logged.of_answers, strict=True)]
 
     return reward
+
+
+def _taken(function: Callable[..., Any]) -> set[str] | None:
+    """Names of the arguments that a function takes; None: any, as TRL asks for and most functions do."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
 
 
 async def _awaited(given: Awaitable[Any]) -> Any:

@@ -45,10 +45,12 @@ def clip_parts(scores: Tensor, parts: Mapping[str, Tensor], weights: Mapping[str
     """fp32 [N]: scores in which each of `parts` (fp32 [N], weighted by `weights`) counts at most `limit` either way.
 
     For the standardised outputs of reward models, whose far values say little. A computed reward has a scale of its
-    own (60 of 100 points) and must not be among the parts.
+    own (60 of 100 points) and must not be among the parts. A part that is missing (NaN) has nothing to clip: one
+    without a weight may fail where the score is there.
     """
     for name, values in parts.items():
-        scores = scores - weights[name] * (values - values.clamp(-limit, limit))
+        beyond = (values - values.clamp(-limit, limit)).nan_to_num(nan=0.0)
+        scores = scores - weights[name] * beyond
     return scores
 
 

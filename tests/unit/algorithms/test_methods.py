@@ -336,3 +336,21 @@ def test_masked_tokens_teach_nothing() -> None:
         ours, theirs = loss_of(spec, masked, values), loss_of(spec, batch, values)
         assert torch.equal(ours[0].sort().values, theirs[0].sort().values)
         assert ours[1] == pytest.approx(theirs[1], rel=1e-6)
+
+
+def test_a_scorer_that_said_nothing_in_a_round_is_missing_there() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    spoken = batch_of(parts={"own": values, "model": values}, standardised={"model": 0.5})
+    silent = batch_of(parts={"late": values})
+    joined = SampleBatch.joined([spoken, silent])
+    missing = torch.full((4,), math.nan)
+    said, late = torch.cat([values, missing]), torch.cat([missing, values])
+    wanted = {"own": said, "model": said, "late": late}
+    torch.testing.assert_close(joined.parts, wanted, equal_nan=True)
+    assert joined.standardised == {"model": 0.5}
+
+
+def test_a_part_that_failed_and_has_no_weight_does_not_take_the_score_away() -> None:
+    batch = batch_of(parts={"model": torch.tensor([math.nan, 9.0, 1.0, 1.0])}, standardised={"model": 0.0})
+    method: Any = build(stage("grpo", score_clip=5.0))
+    assert method.scores(batch).tolist() == SCORES

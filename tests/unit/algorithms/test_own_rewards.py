@@ -69,6 +69,10 @@ def nothing(completions, **kwargs):
 def one_number(completions, **kwargs):
     return 1.0
 
+def few(completions, answer, scale=1.0):
+    """Names what it wants and takes no more."""
+    return [scale * float(c[0]["content"] == a) for c, a in zip(completions, answer)]
+
 def leaves(completions, **kwargs):
     raise SystemExit(3)
 
@@ -117,6 +121,12 @@ def test_what_trl_hands_over_besides_columns(own: str) -> None:
     ]
     options = {"answer": ["4", "4"]}
     assert custom_reward(f"{own}:equals", options)(answered("4", "5", answer=["5", "5"])) == [Verdict(1.0), Verdict(0)]
+
+
+def test_a_function_without_kwargs_gets_what_it_names(own: str) -> None:
+    assert custom_reward(f"{own}:few", {"scale": 2.0})(answered("4", answer=["4"])) == [Verdict(2.0)]
+    with pytest.raises(ConfigError, match=r"mine.py:few: options.sacle: the function takes no sacle"):
+        custom_reward(f"{own}:few", {"sacle": 2.0})
 
 
 def test_a_file_is_imported_as_a_script_would_be(tmp_path: Path) -> None:
