@@ -42,6 +42,13 @@ def read_option(read: Callable[[str], T], value: str | None, option: str) -> T |
         raise ConfigError(f"{option}: {error}") from None
 
 
+def _separator(text: str) -> str:
+    character = text.replace("\\t", "\t")
+    if len(character) != 1 or character in '"\r\n':
+        raise ValueError(f"{text!r} is no separator; expected one character, as ; or \\t")
+    return character
+
+
 @app.command("import")
 def import_(
     format: Annotated[str, typer.Argument(help="Format; `steersman data formats` lists them.")],
@@ -84,6 +91,8 @@ def import_(
     from steersman.data.truth import read_consent
     from steersman.errors import ConfigError, meant
 
+    if (column or winner) and format != "table":
+        raise ConfigError(f"--column, --winner: {format} knows its columns; only `table` takes a column map")
     if format == "table":
         winners = {"winners": parse_pairs(winner, "--winner")} if winner else {}
         chosen = table_format(ColumnMap(parse_pairs(column, "--column"), **winners))
@@ -107,7 +116,7 @@ def import_(
         header,
         hugging_face,
         hugging_face_split,
-        separator,
+        read_option(_separator, separator, "--separator"),
         encoding,
         namespace,
         near_duplicates,

@@ -178,3 +178,25 @@ def test_export_and_its_configuration(tmp_path: Path) -> None:
 def test_a_split_that_is_named_twice_is_refused(tmp_path: Path, shares: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         invoke("import", "steersman", pairs(tmp_path / "p.jsonl"), "--out", tmp_path / "out", "--splits", shares)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (["trl", "--column", "prompt=q"], "trl knows its columns"),
+        (["steersman", "--winner", "a=1"], "steersman knows its columns"),
+        (["steersman", "--separator", "ab"], "'ab' is no separator"),
+        (["steersman", "--separator", '"'], "is no separator"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(tmp_path: Path, given: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        invoke("import", *given, pairs(tmp_path / "p.jsonl"), "--out", tmp_path / "out")
+
+
+def test_a_tab_may_be_written_as_one(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("q\ta,b\nWhy?\tSo, and so.\n")
+    columns = ["--column", "prompt=q", "--column", "answer=a,b", "--separator", r"\t", "--splits", "train=1"]
+    invoke("import", "table", table, "--out", tmp_path / "out", *columns)
+    assert "So, and so." in (tmp_path / "out" / "train.jsonl").read_text()
