@@ -5,6 +5,7 @@ Uses the kubeconfig that kubectl would use, or the pod's service account.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,6 +134,8 @@ class Cluster:
 
 def connect(context: str | None, namespace: str | None) -> Cluster:
     """Opens the cluster of the kubeconfig, or the one that this pod runs in."""
+    import yaml
+
     try:
         from kubernetes import client, config
     except ImportError:
@@ -145,6 +148,11 @@ def connect(context: str | None, namespace: str | None) -> Cluster:
     except config.ConfigException as error:
         if context is not None:
             raise ConfigError(f"--context {context}: {error}") from None
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        # The library reads what lies there without a look at its shape.
+        where = os.environ.get("KUBECONFIG") or "~/.kube/config"
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"the kubeconfig {where} cannot be read ({reason}); mend it, or set KUBECONFIG") from None
     try:
         config.load_incluster_config()
     except config.ConfigException:

@@ -225,6 +225,23 @@ def test_a_manifest_that_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert shown == [False, True]
 
 
+@pytest.mark.parametrize(
+    "content", [b"{{{", b"\xff\xfe\x00", b"[]", b"contexts: 1\ncurrent-context: a\n", b"a: 1\n", None]
+)
+def test_a_kubeconfig_that_is_none_is_said_in_a_sentence(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config"
+    path.write_bytes(content) if content is not None else path.mkdir()
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    done = CliRunner().invoke(app, ["doctor", "--cluster", "--json"])
+    (finding,) = checked(done.stdout, OUTPUTS["doctor"])["findings"]
+    assert (done.exit_code, finding["name"], finding["state"]) == (1, "API server", "missing")
+    assert "kubeconfig" in finding["found"]
+    assert isinstance(CliRunner().invoke(app, ["status"]).exception, SteersmanError)
+
+
 def test_a_run_in_a_cluster() -> None:
     status = {
         "phase": "Failed",
