@@ -237,9 +237,11 @@ def train(
     before = fingerprint(trainer.model)
     with storage_errors(folder), saves_between_steps():
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    if trainer.state.global_step < trainer.state.max_steps and trainer.control.should_training_stop and asked():
-        leave()
-    unchanged = Ranks.join(ctx.device).all(fingerprint(trainer.model) == before)
+    ranks = Ranks.join(ctx.device)
+    stopped = trainer.state.global_step < trainer.state.max_steps and trainer.control.should_training_stop
+    if stopped and not ranks.all(not asked()):
+        leave()  # all of them, whichever was asked to
+    unchanged = ranks.all(fingerprint(trainer.model) == before)
     if unchanged and may_stay:
         ctx.reporter.note(f"warning: stage {ctx.name} has changed no weight; the data asks for no change")
     elif unchanged:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import sys
@@ -16,8 +15,10 @@ from training import RANKS_FILE
 
 if multiprocessing.current_process().name == "MainProcess" and os.environ.get("STEERSMAN_TEST_RANKS"):
     # In the process that the ranks are forked from: what takes seconds to import, without using any of it.
+    from steersman import loading
     from steersman.openmp import prefer_yielding_threads
 
+    loading.begin()
     prefer_yielding_threads()
     import training.offline.dpo
     import training.offline.ilql
@@ -25,7 +26,7 @@ if multiprocessing.current_process().name == "MainProcess" and os.environ.get("S
     import training.offline.sft
     import training.online.loop  # noqa: F401
 
-    gc.freeze()
+    loading.done()
 
 
 _PATIENCE = 600.0
@@ -54,8 +55,7 @@ def run_on_two_ranks(work: Callable[..., None], *arguments: Any, folder: Path, e
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     try:
         wait([rank.sentinel for rank in ranks])
-        if ends:
-            ranks[0].join(_PATIENCE)
+        if ends < 0:
             ranks[1].kill()  # as torchrun does: who has lost another cannot go on
         for rank in ranks:
             rank.join(_PATIENCE)
@@ -63,7 +63,7 @@ def run_on_two_ranks(work: Callable[..., None], *arguments: Any, folder: Path, e
         for rank in ranks:
             rank.kill()
     said = log.read_text(errors="replace")
-    assert ends or ranks[1].exitcode == 0, said[-3000:]
+    assert ends < 0 or ranks[1].exitcode == ends, said[-3000:]
     assert ranks[0].exitcode == ends, said[-3000:]
     return said
 
