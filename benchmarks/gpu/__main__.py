@@ -44,10 +44,10 @@ PARTS = {
     "rollout": Part("rollout", "run", 120, True),
     "update-1b": Part("update", "run_1b", 90, True),
     "update-8b": Part("update", "run_8b", 90, True),
-    "sync": Part("weight_sync", "run", 110, True),
-    "tests": Part("suite", "run", 110, False),
-    "learning": Part("learning", "run", 60, False),
-    "quickstart": Part("quickstart", "run", 300, False),
+    "sync": Part("weight_sync", "run", 150, False),
+    "tests": Part("suite", "run", 240, False),
+    "learning": Part("learning", "run", 120, False),
+    "quickstart": Part("quickstart", "run", 400, False),
 }
 
 

@@ -25,6 +25,7 @@ PACKAGES = (
     *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
     *("orjson", "isal", "zstandard", "blake3", "jsonschema", "jsonschema-specifications", "referencing", "rpds-py"),
     *("sqlalchemy", "alembic", "mako", "greenlet", "prometheus-client", "typer", "rich", "httpx"),
+    *("starlette", "httpx2", "httpcore2", "truststore"),
     *("llguidance", "trl", "datasets", "dill", "multiprocess", "pytest", "pytest-asyncio", "hypothesis"),
 )
 """What such a machine lacks, or may have in a version that the contracts' stubs refuse."""

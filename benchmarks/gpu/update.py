@@ -1,8 +1,9 @@
 """The trainer's update on random models: forward, policy loss, backward; and the optimizer's step.
 
-Work: groups of 4 answers of natural lengths (median 128, at most 512 tokens) to a prompt of 256 tokens, in
-micro-batches of about 8,192 tokens. `gemm_share`: the products that the mathematics needs (`benchmarks.train`) over the
-time, against the measured rate of a large bf16 product.
+Work: groups of 4 answers of natural lengths (median 128, at most 512 tokens) to a prompt of 256 tokens, 1B in
+micro-batches as the trainer cuts them where `microBatchTokens` is left open, 8B in those of 8,192 tokens.
+`gemm_share`: the products that the mathematics needs (`benchmarks.train`) over the time, against the measured rate of a
+large bf16 product.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from benchmarks.train import useful_gflop
 from steersman.config.manifest import Lora
 from steersman.nn.packed import PackedBatch, pack
 from training.mathematics import losses
+from training.online.budget import micro_batch_tokens
 from training.online.policy_model import PolicyModel
 
 TARGET = 0.45
 PROMPT, ANSWERS, LONGEST = 256, 4, 512
-MICRO_TOKENS, MICRO_BATCHES = 8192, 2
+MICRO_TOKENS = 8192
 
 
 def run_1b(setup: Setup) -> dict[str, Any]:
@@ -38,16 +40,16 @@ def run_8b(setup: Setup) -> dict[str, Any]:
     return {"8B, LoRA": _measure(setup, "8B", Lora(), limit)}
 
 
-def _batches(setup: Setup, vocab: int) -> list[PackedBatch]:
+def _batches(setup: Setup, vocab: int, micro_tokens: int) -> list[PackedBatch]:
     generator = np.random.default_rng(0)
-    prompt, longest, budget = (16, 12, 64) if setup.quick else (PROMPT, LONGEST, MICRO_TOKENS)
+    prompt, longest, budget = (16, 12, 64) if setup.quick else (PROMPT, LONGEST, micro_tokens)
     lengths = iter(common.natural_lengths(10_000, longest))
 
     def tokens(count: int) -> np.ndarray:
         return generator.integers(3, vocab, count).astype(np.int32)
 
     batches = []
-    for _ in range(MICRO_BATCHES):
+    for _ in range(1 if micro_tokens > MICRO_TOKENS else 2):
         groups: list[tuple[np.ndarray, list[np.ndarray]]] = []
         size = 0
         while size < budget:
@@ -65,7 +67,8 @@ def _measure(setup: Setup, shape: str, lora: Lora | None, limit: float) -> dict[
     )  # fmt: skip
     model.train()
     module = model.policy.get_base_model() if lora else model.policy
-    batches = _batches(setup, module.config.vocab_size)
+    micro_tokens = micro_batch_tokens(model) if shape == "1B" else MICRO_TOKENS
+    batches = _batches(setup, module.config.vocab_size, micro_tokens)
     parameters = model.policy_parameters()
     adam = torch.optim.AdamW(parameters, lr=1e-6, eps=1e-5, fused=True)
     advantages = [torch.randn(len(one.targets), device=setup.device) for one in batches]
@@ -91,6 +94,7 @@ def _measure(setup: Setup, shape: str, lora: Lora | None, limit: float) -> dict[
     rate = useful_gflop(module, tokens, answers, lora is not None) / seconds / 1e3
     finite = all(bool(parameter.isfinite().all()) for parameter in parameters)
     found: dict[str, Any] = {
+        "micro_batch_tokens": micro_tokens,
         "tokens": tokens,
         "answer_tokens": answers,
         "seconds": seconds,

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from steersman.errors import InvalidArgumentError
+from steersman.nn import gpu_kernels
 from steersman.nn.top_p import pack_sets, top_p_sets, unpack_sets
 
 
@@ -39,7 +40,7 @@ def token_logprobs(
     softcap: float | None = None,
     with_entropy: bool = False,
     sets: Tensor | None = None,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(log-probabilities fp32 [T], entropies fp32 [T] in nats or None) of the next token at each position.
 
@@ -47,7 +48,8 @@ def token_logprobs(
     weight [V, D] and bias [V] are the LM head's (plain tensors, not sharded ones). `temperature` is the one the tokens
     were sampled with; `softcap` is Gemma's `final_logit_softcapping`; a model with a logit scale takes hidden * scale.
     `sets` uint8 [T, ceil(V / 8)] (`top_p_sets_of`) are the tokens that make up the distribution, None: all of them.
-    Gradients flow to hidden, weight and bias from both outputs. fp64 input is computed in fp64.
+    `chunk_tokens` None: 512, on a GPU as many as have 1 GiB of logits in fp32. Gradients flow to hidden, weight and
+    bias from both outputs. fp64 input is computed in fp64.
     """
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
         raise InvalidArgumentError(f"hidden {list(hidden.shape)} must be [T, D] and targets {list(targets.shape)} [T]")
@@ -56,13 +58,12 @@ def token_logprobs(
     if sets is not None and with_entropy:
         raise InvalidArgumentError("entropies are of the whole distribution; ask for them without sets")
     dtype = _dtype(hidden, weight)
+    chunk = max(1, _chunk_tokens(weight) if chunk_tokens is None else chunk_tokens)
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     if frozen and hidden.requires_grad and torch.is_grad_enabled() and softcap is None and not with_entropy:
-        return _FrozenHeadLogprobs.apply(
-            hidden, weight, bias, targets, temperature, sets, max(1, chunk_tokens), dtype
-        ), None
+        return _FrozenHeadLogprobs.apply(hidden, weight, bias, targets, temperature, sets, chunk, dtype), None
     logprobs, entropy = _ChunkedLogprobs.apply(
-        hidden, weight, bias, targets, temperature, softcap, with_entropy, sets, max(1, chunk_tokens), dtype
+        hidden, weight, bias, targets, temperature, softcap, with_entropy, sets, chunk, dtype
     )
     return logprobs, entropy if with_entropy else None
 
@@ -94,6 +95,16 @@ def top_p_sets_of(
     return found
 
 
+def _chunk_tokens(weight: Tensor) -> int:
+    """A GPU wants large products, and passes over the head's gradient between them few."""
+    return max(512, 2**28 // len(weight)) if weight.is_cuda else 512
+
+
+def _fused(logits: Tensor, sets: Tensor | None) -> bool:
+    """Whether one kernel each makes the sums over the vocabulary and the slopes."""
+    return sets is None and logits.dtype != torch.float64 and gpu_kernels.usable(logits)
+
+
 def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Of the matrix product."""
     device = hidden.device.type
@@ -110,7 +121,10 @@ def _restricted(logits: Tensor, sets: Tensor | None, rows: slice) -> Tensor:
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
     """[chunk, V] logits of the sampled distribution, at least fp32, in a buffer of its own."""
-    logits = torch.nn.functional.linear(rows, weight, bias)
+    return _of_distribution(torch.nn.functional.linear(rows, weight, bias), temperature, softcap)
+
+
+def _of_distribution(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
@@ -139,12 +153,20 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
             head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
             for start in range(0, hidden.shape[0], chunk):
                 rows = slice(start, start + chunk)
-                logits = _logits(hidden[rows].to(dtype), head, offset, temperature, None)
+                logits = torch.nn.functional.linear(hidden[rows].to(dtype), head, offset)
+                if _fused(logits, sets):
+                    lse, logprobs[rows] = gpu_kernels.row_stats(logits, targets[rows], temperature)
+                    one = torch.ones_like(lse)
+                    slope[rows] = gpu_kernels.row_slope_(logits, targets[rows], lse, one, temperature) @ head
+                    continue
+                logits = _of_distribution(logits, temperature, None)
                 log_p = _restricted(logits, sets, rows).log_softmax(-1)
                 logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
                 slope[rows] = head[targets[rows]]
                 slope[rows] -= log_p.exp_().to(dtype) @ head
-        ctx.save_for_backward(slope if temperature == 1.0 else slope.div_(temperature))
+                if temperature != 1.0:
+                    slope[rows] /= temperature
+        ctx.save_for_backward(slope)
         ctx.dtype = hidden.dtype
         return logprobs
 
@@ -176,12 +198,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
         lse = torch.empty(hidden.shape[0], dtype=accumulate, device=hidden.device)
         logprobs = torch.empty_like(lse)
         entropy = torch.empty_like(lse) if with_entropy else lse.new_empty(0)
+        plain = softcap is None and not with_entropy
         with torch.autocast(hidden.device.type, enabled=False):
             head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
             for start in range(0, hidden.shape[0], chunk):
                 rows = slice(start, start + chunk)
-                logits = _logits(hidden[rows].to(dtype), head, offset, temperature, softcap)
-                logits = _restricted(logits, sets, rows)
+                logits = torch.nn.functional.linear(hidden[rows].to(dtype), head, offset)
+                if plain and _fused(logits, sets):
+                    lse[rows], logprobs[rows] = gpu_kernels.row_stats(logits, targets[rows], temperature)
+                    continue
+                logits = _restricted(_of_distribution(logits, temperature, softcap), sets, rows)
                 lse[rows] = logits.logsumexp(-1)
                 logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - lse[rows]
                 if with_entropy:
@@ -205,21 +231,26 @@ class _ChunkedLogprobs(torch.autograd.Function):
             for start in range(0, hidden.shape[0], chunk):
                 rows = slice(start, start + chunk)
                 states = hidden[rows].to(dtype)
-                logits = _logits(states, head, offset, temperature, softcap)
-                log_p = logits - lse[rows, None] if softcap is not None else logits.sub_(lse[rows, None])
-                log_p = _restricted(log_p, sets, rows)
-                # d logprob / dz = onehot - p;  d entropy / dz = -p * (log p + entropy)
-                factor = -grad_logprobs[rows, None]
-                if with_entropy:
-                    factor = factor - grad_entropy[rows, None] * (log_p + entropy[rows, None])
-                grad = log_p.exp_().mul_(factor)
-                grad.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
-                if temperature != 1.0:
-                    grad.div_(temperature)
-                if softcap is not None:
-                    grad.mul_(1.0 - (logits * (temperature / softcap)).square())
+                logits = torch.nn.functional.linear(states, head, offset)
+                if softcap is None and not with_entropy and _fused(logits, sets):
+                    of_rows = targets[rows], lse[rows], grad_logprobs[rows].contiguous()
+                    grad = gpu_kernels.row_slope_(logits, *of_rows, temperature)
+                else:
+                    logits = _of_distribution(logits, temperature, softcap)
+                    log_p = logits - lse[rows, None] if softcap is not None else logits.sub_(lse[rows, None])
+                    log_p = _restricted(log_p, sets, rows)
+                    # d logprob / dz = onehot - p;  d entropy / dz = -p * (log p + entropy)
+                    factor = -grad_logprobs[rows, None]
+                    if with_entropy:
+                        factor = factor - grad_entropy[rows, None] * (log_p + entropy[rows, None])
+                    grad = log_p.exp_().mul_(factor)
+                    grad.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
+                    if temperature != 1.0:
+                        grad.div_(temperature)
+                    if softcap is not None:
+                        grad.mul_(1.0 - (logits * (temperature / softcap)).square())
                 if grad_bias is not None:
-                    grad_bias += grad.sum(0)
+                    grad_bias += grad.sum(0, dtype=grad_bias.dtype)
                 grad = grad.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad @ head

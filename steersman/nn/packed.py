@@ -50,6 +50,20 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """A block as rows of the packed row, -1 where padded, for kernels that gather and scatter.
+
+    Shapes: `own` [B, L] int64, the block's tokens; `keys` [B, K] int64, what they see: their prompt and themselves;
+    `first`, `last` [G] int64, the prompt's sequences in the block.
+    """
+
+    own: Tensor
+    keys: Tensor
+    first: Tensor
+    last: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class PackedLayout:
     """Who attends to whom; the same for every layer."""
 
@@ -62,6 +76,8 @@ class PackedLayout:
     longest: int
     masks: dict[Hashable, Tensor] = field(default_factory=dict)
     """Masks as the kernels want them, by rule, block, repetition and dtype: made once, used by every layer."""
+    tables: list[Table] = field(default_factory=list)
+    """Of the prompts and of every block of responses, made as the masks are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +196,21 @@ def _block(lengths: np.ndarray, rows: np.ndarray, context: np.ndarray | None, pr
         places=torch.from_numpy(np.broadcast_to(places, (len(rows), width)).copy()),
         seen=torch.from_numpy(np.broadcast_to(seen, (len(rows), mask.shape[2])).copy()),
     )
+
+
+def tables_of(layout: PackedLayout) -> list[Table]:
+    """See `PackedLayout.tables`."""
+    if not layout.tables:
+        none = layout.group.new_empty(0)
+        prompts = layout.prompts.index.masked_fill(layout.prompts.padding, -1)
+        groups = torch.arange(len(prompts), device=prompts.device)
+        layout.tables.append(Table(prompts, prompts, none, none))
+        for block in layout.responses:
+            own = (block.index + layout.prompt_tokens).masked_fill(block.padding, -1)
+            group = layout.group[block.rows]
+            first, last = torch.searchsorted(group, groups), torch.searchsorted(group, groups, right=True)
+            layout.tables.append(Table(own, torch.cat([prompts[group], own], 1), first, last))
+    return layout.tables
 
 
 def _to(block: Block, device: torch.device | str) -> Block:

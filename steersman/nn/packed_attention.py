@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from steersman.errors import ConfigError
+from steersman.nn import gpu_kernels
 from steersman.nn.mask_rules import MaskRule, mask_rule
-from steersman.nn.packed import PACKED_ATTENTION, Block, PackedLayout
+from steersman.nn.packed import PACKED_ATTENTION, Block, PackedLayout, Table, tables_of
 
 
 class _Pad(torch.autograd.Function):
@@ -55,6 +56,76 @@ def _flatten(padded: Sequence[Tensor], blocks: Sequence[Block], shape: torch.Siz
     for one, block in zip(padded, blocks, strict=True):
         flat[block.tokens] = one.flatten(0, 1)[block.inverse]
     return flat
+
+
+class _Spread(torch.autograd.Function):
+    """q [T, H, D], k [T, KV, D] and v [T, KV, E] -> three tensors for every block, as attention wants them, by kernels.
+
+    Queries [B, KV, H / KV * L, D], keys [B, KV, K, D] with those of the prompt first, values likewise.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, split: int, tables: Sequence[Table]) -> tuple[Tensor, ...]:
+        ctx.tables, ctx.split, ctx.shapes = tables, split, (q.shape, k.shape, v.shape)
+        spread: list[Tensor] = []
+        for table in tables:
+            rows = gpu_kernels.gather_rows(q, table.own)
+            spread.append(rows.view(len(rows), k.shape[1], -1, q.shape[2]))
+            spread += [gpu_kernels.gather_rows(one, table.keys) for one in (k, v)]
+        return tuple(spread)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        of_q = grads[0].new_empty(ctx.shapes[0])
+        for grad, table in zip(grads[::3], ctx.tables, strict=True):
+            gpu_kernels.scatter_rows_(of_q, grad, table.own)
+        both = [_of_keys(grads[place::3], ctx.tables, ctx.split, ctx.shapes[place]) for place in (1, 2)]
+        return of_q, *both, None, None
+
+
+def _of_keys(grads: Sequence[Tensor], tables: Sequence[Table], split: int, shape: torch.Size) -> Tensor:
+    """[T, KV, D] from the gradients of every block's keys; a prompt's tokens have one from each of its answers."""
+    found, shared = grads[0].new_empty(shape), grads[0].new_empty((split, *shape[1:]), dtype=torch.float32)
+    prompts = tables[0].own
+    gpu_kernels.scatter_rows_(shared, grads[0], prompts)
+    for grad, table in zip(grads[1:], tables[1:], strict=True):
+        gpu_kernels.scatter_rows_(found, grad[:, :, prompts.shape[1] :], table.own)
+        gpu_kernels.add_blocks_(shared, grad[:, :, : prompts.shape[1]], prompts, table.first, table.last)
+    found[:split] = shared
+    return found
+
+
+class _Collect(torch.autograd.Function):
+    """What attention gave for every block's queries [B, KV, H / KV * L, E] -> [T, H, E], by kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: torch.Size, tables: Sequence[Table], *blocks: Tensor) -> Tensor:
+        ctx.tables, ctx.shapes = tables, [block.shape for block in blocks]
+        out = blocks[0].new_empty(shape)
+        for block, table in zip(blocks, tables, strict=True):
+            gpu_kernels.scatter_rows_(out, block, table.own)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        gathered = (gpu_kernels.gather_rows(grad, table.own) for table in ctx.tables)
+        return None, None, *(one.view(shape) for one, shape in zip(gathered, ctx.shapes, strict=True))
+
+
+def _by_kernels(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, rule: MaskRule | None, scale: float | None
+) -> Tensor:
+    """[T, H, E] as below, with every block's queries, keys and values in one pass each."""
+    tables, fold = tables_of(packed), q.shape[1] // k.shape[1]
+    spread = _Spread.apply(q, k, v, packed.prompt_tokens, tables)
+    outs = []
+    for number, block in enumerate((packed.prompts, *packed.responses)):
+        rows, keys, values = spread[3 * number : 3 * number + 3]
+        mask = _mask(packed, number, block, rule, fold, q)
+        outs.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale))
+    found: Tensor = _Collect.apply(torch.Size((*q.shape[:2], v.shape[2])), tables, *outs)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +206,8 @@ def packed_attention(
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
     q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
     split, fold = packed.prompt_tokens, q.shape[1] // k.shape[1]
+    if softcap is None and s_aux is None and gpu_kernels.usable(q):
+        return _by_kernels(q.contiguous(), k.contiguous(), v.contiguous(), packed, attention_mask, scaling)[None], None
     how = _Scores(scaling, softcap, s_aux)
     (prompt_q,), (prompt_k,), (prompt_v,) = (_Pad.apply(states[:split], (packed.prompts,)) for states in (q, k, v))
     mask = _mask(packed, 0, packed.prompts, attention_mask, fold, q)

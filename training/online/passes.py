@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from training.algorithms.method import Estimates, LossStats, Part, Totals
 from training.batch import MicroBatch, SampleBatch, micro_batches, token_chunks
 from training.context import Reporter
 from training.mathematics import losses, stats
+from training.online.budget import micro_batch_tokens
 from training.online.experience import SEEDS, step_seed
 from training.online.policy_model import Forward, PolicyModel
 from training.parallel import Ranks
@@ -37,6 +39,10 @@ class Passes:
         self._reporter = reporter
         self._seed = seed
 
+    @cached_property
+    def _micro_tokens(self) -> int:
+        return self._stage.micro_batch_tokens or micro_batch_tokens(self._model, self._ranks.world)
+
     def plan(self, batch: SampleBatch, step: int) -> list[list[MicroBatch]]:
         """Micro-batches of every optimizer step: epochs x minibatches, prompts shuffled anew each epoch."""
         groups = _groups(batch)
@@ -52,7 +58,7 @@ class Passes:
         return [minibatch for minibatch in plan if minibatch]
 
     def _cut(self, batch: SampleBatch, groups: list[int]) -> list[MicroBatch]:
-        return micro_batches(batch, groups, self._stage.micro_batch_tokens, whole_groups=self._method.whole_groups)
+        return micro_batches(batch, groups, self._micro_tokens, whole_groups=self._method.whole_groups)
 
     def only(self, plan: Sequence[Sequence[MicroBatch]], only_critic: bool) -> Forward | None:
         """The forward pass of a plan of one piece; then it serves the old values and the update alike."""
@@ -131,7 +137,7 @@ class Passes:
         picked = torch.randint(len(pairs), (self._stage.prompts_per_step,), generator=generator).tolist()
         drawn = [pairs[index] for index in picked]
         tokens = sum(len(answer) for _, answer in drawn)
-        for chunk, counts in self._ranks.share(token_chunks(drawn, self._stage.micro_batch_tokens)):
+        for chunk, counts in self._ranks.share(token_chunks(drawn, self._micro_tokens)):
             packed = pack([(prompt, [answer]) for prompt, answer in chunk], self._model.device)
             loss = losses.nll_loss(self._model.logprobs(packed, temperature=1.0), denominator=tokens)
             (loss * (coefficient * self._ranks.scale if counts else 0.0)).backward()

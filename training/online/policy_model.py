@@ -22,7 +22,7 @@ from steersman.config.manifest import Lora
 from steersman.errors import FailedPreconditionError
 from steersman.generation import MASK_POLICY
 from steersman.nn.forward import predicting_states, unwrapped
-from steersman.nn.fused_norms import fuse_norms
+from steersman.nn.fused_layers import fuse_layers
 from steersman.nn.head import OutputHead
 from steersman.nn.load import load_causal_lm, load_reward_backbone
 from steersman.nn.lora import attach_lora, quantization, round_frozen_products
@@ -99,7 +99,7 @@ class PolicyModel(nn.Module):
         self.mask: MaskPolicy | None = None
         """Restricts `forward` to its top-p sets; set where a method asks for one."""
         if device != "cpu":
-            fuse_norms(self)
+            fuse_layers(self)
         if gradient_checkpointing:
             for part in (base, self.critic):
                 if part is not None:

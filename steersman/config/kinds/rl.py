@@ -78,8 +78,9 @@ class RlStage(ChosenMethod, OnlineStage):
     """Passes over a batch."""
     minibatches: Positive = 1
     """Optimizer steps a pass."""
-    micro_batch_tokens: Positive = 4096
-    """Tokens a forward pass; changes memory and speed, never the result."""
+    micro_batch_tokens: Positive | None = None
+    """Tokens a forward pass; changes memory and speed, never the result. None: 4096, and for one process on a GPU as
+    many as its memory takes, at most 32768."""
     kl_coefficient: NonNegativeFloat = 0.05
     """Weight of the k1 KL to the reference in the per-token reward."""
     adaptive_kl: KlController | None = None
