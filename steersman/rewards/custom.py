@@ -16,8 +16,10 @@ import importlib.util
 import inspect
 import math
 import sys
+import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 from zlib import crc32
@@ -87,12 +89,17 @@ def custom_reward(reference: str, options: Mapping[str, Any]) -> BatchReward:
         if taken is not None and name not in taken:
             raise ConfigError(f"python: {reference}: options.{name}: the function takes no {name}")
 
+    # One event loop for all batches: what a function keeps between them, a client with open connections, belongs to it.
+    runner, turn = asyncio.Runner(), Lock()
+
     def reward(items: Sequence[Answered]) -> list[Outcome]:
         logged = _Logged(len(items))
         try:
             arguments = {**_columns(items), **_of_trainer(items, logged), **options}
             given = function(**{name: value for name, value in arguments.items() if taken is None or name in taken})
-            given = asyncio.run(_awaited(given)) if inspect.isawaitable(given) else given
+            if inspect.isawaitable(given):
+                with turn:
+                    given = runner.run(_awaited(given))
         except SystemExit as error:
             raise RuntimeError(f"it called sys.exit({error.code!r})") from None
         try:
@@ -103,6 +110,7 @@ def custom_reward(reference: str, options: Mapping[str, Any]) -> BatchReward:
             raise ValueError(f"it returned {len(rewards)} rewards for {len(items)} answers; return one for each")
         return [_outcome(value, said) for value, said in zip(rewards, logged.of_answers, strict=True)]
 
+    weakref.finalize(reward, runner.close)
     return reward
 
 

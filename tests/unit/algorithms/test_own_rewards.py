@@ -26,6 +26,8 @@ from steersman.v1 import reward_pb2
 from training.online.rollout import Prompt, score_item
 
 OWN = '''
+import asyncio
+
 def short(completions, **kwargs):
     """As TRL's documentation shows one: completions are conversations."""
     return [-float(len(completion[0]["content"])) for completion in completions]
@@ -59,6 +61,13 @@ def logs(completions, trainer_state, log_extra=None, log_metric=None, **kwargs):
     log_metric("share_done", trainer_state.global_step / trainer_state.max_steps)
     log_metric("broken", float("inf"))
     return [float(length > trainer_state.global_step) for length in lengths]
+
+LOOPS = []
+
+async def keeps_its_loop(completions, **kwargs):
+    """As a client with open connections must."""
+    LOOPS.append(asyncio.get_running_loop())
+    return [float(LOOPS[0] is LOOPS[-1] and not LOOPS[0].is_closed())] * len(completions)
 
 async def raises_late(completions, **kwargs):
     raise ValueError("too late")
@@ -101,6 +110,8 @@ def test_a_function_with_trls_signature(own: str) -> None:
     got = custom_reward(f"{own}:equals", {"bonus": 0.25})(answered("4", "5", "6", answer=["4", "4", None]))
     assert got == [Verdict(1.25), Verdict(0.25), None]
     assert custom_reward(f"{own}:waits", {})(answered("a")) == [Verdict(0.5)]
+    keeps = custom_reward(f"{own}:keeps_its_loop", {})
+    assert [keeps(answered("a")) for _ in range(2)] == [[Verdict(1.0)]] * 2
 
 
 def test_a_value_that_is_no_finite_number_is_a_failure(own: str) -> None:
