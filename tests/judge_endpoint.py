@@ -17,6 +17,7 @@ class Endpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[dict[str, Any]] = []
         self.broken = False
+        self.usage: Any = {"total_tokens": 7}
 
     @property
     def url(self) -> str:
@@ -36,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
             longer = len(data["A"]) - len(data["B"])
             said = {"better": "A" if longer >= 0 else "B"}  # equal lengths: whoever comes first
         content = "I like the first" if self.server.broken else json.dumps(said)
-        answer = {"choices": [{"message": {"content": content}}], "usage": {"total_tokens": 7}}
+        answer = {"choices": [{"message": {"content": content}}], "usage": self.server.usage}
         self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())

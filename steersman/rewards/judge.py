@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sqlite3
 import threading
@@ -25,6 +26,8 @@ from typing import Any, Literal
 
 from steersman.errors import ConfigError
 from steersman.rewards.registry import Answered, BatchReward, Failed, Outcome, Verdict, register_batch
+
+log = logging.getLogger(__name__)
 
 _POINTS = """\
 You judge one answer of an assistant. The rubric:
@@ -105,10 +108,12 @@ class Judge:
             jsonschema.validate(value, schema)
         except httpx.HTTPError as error:
             return self._failed(f"the judge does not answer ({type(error).__name__})")
-        except (ValueError, KeyError, IndexError, TypeError, jsonschema.ValidationError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError, jsonschema.ValidationError):
             return self._failed("the judge's answer does not fit the schema")
+        usage = answer.get("usage")
+        counted = usage.get("total_tokens") if isinstance(usage, dict) else None
         with self._lock:
-            self.tokens += int((answer.get("usage") or {}).get("total_tokens") or 0)
+            self.tokens += counted if isinstance(counted, int) else 0
         return value
 
     def _failed(self, reason: str) -> Failed:
@@ -118,7 +123,10 @@ class Judge:
 
 
 class _Cache:
-    """Answers by the digest of what was asked, in an SQLite file that several processes may share."""
+    """Answers by the digest of what was asked, in an SQLite file that several processes may share.
+
+    A file that cannot be read or written costs calls, never a verdict.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,13 +136,20 @@ class _Cache:
         self._lock = threading.Lock()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        with self._lock:
-            row = self._connection.execute("select value from judgements where key = ?", (key,)).fetchone()
+        try:
+            with self._lock:
+                row = self._connection.execute("select value from judgements where key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            log.warning("the judge's cache cannot be read (%s)", error)
+            return None
         return json.loads(row[0]) if row else None
 
     def put(self, key: str, value: dict[str, Any]) -> None:
-        with self._lock:
-            self._connection.execute("insert or ignore into judgements values (?, ?)", (key, json.dumps(value)))
+        try:
+            with self._lock:
+                self._connection.execute("insert or ignore into judgements values (?, ?)", (key, json.dumps(value)))
+        except sqlite3.Error as error:
+            log.warning("the judge's cache cannot be written (%s)", error)
 
 
 @register_batch("judge")

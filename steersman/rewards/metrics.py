@@ -10,7 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from steersman.errors import ConfigError
-from steersman.rewards.registry import Answered, BatchReward, Messages, Reward, Verdict, register, register_batch
+from steersman.rewards.registry import (
+    Answered,
+    BatchReward,
+    Failed,
+    Messages,
+    Outcome,
+    Reward,
+    Verdict,
+    register,
+    register_batch,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,14 +144,21 @@ def bertscore(path: str, reference: str = "reference", layer: int | None = None,
         kept = batch["attention_mask"].bool() & ~special
         return [torch.nn.functional.normalize(row[keep], dim=-1) for row, keep in zip(hidden, kept, strict=True)]
 
-    def reward(items: Sequence[Answered]) -> list[Verdict]:
-        wanted = [references(item.prompt, item.facts, reference) for item in items]
-        answers = embed([item.answer for item in items])
-        texts = iter(embed([text for several in wanted for text in several]))
-        return [
-            max((greedy_match(answer, next(texts)) for _ in several), key=lambda verdict: verdict.value)
-            for answer, several in zip(answers, wanted, strict=True)
-        ]
+    def reward(items: Sequence[Answered]) -> list[Outcome]:
+        outcomes: list[Outcome] = [None] * len(items)
+        wanted: dict[int, list[str]] = {}
+        for place, item in enumerate(items):
+            try:
+                wanted[place] = references(item.prompt, item.facts, reference)
+            except ValueError as error:
+                outcomes[place] = Failed(str(error))
+        if not wanted:
+            return outcomes
+        answers = embed([items[place].answer for place in wanted])
+        texts = iter(embed([text for several in wanted.values() for text in several]))
+        for (place, several), answer in zip(wanted.items(), answers, strict=True):
+            outcomes[place] = max((greedy_match(answer, next(texts)) for _ in several), key=lambda found: found.value)
+        return outcomes
 
     return reward
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -300,7 +302,9 @@ def test_bertscore_of_a_batch_equals_the_definition_by_itself(tmp_path: Path) ->
     folder = save_model_folder(tmp_path / "encoder", tiny_roberta_reward())
     reward = build_batch_reward("bertscore", {"path": str(folder), "reference": "text", "layer": 1})
     items = answered("same", "a longer answer", text=["same", ["quite another", "a longer text"]])
-    together = [outcome.value for outcome in reward(items)]  # type: ignore[union-attr]
+    first, second, without = reward([*items, *answered("a row without a text")])
+    together = [outcome.value for outcome in (first, second)]  # type: ignore[union-attr]
+    assert without == Failed("the row has no text under 'text' to compare with")
     assert together[0] == pytest.approx(1.0, abs=1e-5)
     from transformers import AutoModel
 
@@ -378,3 +382,15 @@ def test_a_judge_that_does_not_answer_in_the_schema_gives_no_verdict(endpoint: E
     endpoint.server_close()
     (outcome,) = judge(endpoint, timeout_seconds=1.0)(answered("a"))
     assert "the judge does not answer" in outcome.reason
+
+
+@pytest.mark.parametrize("usage", [None, [], "many", {"total_tokens": "many"}])
+def test_a_strange_count_of_tokens_and_a_broken_cache_cost_no_verdict(
+    usage: Any, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    endpoint.usage = usage
+    cache = tmp_path / "cache.sqlite"
+    reward = judge(endpoint, cache=str(cache))
+    with contextlib.closing(sqlite3.connect(cache)) as connection:
+        connection.execute("drop table judgements")
+    assert reward(answered("1234567890")) == [Verdict(1.0)]
