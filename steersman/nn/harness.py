@@ -4,6 +4,7 @@ endpoint. What is asked and how an answer counts is the harness's own; only wher
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from steersman.errors import ConfigError, UnavailableError, UnsupportedError
+from steersman.errors import ConfigError, RateLimitedError, UnavailableError, UnsupportedError
 from steersman.nn.forward import hidden_states
 from steersman.nn.head import OutputHead
 from steersman.nn.packed import pack
@@ -31,6 +32,8 @@ Told = tuple[float, bool]
 
 _TOKENS_AT_ONCE = 4096
 _CALLS_AT_ONCE = 4
+_TRIES, _LONGEST_WAIT = 6, 60.0
+"""Of a request to an endpoint that is full or away for a moment: thousands of them follow each other."""
 
 
 class FolderModel(HFLM):
@@ -154,7 +157,7 @@ class EndpointModel(TemplateLM):
         left_out = max(0, len(row) - self._context + 1)  # a continuation has at least one token
         prompt = list(row[left_out:])
         body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
-        answer = self._endpoint.post("completions", body)
+        answer = self._post("completions", body)
         try:
             said = answer["choices"][0]["logprobs"]
             values = said["token_logprobs"][begin - left_out : len(prompt)]
@@ -167,6 +170,14 @@ class EndpointModel(TemplateLM):
                 f"{self._endpoint.url}/completions tells no log-probabilities of the prompt's tokens ({error}); "
                 "ask the model's folder"
             ) from None
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        for done in range(1, _TRIES):
+            try:
+                return self._endpoint.post(path, body)
+            except (RateLimitedError, UnavailableError) as error:
+                time.sleep(min(getattr(error, "retry_after", 0.5 * 2.0**done), _LONGEST_WAIT))
+        return self._endpoint.post(path, body)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         raise UnsupportedError("perplexities of whole texts are not asked of an endpoint; ask the model's folder")
@@ -186,7 +197,7 @@ class EndpointModel(TemplateLM):
             "max_tokens": int(options.get("max_gen_toks", 256)),
             "stop": stops[:4],  # as many as OpenAI's API takes
         }
-        answer = self._endpoint.post("chat/completions", body)
+        answer = self._post("chat/completions", body)
         try:
             text = answer["choices"][0]["message"]["content"] or ""
         except (IndexError, KeyError, TypeError):

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from services.gateway.testing import gateway_config, running_gateway
 from services.policy.chat import ChatFormat
 from services.policy.engines.transformers_engine import TransformersEngine
 from services.policy.servicer import PolicyServicer
+from steersman.cli import app
 from steersman.errors import ConfigError, SteersmanError
 from steersman.knowledge import ask_knowledge, write_tasks
 from steersman.nn.tokens import tokenizer_fingerprint
@@ -85,6 +87,19 @@ async def test_an_endpoint_has_the_folders_numbers(folder: Path, task_files: Pat
             assert found[task] == pytest.approx(wanted[task], abs=1e-4), task
         with pytest.raises(ConfigError, match="--tokenizer FOLDER, or ask only gsm8k"):
             await asyncio.to_thread(ask_knowledge, url, TASKS, task_files)
+
+
+async def test_the_command_compares_a_folder_with_an_endpoint(folder: Path, task_files: Path, tmp_path: Path) -> None:
+    async with served(folder) as url:
+        command = ["eval", str(folder), url, "--knowledge", str(tmp_path / "data"), "--task", TASKS[2], "--json"]
+        command += ["--tokenizer", str(folder), "--limit", "5", "--out", str(tmp_path / "out")]
+        result = await asyncio.to_thread(CliRunner().invoke, app, command)
+    assert result.exit_code == 0, result.output
+    own, other = json.loads(result.output.splitlines()[-1])["knowledge"][TASKS[2]].values()
+    assert (own["questions"], own["score"]) == (other["questions"], other["score"])
+    assert (other["questions"], other["difference"][0]) == (5, 0.0)
+    kept = json.loads((tmp_path / "out" / "knowledge.json").read_text())
+    assert len({tuple(scores[TASKS[2]]) for scores in kept["scores"].values()}) == 1
 
 
 async def test_the_harness_own_client_has_the_folders_numbers(folder: Path, task_files: Path, tmp_path: Path) -> None:

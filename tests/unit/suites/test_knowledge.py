@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from steersman.errors import ConfigError, DataError, SteersmanError
+from steersman.errors import ConfigError, DataError, RateLimitedError, SteersmanError
 from steersman.knowledge import ask_knowledge, available, write_tasks
 from steersman.report.schema import Evaluation, Sample
 from steersman.report.summary import knowledge, summarise
@@ -155,3 +155,33 @@ def test_an_option_without_effect_is_refused_before_anything_loads(options: list
     result = CliRunner().invoke(app, ["eval", "model", *options])
     assert isinstance(result.exception, SteersmanError)
     assert said in str(result.exception)
+
+
+class FullEndpoint:
+    """Has no place for every second request; of a prompt [a, b, c] it tells -a, -b, -c."""
+
+    url = "http://it"
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        self.bodies.append(body)
+        if len(self.bodies) % 2:
+            raise RateLimitedError("full", retry_after=0.0)
+        told = [None, *(-float(token) for token in body["prompt"][1:]), -99.0]
+        tops = [None, *({"x": 0.0 if value < -6 else value} for value in told[1:])]
+        return {"choices": [{"logprobs": {"token_logprobs": told, "top_logprobs": tops}}]}
+
+
+def test_an_endpoint_that_is_full_is_asked_again_and_what_is_too_long_loses_its_beginning() -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `knowledge`)")
+    from steersman.nn.harness import EndpointModel
+
+    endpoint = FullEndpoint()
+    model = EndpointModel(endpoint, None, context=6)  # type: ignore[arg-type]
+    asked = [(("", ""), [1, 2], [3, 4]), (("", ""), [1, 2], [3, 4]), (("", ""), [1, 2, 3, 4, 5], [6, 7])]
+    assert model._loglikelihood_tokens(asked, disable_tqdm=True) == [(-7.0, True), (-7.0, True), (-13.0, False)]
+    assert {tuple(body["prompt"]) for body in endpoint.bodies} == {(1, 2, 3, 4), (3, 4, 5, 6, 7)}
+    with pytest.raises(ConfigError, match="--tokenizer FOLDER"):
+        model.tok_encode("x")
