@@ -95,7 +95,7 @@ async def test_the_command_compares_a_folder_with_an_endpoint(folder: Path, task
         command += ["--tokenizer", str(folder), "--limit", "5", "--out", str(tmp_path / "out")]
         result = await asyncio.to_thread(CliRunner().invoke, app, command)
     assert result.exit_code == 0, result.output
-    own, other = json.loads(result.output.splitlines()[-1])["knowledge"][TASKS[2]].values()
+    own, other = json.loads(result.stdout.splitlines()[-1])["knowledge"][TASKS[2]].values()
     assert (own["questions"], own["score"]) == (other["questions"], other["score"])
     assert (other["questions"], other["difference"][0]) == (5, 0.0)
     kept = json.loads((tmp_path / "out" / "knowledge.json").read_text())
