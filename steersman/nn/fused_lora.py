@@ -43,13 +43,16 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return LoraLinear.forward(self, x, *args, **kwargs)
     name = adapters[0]
     base = self.base_layer
-    return _LoraProduct.apply(
-        x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+    # Views are made here: a caller may change the result in place (OLMo's `clip_qkv`, Llama 4's experts).
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = _LoraProduct.apply(
+        rows, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
     )
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x [..., in], weight [out, in], bias [out] or None, a [rank, in], b [out, rank] -> [..., out].
+    """x [N, in], weight [out, in], bias [out] or None, a [rank, in], b [out, rank] -> [N, out].
 
     Weight and bias are frozen. Under autocast the products run in its dtype, as those of `nn.Linear` do.
     """
@@ -61,15 +64,14 @@ class _LoraProduct(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         with torch.autocast(device, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            rows = x.to(dtype)
             scaled = (b * scaling).to(dtype)
             low = rows @ a.to(dtype).T
             out = nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
             out.addmm_(low, scaled.T)
         ctx.save_for_backward(rows, low, weight, a, b)
-        ctx.scaling, ctx.shape, ctx.x_dtype = scaling, x.shape, x.dtype
-        # No view where none is needed: a caller may add to the result in place (Llama 4's experts do).
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
+        ctx.scaling, ctx.x_dtype = scaling, x.dtype
+        return out
 
     @staticmethod
     @once_differentiable
@@ -77,11 +79,11 @@ class _LoraProduct(torch.autograd.Function):
         rows, low, weight, a, b = ctx.saved_tensors
         dtype = rows.dtype
         with torch.autocast(rows.device.type, enabled=False):
-            grad = grads[0].reshape(-1, grads[0].shape[-1]).to(dtype)
+            grad = grads[0].to(dtype)
             grad_low = grad @ (b * ctx.scaling).to(dtype)
             grad_x = None
             if ctx.needs_input_grad[0]:
-                grad_x = (grad @ weight.to(dtype)).addmm_(grad_low, a.to(dtype)).view(ctx.shape).to(ctx.x_dtype)
+                grad_x = (grad @ weight.to(dtype)).addmm_(grad_low, a.to(dtype)).to(ctx.x_dtype)
             grad_a = (grad_low.T @ rows).to(a.dtype)
             grad_b = (grad.T @ low).to(b.dtype).mul_(ctx.scaling)
         return grad_x, None, None, grad_a, grad_b, None

@@ -81,14 +81,27 @@ def round_frozen_products(model: nn.Module) -> None:
 
 
 def _special_layers(model: nn.Module) -> list[str]:
-    """Layers that are linear by inheritance only, such as Llama 4's router, which gives two results."""
+    """Layers that are linear by inheritance only, such as Llama 4's router, which gives two results; Falcon's compute
+    what a linear layer does."""
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and type(module).__module__.startswith("transformers.models.")
         and type(module).forward is not nn.Linear.forward
+        and not _computes_a_product(module)
     ]
+
+
+@torch.no_grad()
+def _computes_a_product(layer: nn.Linear) -> bool:
+    x = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype).view(2, -1)
+    try:
+        found = layer(x)
+    except Exception:  # whatever its own code says of two rows
+        return False
+    wanted = nn.functional.linear(x, layer.weight, layer.bias)
+    return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, 1e-2, 1e-3)
 
 
 def _misread_layers(model: nn.Module, *, classifies: bool) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ from steersman.nn.encoder_decoder import is_encoder_decoder
 VOCABULARY = 96
 WINDOW = 8
 """Tokens of a window or chunk."""
+CAP = 1.5
+"""Of logits and activations: those of a small model would not come near the real one."""
 LENGTH = 16
 """Tokens behind which a rotation that depends on the length changes."""
 MOST_LAYERS = 8
@@ -41,6 +43,8 @@ _WIDTHS = re.compile(
     r"|lru_width|hidden_dim|embed_dim|embedding_size|attn_hidden_size|dim_model_base|swa_hidden_size|dim_ff"
     r"|hidden_size_per_layer_input|pooler_hidden_size|block_dim|emb_dim|moe_ffn_hidden_size|expert_ffn_hidden_size)$"
 )
+_HIDDEN = re.compile(r"^(hidden_size|d_model|n_embd|dim|word_embed_proj_dim)$")
+"""What the heads' width follows from where a configuration does not name it."""
 _HEAD_WIDTHS = re.compile(
     r"^((global_|swa_|v_|qk_|attention_)?head_dim|kv_channels|qk_(nope|rope)_head_dim|linear_((key|value)_)?head_dim|index_head_dim"
     r"|mamba_d_head|mamba_head_?dim|rotary_dim|d_kv|dim_head|swa_v_head_dim|qk_head_dim)$"
@@ -55,20 +59,24 @@ _WINDOWS = re.compile(
 )
 _CHUNKS = re.compile(r"^((mamba_)?chunk_size|ssm_chunk_size)$")
 """Of the recurrence: how much is computed at once, which changes no number."""
+_CAPS = re.compile(r"^(.*soft_?cap(ping)?|.*(swiglu|activation)_limit|clip_qkv)$")
 _PERIOD = re.compile(r".*(_period|_offset|_interval|_pattern|_step|_replace|_frequency|every_n.*)$")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
 _TOKENS = re.compile(r".*_token_(id|index)$")
 _PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers")
+_SIZES = ((8, 2), (4, 2), (2, 2), (1, 2), (1, 4), (1, 8), (8, 1))
+"""How much narrower, with how many key heads: smaller ones first."""
 CHANGING_ROTATIONS = ("longrope", "dynamic")
 """Rotations that depend on the longest position of a forward pass."""
 
 
-def tiny_model(auto: Any, config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+def tiny_model(auto: Any, config: PreTrainedConfig, *, seed: int = 0, whole_heads: bool = False) -> PreTrainedModel:
     """A random fp32 model on the CPU, in evaluation mode; the same arguments give the same weights.
 
     Args:
         auto: transformers' auto class, for example `AutoModelForCausalLM`.
         config: of the real model; it is not changed.
+        whole_heads: heads are as wide as the real ones, for kernels that know certain widths.
 
     Raises:
         ConfigError: none of the smaller models can be built or run; the last reason is named.
@@ -79,9 +87,9 @@ def tiny_model(auto: Any, config: PreTrainedConfig, *, seed: int = 0) -> PreTrai
             "base (rewardModel.base)"
         )
     problem: Exception | None = None
-    for narrower, heads in ((8, 2), (4, 2), (2, 2), (1, 2), (1, 4), (1, 8)):
+    for narrower, heads in _SIZES:
         try:
-            small = tiny_config(config, narrower, heads)
+            small = tiny_config(config, narrower, heads, whole_heads=whole_heads)
             with torch.device("meta"):
                 parameters = sum(one.numel() for one in auto.from_config(small).parameters())
             if parameters > _MOST_PARAMETERS:
@@ -108,11 +116,13 @@ def tiny_model(auto: Any, config: PreTrainedConfig, *, seed: int = 0) -> PreTrai
     ) from problem
 
 
-def tiny_config(config: PreTrainedConfig, narrower: int = 8, heads: int = 2) -> PreTrainedConfig:
+def tiny_config(
+    config: PreTrainedConfig, narrower: int = 8, heads: int = 2, *, whole_heads: bool = False
+) -> PreTrainedConfig:
     """The configuration of a small model with so many key heads, so much narrower than the real ones."""
     small = copy.deepcopy(config)
     for part in _parts(small):
-        _shrink(part, narrower, heads)
+        _shrink(part, narrower, heads, whole_heads)
     text = small.get_text_config(decoder=True)
     for part in _parts(small):
         for name in list(part.__dict__):
@@ -145,7 +155,8 @@ def _first(config: PreTrainedConfig, names: tuple[str, ...]) -> int | None:
     return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
-def _shrink(config: PreTrainedConfig, narrower: int, left: int) -> None:
+def _shrink(config: PreTrainedConfig, narrower: int, left: int, whole_heads: bool) -> None:
+    derived = not any(_HEAD_WIDTHS.fullmatch(name) and value for name, value in config.__dict__.items())
     heads = _first(config, _HEADS) or 1
     key_heads = _first(config, _KEY_HEADS) or heads
     # Two key heads stay where there are several, so that their order counts.
@@ -154,8 +165,9 @@ def _shrink(config: PreTrainedConfig, narrower: int, left: int) -> None:
         fewer = 1
     changes: list[tuple[re.Pattern[str], Callable[[int], int]]] = [
         (_COUNTS, lambda value: max(1, value // fewer)),
+        *([(_HIDDEN, lambda value: value // fewer)] if whole_heads and derived else []),
         (_WIDTHS, lambda value: max(8, value // (fewer * narrower))),
-        (_HEAD_WIDTHS, lambda value: max(2, value // narrower)),
+        (_HEAD_WIDTHS, lambda value: value if whole_heads else max(2, value // narrower)),
         (_EXPERTS, lambda value: min(value, _experts(config))),
         (_CHOSEN, lambda value: min(value, 2)),
         (_WINDOWS, lambda value: min(value, WINDOW)),
@@ -167,16 +179,18 @@ def _shrink(config: PreTrainedConfig, narrower: int, left: int) -> None:
             setattr(config, name, min(value, VOCABULARY))
         elif _LAYERS.fullmatch(name) and isinstance(value, int):
             setattr(config, name, min(value, layers))
+        elif _CAPS.fullmatch(name) and isinstance(value, (int, float)) and value > 0:
+            setattr(config, name, min(value, CAP))
         elif isinstance(value, int) and not isinstance(value, bool):
-            for pattern, change in changes:
-                if pattern.fullmatch(name) and value > 0:
-                    setattr(config, name, change(value))
+            change = next((one for pattern, one in changes if pattern.fullmatch(name)), None)
+            if change is not None and value > 0:
+                setattr(config, name, change(value))
         elif isinstance(value, list) and len(value) > layers and len(value) == total:
             setattr(config, name, value[:layers])
         elif isinstance(value, list) and name.endswith(("_layers", "_idxs", "_ids")) and name not in _PER_LAYER:
             if all(isinstance(one, int) for one in value):
                 setattr(config, name, [one for one in value if one < layers])
-    _shorten(config, narrower)
+    _shorten(config, 1 if whole_heads else narrower)
 
 
 def _layer_names(config: PreTrainedConfig) -> tuple[str, ...]:

@@ -91,25 +91,38 @@ def _first_that_agrees(model: PreTrainedModel, start: Start, longest: int | None
 
 def difference_of(model: PreTrainedModel, name: DecoderName, start: Start, longest: int | None, seed: int = 0) -> float:
     """Largest difference in nats over prompts that share beginnings, of which one has a single token."""
-    prompts = [prompt.astype(np.int32) for prompt, _ in example_groups(longest, seed)]
-    new = _NEW_TOKENS if longest is None else max(1, longest - max(len(prompt) for prompt in prompts))
-    params = SamplingParams(max_new_tokens=new, min_new_tokens=new, seed=seed + 1)
     engine = start(copy.deepcopy(model), name)
-    arrived: queue.Queue[Event] = queue.Queue()
-    largest = 0.0
     try:
         engine.start()
-        engine.submit(GenerationRequest("check", prompts, params, n=2), arrived.put)
-        for _ in range(2 * len(prompts)):
-            event = arrived.get(timeout=300)
-            if isinstance(event, RequestFailed):
-                raise event.error
-            if not isinstance(event, SampleFinished):
-                raise InternalError("the engine sent tokens that nobody asked for")
-            prompt = prompts[event.prompt_index]
-            with torch.no_grad():
-                wanted = logprobs_of(model, prompt, event.token_ids).numpy()
-            largest = max(largest, float(np.abs(event.logprobs - wanted).max()))
+        return float(differences(engine, model, longest, seed).max())
     finally:
         engine.close()
-    return largest
+
+
+def differences(
+    engine: Engine, model: PreTrainedModel, longest: int | None, seed: int = 0, *, endless: bool = True
+) -> np.ndarray:
+    """Of every sampled token's log-probability from the model's own: float [N], in nats.
+
+    Args:
+        engine: serves the model's weights.
+        longest: tokens of prompt and answer; None: beyond every window of a small model.
+        endless: answers do not end before their last token. An engine that takes the end token out of the distribution
+            for that reports another one, and must be left to end.
+    """
+    prompts = [prompt.astype(np.int32) for prompt, _ in example_groups(longest, seed)]
+    new = _NEW_TOKENS if longest is None else max(1, longest - max(len(prompt) for prompt in prompts))
+    params = SamplingParams(max_new_tokens=new, min_new_tokens=new if endless else 0, seed=seed + 1)
+    arrived: queue.Queue[Event] = queue.Queue()
+    engine.submit(GenerationRequest("check", prompts, params, n=2), arrived.put)
+    found = []
+    for _ in range(2 * len(prompts)):
+        event = arrived.get(timeout=300)
+        if isinstance(event, RequestFailed):
+            raise event.error
+        if not isinstance(event, SampleFinished):
+            raise InternalError("the engine sent tokens that nobody asked for")
+        with torch.no_grad():
+            wanted = logprobs_of(model, prompts[event.prompt_index], event.token_ids).numpy()
+        found.append(np.abs(event.logprobs - wanted))
+    return np.concatenate(found)

@@ -32,6 +32,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from services.policy.engines.hardware import Precision
 from services.policy.engines.sampling import end_tokens
+from services.policy.engines.vllm_choice import accepted_context, vllm_verdict
 from services.policy.engines.vllm_samples import Request, Sample, deliver
 from services.policy.engines.vllm_weights import Checkpoint, Plan, save_adapter
 from steersman.errors import (
@@ -48,6 +49,8 @@ from steersman.generation import (
     RequestFailed,
     WeightsUpdate,
 )
+from steersman.nn.load import context_of
+from steersman.nn.parity import Verdict
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -90,6 +93,7 @@ class VllmEngine:
         lora: Literal["auto", "adapter", "merge"] = "auto",
         max_lora_rank: int = 64,
         on_death: Callable[[], None] = lambda: None,
+        trusted: bool = False,
     ) -> None:
         """
         Args:
@@ -109,6 +113,8 @@ class VllmEngine:
             max_lora_rank: largest rank of a vLLM adapter.
             on_death: called once from the engine's thread when vLLM's processes have died: the engine is of no use
                 any more.
+            trusted: whether vLLM computes the architecture as transformers does is not checked first, and the folder
+                needs no tokenizer: there are no constraints.
         """
         self._model = model
         self._name = name
@@ -124,6 +130,7 @@ class VllmEngine:
         self._lora = lora
         self._max_lora_rank = max_lora_rank
         self._on_death: Callable[[], None] | None = on_death
+        self._trusted = trusted
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -134,7 +141,13 @@ class VllmEngine:
         self._adapter: LoRARequest | None = None
         self._adapter_users: Counter[int] = Counter()
 
-    def start(self) -> None:
+    def verdict(self) -> Verdict:
+        """Whether vLLM computes the model's architecture as transformers does; the model itself is not loaded."""
+        self._find_device()
+        config = AutoConfig.from_pretrained(self._model)
+        return vllm_verdict(config, self._small, exact=self._precision == "fp32")
+
+    def _find_device(self) -> None:
         _set_environment(self._threads)
         from vllm.platforms import current_platform
 
@@ -146,11 +159,16 @@ class VllmEngine:
         self._device = found
         if self._lora == "auto":
             self._lora = "merge" if found == "cpu" else "adapter"
-        config = AutoConfig.from_pretrained(self._model).get_text_config()
+
+    def start(self) -> None:
+        self._find_device()
+        whole = AutoConfig.from_pretrained(self._model)
+        config = whole.get_text_config()
         self._vocab: int = config.vocab_size
-        self._context: int = min(
-            self._max_context or config.max_position_embeddings, config.max_position_embeddings, self._kv_cache_tokens
-        )
+        limits = [context_of(config), self._kv_cache_tokens, self._max_context]
+        if not self._trusted:
+            limits.append(accepted_context(whole, self._small, exact=self._precision == "fp32"))
+        self._context: int = min(limit for limit in limits if limit)
         self._eos = end_tokens(_generation_config(self._model), config)
         self._scratch = Path(tempfile.mkdtemp(prefix="vllm-weights-"))
         loop = asyncio.new_event_loop()
@@ -165,6 +183,22 @@ class VllmEngine:
         self._checkpoint = Checkpoint(self._model, self._scratch, self._dtype, tied=config.tie_word_embeddings)
         with self._lock:
             self._loop = loop
+
+    def _small(self, folder: Path, context: int | None) -> VllmEngine:
+        """An engine like this one for a small model."""
+        return VllmEngine(
+            folder,
+            precision="fp32" if self._precision == "fp32" else "bf16",
+            device=self._device,
+            threads=self._threads,
+            max_context=context,
+            max_running=16,
+            kv_cache_tokens=2048,
+            memory_share=self._memory_share,
+            eager=True,
+            lora="merge",
+            trusted=True,
+        )
 
     async def _start(self) -> tuple[AsyncLLM, Any]:
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -185,6 +219,7 @@ class VllmEngine:
         block = 32 if cpu else 16
         return AsyncEngineArgs(
             model=str(self._model),
+            skip_tokenizer_init=self._trusted,
             dtype=_DTYPES[self._precision],  # type: ignore[arg-type]
             generation_config="vllm",
             max_model_len=self._context,

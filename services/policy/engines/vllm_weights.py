@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
-from services.policy.engines.weights import Place, Source, WeightStore
+from services.policy.engines.weights import Place, Source, WeightStore, adapted_modules
 from steersman.errors import InvalidArgumentError, StorageError
 from steersman.generation import WeightsUpdate
+from steersman.nn.encoder_decoder import language_model_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +54,16 @@ class Checkpoint:
             part = load_file(path)
             tensors |= part
             start |= dict.fromkeys(part, str(path))
-        aliases = {}
+        aliases: dict[str, str] = {}
         embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), None)
         if tied and embedding is not None:
             tensors.pop("lm_head.weight", None)
             start.pop("lm_head.weight", None)
             aliases = {"lm_head.weight": embedding}
         self._scratch = scratch
+        self._aliases = aliases
+        """The store's, too; modules that adapters name otherwise than the files come to them."""
+        self._names = _FileNames(model, tensors)
         self._parameters = _Parameters(tuple(tensors))
         self._store = WeightStore(tensors, aliases, dtype)
         self._store.register(self._parameters)
@@ -78,11 +85,26 @@ class Checkpoint:
             InvalidArgumentError: unknown names, wrong shapes, an adapter of a kind that cannot be merged.
             StorageError: no room.
         """
-        place = self._store.prepare(update)
+        place = self._store.prepare(self._by_file_names(update))
         changed, self._parameters.changed = self._parameters.changed, {}
         path = self._scratch / f"{update.version}.safetensors"
         _save(changed, path)
         return Plan({**self._now.paths, **dict.fromkeys(changed, str(path))}, place)
+
+    def _by_file_names(self, update: WeightsUpdate) -> WeightsUpdate:
+        if update.kind == "full":
+            return replace(update, tensors=self._names.of(update.tensors, known=self._aliases))
+        for module in adapted_modules(update.tensors):
+            name = f"{module}.weight"
+            alias, *more = self._names.of({name: torch.empty(2, 2)}, known=self._aliases)
+            if more:
+                raise InvalidArgumentError(
+                    f"the files of the served model hold '{module}' in {1 + len(more)} parts, which no adapter can be "
+                    "merged into; send full weights"
+                )
+            if alias != name:
+                self._aliases[name] = alias
+        return update
 
     def commit(self, plan: Plan) -> None:
         """The engine uses the weights of the plan."""
@@ -96,6 +118,34 @@ class Checkpoint:
         for path in self._scratch.glob("*.safetensors"):
             if str(path) not in needed:
                 path.unlink()
+
+
+class _FileNames:
+    """From the names of the loaded model, by which training sends weights, to those of the files, which vLLM reads:
+    experts one by one, another prefix. What is in the files by the name that it has stays as it is.
+    """
+
+    def __init__(self, folder: Path, there: Collection[str]) -> None:
+        self._folder, self._there = folder, there
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        config = AutoConfig.from_pretrained(self._folder)
+        with torch.device("meta"):
+            model: PreTrainedModel = language_model_class(config).from_config(config)
+        return model
+
+    def of(self, given: Mapping[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
+        """Names that fit nothing stay, and are refused by whoever looks for them."""
+        found = {name: tensor for name, tensor in given.items() if name in self._there or name in known}
+        other = {name: tensor for name, tensor in given.items() if name not in found}
+        if other:
+            saved = revert_weight_conversion(self._model, other)
+            prefix = f"{self._model.base_model_prefix}."
+            for name, tensor in saved.items():
+                spellings = (name, name.removeprefix(prefix), prefix + name)
+                found[next((one for one in spellings if one in self._there), name)] = tensor
+        return found
 
 
 class _Parameters:

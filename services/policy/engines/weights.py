@@ -270,7 +270,7 @@ class WeightStore:
         self._copies: dict[str, Tensor] = {}
         self._spares: dict[str, Tensor] = {}
         """Copies that are served, and those before them, whose memory is used again; see `Linear._filled`."""
-        self._aliases = dict(aliases)
+        self._aliases = aliases
         self._dtype = dtype
         self._holders: list[Holder] = []
 
@@ -424,6 +424,11 @@ def _lora_parts(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor | N
             yield name.replace(".modules_to_save", "").replace(".base_layer", ""), None, None, tensor
     for module, (a, b) in pairs.items():
         yield module, a, b, None
+
+
+def adapted_modules(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the modules that an adapter changes."""
+    return [name for name, a, b, _ in _lora_parts(tensors) if a is not None and b is not None]
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -176,6 +176,22 @@ def test_a_weight_that_the_model_reads_itself_gets_no_adapter(tmp_path, family, 
     assert (merged - model.eval()(IDS).logits).abs().max() < 1e-3  # a recurrence carries roundings on
 
 
+@pytest.mark.parametrize(("family", "changes", "layers"), [
+    ("falcon", {}, "query_key_value"),  # linear layers of a class of its own
+    ("falcon", {"alibi": True, "bias": True}, "dense_h_to_4h"),
+    ("olmo", {"clip_qkv": 0.5}, "q_proj"),  # changes a layer's result in place
+    ("llama4_text", {}, "q_proj"),  # so do the experts; the router gives two results
+])  # fmt: skip
+def test_every_layer_that_computes_a_product_learns(family, changes, layers):
+    adapted = attach_lora(tiny_model(AutoModelForCausalLM, CONFIG_MAPPING[family](**changes)), Lora(rank=4))
+    train_a_little(adapted)
+    adapted(torch.arange(5, 25)[None]).logits.square().mean().backward()
+    slopes = {name: one.grad for name, one in adapted.named_parameters() if "lora_" in name}
+    assert any(layers in name for name in slopes)
+    assert not any("router" in name for name in slopes)
+    assert all(slope is not None and slope.abs().max() > 0 for name, slope in slopes.items() if layers in name)
+
+
 def test_a_merge_that_gives_another_model_is_refused(tmp_path):
     """An adapter that came from elsewhere, with targets that do nothing before they are merged."""
     base = save_model_folder(tmp_path / "base", tiny_model(AutoModelForCausalLM, CONFIG_MAPPING["jamba"]()))

