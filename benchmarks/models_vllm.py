@@ -17,7 +17,9 @@ import json
 import logging
 import math
 import os
+import re
 import signal
+import tempfile
 import time
 import warnings
 from multiprocessing import Pipe, get_context
@@ -71,13 +73,25 @@ def _measure(name: str) -> dict[str, Any]:
 def _to(connection: Connection, name: str) -> None:
     os.setsid()
     try:
-        connection.send(_measure(name))
+        with tempfile.TemporaryFile() as log:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+            found = _measure(name)
+            if "root cause" in found["reason"]:
+                found["reason"] = _root_cause(os.pread(log.fileno(), 1 << 24, 0).decode(errors="replace"))
+        connection.send(found)
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
         connection.send({"outcome": "refused", "difference": None, "reason": reason, "computed": False, "wrong": False})
     finally:
         connection.close()
         os.kill(os.getpid(), signal.SIGKILL)  # what a fork inherits has no business in its interpreter's end
+
+
+def _root_cause(log: str) -> str:
+    """What vLLM's processes say of the first error, which their callers do not."""
+    errors = re.findall(r"\] (\w+(?:Error|Exception): .*)", log)
+    return f"vLLM: {errors[0][:300]}" if errors else "vLLM could not be started"
 
 
 def _in_process(name: str, seconds: int) -> dict[str, Any]:

@@ -219,6 +219,8 @@ def _load(
     try:
         config = AutoConfig.from_pretrained(folder)
         config.num_labels = options.pop("num_labels", config.num_labels)
+        if attention is None and getattr(config.get_text_config(), "attn_logit_softcapping", None):
+            attention = "eager"  # transformers before 5.20 leaves the cap out in its faster attention, without a word
         return class_of(config).from_pretrained(
             folder, config=config, dtype=kind, attn_implementation=attention, use_safetensors=True, **options
         )

@@ -23,8 +23,13 @@ from steersman.nn.encoder_decoder import is_encoder_decoder
 VOCABULARY = 96
 WINDOW = 8
 """Tokens of a window or chunk."""
-CAP = 1.5
-"""Of logits and activations: those of a small model would not come near the real one."""
+_LOWER_CAPS = (
+    (re.compile(r"^att(ention|n)_.*soft_?cap(ping)?$"), 20.0),
+    (re.compile(r"^.*soft_?cap(ping)?$"), 5.0),
+    (re.compile(r"^(.*(swiglu|activation)_limit|clip_qkv)$"), 1.5),
+)
+"""Of attention, logits, activations: small models would not come near the real ones. Some kernels of attention cap what
+is masked already, so that e^-cap of it comes through: nothing in the real model, nor here."""
 LENGTH = 16
 """Tokens behind which a rotation that depends on the length changes."""
 MOST_LAYERS = 8
@@ -59,7 +64,6 @@ _WINDOWS = re.compile(
 )
 _CHUNKS = re.compile(r"^((mamba_)?chunk_size|ssm_chunk_size)$")
 """Of the recurrence: how much is computed at once, which changes no number."""
-_CAPS = re.compile(r"^(.*soft_?cap(ping)?|.*(swiglu|activation)_limit|clip_qkv)$")
 _PERIOD = re.compile(r".*(_period|_offset|_interval|_pattern|_step|_replace|_frequency|every_n.*)$")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
 _TOKENS = re.compile(r".*_token_(id|index)$")
@@ -179,8 +183,8 @@ def _shrink(config: PreTrainedConfig, narrower: int, left: int, whole_heads: boo
             setattr(config, name, min(value, VOCABULARY))
         elif _LAYERS.fullmatch(name) and isinstance(value, int):
             setattr(config, name, min(value, layers))
-        elif _CAPS.fullmatch(name) and isinstance(value, (int, float)) and value > 0:
-            setattr(config, name, min(value, CAP))
+        elif isinstance(value, (int, float)) and value > 0 and (cap := _lower_cap(name)):
+            setattr(config, name, min(value, cap))
         elif isinstance(value, int) and not isinstance(value, bool):
             change = next((one for pattern, one in changes if pattern.fullmatch(name)), None)
             if change is not None and value > 0:
@@ -191,6 +195,10 @@ def _shrink(config: PreTrainedConfig, narrower: int, left: int, whole_heads: boo
             if all(isinstance(one, int) for one in value):
                 setattr(config, name, [one for one in value if one < layers])
     _shorten(config, 1 if whole_heads else narrower)
+
+
+def _lower_cap(name: str) -> float | None:
+    return next((cap for pattern, cap in _LOWER_CAPS if pattern.fullmatch(name)), None)
 
 
 def _layer_names(config: PreTrainedConfig) -> tuple[str, ...]:

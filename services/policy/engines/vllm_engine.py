@@ -28,7 +28,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from services.policy.engines.hardware import Precision
 from services.policy.engines.sampling import end_tokens
@@ -165,6 +165,7 @@ class VllmEngine:
         whole = AutoConfig.from_pretrained(self._model)
         config = whole.get_text_config()
         self._vocab: int = config.vocab_size
+        self._cache_groups = cache_groups(config)
         limits = [context_of(config), self._kv_cache_tokens, self._max_context]
         if not self._trusted:
             limits.append(accepted_context(whole, self._small, exact=self._precision == "fp32"))
@@ -225,7 +226,7 @@ class VllmEngine:
             max_model_len=self._context,
             max_num_seqs=self._max_running,
             block_size=block,
-            num_gpu_blocks_override=-(-self._kv_cache_tokens // block) + 1,
+            num_gpu_blocks_override=-(-self._kv_cache_tokens // block) * self._cache_groups + 1,
             gpu_memory_utilization=self._memory_share,
             # The number of blocks decides; but without any size the CPU build takes a share of the machine.
             kv_cache_memory_bytes=1 << 20 if cpu else None,
@@ -471,6 +472,14 @@ class VllmEngine:
         if told is not None:
             logger.critical("vLLM's processes have died; their log above tells why")
             told()
+
+
+def cache_groups(config: PreTrainedConfig) -> int:
+    """Blocks that vLLM takes for the same tokens: layers of several kinds (windows, states) have tables of their own, in
+    groups as large as the rarest kind, and a block holds one group."""
+    kinds = Counter(getattr(config, "layer_types", None) or [""])
+    size = min(kinds.values())
+    return sum(-(-layers // size) for layers in kinds.values())
 
 
 def _set_environment(threads: int) -> None:
