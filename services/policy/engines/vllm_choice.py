@@ -12,6 +12,7 @@ log-probabilities and what is trained on them are of another model. So a small r
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,7 +82,8 @@ def vllm_verdict(
                 verdict = replace(short, limit=original, reason=reason)
     except Exception as error:  # whatever a model's own code raises
         words = error.message if isinstance(error, SteersmanError) else f"{type(error).__name__}: {error}"
-        verdict = Verdict("refused", float("nan"), (words.splitlines() or [""])[0][:300], computed=False)
+        words = re.sub(r"'\S*/vllm-check-\w+'", "a small model of it", " ".join(words.split()))
+        verdict = Verdict("refused", float("nan"), words[:400], computed=False)
     return verdict
 
 

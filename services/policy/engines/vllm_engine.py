@@ -475,8 +475,9 @@ class VllmEngine:
 
 
 def cache_groups(config: PreTrainedConfig) -> int:
-    """Blocks that vLLM takes for the same tokens: layers of several kinds (windows, states) have tables of their own, in
-    groups as large as the rarest kind, and a block holds one group."""
+    """Blocks that vLLM takes for the same tokens: layers of several kinds (windows, states) have tables of their own,
+    in groups as large as the rarest kind, and a block holds one group.
+    """
     kinds = Counter(getattr(config, "layer_types", None) or [""])
     size = min(kinds.values())
     return sum(-(-layers // size) for layers in kinds.values())

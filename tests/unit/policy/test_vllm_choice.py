@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from services.policy.engine import Engine
 from services.policy.engines.transformers_engine import TransformersEngine
 from services.policy.engines.vllm_choice import accepted_context, after_new_weights, random_model, vllm_verdict
+from services.policy.engines.vllm_engine import cache_groups
 from steersman.errors import ConfigError
 from steersman.nn.parity import NATS
 
@@ -107,3 +108,16 @@ def test_a_small_model_that_cannot_be_served_says_nothing_about_the_real_one(cap
     with caplog.at_level(logging.WARNING):
         assert accepted_context(CONFIG_MAPPING["qwen2"](), start, exact=True) is None
     assert "is not known: vLLM cannot serve it: heads of 24 are not known" in caplog.text
+
+
+@pytest.mark.parametrize(("kinds", "groups"), [
+    (None, 1),
+    (["full_attention"] * 4, 1),
+    (["sliding_attention", "full_attention"] * 9, 2),
+    ((["sliding_attention"] * 5 + ["full_attention"]) * 4 + ["sliding_attention"] * 2, 7),
+])  # fmt: skip
+def test_layers_of_several_kinds_need_blocks_of_their_own(kinds: list[str] | None, groups: int) -> None:
+    """What vLLM counts: Gemma 3 with blocks for one kind could not hold a row of its context."""
+    config = CONFIG_MAPPING["llama"]()
+    config.layer_types = kinds
+    assert cache_groups(config) == groups
