@@ -11,13 +11,15 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 import orjson
 from pydantic import ValidationError
 
 from steersman.artifacts import storage_errors
+from steersman.data.label_studio import stars
 from steersman.data.opening import display_name
-from steersman.data.records import Row, describe_validation_error, row_type_of, write_jsonl
+from steersman.data.records import Message, Return, Row, describe_validation_error, row_type_of, write_jsonl
 from steersman.data.sources import read_records
 from steersman.data.splits import encode
 from steersman.errors import ConfigError, DataError, meant
@@ -91,7 +93,7 @@ def _write_parquet(source: str | os.PathLike[str], target: Path) -> int:
         for name, value in row.to_dict().items():
             kinds.setdefault(name, set()).add(type(value))
     text, as_json = pa.string(), {b"steersman.encoding": b"json"}
-    turn = pa.struct({"role": text, "content": text, "tool_calls": text, "tool_call_id": text, "name": text})
+    turn = pa.struct(dict.fromkeys(Message.model_fields, text))
     scalars = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: text}
     fields = []
     for name, found in kinds.items():
@@ -130,7 +132,7 @@ def label_studio_config(row_type: type[Row], aspects: Iterable[str] = ()) -> str
     controls = _CONTROLS.get(kind, "")
     if kind == "aspects":
         controls = _PARAGRAPHS.format(name="completion") + "".join(
-            f'<Rating name="{aspect}" toName="completion" maxRating="5"/>' for aspect in aspects
+            f'<Rating name={quoteattr(aspect)} toName="completion" maxRating="5"/>' for aspect in aspects
         )
     shown = _PARAGRAPHS.format(name="messages" if kind == "demonstration" else "prompt")
     return f"<View>{shown}{controls}</View>"
@@ -150,6 +152,8 @@ def _write_label_studio(source: str | os.PathLike[str], target: Path) -> int:
 
 def label_studio_task(row: Row) -> dict[str, Any]:
     """One task with the row's judgement as its annotation."""
+    if isinstance(row, Return):
+        raise DataError("a return has no form in Label Studio; export such rows as jsonl or parquet")
     data = row.to_dict()
     results: list[dict[str, Any]] = []
     if "chosen" in data:
@@ -163,7 +167,9 @@ def label_studio_task(row: Row) -> dict[str, Any]:
         results.append(_result("label", "completion", "choices", {"choices": [choice]}))
     # The exact ratings stay in the data: stars are whole.
     for aspect, value in data.get("aspects", {}).items():
-        results.append(_result(aspect, "completion", "rating", {"rating": round(value)}))
+        results.append(
+            _result(aspect, "completion", "rating", {"rating": stars(value, data.get("scales", {}).get(aspect))})
+        )
     return {"data": data, "annotations": [{"result": results}] if results else []}
 
 

@@ -34,7 +34,9 @@ _NONE = 2**32 - 1
 #: Latin-1, punctuation, arrows, mathematics and box drawing, punctuation of East Asia, emoji.
 _SIGNS = ((0xC2, 0xA0, 0xBF, 2), (0xE2, 0x80, 0xAF, 3), (0xE3, 0x80, 0x80, 3), (0xF0, 0x9F, 0x9F, 4))
 #: Letters of two bytes in UTF-8, by their number, as small ones: Latin, Greek, Cyrillic.
-_SMALL = np.array([ord(small) if len(small := chr(code).lower()) == 1 else code for code in range(0x800)])
+_SMALL = np.array(
+    [ord(small) if len(small := chr(code).lower()) == 1 and small < "\u0800" else code for code in range(0x800)]
+)
 _U64 = np.uint64
 Array = np.ndarray[Any, Any]
 

@@ -26,6 +26,7 @@ _CONVERSATIONS = {
 _ANSWERS = frozenset({"chosen", "rejected", "completion"})
 _TURN = ["role", "content"]
 _ROLES = frozenset({"user", "assistant", "tool"})  # and a system turn at the front
+Check = Callable[[Any], bool]
 _FIELDS: dict[str, Check] = {
     **dict.fromkeys(("id", "source", "licence"), lambda value: type(value) is str),
     "customer": lambda value: type(value) is str and len(value) <= MAX_TENANT,
@@ -36,8 +37,6 @@ _FIELDS: dict[str, Check] = {
     **dict.fromkeys(("facts", "tools", "aspects", "scales"), lambda value: False),
 }
 _SCALARS = frozenset({str, int, float, bool})
-
-Check = Callable[[Any], bool]
 
 
 @contextmanager

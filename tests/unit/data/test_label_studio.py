@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import orjson
 import pytest
 
-from steersman.data.export import label_studio_config, label_studio_task
+from steersman.data.export import export, label_studio_config, label_studio_task, read_any
+from steersman.data.format import Skip
 from steersman.data.formats import FORMATS
 from steersman.data.importing import ImportJob, _checked, _converted, _Unread
 from steersman.data.records import Aspects, Demonstration, Feedback, Preference, Prompt, Row, row_type_of
+from steersman.errors import DataError
 
 SAID = (("user", "q"), ("assistant", "a"), ("assistant", "b"))
 PROMPT, GOOD, BAD = ([{"role": role, "content": text}] for role, text in SAID)
@@ -84,3 +89,56 @@ def test_a_moved_star_takes_the_place_of_a_mean() -> None:
     (made,) = back(task)
     assert isinstance(made, Aspects)
     assert made.aspects == {"kind": 4, "right": 0}
+
+
+def task_of(data: dict[str, Any], kind: str, value: dict[str, Any], name: str = "label") -> dict[str, Any]:
+    return {"data": data, "annotations": [{"result": [{"from_name": name, "type": kind, "value": value}]}]}
+
+
+def test_stars_mean_the_scale_of_the_row() -> None:
+    row = Aspects.model_validate(
+        {
+            "prompt": PROMPT,
+            "completion": GOOD,
+            "aspects": {"a": 4, "b": 0, "c": 55.0},
+            "scales": {"a": (0, 4), "c": (0, 100)},
+        }
+    )
+    task = label_studio_task(row)
+    results = task["annotations"][0]["result"]
+    assert [result["value"]["rating"] for result in results] == [5, 0, 3]
+    results[0]["value"]["rating"] = 1
+    (made,) = back(task)
+    assert isinstance(made, Aspects)
+    assert made.aspects == {"a": 0.0, "b": 0.0, "c": 55.0}
+
+
+def test_a_projects_own_texts_and_words_are_read_and_others_refused() -> None:
+    texts = {"prompt": "q", "answer_1": "a", "answer_2": "b"}
+    (made,) = back(task_of(texts, "pairwise", {"selected": "right"}))
+    assert made == Preference.model_validate({"prompt": PROMPT, "chosen": BAD, "rejected": GOOD})
+    (thumb,) = back(task_of({"prompt": "q", "completion": "a"}, "choices", {"choices": ["Yes"]}))
+    assert thumb == Feedback.model_validate({"prompt": PROMPT, "completion": GOOD, "label": True})
+    with pytest.raises(ValueError, match="label is 'perhaps'"):
+        back(task_of({"prompt": "q", "completion": "a"}, "choices", {"choices": ["perhaps"]}))
+    both = task_of(texts, "pairwise", {"selected": "both"})
+    (skipped,) = _converted(ImportJob(FORMATS["label-studio"], ()), both, _Unread(Counter()))
+    assert skipped == Skip("selected is 'both'; expected left or right")
+
+
+def test_names_of_aspects_are_escaped_and_returns_refused(tmp_path: Path) -> None:
+    config = label_studio_config(Aspects, ['"kind" & <right>'])
+    assert [tag.get("name") for tag in ElementTree.fromstring(config).iter("Rating")] == ['"kind" & <right>']
+    source = tmp_path / "r.jsonl"
+    source.write_bytes(orjson.dumps({"prompt": PROMPT, "completion": GOOD, "reward": 1.0}))
+    with pytest.raises(DataError, match="a return has no form in Label Studio"):
+        export(source, tmp_path / "r.json", "label-studio")
+
+
+def test_parquet_keeps_every_field_of_a_turn(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "why", "name": "bot"}
+    source = tmp_path / "r.jsonl"
+    source.write_bytes(orjson.dumps({"messages": [*PROMPT, answer]}))
+    export(source, tmp_path / "r.parquet", "parquet")
+    (row,) = read_any(tmp_path / "r.parquet")
+    assert row.to_dict()["messages"][1] == answer
