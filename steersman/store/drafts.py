@@ -77,7 +77,7 @@ def write_release(session: Session, options: ReleaseOptions, folder: Path) -> Dr
     }
     earlier: list[SeenSet] = []  # of each source: what another source holds too is a copy
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    released: Counter[tuple[str | None, ...]] = Counter()
+    released: Counter[tuple[str, str, str | None, str | None, str | None]] = Counter()
     validate = ROW_TYPES[options.kind].model_validate
     votes = options.kind != "demonstration"  # equal judgements of one source are several people's
     with ExitStack() as stack:
