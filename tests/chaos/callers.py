@@ -17,8 +17,6 @@ from typing import Any
 
 import httpx
 
-PATIENCE = 100.0
-"""Seconds that a caller asks the same again before he gives up."""
 PAUSE = (0.05, 0.4)
 """Seconds between two operations of one caller: what is tried is faults, not load."""
 _FIELD = re.compile(r'name="(item_id|event_id|shown_at)" value="([^"]*)"')
@@ -34,6 +32,8 @@ class Callers:
         plan = json.loads((folder / "callers.json").read_text())
         self._urls: list[str] = plan["urls"]
         self._project: int = plan["project"]
+        self._patience: float = plan["patience"]
+        """Seconds that a caller asks the same again before he gives up."""
         self._draw = random.Random(plan["seed"])
         self._log = (folder / "acknowledged.jsonl").open("a")
         self._count = 0
@@ -53,7 +53,7 @@ class Callers:
 
     async def insist(self, what: str, send: Callable[[str], Awaitable[httpx.Response]], *good: int) -> httpx.Response:
         """Sends the same again, to any gateway, until it is answered; refusals that are no pause are noted as odd."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + self._patience
         last = "nothing"
         while time.monotonic() < end:
             try:

@@ -153,7 +153,7 @@ class Site:
     """Two gateways, an engine, callers."""
 
     def __init__(self, folder: Path, plan: Plan, seed: int, family: GatewayFamily) -> None:
-        self.folder, self.plan, self.family = folder, plan, family
+        self.folder, self.plan, self.seed, self.family = folder, plan, seed, family
         from steersman.local.process import free_ports
 
         self.database_folder = folder / "database"
@@ -184,14 +184,6 @@ class Site:
         self._write("policy", policy | {"port": engine, "weightsPort": None})
         for index in range(2):
             self._write(f"gateway-{index}", self._config(index))
-        callers = {
-            "urls": [f"http://127.0.0.1:{port}" for port in self.ports],
-            "desk": self.desk_port,
-            "seed": seed,
-            "project": self.project,
-            "customers": CUSTOMERS,
-        }
-        (folder / "callers.json").write_text(json.dumps(callers))
 
     def _config(self, index: int) -> dict[str, Any]:
         webhook = {"url": f"http://127.0.0.1:{self.desk_port}/hook", "secretEnv": "CHAOS_HOOK_SECRET"}
@@ -225,9 +217,22 @@ class Site:
         module, arguments = f"services.{name.partition('-')[0]}", ["--config", str(self.folder / f"{name}.yaml")]
         if name == "callers":
             module, arguments = "chaos.callers", [str(self.folder)]
+            self._write_callers()
         self.running[name] = forking.start(
             module, arguments, out=log, errors=log, environment=environment, prepare=prepare, cold=cold
         )
+
+    def _write_callers(self) -> None:
+        callers = {
+            "urls": [f"http://127.0.0.1:{port}" for port in self.ports],
+            "desk": self.desk_port,
+            "seed": self.seed,
+            "project": self.project,
+            "customers": CUSTOMERS,
+            # A key whose gateway was killed may be used again after 74 s.
+            "patience": 100 + 5 * self.began_in,
+        }
+        (self.folder / "callers.json").write_text(json.dumps(callers))
 
     def tend(self) -> None:
         """As a supervisor or a kubelet does: what has ended begins anew."""
@@ -448,7 +453,7 @@ class GatewayFamily:
         site.wait_ready("everything was mended", 75)
         (site.folder / "stop").touch()
         try:
-            site.running["callers"].wait(120 + more)
+            site.running["callers"].wait(120 + 2 * more)
         except subprocess.TimeoutExpired:
             raise Bad("callers did not come to an end") from None
         for name in ("gateway-0", "gateway-1"):

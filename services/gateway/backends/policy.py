@@ -12,7 +12,7 @@ from services.gateway.errors import BadRequestError
 from steersman.config.tls import ClientTls
 from steersman.errors import InternalError, UnavailableError, UnsupportedError, from_grpc
 from steersman.rpc.client import open_aio_channel
-from steersman.rpc.sealed import sealed
+from steersman.rpc.sealed import CHECKSUM, checksum_of, sealed
 from steersman.v1.policy_pb2 import GetPolicyInfoRequest, PolicyServiceChatRequest, PolicyServiceChatResponse
 from steersman.v1.policy_pb2_grpc import PolicyServiceStub
 
@@ -44,7 +44,6 @@ class PolicyReplica:
         self._stub = PolicyServiceStub(self._channel)
         self._chat = self._channel.unary_stream(
             "/steersman.v1.PolicyService/Chat",
-            request_serializer=sealed,
             response_deserializer=PolicyServiceChatResponse.FromString,
         )
 
@@ -57,7 +56,8 @@ class PolicyReplica:
     async def stream(
         self, request: PolicyServiceChatRequest, seconds: float
     ) -> AsyncIterator[PolicyServiceChatResponse]:
-        call = self._chat(request, timeout=seconds)
+        data = sealed(request)
+        call = self._chat(data, timeout=seconds, metadata=((CHECKSUM, checksum_of(data)),))
         try:
             while (response := await call.read()) is not grpc.aio.EOF:
                 yield response

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 from collections import Counter
 
+import grpc
 import pytest
 
 from services.gateway.backends.policy import PolicyReplica
 from services.gateway.backends.pool import ReplicaPool
 from steersman.errors import ChecksumError, DeadlineError, InvalidArgumentError, UnavailableError
-from steersman.rpc.sealed import Unreadable, checked, sealed
+from steersman.rpc.sealed import CHECKSUM, Sealed, Unreadable, checked, checksum_of, sealed
 from steersman.testing.fake_policy import FakePolicy, serve_policy
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest
@@ -23,17 +24,32 @@ REQUEST = PolicyServiceChatRequest(messages=[common_pb2.Message(role="user", con
 def test_no_flipped_bit_of_a_sealed_request_is_read_as_another() -> None:
     read = checked("Chat", PolicyServiceChatRequest.FromString)
     data = sealed(REQUEST)
-    assert read(data) == REQUEST
+    assert read(data) == Sealed(REQUEST, checksum_of(data))
     assert read(REQUEST.SerializeToString()) == REQUEST, "of a client that seals nothing"
     assert PolicyServiceChatRequest.FromString(data).messages == REQUEST.messages, "a server that knows no seals"
     for bit in range(8 * len(data)):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         found = read(bytes(changed))
+        assert not isinstance(found, Sealed)
         if isinstance(found, Unreadable):
             assert isinstance(found.error, (ChecksumError, InvalidArgumentError))
         else:
             assert found.messages == REQUEST.messages, "only the seal was damaged"
+
+
+async def test_a_call_takes_no_other_calls_message() -> None:
+    """A bit of a frame's head is enough to bring a whole message, or an empty one, to another call."""
+    mine = (CHECKSUM, checksum_of(sealed(REQUEST)))
+    other = sealed(PolicyServiceChatRequest(messages=[common_pb2.Message(role="user", content="what do I owe?")]))
+    async with serve_policy(FakePolicy()) as engine, grpc.aio.insecure_channel(engine) as channel:
+        chat = channel.unary_stream("/steersman.v1.PolicyService/Chat")
+        assert [part async for part in chat(sealed(REQUEST), metadata=(mine,))]
+        assert [part async for part in chat(REQUEST.SerializeToString())], "of a client that seals nothing"
+        for data in (b"", other, REQUEST.SerializeToString()):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                [part async for part in chat(data, metadata=(mine,))]
+            assert error.value.code() == grpc.StatusCode.DATA_LOSS
 
 
 class Flipping:
