@@ -67,7 +67,8 @@ class Callers:
                 if response.status_code not in (409, 429, 503, 504):
                     self.note("odd", what=what, answer=last)
                     raise GaveUp(what)
-            await asyncio.sleep(self._draw.uniform(0.05, 0.4))
+            waiting = 1.0 if last.startswith("409") else 0.05  # what another gateway began takes its time
+            await asyncio.sleep(self._draw.uniform(waiting, waiting + 0.4))
         self.note("gave up", what=what, answer=last)
         raise GaveUp(what)
 
