@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.bundle [--out build/gpu]
 
-The machine has Python 3.12 on x86-64 with torch, transformers, peft, accelerate, numpy and the libraries that these
-bring. Everything else that services, training and tests import is fetched here, in the versions of constraints.txt.
-Weights do not travel: the models of the check are random.
+The machine has Python 3.12 on x86-64 and `PRESENT` with the libraries that these bring. Everything else that services,
+training and tests import is fetched here, in the versions of constraints.txt. Weights do not travel: the models of the
+check are random.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 
 ROOT = Path(__file__).parents[2]
 MOST_BYTES = 60 * 2**20
+PRESENT = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas", "pyarrow", "numba")
+"""The last three are too large to travel."""
 PACKAGES = (
     *("grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status", "googleapis-common-protos", "protobuf"),
     *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
     *("orjson", "isal", "zstandard", "blake3", "jsonschema", "jsonschema-specifications", "referencing", "rpds-py"),
     *("sqlalchemy", "alembic", "mako", "greenlet", "prometheus-client", "typer", "rich", "httpx"),
-    *("starlette", "httpx2", "httpcore2", "truststore"),
+    *("starlette", "httpx2", "httpcore2", "truststore", "httpcore", "certifi", "sortedcontainers", "attrs"),
+    *("iniconfig", "pluggy", "pytest-xdist", "execnet", "pytest-timeout"),
+    *("xxhash", "python-dateutil", "pytz", "six", "tzdata"),
     *("llguidance", "trl", "datasets", "dill", "multiprocess", "pytest", "pytest-asyncio", "hypothesis"),
 )
 """What such a machine lacks, or may have in a version that the contracts' stubs refuse."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from benchmarks.gpu import __main__ as check
-from benchmarks.gpu import bundle, learning
+from benchmarks.gpu import bundle, learning, suite
 
 APART = ("tests", "learning")
 """Run as everything does, in processes of their own; the others here, which spares four of them."""
@@ -93,6 +98,80 @@ def test_a_reward_far_from_the_best_one_fails(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match=r"PPO reached a reward of 0\.50"):
         learning.judged([0.1, 0.5, 0.5, 0.5, 0.5, 0.5], whole=True)
     assert learning.judged([0.1, 0.2], whole=False) == pytest.approx(0.15)
+
+
+_ONLY_KNOWN = """
+import importlib.metadata, json, os, sys
+
+allowed = set(json.loads(os.environ["ALLOWED"]))
+modules = importlib.metadata.packages_distributions()
+missing = {
+    name
+    for name, found in modules.items()
+    if not allowed.intersection(one.lower().replace("_", "-") for one in found)
+}
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in missing:
+            return
+        frame = sys._getframe(1)
+        while "importlib" in frame.f_code.co_filename:
+            frame = frame.f_back
+        if "site-packages" not in frame.f_code.co_filename:  # libraries look for what they can do without
+            raise ModuleNotFoundError(f"the GPU machine lacks {name}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def with_requirements(packages: Iterable[str]) -> set[str]:
+    """Packages and what they require, by their normal names."""
+    found: set[str] = set()
+    ahead = [*packages]
+    while ahead:
+        name = canonicalize_name(ahead.pop())
+        if name not in found:
+            found.add(name)
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # nothing that this platform wants
+                wanted = map(Requirement, importlib.metadata.requires(name) or ())
+                ahead += [one.name for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_the_gpu_tests_load_with_what_such_a_machine_has(repo_root: Path, tmp_path: Path) -> None:
+    """Its own libraries and the bundle's; one more import in any of their files would end them there, unseen here."""
+    (tmp_path / "only_known.py").write_text(_ONLY_KNOWN)
+    allowed = with_requirements(bundle.PRESENT) | set(map(canonicalize_name, bundle.PACKAGES)) | {"steersman"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{repo_root}:{tmp_path}",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "ALLOWED": json.dumps(sorted(allowed)),
+    }
+    options = [
+        "-p",
+        "pytest_asyncio",
+        "-p",
+        "pytest_timeout",
+        "-p",
+        "only_known",
+        "-p",
+        "no:cacheprovider",
+        "--collect-only",
+        "-q",
+        "-m",
+        "gpu",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *suite.FOLDERS],
+        cwd=repo_root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "test_recorded_steps" in done.stdout
 
 
 def test_every_package_of_the_bundle_is_pinned() -> None:
