@@ -515,7 +515,7 @@ def _check(site: Site) -> bool:
     for line in site.acknowledged():
         noted[line["kind"]].append(line)
     if noted["odd"] or noted["gave up"]:
-        raise Bad(f"callers were given: {(noted['odd'] + noted['gave up'])[:3]}")
+        raise Bad(f"callers were given: {(noted['odd'] + noted['gave up'])[:3]} {_errors(site)}")
     for name in ("gateway-0", "gateway-1"):
         log = (site.folder / f"{name}.log").read_text(errors="replace")
         for words in _FATAL:
@@ -526,6 +526,12 @@ def _check(site: Site) -> bool:
     _check_answers(noted["answer"], kept)
     _check_rest(noted, kept)
     return any(code not in (0, -signal.SIGKILL) and name.startswith("gateway") for name, code in site.ended)
+
+
+def _errors(site: Site) -> str:
+    """What the gateways' logs say of their last error."""
+    logs = [(site.folder / f"gateway-{index}.log").read_text(errors="replace") for index in range(2)]
+    return "".join(log[place:][:700] for log in logs if (place := log.rfind('"level":"error"')) >= 0)
 
 
 def _kept(url: str) -> dict[str, Any]:
