@@ -174,7 +174,7 @@ def _readable(method: str, request: Any, context: grpc.aio.ServicerContext) -> A
         return _each_readable(request)
     found = request.checksum if isinstance(request, Sealed) else None
     wanted = next((value for key, value in context.invocation_metadata() or () if key == CHECKSUM), found)
-    if wanted != found and not isinstance(request, Unreadable):
+    if wanted != found:
         raise damaged(method)
     return _opened(request)
 

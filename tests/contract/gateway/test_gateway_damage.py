@@ -46,7 +46,7 @@ async def test_a_call_takes_no_other_calls_message() -> None:
         chat = channel.unary_stream("/steersman.v1.PolicyService/Chat")
         assert [part async for part in chat(sealed(REQUEST), metadata=(mine,))]
         assert [part async for part in chat(REQUEST.SerializeToString())], "of a client that seals nothing"
-        for data in (b"", other, REQUEST.SerializeToString()):
+        for data in (b"", other, REQUEST.SerializeToString(), b"\xff" + sealed(REQUEST)[1:]):
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 [part async for part in chat(data, metadata=(mine,))]
             assert error.value.code() == grpc.StatusCode.DATA_LOSS
