@@ -44,7 +44,8 @@ from steersman.v1.policy_pb2 import PolicyServiceChatRequest
 _argv, sys.argv = sys.argv, [sys.argv[0], "--configure_logging", "false"]
 # It imports a client of Kubernetes, which would import a validator of manifests, and that for seconds a parser of URLs.
 _hidden = {"kubernetes_validate"} - set(sys.modules)
-sys.modules.update(dict.fromkeys(_hidden))  # type: ignore[arg-type]
+for _name in _hidden:
+    sys.modules[_name] = None  # type: ignore[assignment]
 try:
     import kserve
     from kserve import errors as kserve_errors

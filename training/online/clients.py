@@ -176,7 +176,7 @@ class RewardClient(Remote):
         return scores
 
     async def _scores(self, items: Sequence[reward_pb2.ScoreItem], progress: tuple[int, int]) -> list[Score]:
-        found = []
+        found: list[Score] = []
         for part in in_parts([item.ByteSize() for item in items]):
             found += await self._scores_of(items[part], progress)
         return found
@@ -223,7 +223,7 @@ class ReferenceClient(Remote):
 
     async def logprobs(self, rows: Sequence[tuple[np.ndarray, np.ndarray]], temperature: float) -> list[np.ndarray]:
         """float32 [R] of every (prompt, response), in order; all NaN where the service could not compute them."""
-        found = []
+        found: list[np.ndarray] = []
         for part in in_parts([4 * (len(prompt) + len(response)) for prompt, response in rows]):
             found += await self._logprobs_of(rows[part], temperature)
         return found
