@@ -31,6 +31,8 @@ QUIET_SECONDS = 3.5
 """Longest silence; the promise to users is 5 seconds."""
 _SHOWN = ("reward", "loss", "eval_loss", "accuracy", "kl")
 """Metrics on the line; all of them are in the metrics file."""
+WORKING = "working on step"
+"""How the activity begins that leads to a step."""
 _RECENT = 8
 """Steps that the estimate of the time left looks back on."""
 
@@ -133,6 +135,7 @@ class ConsoleReporter:
         """One line about what happens now."""
         with self._lock:
             self._set_activity(text)
+            self._steps_begin()
             self._view.note(text)
 
     def activity(self, text: str) -> None:
@@ -142,10 +145,17 @@ class ConsoleReporter:
             self._activity = text
             if not same_work:
                 self._activity_since = time.monotonic()
+            if text.startswith(WORKING):
+                self._steps_begin()
 
     def _set_activity(self, text: str) -> None:
         self._activity = text
         self._activity_since = self._last_shown = time.monotonic()
+
+    def _steps_begin(self) -> None:
+        """Before the first step: what was done until now is no step, and loading would make the estimate hours."""
+        if len(self._times) == 1:
+            self._times[0] = time.monotonic()
 
     def _time_left(self, steps: int) -> TimeLeft | None:
         if len(self._times) < 2:

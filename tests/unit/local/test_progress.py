@@ -35,6 +35,24 @@ def test_a_line_shows_stage_step_metrics_and_time_left(tmp_path: Path) -> None:
     ]
 
 
+def test_loading_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that loads for five minutes does not make thirty steps of a second last for hours."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for begin in ("note", "activity"):
+        out = io.StringIO()
+        with ConsoleReporter("rl", stream=out) as reporter:
+            now[0] += 300.0
+            getattr(reporter, begin)("working on step 1 of 30")
+            now[0] += 1.0
+            reporter.step(1, 30, loss=1.0)
+            reporter.note("the next one is slower")
+            now[0] += 3.0
+            reporter.step(2, 30, loss=1.0)
+        assert "step 1/30  loss 1  left 0:29" in out.getvalue()
+        assert "step 2/30  loss 1  left 0:56" in out.getvalue()
+
+
 def test_json_events_are_one_object_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEERSMAN_PROGRESS", "json")
     out = io.StringIO()
