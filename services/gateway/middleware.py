@@ -33,7 +33,7 @@ from services.gateway.errors import (
 )
 from services.gateway.metrics import Metrics
 from services.gateway.refusals import Refusals
-from steersman.errors import CancelledError, InternalError, SteersmanError
+from steersman.errors import CancelledError, InternalError, SteersmanError, UnavailableError
 
 log = logging.getLogger("steersman.gateway")
 
@@ -138,6 +138,12 @@ class FrontMiddleware:
                 await response(scope, limited, send_with_headers)
         except (ClientDisconnect, CancelledError):
             status = status or CancelledError.http_status
+        except asyncio.CancelledError:
+            # The time of the drain is over. The listener would answer 500, without a reason.
+            if not status:
+                ending = UnavailableError("The gateway is ending; ask again")
+                await error_response(ending, path=scope["path"])(scope, receive, send_with_headers)
+            raise
         except Exception as error:
             if not isinstance(error, SteersmanError):
                 log.exception("request failed", extra={"request_id": request_id})
