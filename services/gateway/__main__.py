@@ -40,6 +40,7 @@ def _run(config: GatewayConfig) -> int:
 
     async def serve() -> int:
         gateway = Gateway(config)
+        gateway.hear_signals()  # from before it listens
         await gateway.start()
         loading.done()
         try:

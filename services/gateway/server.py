@@ -87,6 +87,7 @@ class Gateway:
         self._oip = OipServer(self.assistant, self.authenticator, self.refusals)
         self._grpc: Server | None = None
         self._listener: socket.socket | None = None
+        self._stop = asyncio.Event()
 
     async def start(self) -> None:
         """Listens. Readiness depends on the replicas, so a gateway may be started before them."""
@@ -196,16 +197,19 @@ class Gateway:
     def url(self) -> str:
         return f"{'https' if self.config.tls else 'http'}://{address_of(self.config.host, self.port)}"
 
+    def hear_signals(self) -> None:
+        """From now on SIGTERM and SIGINT are waited with until the start is over; then they end it as they should."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+
     async def run_until_signal(self) -> None:
         """Waits for SIGTERM or SIGINT, then drains.
 
         Raises InternalError when the gateway ended because it could not go on.
         """
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        waits = [asyncio.create_task(event.wait()) for event in (stop, self.background.failed)]
+        self.hear_signals()
+        waits = [asyncio.create_task(event.wait()) for event in (self._stop, self.background.failed)]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
