@@ -295,7 +295,7 @@ def _manifest(base: Path) -> dict[str, Any]:
     }
 
 
-def _members(run: subprocess.Popen[bytes], patience: float = 600.0) -> dict[str, psutil.Process]:
+def _members(run: subprocess.Popen[bytes], patience: float = 3600.0) -> dict[str, psutil.Process]:
     """The processes of the RL stage, once its trainer and its policy service are there."""
     names = ("training.stage", "services.policy", "services.reward")
     deadline = time.monotonic() + patience
