@@ -77,7 +77,7 @@ def _to(connection: Connection, name: str) -> None:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
             found = _measure(name)
-            if "root cause" in found["reason"]:
+            if "root cause" in found["reason"] or "logs" in found["reason"]:
                 found["reason"] = _root_cause(os.pread(log.fileno(), 1 << 24, 0).decode(errors="replace"))
         connection.send(found)
     except Exception as error:
@@ -90,7 +90,7 @@ def _to(connection: Connection, name: str) -> None:
 
 def _root_cause(log: str) -> str:
     """What vLLM's processes say of the first error, which their callers do not."""
-    errors = re.findall(r"\] (\w+(?:Error|Exception): .*)", log)
+    errors = re.findall(r"\] (\w+Error: (?!Error raised in).*)", log)
     return f"vLLM: {errors[0][:300]}" if errors else "vLLM could not be started"
 
 

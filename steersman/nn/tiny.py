@@ -80,7 +80,8 @@ def tiny_model(auto: Any, config: PreTrainedConfig, *, seed: int = 0, whole_head
     Args:
         auto: transformers' auto class, for example `AutoModelForCausalLM`.
         config: of the real model; it is not changed.
-        whole_heads: heads are as wide as the real ones, for kernels that know certain widths.
+        whole_heads: heads are as wide as the real ones, other widths multiples of 64, for kernels that know certain
+            widths.
 
     Raises:
         ConfigError: none of the smaller models can be built or run; the last reason is named.
@@ -160,6 +161,7 @@ def _first(config: PreTrainedConfig, names: tuple[str, ...]) -> int | None:
 
 
 def _shrink(config: PreTrainedConfig, narrower: int, left: int, whole_heads: bool) -> None:
+    step = 64 if whole_heads else 1  # what kernels want of widths
     derived = not any(_HEAD_WIDTHS.fullmatch(name) and value for name, value in config.__dict__.items())
     heads = _first(config, _HEADS) or 1
     key_heads = _first(config, _KEY_HEADS) or heads
@@ -170,7 +172,7 @@ def _shrink(config: PreTrainedConfig, narrower: int, left: int, whole_heads: boo
     changes: list[tuple[re.Pattern[str], Callable[[int], int]]] = [
         (_COUNTS, lambda value: max(1, value // fewer)),
         *([(_HIDDEN, lambda value: value // fewer)] if whole_heads and derived else []),
-        (_WIDTHS, lambda value: max(8, value // (fewer * narrower))),
+        (_WIDTHS, lambda value: max(8, -(-value // (fewer * narrower * step)) * step)),
         (_HEAD_WIDTHS, lambda value: value if whole_heads else max(2, value // narrower)),
         (_EXPERTS, lambda value: min(value, _experts(config))),
         (_CHOSEN, lambda value: min(value, 2)),

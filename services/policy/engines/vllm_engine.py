@@ -165,7 +165,7 @@ class VllmEngine:
         whole = AutoConfig.from_pretrained(self._model)
         config = whole.get_text_config()
         self._vocab: int = config.vocab_size
-        self._cache_groups = cache_groups(config)
+        self._cache_groups, self._has_states = cache_groups(config), has_states(config)
         limits = [context_of(config), self._kv_cache_tokens, self._max_context]
         if not self._trusted:
             limits.append(accepted_context(whole, self._small, exact=self._precision == "fp32"))
@@ -230,7 +230,7 @@ class VllmEngine:
             gpu_memory_utilization=self._memory_share,
             # The number of blocks decides; but without any size the CPU build takes a share of the machine.
             kv_cache_memory_bytes=1 << 20 if cpu else None,
-            enable_prefix_caching=True,
+            enable_prefix_caching=not (cpu and self._has_states),  # of states it wants prompts in parts, see below
             # After each part of a prompt but the last, vLLM rewinds the generator of the seed, which a CPU's cannot.
             enable_chunked_prefill=False if cpu else None,
             tensor_parallel_size=self._tensor_parallel,
@@ -481,6 +481,15 @@ def cache_groups(config: PreTrainedConfig) -> int:
     kinds = Counter(getattr(config, "layer_types", None) or [""])
     size = min(kinds.values())
     return sum(-(-layers // size) for layers in kinds.values())
+
+
+def has_states(config: PreTrainedConfig) -> bool:
+    """Whether a layer keeps a state (recurrence, convolution) rather than keys and values."""
+    kinds = getattr(config, "layer_types", None) or ()
+    states = ("state_size", "mamba_d_state", "ssm_state_size", "conv_L_cache", "linear_conv_kernel_dim", "lru_width")
+    return any("attention" not in kind or kind == "linear_attention" for kind in kinds) or any(
+        getattr(config, name, None) for name in states
+    )
 
 
 def _set_environment(threads: int) -> None:

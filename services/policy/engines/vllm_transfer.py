@@ -46,6 +46,8 @@ class FilesTransferEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
         pass
 
     def start_weight_update(self) -> None:
+        if current_platform.is_cpu():
+            _forget_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FilesUpdateInfo) -> None:
@@ -75,6 +77,14 @@ def _pack_tied_head(model: torch.nn.Module) -> None:
         one is not head and getattr(one, "weight", None) is weight for one in model.modules()
     ):
         head.quant_method.process_weights_after_loading(head)
+
+
+def _forget_experts(model: torch.nn.Module) -> None:
+    """The CPU's experts pack their weights when their kernel is made, and not again for new weights."""
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 class WorkerExtension:

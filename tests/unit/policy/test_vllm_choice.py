@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from services.policy.engine import Engine
 from services.policy.engines.transformers_engine import TransformersEngine
 from services.policy.engines.vllm_choice import accepted_context, after_new_weights, random_model, vllm_verdict
-from services.policy.engines.vllm_engine import cache_groups
+from services.policy.engines.vllm_engine import cache_groups, has_states
 from steersman.errors import ConfigError
 from steersman.nn.parity import NATS
 
@@ -121,3 +121,11 @@ def test_layers_of_several_kinds_need_blocks_of_their_own(kinds: list[str] | Non
     config = CONFIG_MAPPING["llama"]()
     config.layer_types = kinds
     assert cache_groups(config) == groups
+
+
+@pytest.mark.parametrize(("family", "states"), [
+    ("llama", False), ("gemma3_text", False), ("gpt_oss", False), ("deepseek_v3", False), ("lfm2", True),
+    ("mamba2", True), ("qwen3_5_text", True), ("jamba", True), ("recurrent_gemma", True), ("falcon_h1", True),
+])  # fmt: skip
+def test_layers_with_states_are_known(family: str, states: bool) -> None:
+    assert has_states(CONFIG_MAPPING[family]()) is states
