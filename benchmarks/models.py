@@ -97,6 +97,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon",
         {"new_decoder_architecture": True, "num_kv_heads": 8, "num_attention_heads": 64, "hidden_size": 4096},
     ),
+    "deepseek_v3 (as published)": (
+        "deepseek_v3",
+        {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    ),
     "olmo (clipped)": ("olmo", {"clip_qkv": 0.5}),
     "t5": ("t5", {"decoder_start_token_id": 0}),
     "longt5": ("longt5", {"decoder_start_token_id": 0}),

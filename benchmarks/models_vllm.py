@@ -50,7 +50,7 @@ def _measure(name: str) -> dict[str, Any]:
 
     def start(folder: Path, context: int | None) -> VllmEngine:
         options: dict[str, Any] = {"max_context": context, "max_running": 16, "kv_cache_tokens": 2048, "threads": 1}
-        return VllmEngine(folder, precision="fp32", device="cpu", eager=True, lora="merge", trusted=True, **options)
+        return VllmEngine(folder, precision="fp32", device="cpu", eager=True, lora="merge", small=True, **options)
 
     def independent(engine: Engine, longest: int | None) -> None:
         nonlocal again

@@ -185,7 +185,7 @@ def _shrink(config: PreTrainedConfig, narrower: int, left: int, whole_heads: boo
             setattr(config, name, min(value, VOCABULARY))
         elif _LAYERS.fullmatch(name) and isinstance(value, int):
             setattr(config, name, min(value, layers))
-        elif isinstance(value, (int, float)) and value > 0 and (cap := _lower_cap(name)):
+        elif isinstance(value, (int, float)) and value > 0 and (cap := _lower_cap(name, whole_heads)):
             setattr(config, name, min(value, cap))
         elif isinstance(value, int) and not isinstance(value, bool):
             change = next((one for pattern, one in changes if pattern.fullmatch(name)), None)
@@ -199,8 +199,10 @@ def _shrink(config: PreTrainedConfig, narrower: int, left: int, whole_heads: boo
     _shorten(config, 1 if whole_heads else narrower)
 
 
-def _lower_cap(name: str) -> float | None:
-    return next((cap for pattern, cap in _LOWER_CAPS if pattern.fullmatch(name)), None)
+def _lower_cap(name: str, foreign: bool) -> float | None:
+    """`foreign`: for another library's code, which has the limit of activations written into it (vLLM's gpt-oss)."""
+    caps = _LOWER_CAPS[:-1] if foreign else _LOWER_CAPS
+    return next((cap for pattern, cap in caps if pattern.fullmatch(name)), None)
 
 
 def _layer_names(config: PreTrainedConfig) -> tuple[str, ...]:

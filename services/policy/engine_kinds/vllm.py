@@ -26,6 +26,9 @@ class VllmOptions(EngineOptions):
     `auto`: an adapter on a GPU, merged on a CPU."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
     """Largest rank of an adapter."""
+    check_architecture: bool = True
+    """Before the model is loaded, small random ones of its architecture must give transformers' log-probabilities;
+    where they give others, the service does not start."""
 
     def build(self, served: Served) -> Engine:
         try:

@@ -53,7 +53,10 @@ def accepted_context(config: PreTrainedConfig, start: Start, *, exact: bool) -> 
     if not verdict.computed:
         log.warning("whether vLLM computes %s as transformers does is not known: %s", name, verdict.reason)
     elif verdict.outcome == "refused":
-        raise ConfigError(f"{name} cannot run on the vllm engine: {verdict.reason}; use the engine transformers")
+        raise ConfigError(
+            f"{name} cannot run on the vllm engine: {verdict.reason}; use the engine transformers, or set "
+            "vllm.checkArchitecture to false where that is known to mean nothing"
+        )
     elif verdict.limit:
         log.warning("vLLM: the context of %s ends at %d tokens: %s", name, verdict.limit, verdict.reason)
     return verdict.limit

@@ -93,7 +93,8 @@ class VllmEngine:
         lora: Literal["auto", "adapter", "merge"] = "auto",
         max_lora_rank: int = 64,
         on_death: Callable[[], None] = lambda: None,
-        trusted: bool = False,
+        check_architecture: bool = True,
+        small: bool = False,
     ) -> None:
         """
         Args:
@@ -113,8 +114,8 @@ class VllmEngine:
             max_lora_rank: largest rank of a vLLM adapter.
             on_death: called once from the engine's thread when vLLM's processes have died: the engine is of no use
                 any more.
-            trusted: whether vLLM computes the architecture as transformers does is not checked first, and the folder
-                needs no tokenizer: there are no constraints.
+            check_architecture: first find out whether vLLM computes the architecture as transformers does.
+            small: the model is one with which another's architecture is checked; its folder has no tokenizer.
         """
         self._model = model
         self._name = name
@@ -130,7 +131,7 @@ class VllmEngine:
         self._lora = lora
         self._max_lora_rank = max_lora_rank
         self._on_death: Callable[[], None] | None = on_death
-        self._trusted = trusted
+        self._check_architecture, self._small_model = check_architecture and not small, small
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -167,7 +168,7 @@ class VllmEngine:
         self._vocab: int = config.vocab_size
         self._cache_groups, self._has_states = cache_groups(config), has_states(config)
         limits = [context_of(config), self._kv_cache_tokens, self._max_context]
-        if not self._trusted:
+        if self._check_architecture:
             limits.append(accepted_context(whole, self._small, exact=self._precision == "fp32"))
         self._context: int = min(limit for limit in limits if limit)
         self._eos = end_tokens(_generation_config(self._model), config)
@@ -198,7 +199,7 @@ class VllmEngine:
             memory_share=self._memory_share,
             eager=True,
             lora="merge",
-            trusted=True,
+            small=True,
         )
 
     async def _start(self) -> tuple[AsyncLLM, Any]:
@@ -220,7 +221,7 @@ class VllmEngine:
         block = 32 if cpu else 16
         return AsyncEngineArgs(
             model=str(self._model),
-            skip_tokenizer_init=self._trusted,
+            skip_tokenizer_init=self._small_model,
             dtype=_DTYPES[self._precision],  # type: ignore[arg-type]
             generation_config="vllm",
             max_model_len=self._context,
