@@ -116,6 +116,11 @@ class Valid:
     name: str
     stages: list[str]
     """In their order."""
+    steps: dict[str, int | None]
+    """Optimizer steps, or rounds, by stage; null: it makes none, or how many is known only later."""
+    memory_gib: dict[str, float | None]
+    """Weights and optimizer states of a stage's processes, without activations, caches and libraries; null: not
+    known."""
     seconds: float | None
     """What it will take, by earlier runs of the same stages on this machine; null: not known."""
 

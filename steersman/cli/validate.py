@@ -26,6 +26,7 @@ def validate(
     from steersman.home import cache_folder
     from steersman.local import folder
     from steersman.local.executor import validate_run
+    from steersman.local.expected import expected_of
     from steersman.local.pace import Pace
     from steersman.progress import clock
 
@@ -33,9 +34,18 @@ def validate(
     with tempfile.TemporaryDirectory(prefix="steersman-validate-") as scratch:
         resolved = folder.resolve(manifest, Path(scratch), file.absolute().parent)
         validate_run(resolved, Path(scratch), show=not as_json)
+        needs = expected_of(resolved, Path(scratch))
     seconds = Pace(cache_folder() / "pace.json").expected_of_all(resolved, resolved.stage_names())
     if as_json:
-        print_json(Valid(str(file), manifest.metadata.name, manifest.stage_names(), seconds))
+        steps = {name: need.steps for name, need in needs.items()}
+        memory = {name: need.memory_gib for name, need in needs.items()}
+        print_json(Valid(str(file), manifest.metadata.name, manifest.stage_names(), steps, memory, seconds))
         return
+    for name, need in needs.items():
+        said = [f"{need.steps:,} {'step' if need.steps == 1 else 'steps'}"] if need.steps else []
+        if need.memory_gib:
+            said.append(f"at least {need.memory_gib:.2g} GiB for weights and optimizer")
+        if said:
+            print(f"{name}: {', '.join(said)}")
     expected = "" if seconds is None else f"; by earlier runs here about {clock(seconds)}"
     print(f"{file}: valid, {len(manifest.spec.stages)} stages: {', '.join(manifest.stage_names())}{expected}")

@@ -57,6 +57,10 @@ class StageOptions(FrozenModel):
     def needed_data(self) -> str | None:
         return self.reads
 
+    def steps_on(self, rows: int) -> int | None:
+        """Optimizer steps, or rounds, that it makes of so many training rows; None: it makes none."""
+        return None
+
     def brings_scorers(self) -> list[str]:
         """Names of the rewards that it adds to those of the reward models before it."""
         return []

@@ -41,3 +41,6 @@ class RejectionSamplingStage(OnlineStage):
     """Conversations a forward pass."""
     gradient_checkpointing: bool = False
     """Trades time for memory."""
+
+    def steps_on(self, rows: int) -> int | None:
+        return self.rounds

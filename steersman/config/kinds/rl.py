@@ -154,6 +154,9 @@ class RlStage(ChosenMethod, OnlineStage):
     def brings_scorers(self) -> list[str]:
         return super().brings_scorers() + list(self.watch.scorers if self.watch is not None else ())
 
+    def steps_on(self, rows: int) -> int | None:
+        return self.steps
+
     def check_place(self, place: Place) -> None:
         super().check_place(place)
         options = self.options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -59,6 +60,10 @@ class SupervisedStage(StageOptions):
     """Longer conversations are refused, never cut silently."""
     gradient_checkpointing: bool = False
     """Trades time for memory."""
+
+    def steps_on(self, rows: int) -> int | None:
+        a_pass = -(-rows // self.batch_size)
+        return self.max_steps or max(1, math.ceil(self.epochs * a_pass))
 
     def check_place(self, place: Place) -> None:
         if self.batch_size % place.workers:

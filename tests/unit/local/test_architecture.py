@@ -96,4 +96,5 @@ def test_validate_finds_what_a_run_would_find_later(tmp_path: Path) -> None:
     good = validate(manifest, tmp_path)
     assert good.returncode == 0, good.stderr
     assert good.stdout.splitlines()[-1].endswith("run.yaml: valid, 1 stages: sft")
+    assert "sft: 1 step, at least " in good.stdout
     assert "LlamaForCausalLM runs without padding" in good.stdout + good.stderr

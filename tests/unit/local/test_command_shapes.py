@@ -220,7 +220,8 @@ def test_a_manifest_that_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "run.yaml").write_text(RUN)
     valid = checked(says("validate", "-f", "run.yaml"), OUTPUTS["validate"])
     stages = ["sft", "reward-model", "rl", "evaluate"]
-    assert valid == {"file": "run.yaml", "name": "a-run", "stages": stages, "seconds": None}
+    assert (valid["file"], valid["name"], valid["stages"], valid["seconds"]) == ("run.yaml", "a-run", stages, None)
+    assert list(valid["steps"]) == list(valid["memory_gib"]) == stages
     assert CliRunner().invoke(app, ["validate", "-f", "run.yaml"]).output.endswith("evaluate\n")
     assert shown == [False, True]
 
