@@ -161,7 +161,7 @@ def _first(config: PreTrainedConfig, names: tuple[str, ...]) -> int | None:
 
 
 def _shrink(config: PreTrainedConfig, narrower: int, left: int, whole_heads: bool) -> None:
-    step = 64 if whole_heads else 1  # what kernels want of widths
+    step, least = (64, 64) if whole_heads else (1, 8)  # what kernels want of widths
     derived = not any(_HEAD_WIDTHS.fullmatch(name) and value for name, value in config.__dict__.items())
     heads = _first(config, _HEADS) or 1
     key_heads = _first(config, _KEY_HEADS) or heads
@@ -171,13 +171,13 @@ def _shrink(config: PreTrainedConfig, narrower: int, left: int, whole_heads: boo
         fewer = 1
     changes: list[tuple[re.Pattern[str], Callable[[int], int]]] = [
         (_COUNTS, lambda value: max(1, value // fewer)),
-        *([(_HIDDEN, lambda value: value // fewer)] if whole_heads and derived else []),
-        (_WIDTHS, lambda value: max(8, -(-value // (fewer * narrower * step)) * step)),
+        (_WIDTHS, lambda value: max(least, value // (fewer * narrower * step) * step)),
         (_HEAD_WIDTHS, lambda value: value if whole_heads else max(2, value // narrower)),
         (_EXPERTS, lambda value: min(value, _experts(config))),
         (_CHOSEN, lambda value: min(value, 2)),
         (_WINDOWS, lambda value: min(value, WINDOW)),
         (_CHUNKS, lambda value: min(value, 2 * WINDOW)),
+        *([(_HIDDEN, lambda value: value // fewer)] if whole_heads and derived else []),
     ]
     total, layers = _first(config, _layer_names(config)), _layers(config)
     for name, value in list(config.__dict__.items()):
@@ -188,7 +188,7 @@ def _shrink(config: PreTrainedConfig, narrower: int, left: int, whole_heads: boo
         elif isinstance(value, (int, float)) and value > 0 and (cap := _lower_cap(name, whole_heads)):
             setattr(config, name, min(value, cap))
         elif isinstance(value, int) and not isinstance(value, bool):
-            change = next((one for pattern, one in changes if pattern.fullmatch(name)), None)
+            change = next((one for pattern, one in reversed(changes) if pattern.fullmatch(name)), None)
             if change is not None and value > 0:
                 setattr(config, name, change(value))
         elif isinstance(value, list) and len(value) > layers and len(value) == total:

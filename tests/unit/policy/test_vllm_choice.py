@@ -20,6 +20,7 @@ from services.policy.engines.vllm_choice import accepted_context, after_new_weig
 from services.policy.engines.vllm_engine import cache_groups, has_states
 from steersman.errors import ConfigError
 from steersman.nn.parity import NATS
+from steersman.nn.tiny import tiny_config
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -129,3 +130,10 @@ def test_layers_of_several_kinds_need_blocks_of_their_own(kinds: list[str] | Non
 ])  # fmt: skip
 def test_layers_with_states_are_known(family: str, states: bool) -> None:
     assert has_states(CONFIG_MAPPING[family]()) is states
+
+
+def test_a_small_model_has_widths_that_kernels_take() -> None:
+    config = CONFIG_MAPPING["nemotron_h"]()
+    assert tiny_config(config).moe_intermediate_size % 4 == 0  # grouped products want 16 bytes
+    whole = tiny_config(config, whole_heads=True)
+    assert (whole.hidden_size % 64, whole.head_dim) == (0, config.head_dim)
