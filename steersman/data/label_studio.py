@@ -31,7 +31,7 @@ def label_studio(record: dict[str, Any], options: ImportOptions) -> Converted:
         for name, value in record["data"].items()
     }
     for annotation in done:
-        row = task | said | _circumstances(annotation)
+        row: dict[str, Any] = {**task, **said, **_circumstances(annotation)}
         rated = dict(row.pop("aspects", None) or {})
         for result in annotation["result"]:
             value = result["value"]

@@ -105,9 +105,9 @@ class _Signer:
         shingles = (shingles ^ shingles >> _U64(29)) * _U64(0xBF58476D1CE4E5B9)
         shingles ^= shingles >> _U64(32)
         bins = owners * _ENTRIES + (shingles >> _U64(58)).astype(np.int64)
-        least = np.full(texts * _ENTRIES, _NONE, np.uint32)
-        np.minimum.at(least, bins, (shingles >> _U64(26)).astype(np.uint32))
-        least = least.reshape(texts, _ENTRIES)
+        smallest = np.full(texts * _ENTRIES, _NONE, np.uint32)
+        np.minimum.at(smallest, bins, (shingles >> _U64(26)).astype(np.uint32))
+        least = smallest.reshape(texts, _ENTRIES)
         rows, columns = np.nonzero(least == _NONE)
         filled = least.copy()
         for other in self._others:

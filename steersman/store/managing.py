@@ -114,7 +114,7 @@ def find_items(
         query = query.where(
             sa.or_(*(column.icontains(spelling, autoescape=True) for column in columns for spelling in spellings))
         )
-    disputed = sa.literal_column(DISPUTED)
+    disputed: sa.ColumnElement[float] = sa.literal_column(DISPUTED)
     worst_first = query.order_by(disputed.desc(), Item.id)
     if after is None:
         return list(session.scalars(worst_first.limit(limit)))

@@ -47,7 +47,8 @@ class Message:
 
 
 class TicketInbox(Protocol):
-    config: ZammadInbox | ZendeskInbox
+    @property
+    def config(self) -> ZammadInbox | ZendeskInbox: ...
 
     def verify(self, headers: Mapping[str, str], body: bytes) -> None:
         """Raises UnauthenticatedError for a signature that is missing, wrong or too old."""

@@ -19,7 +19,7 @@ STATES = {
 
 def upgrade() -> None:
     for state, which in STATES.items():
-        columns = ["project_id", sa.text("coalesce(disagreement, 0) DESC"), "id"]
+        columns: list[str | sa.TextClause] = ["project_id", sa.text("coalesce(disagreement, 0) DESC"), "id"]
         create_index(f"ix_items_{state}", "items", columns, which)
 
 
