@@ -16,9 +16,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from services.policy.engine import Engine
 from services.policy.engines.transformers_engine import TransformersEngine
-from services.policy.engines.vllm_choice import accepted_context, after_new_weights, random_model, vllm_verdict
+from services.policy.engines.vllm_choice import (
+    accepted_context,
+    after_new_weights,
+    random_model,
+    rounding,
+    vllm_verdict,
+)
 from services.policy.engines.vllm_engine import cache_groups, has_states
 from steersman.errors import ConfigError
+from steersman.nn.hardware import Precision
 from steersman.nn.parity import NATS
 from steersman.nn.tiny import tiny_config
 
@@ -33,7 +40,9 @@ LONGROPE = {
 }
 
 
-def serving(change: Callable[[dict[str, Any], int | None], None]) -> Callable[[Path, int | None], Engine]:
+def serving(
+    change: Callable[[dict[str, Any], int | None], None], precision: Precision = "fp32"
+) -> Callable[[Path, int | None], Engine]:
     """Engines that compute another configuration than the folder's."""
 
     def start(folder: Path, context: int | None) -> Engine:
@@ -41,7 +50,7 @@ def serving(change: Callable[[dict[str, Any], int | None], None]) -> Callable[[P
         config = json.loads(path.read_text())
         change(config, context)
         path.write_text(json.dumps(config))
-        return TransformersEngine(folder, precision="fp32", device="cpu", max_context=context, decoder="generic")
+        return TransformersEngine(folder, precision=precision, device="cpu", max_context=context, decoder="generic")
 
     return start
 
@@ -74,6 +83,27 @@ def test_an_engine_that_leaves_something_out_is_refused(family: str, field: str,
 
     with pytest.raises(ConfigError, match=r"cannot run on the vllm engine: its log-probabilities differ .* by \d"):
         accepted_context(CONFIG_MAPPING[family](), serving(change), exact=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "qwen3_moe"])
+def test_in_bf16_as_much_is_allowed_as_rounding_moves_the_model_itself(family: str) -> None:
+    """Which is a hundred times more where a rounding chooses other experts."""
+    config = CONFIG_MAPPING[family]()
+    verdict = vllm_verdict(config, serving(as_it_is, "bf16"), exact=False)
+    assert (verdict.outcome, verdict.computed) == ("agrees", True)
+    assert 0 < verdict.difference < 1.5 * max(rounding(random_model(config, seed), None) for seed in (0, 1))
+
+
+@pytest.mark.parametrize(("family", "field", "value"), [
+    ("gemma2", "final_logit_softcapping", None),
+    ("mistral", "sliding_window", None),
+    ("qwen3_moe", "norm_topk_prob", True),
+])  # fmt: skip
+def test_in_bf16_what_is_left_out_is_seen(family: str, field: str, value: object) -> None:
+    def change(config: dict[str, Any], context: int | None) -> None:
+        config[field] = value
+
+    assert vllm_verdict(CONFIG_MAPPING[family](), serving(change, "bf16"), exact=False).outcome == "refused"
 
 
 def test_rotations_that_are_chosen_by_the_context_bound_it(caplog) -> None:
