@@ -45,13 +45,13 @@ RESOURCES: Mapping[str, Resource] = {
     "Job": Resource("batch", "v1", "jobs"),
     "StatefulSet": Resource("apps", "v1", "statefulsets"),
     "Deployment": Resource("apps", "v1", "deployments"),
-    "Workload": Resource("kueue.x-k8s.io", "v1beta1", "workloads"),
+    "Workload": Resource("kueue.x-k8s.io", "v1beta2", "workloads"),
     "NetworkPolicy": Resource("networking.k8s.io", "v1", "networkpolicies"),
     "InferenceService": Resource("serving.kserve.io", "v1beta1", "inferenceservices"),
     "Certificate": Resource("cert-manager.io", "v1", "certificates"),
 }
 
-_OPTIONAL = {"InferenceService": "KServe", "Workload": "Kueue", "Certificate": "cert-manager"}
+_OPTIONAL = {"InferenceService": "KServe", "Workload": "Kueue 0.15 or newer", "Certificate": "cert-manager"}
 """Kinds of other projects, which a cluster may not have."""
 
 RIGHTS: Mapping[str, tuple[str, ...]] = {

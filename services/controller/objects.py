@@ -327,7 +327,7 @@ def workload(run: Manifest, manifest: AlignmentRun, index: int, settings: Settin
         body = service_objects(run, manifest, service, config, settings, stage)[-1]["spec"]
         sets.append((service, body["replicas"], body["template"]))
     return {
-        "apiVersion": "kueue.x-k8s.io/v1beta1",
+        "apiVersion": "kueue.x-k8s.io/v1beta2",
         "kind": "Workload",
         "metadata": owned(run, object_name(manifest.metadata.name, "workload"), {STAGE_LABEL: stage}),
         "spec": {

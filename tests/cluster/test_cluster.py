@@ -7,11 +7,16 @@ gets ready, `helm test` passes, a tiny run is released.
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 
 import pytest
 import yaml
 from cluster_lab import run_of, until
+
+from services.controller import objects
+from services.controller.model import Settings
+from services.controller.plan import parse_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(5400)]
 
@@ -113,6 +118,18 @@ def test_every_pod_of_the_chart_is_admitted(installed):
         pod["metadata"] = {**template["metadata"], "name": f"{name}-dry"}
         done = installed.apply(pod, "--dry-run=server", "--validate=strict")
         assert "created" in done.stdout
+
+
+def test_what_the_controller_asks_of_kueue_is_admitted(installed):
+    """Where its CRD is; Kueue itself need not run."""
+    if "workloads.kueue.x-k8s.io" not in installed.kubectl("get", "crd", "-o", "name", namespaced=False).stdout:
+        pytest.skip("no Kueue: the CRD workloads.kueue.x-k8s.io is not here")
+    run = run_of("queued", stages=[{"sft": {}}, {"rewardModel": {}}, {"rl": {"steps": 2}}], trainer={"queue": "gpus"})
+    run["metadata"] |= {"namespace": installed.namespace, "uid": str(uuid.uuid4())}
+    config = installed.get("configmap", f"{installed.release}-steersman-controller")["data"]
+    names = ("trainer", "policy", "reward", "reference")
+    settings = Settings({name: yaml.safe_load(config[f"{name}.yaml"]) for name in names})
+    installed.apply(objects.workload(run, parse_run(run), 2, settings), "--server-side", "--dry-run=server")
 
 
 def test_rights_are_the_least(installed):
