@@ -98,11 +98,12 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
         unsent: dict[int, policy_pb2.PolicyServiceChatResponse] = {}
         if request.prompt_logprobs:
             words = re.findall(r"\s*\S+|\s+$", request.prompt or _text_of(request))
-            scored = [_token(word, request.top_logprobs) for word in words]
-            for begin in range(0, len(scored), 256):
+            for begin in range(0, len(words), 256):
+                await asyncio.sleep(0)  # tests wait for others on this loop
+                scored = [_token(word, request.top_logprobs) for word in words[begin : begin + 256]]
                 text = "" if begin else _text_of(request)
                 yield policy_pb2.PolicyServiceChatResponse(
-                    prompt_logprobs=scored[begin : begin + 256], prompt_text=text, prompt_tokens=prompt_tokens
+                    prompt_logprobs=scored, prompt_text=text, prompt_tokens=prompt_tokens
                 )
         for choice in range(len(replies) if self.thoughts or request.prompt_token_ids else 0):
             begun = policy_pb2.PolicyServiceChatResponse(
