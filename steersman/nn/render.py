@@ -249,7 +249,11 @@ class Encoder:
     boundary_id: int
 
     def ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        found: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Raises DataError for a text that no UTF-8 says: with half a character, a lone surrogate."""
+        try:
+            found: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            raise DataError("a text holds half a character (a lone surrogate); leave it out") from None
         return found
 
 

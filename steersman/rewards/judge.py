@@ -166,8 +166,6 @@ def judge(
     concurrency: int = 4,
 ) -> BatchReward:
     """An LLM with a rubric; `url` ends with the API's version (https://host/v1), `calls` is the process's budget."""
-    if mode not in ("points", "pairs"):
-        raise ConfigError(f"reward judge: mode is {mode!r}; use points or pairs")
     if scale < 2 or calls < 1 or not 1 <= concurrency <= 64:
         raise ConfigError("reward judge: scale must be at least 2, calls at least 1, concurrency 1 to 64")
     asked = Judge(url, model, api_key_env=api_key_env, calls=calls, cache=cache, timeout_seconds=timeout_seconds)

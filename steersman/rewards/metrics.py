@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Part = Literal["precision", "recall", "fmeasure"]
+Variant = Literal["rouge1", "rouge2", "rougeL", "rougeLsum"]
 
 
 def references(prompt: Messages, facts: Mapping[str, Any], key: str) -> list[str]:
@@ -41,13 +42,11 @@ def references(prompt: Messages, facts: Mapping[str, Any], key: str) -> list[str
 
 @register("rouge")
 def rouge(
-    variant: str = "rougeL", reference: str = "reference", part: Part = "fmeasure", stemmer: bool = True
+    variant: Variant = "rougeL", reference: str = "reference", part: Part = "fmeasure", stemmer: bool = True
 ) -> Reward:
     """ROUGE (Lin 2004) by `rouge-score`: `rouge1`, `rouge2`, `rougeL`, `rougeLsum`; the best of the references."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    _one_of("rouge", "part", part, ("precision", "recall", "fmeasure"))
-    _one_of("rouge", "variant", variant, ("rouge1", "rouge2", "rougeL", "rougeLsum"))
     scorer = RougeScorer([variant], use_stemmer=stemmer)
 
     def reward(prompt: Messages, answer: str, facts: Mapping[str, Any]) -> Verdict:

@@ -7,12 +7,15 @@ model, a comparison or somebody's own function wants all of them at once. Whoeve
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from steersman.errors import ConfigError, meant
 
@@ -90,11 +93,11 @@ def registered() -> list[str]:
 
 def build_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     """Builds a reward of single answers; ConfigError for an unknown name or wrong options."""
-    factory = _factory(name, options or {})
+    make = _maker(name, options or {})
     if name in _FACTORIES:
-        single: Reward = factory(**(options or {}))
+        single: Reward = make()
         return single
-    batch: BatchReward = factory(**(options or {}))
+    batch: BatchReward = make()
 
     def reward(prompt: Messages, answer: str, facts: Mapping[str, Any]) -> Verdict:
         (outcome,) = batch([Answered(prompt, answer, facts)])
@@ -107,8 +110,7 @@ def build_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
 
 def build_batch_reward(name: str, options: Mapping[str, Any] | None = None) -> BatchReward:
     """Builds a reward of batches from any registered one; ConfigError for an unknown name or wrong options."""
-    factory = _factory(name, options or {})
-    built = factory(**(options or {}))
+    built = _maker(name, options or {})()
     return built if name in _BATCH_FACTORIES else one_by_one(built)
 
 
@@ -131,13 +133,14 @@ def one_by_one(reward: Reward) -> BatchReward:
 def check_reward(name: str, options: Mapping[str, Any]) -> None:
     """Raises ConfigError as `build_reward` does, but builds only rewards that load nothing: a manifest is read also
     where the files that it names are not."""
-    factory = _factory(name, options)
+    make = _maker(name, options)
     if name in _FACTORIES:
         with contextlib.suppress(ImportError):
-            factory(**options)
+            make()
 
 
-def _factory(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
+def _maker(name: str, options: Mapping[str, Any]) -> Callable[[], Any]:
+    """Makes the reward with options of the types that it names."""
     _load_modules()
     factory = _FACTORIES.get(name) or _BATCH_FACTORIES.get(name)
     if factory is None:
@@ -149,7 +152,18 @@ def _factory(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
         inspect.signature(factory).bind(**options)
     except TypeError as error:
         raise ConfigError(f"reward {name}: its options do not fit ({error})") from None
-    return factory
+    types = get_type_hints(factory)
+    typed = {option: _typed(name, option, value, types.get(option, Any)) for option, value in options.items()}
+    return functools.partial(factory, **typed)
+
+
+def _typed(name: str, option: str, value: Any, wanted: Any) -> Any:
+    """The option's value as the type that it is to have."""
+    try:
+        return TypeAdapter(wanted).validate_python(value)
+    except ValidationError as error:
+        (first, *_) = error.errors(include_url=False)
+        raise ConfigError(f"reward {name}: {option} is {value!r:.100}: {first['msg'].lower()}") from None
 
 
 def _load_modules() -> None:

@@ -271,6 +271,14 @@ def _count(value: Any) -> int:
     return value
 
 
+def _raw(token: Mapping[str, Any]) -> bytes:
+    """A token's bytes; ValueError or TypeError for what are none: of a number, `bytes` would make as many zeros."""
+    given = token.get("bytes")
+    if given is not None and not isinstance(given, list):
+        raise ValueError(f"bytes is a {type(given).__name__} and no list of numbers")
+    return bytes(given or token["token"].encode())
+
+
 def _tokens(logprobs: Mapping[str, Any] | None) -> list[TokenLogprob]:
     if not logprobs:
         return []
@@ -279,7 +287,7 @@ def _tokens(logprobs: Mapping[str, Any] | None) -> list[TokenLogprob]:
             TokenLogprob(
                 text=token["token"],
                 logprob=_finite(token["logprob"]),
-                raw=bytes(token.get("bytes") or token["token"].encode()),
+                raw=_raw(token),
                 top=[
                     TokenAlternative(text=other["token"], logprob=_finite(other["logprob"]))
                     for other in token.get("top_logprobs") or []

@@ -16,7 +16,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from services.gateway.backends.openai import Translator
 from services.gateway.testing import free_port, gateway_config, running_gateway, serve_app
+from steersman.errors import UnavailableError
 from steersman.testing.models import tiny_tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -172,3 +174,15 @@ async def test_another_replica_takes_over_where_a_foreign_server_is_gone(kind: s
             gateway.pool._members.pop()  # type: ignore[union-attr]
             away = await http.post(CHAT, json=asked("hello"))
             assert away.status_code == 503
+
+
+@pytest.mark.parametrize("given", [2**40, True, "abc", [256], [-1], ["a"], {"0": 1}])
+def test_a_tokens_bytes_are_a_list_of_them(given: object) -> None:
+    """Of a number Python's `bytes` makes as many zeros: 2**40 was a terabyte."""
+    token = {"token": "a", "logprob": -0.1, "bytes": given}
+    chunk = {"choices": [{"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [token]}}]}
+    with pytest.raises(UnavailableError, match="no chunk of a completion"):
+        Translator().take(chunk)
+    token["bytes"] = [97]
+    (response,) = Translator().take(chunk)
+    assert response.tokens[0].raw == b"a"

@@ -259,10 +259,14 @@ def test_rouge_and_bleu_on_a_reference_and_on_the_prompt() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("rouge", {"variant": "rouge9"}, "variant is 'rouge9'; use rouge1"),
+        ("rouge", {"variant": "rouge9"}, "variant is 'rouge9': input should be 'rouge1'"),
         ("rouge", {"part": "f1"}, "part is 'f1'"),
         ("judge", {"url": "http://x/v1"}, "its options do not fit"),
-        ("judge", {"url": "http://x/v1", "model": "m", "rubric": "r", "mode": "x"}, "use points or pairs"),
+        (
+            "judge",
+            {"url": "http://x/v1", "model": "m", "rubric": "r", "mode": "x"},
+            "mode is 'x': input should be 'points' or 'pairs'",
+        ),
         ("judge", {"url": "http://x/v1", "model": "m", "rubric": "r", "api_key_env": "NOT_SET_X"}, "is not set"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from steersman.errors import UnavailableError
+from steersman.errors import ConfigError, UnavailableError
 from steersman.rewards import build_reward
 
 ASKED = [{"role": "user", "content": "When does order 17 come?"}]
@@ -92,3 +92,19 @@ def test_an_http_scorer(scorer: tuple[str, list[dict[str, Any]]]) -> None:
         reward(ASKED, "", {})
     with pytest.raises(UnavailableError, match="the answer must be JSON"):
         reward(ASKED, "longer than ten", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("regex", {"pattern": ["a"]}, r"reward regex: pattern is \['a'\]: input should be a valid string"),
+        ("regex", {"pattern": {"a": 1}}, "reward regex: pattern is"),
+        ("regex", {"pattern": "a", "match": "much"}, "reward regex: match is 'much': input should be a valid number"),
+        ("exact-facts", {"field": 7}, "reward exact-facts: field is 7: "),
+        ("json-schema", {"schema": "object"}, "reward json-schema: schema is 'object': "),
+        ("http", {"url": "http://127.0.0.1:1", "headers": ["a"]}, "reward http: headers is"),
+    ],
+)
+def test_an_option_of_another_type_is_refused_by_its_name(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_reward(name, options)

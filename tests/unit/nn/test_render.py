@@ -337,3 +337,9 @@ def test_long_hostile_text_takes_linear_time(text):
     half = prompt_ids(tokenizer, [{"role": "user", "content": text}])
     assert len(half) >= len(text)
     assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_half_a_character_is_refused_in_words(role: str) -> None:
+    with pytest.raises(DataError, match="half a character"):
+        prompt_ids(tiny_tokenizer(), [{"role": role, "content": "\ud800"}])
