@@ -261,7 +261,9 @@ class Translator:
         function = call.get("function") or {}
         known["id"] = str(call.get("id") or known["id"])
         known["name"] = str(function.get("name") or known["name"])
-        known["arguments"] += function.get("arguments") or ""
+        piece = function.get("arguments") or ""
+        (known["id"] + known["name"] + piece).encode()  # half a character ends here, not where the call is sent on
+        known["arguments"] += piece
 
 
 def _count(value: Any) -> int:

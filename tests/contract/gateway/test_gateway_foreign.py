@@ -186,3 +186,12 @@ def test_a_tokens_bytes_are_a_list_of_them(given: object) -> None:
     token["bytes"] = [97]
     (response,) = Translator().take(chunk)
     assert response.tokens[0].raw == b"a"
+
+
+@pytest.mark.parametrize("field", ["id", "name", "arguments"])
+def test_half_a_character_in_a_call_is_no_chunk(field: str) -> None:
+    call: dict[str, Any] = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}
+    (call if field == "id" else call["function"])[field] = "\ud800"
+    chunk = {"choices": [{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}
+    with pytest.raises(UnavailableError, match="no chunk of a completion"):
+        Translator().take(chunk)
