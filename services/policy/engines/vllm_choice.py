@@ -109,7 +109,7 @@ def after_new_weights(engine: Engine, model: PreTrainedModel, longest: int | Non
 def rounding(model: PreTrainedModel, longest: int | None) -> float:
     """Mean difference in nats that rounding to bf16 makes to a token's log-probability in transformers."""
     groups = example_groups(longest)
-    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    rounded = copy.deepcopy(model).bfloat16()
     with torch.no_grad():
         values = [
             torch.cat([logprobs_of(one, prompt, answer) for prompt, answers in groups for answer in answers])
