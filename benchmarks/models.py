@@ -53,20 +53,11 @@ from steersman.nn.packed import pack
 from steersman.nn.parity import Verdict, causal_verdict, choose_forward, example_groups, score_verdict, skip_padding
 from steersman.nn.tiny import LENGTH, tiny_model
 from steersman.nn.tokens import IGNORE
-from steersman.testing.models import save_model_folder
+from steersman.testing.models import LONGROPE, save_model_folder
 
 CAUSAL_PATHS = ("sft", "dpo", "rlFull", "rlLora", "reference", "engine", "merge")
 SCORE_PATHS = ("rewardModel", "reward")
 PATHS = (*CAUSAL_PATHS, "vllm", *SCORE_PATHS)
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 1.0,
-    "short_factor": [1.0] * 48,
-    "long_factor": [1.0 + index / 4 for index in range(48)],
-    "original_max_position_embeddings": 4096,
-    "factor": 32.0,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,

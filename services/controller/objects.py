@@ -44,6 +44,8 @@ MANIFEST_MOUNT = "/etc/steersman/run"
 TLS_VOLUME = "tls"
 """The volume of the templates that holds certificates."""
 
+_LASTING = {"ConfigMap": "manifest", "NetworkPolicy": "pods", "Certificate": "tls"}
+"""What a run has from its start to its end, and how its name ends."""
 _ONE_MACHINE = ("host", "drainSeconds", "threads")
 """Settings of a service that a pod has from the chart."""
 _RETRYABLE = {SteersmanError, UnavailableError, DeadlineError, InternalError, RateLimitedError, ConflictError}
@@ -168,7 +170,7 @@ def manifest_map(run: Manifest, manifest: AlignmentRun, settings: Settings) -> J
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": owned(run, object_name(manifest.metadata.name, "manifest")),
+        "metadata": owned(run, object_name(manifest.metadata.name, _LASTING["ConfigMap"])),
         "immutable": True,
         "data": {"manifest.yaml": text},
     }
@@ -187,12 +189,8 @@ def lasting_objects(run: Manifest, manifest: AlignmentRun, settings: Settings) -
 
 def lasting_names(run: Manifest, settings: Settings) -> dict[str, str]:
     """Name of each of the lasting objects, by kind; also of a run whose manifest cannot be read."""
-    names = {"ConfigMap": "manifest"}
-    if settings.network:
-        names["NetworkPolicy"] = "pods"
-    if settings.certificates is not None:
-        names["Certificate"] = "tls"
-    return {kind: object_name(run["metadata"]["name"], suffix) for kind, suffix in names.items()}
+    has = {"ConfigMap": True, "NetworkPolicy": settings.network, "Certificate": settings.certificates is not None}
+    return {kind: object_name(run["metadata"]["name"], _LASTING[kind]) for kind in has if has[kind]}
 
 
 def network_policy(run: Manifest) -> Json:
@@ -202,7 +200,7 @@ def network_policy(run: Manifest) -> Json:
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": owned(run, object_name(name, "pods")),
+        "metadata": owned(run, object_name(name, _LASTING["NetworkPolicy"])),
         "spec": {"podSelector": mine, "policyTypes": ["Ingress"], "ingress": [{"from": [{"podSelector": mine}]}]},
     }
 
@@ -212,7 +210,7 @@ def certificate(run: Manifest, manifest: AlignmentRun, asked: RunCertificates) -
     hosts = [
         _host(run, manifest, service) for service in PORTS if not getattr(manifest.spec.services, service).endpoints
     ]
-    name = object_name(manifest.metadata.name, "tls")
+    name = object_name(manifest.metadata.name, _LASTING["Certificate"])
     return {
         "apiVersion": "cert-manager.io/v1",
         "kind": "Certificate",
@@ -423,7 +421,7 @@ def _stage_pod(run: Manifest, manifest: AlignmentRun, stage: str, labels: dict[s
     prepare.setdefault("volumeMounts", []).append({"name": "manifest", "mountPath": MANIFEST_MOUNT, "readOnly": True})
     pod.setdefault("initContainers", []).append(prepare)
     pod.setdefault("volumes", []).append(
-        {"name": "manifest", "configMap": {"name": object_name(manifest.metadata.name, "manifest")}}
+        {"name": "manifest", "configMap": {"name": object_name(manifest.metadata.name, _LASTING["ConfigMap"])}}
     )
     container["command"] = ["python", "-m", "training.stage"]
     container["args"] = ["--run-dir", str(folder), "--stage", stage]
@@ -472,5 +470,5 @@ def _pod(run: Manifest, template: Json, labels: dict[str, str], resources: Resou
     if settings.certificates is not None:
         for volume in pod["spec"].get("volumes") or []:
             if volume["name"] == TLS_VOLUME:
-                volume["secret"]["secretName"] = object_name(run["metadata"]["name"], "tls")
+                volume["secret"]["secretName"] = object_name(run["metadata"]["name"], _LASTING["Certificate"])
     return pod

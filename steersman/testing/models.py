@@ -72,6 +72,16 @@ def tiny_tokenizer(*, pad_is_eos: bool = False, chat_template: str | None = CHAT
     return tokenizer
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "short_factor": [1.0] * 48,
+    "long_factor": [1.0 + index / 4 for index in range(48)],
+    "original_max_position_embeddings": 4096,
+    "factor": 32.0,
+}
+"""Rotations that change beyond a length, for a Phi-3 of the default sizes."""
 VOCAB_SIZE = 4 + 256
 
 

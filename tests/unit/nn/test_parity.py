@@ -28,6 +28,7 @@ from steersman.nn.parity import (
     skip_padding,
 )
 from steersman.nn.tiny import WINDOW, tiny_config, tiny_model
+from steersman.testing.models import LONGROPE
 
 
 def config_of(family: str, **changes):
@@ -35,15 +36,6 @@ def config_of(family: str, **changes):
     return config
 
 
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 1.0,
-    "short_factor": [1.0] * 48,
-    "long_factor": [1.0 + index / 4 for index in range(48)],
-    "original_max_position_embeddings": 4096,
-    "factor": 32.0,
-}
 AGREE = {
     "llama": {},
     "mistral": {"sliding_window": 4096},

@@ -28,16 +28,7 @@ from steersman.errors import ConfigError
 from steersman.nn.hardware import Precision
 from steersman.nn.parity import NATS
 from steersman.nn.tiny import tiny_config
-
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 1.0,
-    "short_factor": [1.0] * 48,
-    "long_factor": [1.0 + index / 4 for index in range(48)],
-    "original_max_position_embeddings": 4096,
-    "factor": 32.0,
-}
+from steersman.testing.models import LONGROPE
 
 
 def serving(
