@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from http import HTTPStatus
 
 import aiohttp
@@ -39,6 +39,8 @@ class Health:
         self.leading = False
         self.watching = threading.Event()
         """kopf's handlers and watches have started; kopf sets it."""
+        self.down: Mapping[str, str] = {}
+        """Background tasks that died and do not run yet, and why."""
         self._kube = kube
         self._namespaces = config.namespaces
         self._patience = 3 * config.resync_seconds + 30.0
@@ -58,6 +60,8 @@ class Health:
             return refused
         if not self.watching.is_set():
             return "the watches have not started"
+        if self.down:
+            return "; ".join(f"{name} does not run ({why})" for name, why in self.down.items())
         silent = [name for name in self._namespaces if self._clock() - self._listed.get(name, -1e9) > self._patience]
         return f"the runs of {', '.join(silent)} could not be listed lately" if silent else None
 

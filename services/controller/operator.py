@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import kopf
@@ -31,6 +32,7 @@ from services.controller.reconcile import Backoff, Reconciler, canary_of
 from services.controller.signals import LiveSignals
 from services.controller.status import TERMINAL
 from steersman import loading
+from steersman.background import Background
 from steersman.registry import Registry
 from steersman.rpc.metrics import serve_metrics
 
@@ -60,6 +62,7 @@ class Dispatcher:
         self._busy: set[Key] = set()
         self._again: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def add(self, key: Key, delay: float = 0.0) -> None:
         """Asks for a look after `delay` seconds; an earlier one that is planned already stands."""
@@ -79,7 +82,13 @@ class Dispatcher:
         self._busy.add(key)
         task = asyncio.get_running_loop().create_task(self._run(key))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._ended, key))
+
+    def _ended(self, key: Key, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._busy.discard(key)
+        if task.cancelled() and not self._closed:  # killed from outside, perhaps before its first step
+            self.add(key, self._backoff.failed(key))
 
     async def _run(self, key: Key) -> None:
         delay: float | None = None
@@ -102,9 +111,10 @@ class Dispatcher:
             self.add(key, max(delay, 0.05))
 
     async def close(self) -> None:
+        self._closed = True
         for timer in self._timers.values():
             timer.cancel()
-        for task in list(self._tasks):
+        for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -147,7 +157,8 @@ def build_registry(
     """Handlers for the run itself and for everything that it owns."""
     registry = kopf.OperatorRegistry()
     dispatcher = Dispatcher(reconciler.reconcile, reconciler.backoff)
-    background: list[asyncio.Task[None]] = []
+    background = Background()
+    health.down = background.down
 
     @kopf.on.startup(registry=registry)
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
@@ -155,13 +166,13 @@ def build_registry(
         settings.scanning.disabled = True  # no cluster-wide rights: the kinds are known
         settings.watching.server_timeout = 300
         settings.watching.reconnect_backoff = 1.0
-        looks = resync(kube, dispatcher, config.namespaces, config.resync_seconds, health.saw_runs)
-        background.append(asyncio.create_task(looks))
+        await background.start()
+        looks = partial(resync, kube, dispatcher, config.namespaces, config.resync_seconds, health.saw_runs)
+        background.add("resync", looks)
 
     @kopf.on.cleanup(registry=registry)
     async def stop(**_: Any) -> None:
-        for task in background:
-            task.cancel()
+        await background.close()
         await dispatcher.close()
 
     @kopf.on.event("steersman.dev", "v1alpha1", "alignmentruns", registry=registry)

@@ -73,7 +73,8 @@ class Operator:
         async with ApiClient(Configuration(host=self._url)) as client:
             kube = CachedKube(Kube(client))
             reconciler = Reconciler(kube, settings, signals=self._signals)
-            registry = build_registry(kube, reconciler, config, Health(kube, config))
+            self.health = Health(kube, config)
+            registry = build_registry(kube, reconciler, config, self.health)
 
             @kopf.on.login(registry=registry)
             def login(**_: Any) -> kopf.ConnectionInfo:

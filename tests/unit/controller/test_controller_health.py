@@ -60,6 +60,9 @@ async def test_a_leader_is_ready_when_it_watches_and_lists(kube):
     assert "runs of ml could not be listed" in str(await health.problem())
     health.saw_runs("ml")
     assert await health.problem() is None
+    health.down = {"resync": "KeyError: 'name'"}
+    assert await health.problem() == "resync does not run (KeyError: 'name')"
+    health.down = {}
     clock.now += 3 * CONFIG.resync_seconds + 31
     assert "could not be listed lately" in str(await health.problem())
 
