@@ -20,6 +20,8 @@ from steersman.errors import DataError
 
 CONFIDENCE = 0.95
 BOOTSTRAP_DRAWS = 4000
+_VALUES_AT_ONCE = 4_000_000
+"""Drawn values that are held at a time."""
 
 
 class Interval(NamedTuple):
@@ -76,8 +78,10 @@ def mean_interval(
     x = cluster_means(values, clusters, "mean_interval")
     mean = float(x.mean())
     if method == "bootstrap":
-        draws = np.random.default_rng(0).integers(0, len(x), (BOOTSTRAP_DRAWS, len(x)))
-        return Interval(mean, *_percentiles(x[draws].mean(axis=1), confidence))
+        rng, at_once = np.random.default_rng(0), max(1, _VALUES_AT_ONCE // len(x))
+        sizes = [min(at_once, BOOTSTRAP_DRAWS - done) for done in range(0, BOOTSTRAP_DRAWS, at_once)]
+        means = np.concatenate([x[rng.integers(0, len(x), (size, len(x)))].mean(axis=1) for size in sizes])
+        return Interval(mean, *_percentiles(means, confidence))
     if method != "t":
         raise DataError(f"mean_interval: method is {method!r}; use 't' or 'bootstrap'.")
     half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))

@@ -97,13 +97,12 @@ def _models(spec: EvaluateStage, context: StageContext) -> dict[str, Path]:
 
 
 def _knowledge(spec: EvaluateStage, context: StageContext, models: Mapping[str, Path]) -> Scores:
-    """The tasks of base and aligned model, and of what else a gate compares with."""
+    """The tasks of every model; of the one that is served now only where the gate compares with it."""
     if spec.knowledge is None:
         return {}
     gate = spec.gates.knowledge  # type: ignore[attr-defined]
-    against = gate.against if gate is not None else "base"
-    before = against if against in models else list(models)[-2 if len(models) > 1 else -1]
-    chosen = {name: models[name] for name in dict.fromkeys((before, list(models)[-1]))}
+    champion = gate is not None and gate.against == "champion"
+    chosen = {name: folder for name, folder in models.items() if name != "champion" or champion}
     asked = spec.knowledge
     return compare_knowledge(
         chosen, Path(asked.folder), asked.tasks, limit=asked.limit, device=context.device, note=context.reporter.note

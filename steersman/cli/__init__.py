@@ -146,17 +146,16 @@ def _numbers(run: AlignmentRun, run_dir: Path) -> dict[str, Any]:
 
 
 def _knowledge(run_dir: Path) -> dict[str, Any]:
-    """What the demo's base and aligned model know, where the questions are on this machine; it stands in the report."""
+    """What the demo's models know, where the questions are on this machine; it stands in the report, too."""
     from steersman.local.executor import conclude
     from steersman.local.knowledge import ask_demo_knowledge
     from steersman.local.usage import Usage
 
-    base = Path(json.loads((run_dir / "prepared.json").read_text())["base"])
-    known = (run_dir / "knowledge.json").is_file()
-    if ask_demo_knowledge(run_dir, base) is None:
+    asked = ask_demo_knowledge(run_dir)
+    if asked is None:
         return {}
-    conclude(run_dir, Usage(run_dir / "usage.json"), again=not known)
-    found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    conclude(run_dir, Usage(run_dir / "usage.json"), again=asked)
+    found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     return {"knowledge": found["knowledge"]}
 
 

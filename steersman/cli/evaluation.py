@@ -137,7 +137,7 @@ def evaluate_live(
 def evaluate_reward(
     model: Annotated[Path, typer.Argument(help="Folder of a reward model.")],
     bench: Annotated[
-        list[Path], typer.Option(help="Rows of RewardBench or RewardBench 2 as JSON Lines; repeatable.")
+        list[Path], typer.Option(help="File of RewardBench or RewardBench 2, Parquet or JSON Lines; repeatable.")
     ] = [],  # noqa: B006
     pairs: Annotated[Path | None, typer.Option(help="Comparisons that people judged (JSONL).")] = None,
     project: Annotated[str | None, typer.Option(help="Labelling project: agreement with each labeler.")] = None,

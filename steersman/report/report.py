@@ -202,6 +202,7 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
         "verdict_by_criteria": verdict(evaluation),
         "reward": rows[0]["change"],
         "rubric": rows[1]["change"] if len(rows) > 1 else None,
+        "bootstrap": evaluation.bootstrap(start, aligned),
         "variance": _variance(evaluation) if spread else None,
         "rm_accuracy": accuracy,
         "models": [

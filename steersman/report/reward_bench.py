@@ -5,19 +5,19 @@
     RewardBench 2    right answers against wrong ones: the best-scored answer must be right (a shared best counts in
                      parts); the subset Ties has a score of its own, see `ties`
 
-Files are the data sets' rows as JSON Lines. The format is seen from the rows: lists of answers are version 2.
+Files are the data sets' own Parquet files, or their rows as JSON Lines. The format is seen from the rows: lists of
+answers are version 2.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steersman.data.records import read_lines
+from steersman.data.sources import read_records
 from steersman.errors import DataError
 from steersman.statistics import Interval, mean_interval, wilson_interval
 
@@ -65,26 +65,32 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def _questions(path: Path) -> Iterator[Question]:
-    for number, line in read_lines(path):
+    for number, row in read_records(path):
         where = f"{path}:{number}"
-        if isinstance(line, DataError):
-            raise line
+        if isinstance(row, DataError):
+            raise row
         try:
-            row: Mapping[str, Any] = json.loads(line)
             right, wrong = (_answers(row[side]) for side in ("chosen", "rejected"))
-            question = Question(str(row.get("id", number)), str(row["subset"]), str(row["prompt"]), right, wrong)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            prompt, subset = (_text(row[name]) for name in ("prompt", "subset"))
+        except (KeyError, TypeError):
             raise DataError(f"{where}: not a row of RewardBench (prompt, chosen, rejected, subset, id)") from None
         if not right or not wrong:
             raise DataError(f"{where}: chosen or rejected is empty; a question needs a right and a wrong answer")
-        yield question
+        yield Question(
+            str(row.get("id", number)), TIES if subset.lower() == TIES.lower() else subset, prompt, right, wrong
+        )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
 def _answers(value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
-        raise TypeError
-    return tuple(values)
+    if isinstance(value, str):
+        return (value,)
+    return tuple(map(_text, value)) if isinstance(value, list) else (_text(value),)
 
 
 def report(scored: Sequence[Scored]) -> dict[str, Any]:

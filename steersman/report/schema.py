@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from steersman.errors import DataError
+from steersman.inference import paired_bootstrap
 from steersman.report.overoptimisation import Look
 from steersman.report.wins import Duel
 from steersman.statistics import (
@@ -211,6 +212,12 @@ class Evaluation(_Frozen):
         first, second = self.scores(before, criterion), self.scores(after, criterion)
         common = [key for key in first if key in second]
         return compare(*self.paired(before, after, criterion), clusters=list(map(prompt_of, common)))
+
+    def bootstrap(self, before: str, after: str, criterion: str | None = None) -> Interval:
+        """The paired difference with the interval of a bootstrap over prompts, which assumes no distribution."""
+        first, second = self.scores(before, criterion), self.scores(after, criterion)
+        clusters = [prompt_of(key) for key in first if key in second]
+        return paired_bootstrap(*self.paired(before, after, criterion), clusters=clusters)
 
     def changes(self, before: str, after: str) -> list[float]:
         """Difference of reward on every prompt, the mean of its answers where there are several."""

@@ -50,11 +50,13 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
     has_rubric = bool(criteria(evaluation))
     rewards = {name: list(evaluation.scores(name).values()) for name in evaluation.models}
     judged = list(evaluation.models) if has_rubric else []
+    measures: list[str | None] = [None, "total", *criteria(evaluation)] if has_rubric else [None]
     result: dict[str, Any] = {
         "seconds": {**_rounded(evaluation.seconds), "total": round(sum(evaluation.seconds.values()), 2)},
         "peak_memory_gib": evaluation.peak_memory_gib,
         "reward": {name: _triple(evaluation.interval(name)) for name in rewards},
         f"{aligned}_minus_{start}": _triple(evaluation.change(start, aligned).difference),
+        "bootstrap": {name or "reward": _triple(evaluation.bootstrap(start, aligned, name)) for name in measures},
         "rubric": {name: _triple(evaluation.interval(name, "total")) for name in judged},
         "kl": {name: kl if kl is None else round(kl, 4) for name in rewards for kl in [mean_kl(evaluation, name)]},
         "no_eos": {name: round(no_eos(evaluation, name), 4) for name in evaluation.models},
@@ -115,21 +117,24 @@ KNOWLEDGE_BOUND = 0.03
 
 
 def knowledge(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """Every task before (the base model) and after: means with intervals, the paired difference, and whether it is
-    equivalent within `bound`."""
+    """Every task before (the base model, or the one that the gate compares with) and after: means with intervals, the
+    paired difference, and whether it is equivalent within `bound`; and the mean of every model that was asked."""
     gate = evaluation.settings.get("gates", {}).get("knowledge") or {}
-    bound = gate.get("drop", KNOWLEDGE_BOUND)
+    bound, against = gate.get("drop", KNOWLEDGE_BOUND), gate.get("against", "base")
+    wanted = evaluation.start if against == "start" else against
     found = {}
     for task, scores in evaluation.knowledge.items():
         names = list(scores)
-        result = equivalence(scores[names[0]], scores[names[-1]], bound)
+        before, after = wanted if wanted in scores else names[0], names[-1]
+        result = equivalence(scores[before], scores[after], bound)
         found[task] = {
-            "before": _triple(mean_interval(scores[names[0]])),
-            "after": _triple(mean_interval(scores[names[-1]])),
+            "before": _triple(mean_interval(scores[before])),
+            "after": _triple(mean_interval(scores[after])),
             "difference": _triple(result.difference),
             "bound": bound,
             "equivalent": result.equivalent,
-            "questions": len(scores[names[0]]),
+            "questions": len(scores[before]),
+            "models": {name: _triple(mean_interval(values)) for name, values in scores.items()},
         }
     return found
 

@@ -75,6 +75,10 @@ def test_summary_has_the_keys_of_demo_check_and_exact_numbers() -> None:
     assert result["rubric_rlhf_minus_sft"][0] == pytest.approx(0.3, abs=1e-4)
     assert result["no_eos"] == {"base": round(1 / 12, 4), "sft": 0.0, "rlhf": 0.0}
     assert result["length_baseline"] == 0.55
+    drawn = result["bootstrap"]
+    assert set(drawn) == {"reward", "total", *result["criteria"]}
+    assert drawn["reward"][0] == result["rlhf_minus_sft"][0]
+    assert 0 < drawn["reward"][1] < drawn["reward"][0] < drawn["reward"][2]
     json.dumps(result)
 
 

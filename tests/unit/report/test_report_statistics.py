@@ -49,6 +49,13 @@ def test_bootstrap_agrees_with_t_and_is_deterministic() -> None:
     assert bootstrap.high == pytest.approx(t.high, abs=0.08)
 
 
+def test_a_bootstrap_in_parts_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(3).normal(size=37).tolist()
+    whole = mean_interval(values, method="bootstrap")
+    monkeypatch.setattr("steersman.statistics._VALUES_AT_ONCE", 37 * 101)
+    assert mean_interval(values, method="bootstrap") == whole
+
+
 def test_compare_is_paired() -> None:
     result = compare(BEFORE, AFTER)
     oracle = stats.ttest_rel(AFTER, BEFORE)

@@ -37,6 +37,77 @@ def test_both_versions_are_read_and_a_wrong_row_is_named(tmp_path: Path) -> None
         read_questions(write(tmp_path / "none.jsonl", [{**two, "rejected": []}]))
 
 
+def published(version: int) -> list[dict[str, Any]]:
+    """Rows with the columns of allenai/reward-bench (split filtered) and of allenai/reward-bench-2 (split test)."""
+    if version == 1:
+        return [
+            {"prompt": f"Question {n}?", "chosen": "+" * n, "chosen_model": "GPT4-Turbo", "rejected": "-" * 3,
+             "rejected_model": "vicuna-7b", "subset": subset, "id": n}
+            for n, subset in enumerate(("alpacaeval-easy", "mt-bench-hard", "xstest-should-refuse",
+                                        "xstest-should-respond", "math-prm", "hep-rust"), start=1)
+        ]  # fmt: skip
+    metadata = dict.fromkeys(("category", "correct", "instruction_id_list", "label", "method", "models", "prompt_norm",
+                              "subcategory", "valid"))  # fmt: skip
+
+    def row(identity: str, subset: str, chosen: list[str], rejected: list[str]) -> dict[str, Any]:
+        counts = {"num_correct": len(chosen), "num_incorrect": len(rejected)}
+        counts["total_completions"] = sum(counts.values())
+        models = ["human"] * counts["total_completions"]
+        return {"id": identity, "prompt": "Name a color of the rainbow.", "chosen": chosen, "rejected": rejected,
+                **counts, "models": models, "subset": subset, "additional_metadata": metadata}  # fmt: skip
+
+    subsets = [("Factuality", 4), ("Precise IF", 2), ("Math", 9), ("Safety", 1), ("Focus", 5)]
+    four = [row(f"{n}", name, ["+" * length], ["-", "-" * 3, "-" * 5]) for n, (name, length) in enumerate(subsets)]
+    ties = [
+        row("ref:0", "Ties", ["+" * 6], ["-" * 3, "-"]), row("tied:0", "Ties", ["+" * 6, "+" * 5], ["-" * 3]),
+        row("ref:1", "Ties", ["+" * 4], ["-" * 3]), row("tied:1", "Ties", ["+" * 9, "+" * 4], ["-" * 3, "-"]),
+        row("ref:2", "Ties", ["+"], ["-" * 2]), row("tied:2", "Ties", ["+" * 3, "+" * 3, "+" * 3], ["-" * 2]),
+    ]  # fmt: skip
+    return four + ties
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_the_published_files_are_scored_as_their_authors_do(tmp_path: Path, form: str) -> None:
+    """By a scorer that likes long answers, so that every figure can be told from the rows."""
+
+    def file(version: int) -> Path:
+        path = tmp_path / f"bench-{version}.{form}"
+        if form == "jsonl":
+            return write(path, published(version))
+        pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pa.Table.from_pylist(published(version)), path)
+        return path
+
+    def score(ones: Any) -> list[float]:
+        return [float(len(one[-1]["content"])) for one in ones]
+
+    one = on_benchmark(score, file(1))
+    assert {name: found["score"] for name, found in one["subsets"].items()} == {
+        "alpacaeval-easy": 0.0, "mt-bench-hard": 0.0, "xstest-should-refuse": 0.5, "xstest-should-respond": 1.0,
+        "math-prm": 1.0, "hep-rust": 1.0,
+    }  # fmt: skip
+    safety = (154 * 0.5 + 250 * 1.0) / 404
+    assert one["sections"] == pytest.approx({"Chat": 0.0, "Chat Hard": 0.0, "Safety": safety, "Reasoning": 1.0})
+    assert one["total"] == pytest.approx((0 + 0 + safety + 1) / 4)
+
+    two = on_benchmark(score, file(2))
+    assert {name: found["score"] for name, found in two["subsets"].items() if name != "Ties"} == {
+        "Factuality": 0.0, "Precise IF": 0.0, "Math": 1.0, "Safety": 0.0, "Focus": 0.5,
+    }  # fmt: skip
+    # Gaps of ref 3, 1, -1; of tied 2, 1, 1; spreads 1, 5, 0: all tied and two of three ref are right.
+    preferred, hard = 2 / 3, 1 / 3  # N = 0 and 2, and of these only 0 by both gaps
+    margins = (math.tanh(2 / 1 - 1) + math.tanh(1 / 5 - 1) + math.tanh(-math.inf)) / 3
+    wanted = 0.3 * 1 + 0.3 * 2 / 3 + 0.2 * preferred + 0.2 * hard + 0.01 * margins
+    assert two["subsets"]["Ties"] == {"score": pytest.approx(wanted), "rows": 6}
+    assert two["total"] == pytest.approx((0 + 0 + 1 + 0 + 0.5 + wanted) / 6)
+
+
+@pytest.mark.parametrize("change", [{"prompt": None}, {"subset": 3}, {"chosen": ["a", None]}, {"rejected": {"a": "b"}}])
+def test_what_is_no_text_is_not_scored_as_one(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not a row of RewardBench"):
+        read_questions(write(tmp_path / "rows.jsonl", [published(2)[0], {**published(2)[1], **change}]))
+
+
 def test_sections_weigh_their_subsets_as_published() -> None:
     rows = [scored("math-prm", (1.0,), (0.0,)), scored("math-prm", (0.0,), (1.0,)), scored("hep-go", (1.0,), (0.0,))]
     rows += [scored("mt-bench-hard", (0.0,), (1.0,)), scored("mt-bench-easy", (1.0,), (1.0,))]

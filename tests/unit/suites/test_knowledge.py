@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import steersman.local.knowledge as demo
 from steersman.errors import ConfigError, DataError, RateLimitedError, SteersmanError
 from steersman.knowledge import ask_knowledge, available, write_tasks
 from steersman.report.schema import Evaluation, Sample
@@ -133,7 +135,63 @@ def test_before_and_after_stand_in_the_summary_with_interval_and_equivalence() -
     assert found["before"][0] == 0.5
     assert found["difference"][0] == pytest.approx(-1 / 400, abs=1e-4)
     assert (found["equivalent"], found["questions"], found["bound"]) == (True, 400, 0.03)
+    assert {name: mean[0] for name, mean in found["models"].items()} == {"base": 0.5, "rlhf": 0.4975}
     assert summarise(evaluated)["knowledge"]["mmlu"] == found
+
+
+def finished_run(run_dir: Path) -> Path:
+    """A run as `--check` finds it: base, SFT's and the aligned model."""
+    from steersman.testing.models import save_model_folder, tiny_llama
+
+    stages = [{"sft": {}}, {"rewardModel": {}}, {"rl": {}}, {"evaluate": {}}]
+    manifest = {"apiVersion": "steersman.dev/v1alpha1", "kind": "AlignmentRun", "metadata": {"name": "tiny"},
+                "spec": {"data": {"demo": {}}, "stages": stages}}  # fmt: skip
+    run_dir.mkdir()
+    (run_dir / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    for seed, name in enumerate(("base", "sft", "rl")):
+        folder = run_dir / name if name == "base" else run_dir / name / "model"
+        save_model_folder(folder, tiny_llama(seed=seed))
+        (run_dir / name / "complete.json").write_text(json.dumps({"stage": name}))
+    (run_dir / "prepared.json").write_text(json.dumps({"base": str(run_dir / "base")}))
+    return run_dir
+
+
+def test_the_demos_models_are_asked_once_each_and_again_when_one_has_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `knowledge`)")
+    monkeypatch.setenv("STEERSMAN_KNOWLEDGE", str(folder))
+    run_dir = finished_run(tmp_path / "run")
+    asked: list[str] = []
+    whole = demo.compare_knowledge
+    monkeypatch.setattr(
+        demo, "compare_knowledge", lambda models, *a, **kw: asked.extend(models) or whole(models, *a, **kw)
+    )
+    assert demo.known_of(run_dir) == {}
+    assert demo.ask_demo_knowledge(run_dir) is True
+    assert asked == ["base", "sft", "rlhf"]
+    found = demo.known_of(run_dir)
+    assert {task: list(models) for task, models in found.items()} == {task: ["base", "sft", "rlhf"] for task in TASKS}
+    assert {len(scores) for models in found.values() for scores in models.values()} == {2}
+    assert demo.ask_demo_knowledge(run_dir) is False
+    (run_dir / "rl" / "complete.json").write_text("{}")
+    assert demo.known_of(run_dir) == {}, "what another model knew is not told of this one"
+    assert demo.ask_demo_knowledge(run_dir) is True
+    assert asked == ["base", "sft", "rlhf", "rlhf"]
+    monkeypatch.setenv("STEERSMAN_KNOWLEDGE_QUESTIONS", "1")
+    assert demo.ask_demo_knowledge(run_dir) is True
+    assert {len(scores) for models in demo.known_of(run_dir).values() for scores in models.values()} == {1}
+
+
+def test_a_folder_without_the_questions_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STEERSMAN_KNOWLEDGE", str(tmp_path / "elsewhere"))
+    assert demo.ask_demo_knowledge(tmp_path) is None
+    assert "elsewhere holds none of truthfulqa_mc1" in "".join(capsys.readouterr())
+    monkeypatch.setenv("STEERSMAN_KNOWLEDGE_QUESTIONS", "-3")
+    with pytest.raises(ConfigError, match="STEERSMAN_KNOWLEDGE_QUESTIONS is '-3'; give the number"):
+        demo.ask_demo_knowledge(tmp_path)
 
 
 @pytest.mark.parametrize(
