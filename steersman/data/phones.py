@@ -17,18 +17,17 @@ _CANDIDATE = re.compile(r"(?<![\w#@.,/=&-])(?:\+|00)?\(?\d[\d ()./\u2013\u00a0-]
 _DIGITS = re.compile(r"\d[\d ()./\u2013\u00a0-]{5,22}\d")
 _LOOK_BACK = 48
 _NUMBER = re.compile(r"\d{4}")
+# For small letters. What must begin a word stands together, so that it is tried where one begins.
 _PERSONAL = re.compile(
-    r"\bphone\b|telephone|\btel\b|\btel[.:]|telefon|telefono|teléfono|téléphone|mobile?\b|\bcell\b|\bcall|\bring\b|\bdial|\bfax|whatsapp|"
-    r"\bsms\b|\btext (?:me|us)|\breach|\bcontact|handy|anruf|rufen|erreichbar|appele|llam|hotline|landline|\bphn\b",
-    re.IGNORECASE,
+    r"\b(?:phone\b|tel(?:\b|[.:])|cell\b|call|ring\b|dial|fax|sms\b|text (?:me|us)|reach|contact|phn\b)|"
+    r"telephone|telefon|teléfono|téléphone|mobile?\b|whatsapp|handy|anruf|rufen|erreichbar|appele|llam|hotline|landline"
 )
 _BUSINESS = re.compile(
-    r"order|purchase|invoice|\bbill|receipt|ticket|track|shipment|parcel|package|deliver|\bitem|product|\bsku\b|article|"
-    r"\bpart\b|serial|\bcase\b|refer|\bref\b|customer|client|account|contract|policy|booking|reservation|flight|\bpo\b|"
-    r"\brma\b|return|refund|quote|\bzip\b|postcode|postal|\bcode|\bids?\b|_ids?\b|\bno\b|\bnr\b|payment|transaction|amount|"
-    r"price|\bisbn|\bean\b|\bvat\b|\btax\b|bestell|auftrag|rechnung|kunden|sendung|artikel|vertrag|commande|facture|pedido|"
-    r"factura|version|batch|\blot\b|meter|license|licence|warranty|catalog|\bmodel",
-    re.IGNORECASE,
+    r"\b(?:bill|item|sku\b|part\b|case\b|ref\b|po\b|rma\b|zip\b|code|ids?\b|no\b|nr\b|isbn|ean\b|vat\b|tax\b|"
+    r"lot\b|model)|order|purchase|invoice|receipt|ticket|track|shipment|parcel|package|deliver|product|article|serial|"
+    r"refer|customer|client|account|contract|policy|booking|reservation|flight|return|refund|quote|postcode|postal|_ids?\b|"
+    r"payment|transaction|amount|price|bestell|auftrag|rechnung|kunden|sendung|artikel|vertrag|commande|facture|pedido|"
+    r"factura|version|batch|meter|license|licence|warranty|catalog"
 )
 
 
@@ -64,6 +63,11 @@ def _candidates(text: str) -> Iterator[re.Match[str]]:
         at = found.end()
 
 
+def is_called_personal(text: str, start: int) -> bool:
+    """Whether a word shortly before a number says that it is a person's."""
+    return _PERSONAL.search(_before(text, start)) is not None
+
+
 def belongs_to_business(text: str, start: int) -> bool:
     """Whether the nearest telling word before a number is one of business."""
     return _nearest(text, start) == "business"
@@ -72,7 +76,7 @@ def belongs_to_business(text: str, start: int) -> bool:
 def _certainty(text: str, start: int, number: str, regions: Sequence[str]) -> float:
     grouped = len(re.findall(r"\d+", number)) > 1
     international = number.startswith(("+", "00"))
-    if not grouped and not international and not _PERSONAL.search(text, max(0, start - _LOOK_BACK), start):
+    if not grouped and not international and not is_called_personal(text, start):
         return 0.0  # a run of digits that nobody calls a phone number: most numbers of a business
     nearest = _nearest(text, start)
     if international:
@@ -87,7 +91,7 @@ def _certainty(text: str, start: int, number: str, regions: Sequence[str]) -> fl
 
 
 def _nearest(text: str, start: int) -> str | None:
-    before = text[max(0, start - _LOOK_BACK) : start]
+    before = _before(text, start)
     last = {
         kind: max((found.end() for found in pattern.finditer(before)), default=-1)
         for kind, pattern in (("personal", _PERSONAL), ("business", _BUSINESS))
@@ -97,6 +101,10 @@ def _nearest(text: str, start: int) -> str | None:
     if max(last.values()) < 0:
         return None
     return max(last, key=lambda kind: last[kind])
+
+
+def _before(text: str, start: int) -> str:
+    return text[max(0, start - _LOOK_BACK) : start].lower()
 
 
 def _is_valid(number: str, region: str | None) -> bool:

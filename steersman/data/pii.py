@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from steersman.data.phones import belongs_to_business, phone_spans
+from steersman.data.phones import belongs_to_business, is_called_personal, phone_spans
 from steersman.data.plain import plain_text
 from steersman.errors import ConfigError
 
@@ -46,6 +46,7 @@ _CLASSES = {
 }
 _TO_CLASSES = bytes.maketrans(b"".join(_CLASSES.values()), b"".join(name * len(of) for name, of in _CLASSES.items()))
 _CLASSED_NUMBER = re.compile(rb"0(?:[0-]{5,66}0|(?<=aa0)0)")
+_CARD_DIGITS = 12  # at least
 _FIXED = frozenset({"id", "source", "licence", "customer", "origin"})
 _SAMPLES = 5
 _PERSONAL_KEY = re.compile(r"phone|mobile|tel|fax|card|contact", re.IGNORECASE)
@@ -133,7 +134,7 @@ class Scrubber:
 
     def _may_hold(self, text: str) -> bool:
         """Whether it is worth a look: most texts are passed at a glance."""
-        return "name" in self._options.entities or "@" in text or _holds_number(text)
+        return "name" in self._options.entities or "@" in text or _holds_suspect(text)
 
     def _is_known(self, text: str, span: Span, known: frozenset[str]) -> bool:
         start, end, tag, certainty = span
@@ -216,12 +217,27 @@ class Scrubber:
             ) from error
 
 
-def _holds_number(text: str) -> bool:
-    """`_NUMBER.search(text)`, at a glance where there is none."""
-    classes = text.encode(errors="surrogatepass").translate(_TO_CLASSES)
-    if b"\xff" not in classes and _CLASSED_NUMBER.search(classes) is None:
+def _holds_suspect(text: str) -> bool:
+    """Whether some number of a text, or of several on lines of their own, may be a card, an IBAN or a phone number.
+
+    Most numbers of a business are not: a few digits, or more of them in one run that no word calls a phone number.
+    """
+    raw = text.encode(errors="surrogatepass")
+    classes = raw.translate(_TO_CLASSES)
+    if b"\xff" in classes:
+        return _NUMBER.search(text) is not None
+    found = _CLASSED_NUMBER.finditer(classes)
+    return any(not _is_plain_run(raw, classes, *number.span()) for number in found) and _NUMBER.search(text) is not None
+
+
+def _is_plain_run(raw: bytes, classes: bytes, start: int, end: int) -> bool:
+    """Whether a find is digits alone, with nothing before it that makes a card, an IBAN or a phone number of it."""
+    if end - start >= _CARD_DIGITS or b"-" in classes[start:end] or classes[max(0, start - 2) : start] == b"aa":
         return False
-    return _NUMBER.search(text) is not None
+    if raw.startswith(b"00", start) or b"+" in raw[max(0, start - 2) : start]:  # of +(49...), too
+        return False
+    before = raw[max(0, start - 256) : start].decode(errors="ignore")
+    return not is_called_personal(before, len(before))
 
 
 def _business_numbers(facts: Any, key: str = "") -> Iterator[str]:
