@@ -22,11 +22,12 @@ from typing import Any
 
 import yaml
 
+from steersman.data.sources import read_records
 from steersman.errors import ConfigError, DataError
 
 FOLDER_VARIABLE = "STEERSMAN_KNOWLEDGE"
 """Environment variable with the folder of the files."""
-_LETTERS = "ABCD"
+_LETTERS = ("A", "B", "C", "D")
 _METRICS = {"gsm8k": "exact_match"}
 
 
@@ -51,6 +52,8 @@ def write_tasks(folder: Path, tasks: Sequence[str], out: Path) -> None:
     Raises:
         ConfigError: the harness is not installed, or a task's files are not in the folder.
     """
+    if not tasks:
+        raise ConfigError(f"{folder} has no files of TruthfulQA, MMLU or GSM8K; docs/evaluation.md says where they lie")
     missing = [task for task in tasks if task not in available(folder)]
     if missing:
         there = ", ".join(available(folder)) or "none"
@@ -59,16 +62,19 @@ def write_tasks(folder: Path, tasks: Sequence[str], out: Path) -> None:
     for task in tasks:
         config: dict[str, Any] = {"task": task, "dataset_path": "json", "dataset_name": None}
         if task.startswith("truthfulqa"):
-            files = {"validation": _jsonl(out / "truthfulqa.jsonl", _truthfulqa(folder / "truthfulqa/TruthfulQA.csv"))}
+            files = {"validation": _jsonl(out / "truthfulqa.jsonl", _truthfulqa, folder / "truthfulqa/TruthfulQA.csv")}
             config["include"] = str(_harness() / f"truthfulqa/{task}.yaml")
         elif task == "gsm8k":
-            files = {split: str((folder / f"gsm8k/{split}.jsonl").resolve()) for split in ("train", "test")}
+            files = {
+                split: _jsonl(out / f"gsm8k.{split}.jsonl", _gsm8k, folder / f"gsm8k/{split}.jsonl")
+                for split in ("train", "test")
+            }
             config["include"] = str(_harness() / "gsm8k/gsm8k.yaml")
         else:
             subject = task.removeprefix("mmlu_")
             places = {"dev": f"dev/{subject}_dev.csv", "test": f"test/{subject}_test.csv"}
             files = {
-                split: _jsonl(out / f"{task}.{split}.jsonl", _mmlu(folder / "mmlu" / name))
+                split: _jsonl(out / f"{task}.{split}.jsonl", _mmlu, folder / "mmlu" / name)
                 for split, name in places.items()
             }
             config["include"] = str(_harness() / f"mmlu/default/{task}.yaml")
@@ -175,6 +181,8 @@ def _truthfulqa(path: Path) -> Iterator[dict[str, Any]]:
                 )
             except (KeyError, AttributeError):
                 raise DataError(f"{path}:{number}: not a row of TruthfulQA.csv; take the authors' file") from None
+            if not (row["Question"] and best and right and wrong):
+                raise DataError(f"{path}:{number}: a question needs right and wrong answers; take the authors' file")
             yield {
                 "question": row["Question"],
                 "mc1_targets": {"choices": [best, *wrong], "labels": [1] + [0] * len(wrong)},
@@ -196,6 +204,21 @@ def _mmlu(path: Path) -> Iterator[dict[str, Any]]:
             yield {"question": row[0], "choices": row[1:5], "answer": _LETTERS.index(row[5].strip())}
 
 
-def _jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def _gsm8k(path: Path) -> Iterator[dict[str, Any]]:
+    for number, row in read_records(path):
+        if isinstance(row, DataError):
+            raise row
+        if not all(isinstance(row.get(name), str) for name in ("question", "answer")):
+            raise DataError(f"{path}:{number}: a row has question and answer; take the authors' file")
+        yield {name: row[name] for name in ("question", "answer")}
+
+
+def _jsonl(path: Path, rows_of: Callable[[Path], Iterator[dict[str, Any]]], source: Path) -> str:
+    try:
+        text = "".join(json.dumps(row) + "\n" for row in rows_of(source))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{source}: cannot be read ({error}); take the authors' file, which is UTF-8") from None
+    if not text:
+        raise DataError(f"{source}: no questions; take the authors' file")
+    path.write_text(text, encoding="utf-8")
     return str(path.resolve())

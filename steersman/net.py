@@ -15,13 +15,21 @@ import asyncio
 import ipaddress
 import os
 import socket
-from collections.abc import Awaitable, Iterator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
-from steersman.errors import NotFoundError, PermissionDeniedError, UnavailableError, without_credentials
+from steersman.errors import (
+    ConfigError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitedError,
+    UnavailableError,
+    without_credentials,
+)
 
 if TYPE_CHECKING:
     import httpx2
@@ -29,6 +37,8 @@ if TYPE_CHECKING:
 ALLOW_VARIABLE = "STEERSMAN_ALLOWED_HOSTS"
 """Names, addresses and networks that are always allowed, separated by commas."""
 _LONGEST_REASON = 1_000_000
+_TRIES, _LONGEST_WAIT = 6, 60.0
+"""Of a request to a server that is full."""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Beside link-local 169.254.169.254 (AWS, Azure, Google): Alibaba, AWS and Google over IPv6, Oracle, Azure.
@@ -142,9 +152,32 @@ def guarded_client(*, public_only: bool = False, allow: Sequence[str] = (), **op
 
 
 def guarded_sync_client(*, public_only: bool = False, allow: Sequence[str] = (), **options: Any) -> httpx.Client:
-    """The same for threads."""
+    """The same for threads. Raises ConfigError where `base_url` is no URL."""
     inner = options.pop("transport", None) or httpx.HTTPTransport()
-    return httpx.Client(transport=Guard(inner, public_only=public_only, allow=allow), trust_env=False, **options)
+    try:
+        return httpx.Client(transport=Guard(inner, public_only=public_only, allow=allow), trust_env=False, **options)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{options.get('base_url')} is no URL ({error}); give one as https://host/v1") from None
+
+
+_Answer = TypeVar("_Answer")
+
+
+def patiently(ask: Callable[[], _Answer], away: int = 2) -> _Answer:
+    """Asks again when the server is full, after the time that it names, and `away` times more when it is not there."""
+    gone = 0
+    for _ in range(1, _TRIES):
+        try:
+            return ask()
+        except RateLimitedError as error:
+            wait = error.retry_after
+        except UnavailableError:
+            gone += 1
+            if gone > away:
+                raise
+            wait = 0.5 * 2.0**gone
+        time.sleep(min(wait, _LONGEST_WAIT))
+    return ask()
 
 
 @contextmanager

@@ -18,6 +18,8 @@ class Endpoint(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.broken = False
         self.usage: Any = {"total_tokens": 7}
+        self.refuses: list[int] = []
+        """Statuses of the next answers."""
 
     @property
     def url(self) -> str:
@@ -30,6 +32,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.asked.append({**body, "authorization": self.headers.get("authorization")})
+        if self.server.refuses:
+            self.send_response(self.server.refuses.pop(0))
+            self.send_header("retry-after", "0")
+            self.end_headers()
+            return
         data = json.loads(body["messages"][1]["content"])
         if "answer" in data:
             said: dict[str, Any] = {"score": min(10, len(data["answer"]))}

@@ -229,7 +229,8 @@ def _judge(
         context.reporter.activity(f"judge {name}")
         found[name] = judge.result(rivals(results, judge.spec.prompts))
         if found[name].missing:
-            context.reporter.note(f"judge {name}: {found[name].missing} comparisons without a verdict")
+            said = f"{found[name].missing} comparisons without a verdict: {found[name].reason}"
+            context.reporter.note(f"judge {name}: {said}")
     return found
 
 

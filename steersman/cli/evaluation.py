@@ -227,6 +227,9 @@ def _shown(
     for name, found in wins(judged).items():
         for pair, rate in found["win_rates"].items():
             typer.echo(f"{name}: {pair} in {rate[0]:.1%} ({rate[1]:.1%} to {rate[2]:.1%})")
+    for name, result in judged.items():
+        if result.missing:
+            typer.echo(f"{name}: {result.missing} comparisons without a verdict: {result.reason}")
     typer.echo(f"{page}")
     return summary(results, before) | ({"judges": wins(judged)} if judged else {})
 
@@ -250,7 +253,7 @@ def _knowledge(targets: list[str], folder: Path, tasks: list[str], how: dict[str
     from steersman.report.summary import KNOWLEDGE_BOUND
     from steersman.statistics import mean_interval
 
-    names, tasks = names_of(targets), tasks or available(folder)
+    names, tasks = names_of(targets), list(dict.fromkeys(tasks)) or available(folder)
     scores: dict[str, dict[str, tuple[float, ...]]] = {}
     with tempfile.TemporaryDirectory(prefix="steersman-knowledge-") as files, ConsoleReporter("knowledge") as reporter:
         write_tasks(folder, tasks, Path(files))

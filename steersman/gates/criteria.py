@@ -24,6 +24,7 @@ class CriteriaGate(Gate):
     """The model before."""
 
     def check(self, evaluation: Evaluation) -> list[Finding]:
+        from steersman.errors import meant
         from steersman.report.summary import criteria, label
 
         before = opponent(evaluation, self.against)
@@ -37,7 +38,9 @@ class CriteriaGate(Gate):
         for name, least in limits.items():
             where = f"criteria.{name}"
             if name not in (*known, "total") or not known:
-                found.append(not_measured(where, f"the rubric has no criterion {name}"))
+                there = ["total", *known] if known else []
+                said = f"the rubric has no criterion {name}, only {', '.join(there) or 'none'}{meant(name, there)}"
+                found.append(not_measured(where, said))
                 continue
             change = evaluation.change(before, evaluation.aligned, name).difference
             text = f"{label(name)} changes by {change.estimate:+.3f} and may lose {change.low:+.3f} against {before}, "

@@ -48,6 +48,7 @@ class JudgeOfPairs:
             model=self.spec.model,
             pairs=pairs,
             missing=len(rivals) - len(pairs),
+            reason=next((verdict.reason for verdict in found if isinstance(verdict, Failed)), None),
             calls=self._judge.calls,
             failures=self._judge.failures,
             tokens=tokens,

@@ -58,4 +58,6 @@ class LlmJudge(FrozenModel):
     def _check(self) -> LlmJudge:
         if self.name == "reward":
             raise ValueError("name reward stands for the reward model; give the judge another one")
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url {self.url!r} must begin with http:// or https://, and end with the API's version")
         return self

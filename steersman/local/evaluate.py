@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from steersman.errors import ConfigError
+from steersman.errors import ConfigError, UnavailableError
 from steersman.progress import ConsoleReporter
 from steersman.suites.asked import SuiteResult, ask
 from steersman.suites.asking import Decoding, Endpoint
@@ -76,6 +76,10 @@ def ask_all(
                             suite, name, endpoint.converse, decoding, samples=samples, max_tokens=max_tokens, seed=seed,
                             concurrency=concurrency,
                         )  # fmt: skip
+                        if all(one.error is not None for one in result.asked):
+                            raise UnavailableError(
+                                f"{target} answered no question of {suite.name}: {result.asked[0].error}"
+                            )
                         passed = sum(result.scores.values())
                         reporter.note(f"{suite.name}, {decoding.name}: {passed:g} of {len(result.scores)} cases pass")
                         results.append(result)

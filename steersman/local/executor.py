@@ -31,6 +31,7 @@ from steersman.config.manifest import AlignmentRun, ServicesSpec
 from steersman.errors import ChecksumError, ConfigError, ConflictError, StorageError, UnavailableError
 from steersman.home import cache_folder
 from steersman.local import folder, nursery, process
+from steersman.local.evaluations import check_evaluations
 from steersman.local.memory import memory_folder
 from steersman.local.pace import Pace
 from steersman.local.prepare import found_digests
@@ -262,6 +263,8 @@ def _prepare(run: AlignmentRun, run_dir: Path, start: process.Start) -> tuple[Al
         run_child("prepare", "steersman.local.prepare", [str(manifest)], log, _environment(run), start=start)
         known = _read_prepared(path)
         assert known is not None
+    else:
+        check_evaluations(run, run_dir)  # an evaluation may have changed since
     spec = run.spec.model_dump(mode="json", by_alias=True)
     for field in ("precision", "device"):
         if spec["model"][field] == "auto":

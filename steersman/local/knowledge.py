@@ -106,7 +106,8 @@ def _models(run_dir: Path) -> dict[str, tuple[Path, str]]:
 
 
 def _kept(run_dir: Path) -> dict[str, Any]:
-    return (read_json(run_dir / KNOWLEDGE_FILE, "remove the file, and it is asked again") or {}).get("models", {})
+    kept = read_json(run_dir / KNOWLEDGE_FILE, "remove the file, and it is asked again") or {}
+    return dict(kept.get("models", {}))
 
 
 def _questions() -> int:

@@ -24,6 +24,7 @@ from steersman.config.manifest import (
 )
 from steersman.config.stages import data_files
 from steersman.errors import ConfigError, DataError, SteersmanError
+from steersman.local.evaluations import check_evaluations
 from steersman.local.lengths import check_prompts_leave_room
 from steersman.progress import ConsoleReporter
 
@@ -46,6 +47,7 @@ def prepare(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> None
         _generate_demo(run, run_dir / "data")
     checked = _check_rows(run, run_dir, reporter)
     _check_own_code(run)
+    check_evaluations(run, run_dir)
     reporter.activity("loading libraries")
     from steersman.home import cache_folder
     from steersman.local.architecture import check_architectures

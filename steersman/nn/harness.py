@@ -4,7 +4,6 @@ endpoint. What is asked and how an answer counts is the harness's own; only wher
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,13 +16,14 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from steersman.errors import ConfigError, RateLimitedError, UnavailableError, UnsupportedError
+from steersman.errors import ConfigError, UnavailableError, UnsupportedError
+from steersman.net import patiently
 from steersman.nn.forward import hidden_states
 from steersman.nn.head import OutputHead
 from steersman.nn.packed import pack
 from steersman.nn.parity import choose_forward
 from steersman.nn.sharing import common_prefix, places_of, share_beginnings
-from steersman.suites.asking import Endpoint
+from steersman.suites.asking import Endpoint, text_of
 
 Asked = tuple[Any, list[int], list[int]]
 """The harness's key of a question; token ids of what is given and of what may follow."""
@@ -32,8 +32,8 @@ Told = tuple[float, bool]
 
 _TOKENS_AT_ONCE = 4096
 _CALLS_AT_ONCE = 4
-_TRIES, _LONGEST_WAIT = 6, 60.0
-"""Of a request to an endpoint that is full or away for a moment: thousands of them follow each other."""
+_TRIES = 5
+"""More, of a request to an endpoint that is away for a moment: thousands of them follow each other."""
 
 
 class FolderModel(HFLM):
@@ -172,12 +172,7 @@ class EndpointModel(TemplateLM):
             ) from None
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        for done in range(1, _TRIES):
-            try:
-                return self._endpoint.post(path, body)
-            except (RateLimitedError, UnavailableError) as error:
-                time.sleep(min(getattr(error, "retry_after", 0.5 * 2.0**done), _LONGEST_WAIT))
-        return self._endpoint.post(path, body)
+        return patiently(lambda: self._endpoint.post(path, body), _TRIES)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         raise UnsupportedError("perplexities of whole texts are not asked of an endpoint; ask the model's folder")
@@ -199,9 +194,9 @@ class EndpointModel(TemplateLM):
         }
         answer = self._post("chat/completions", body)
         try:
-            text = answer["choices"][0]["message"]["content"] or ""
-        except (IndexError, KeyError, TypeError):
+            text = text_of(answer["choices"][0]["message"]["content"])
+        except (AttributeError, IndexError, KeyError, TypeError):
             raise UnavailableError(f"{self._endpoint.url}: the answer is no chat completion") from None
         for stop in stops:
             text = text.split(stop, 1)[0]
-        return str(text)
+        return text

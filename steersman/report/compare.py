@@ -62,7 +62,7 @@ def write_compare(versions: Sequence[Version], out: Path) -> Path:
         for version in versions
     ]
     html = environment().get_template("compare.html.j2").render(
-        names=names, columns=columns, rows=rows, headline=_headline(names, rows), image=_distributions(versions),
+        names=names, columns=columns, rows=rows, headline=_headline(versions, rows), image=_distributions(versions),
         suites=_suites(versions), knowledge=_knowledge(versions), differences=_differences(versions),
         examples=_examples(versions), unit=_unit(versions[-1]), colours=plots.colours(names), **_wins(versions),
     )  # fmt: skip
@@ -103,10 +103,10 @@ def _cell(first: Version, version: Version, criterion: str | None) -> dict[str, 
     return {"mean": mean, "change": change}
 
 
-def _headline(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+def _headline(versions: Sequence[Version], rows: Sequence[Mapping[str, Any]]) -> str:
     """Where each run is surely better and worse than the first one."""
-    said = []
-    for place, name in enumerate(names[1:], start=1):
+    first, said = versions[0], []
+    for place, version in enumerate(versions[1:], start=1):
         changes = {row["label"]: row["cells"][place]["change"] for row in rows if row["cells"][place] is not None}
         known = {title: change for title, change in changes.items() if change is not None}
         groups = {
@@ -115,7 +115,8 @@ def _headline(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
             "no certain change": [title for title, change in known.items() if change.low <= 0 <= change.high],
         }
         parts = [f"{title}: {', '.join(found)}" for title, found in groups.items() if found]
-        said.append(f"{name} against {names[0]}: {'; '.join(parts) or 'no prompts in common'}.")
+        nothing = "no scores in common" if _common(first, version) else "no prompts in common"
+        said.append(f"{version.name} against {first.name}: {'; '.join(parts) or nothing}.")
     return " ".join(said)
 
 
@@ -194,9 +195,10 @@ def _examples(versions: Sequence[Version]) -> list[dict[str, Any]]:
 
 
 def _distributions(versions: Sequence[Version]) -> str | None:
-    """A violin for every run, as a picture's address; None where a run has too few rewards."""
+    """A violin for every run with rewards of two prompts, as a picture's address; None where there is none."""
+    versions = [version for version in versions if len(set(map(prompt_of, version.scores(None)))) > 1]
     scores = [list(version.scores(None).values()) for version in versions]
-    if any(len(values) < 2 for values in scores):
+    if not versions:
         return None
     colour = plots.colours([version.name for version in versions])
     with rc_context(plots.STYLE):

@@ -118,6 +118,8 @@ class JudgeResult(_Frozen):
     pairs: tuple[JudgedPair, ...] = ()
     missing: int = 0
     """Comparisons without a verdict; they are no ties."""
+    reason: str | None = None
+    """Why the first of these has none."""
     calls: int = 0
     """Requests that were sent, those for the licence included."""
     failures: int = 0
@@ -291,6 +293,8 @@ def read_evaluation(path: Path) -> Evaluation:
         return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run the evaluate stage first.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); write it again with the evaluate stage.") from None
     except ValidationError as error:
         problem: Mapping[str, object] = dict(error.errors()[0])
         location = problem["loc"]

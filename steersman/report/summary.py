@@ -80,7 +80,7 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
             name: {
                 "model": judge.model,
                 "comparisons": len(judge.pairs),
-                **judge.model_dump(exclude={"pairs", "model"}),
+                **judge.model_dump(exclude={"pairs", "model", "reason"}),
             }
             for name, judge in evaluation.judges.items()
         }

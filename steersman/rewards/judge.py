@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from steersman.errors import ConfigError
+from steersman.errors import ConfigError, RateLimitedError, UnavailableError, from_http
+from steersman.net import guarded_sync_client, patiently
 from steersman.rewards.registry import Answered, BatchReward, Failed, Outcome, Verdict, register_batch
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,6 @@ class Judge:
     def __init__(
         self, url: str, model: str, *, api_key_env: str | None, calls: int, cache: str | None, timeout_seconds: float
     ) -> None:
-        from steersman.net import guarded_sync_client
-
         headers = {}
         if api_key_env is not None:
             key = os.environ.get(api_key_env)
@@ -93,28 +92,54 @@ class Judge:
         return found
 
     def _send(self, body: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any] | Failed:
-        import httpx
         import jsonschema
+
+        try:
+            answer = patiently(lambda: self._request(body), away=0)
+        except (RateLimitedError, UnavailableError) as error:
+            return Failed(str(error))
+        self._count(answer)
+        try:
+            value: dict[str, Any] = json.loads(answer["choices"][0]["message"]["content"])
+            jsonschema.validate(value, schema)
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError, jsonschema.ValidationError):
+            return self._failed("the judge's answer does not fit the schema")
+        return value
+
+    def _request(self, body: dict[str, Any]) -> Any:
+        """One request.
+
+        Raises:
+            RateLimitedError: the endpoint is full; after the time that it names it may not be.
+            UnavailableError: there is no answer.
+        """
+        import httpx
 
         with self._lock:
             if self.calls >= self._most:
-                return Failed(f"the judge's budget of {self._most} calls is used up; raise options.calls")
+                raise UnavailableError(f"the judge's budget of {self._most} calls is used up; raise options.calls")
             self.calls += 1
         try:
             response = self._client.post("chat/completions", json=body)
-            response.raise_for_status()
-            answer = response.json()
-            value: dict[str, Any] = json.loads(answer["choices"][0]["message"]["content"])
-            jsonschema.validate(value, schema)
-        except httpx.HTTPError as error:
-            return self._failed(f"the judge does not answer ({type(error).__name__})")
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError, jsonschema.ValidationError):
-            return self._failed("the judge's answer does not fit the schema")
-        usage = answer.get("usage")
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise UnavailableError(self._failed(f"the judge does not answer ({type(error).__name__})").reason) from None
+        status = response.status_code
+        if status == httpx.codes.TOO_MANY_REQUESTS:
+            reason = self._failed("the judge's endpoint is full (status 429); lower concurrency").reason
+            raise from_http(status, reason, retry_after=response.headers.get("retry-after"))
+        try:
+            if response.is_success:
+                return response.json()
+            raise UnavailableError(self._failed(f"the judge does not answer (status {status})").reason)
+        except ValueError:
+            raise UnavailableError(self._failed("the judge's answer is no JSON; url ends with /v1").reason) from None
+
+    def _count(self, answer: Any) -> None:
+        """Tokens, which are paid for whatever the answer says."""
+        usage = answer.get("usage") if isinstance(answer, dict) else None
         counted = usage.get("total_tokens") if isinstance(usage, dict) else None
         with self._lock:
-            self.tokens += counted if isinstance(counted, int) else 0
-        return value
+            self.tokens += max(0, counted) if isinstance(counted, int) else 0
 
     def _failed(self, reason: str) -> Failed:
         with self._lock:

@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from steersman.errors import DataError, PermissionDeniedError, SteersmanError, UnauthenticatedError
+from steersman.errors import (
+    DataError,
+    PermissionDeniedError,
+    SteersmanError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from steersman.suites.asking import Decoding
 from steersman.suites.checks import Spoken, judge
 from steersman.suites.schema import Case, Suite
@@ -18,6 +24,8 @@ Converse = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], D
 """(messages, tools, decoding, token limit, seed) -> what the bot said."""
 _STOPS = (UnauthenticatedError, PermissionDeniedError)
 """Errors that the next question would meet, too."""
+PATIENCE = 25
+"""Questions without an answer, from the first on, after which no further one is asked."""
 
 
 class _Frozen(BaseModel):
@@ -107,6 +115,7 @@ def ask(
 
     Raises:
         UnauthenticatedError, PermissionDeniedError: of the endpoint; any other error is noted at the case.
+        UnavailableError: none of the first questions had an answer.
     """
     count = 1 if decoding.is_greedy else samples
     work = [(case, sample) for case in suite.cases for sample in range(count)]
@@ -122,8 +131,7 @@ def ask(
             raise
         except SteersmanError as error:
             return Asked(**about, error=str(error))
-        calls = tuple(f"{c.get('function', c).get('name')}({c.get('function', c).get('arguments')})"
-                      for c in spoken.tool_calls)  # fmt: skip
+        calls = tuple(f"{c['function']['name']}({c['function']['arguments']})" for c in spoken.tool_calls)
         return Asked(
             **about, answers=spoken.answers, tool_calls=calls, checks=judge(case.expect, spoken),
             tokens=spoken.tokens, seconds=round(spoken.seconds, 4),
@@ -131,9 +139,15 @@ def ask(
 
     done: list[Asked] = []
     with ThreadPoolExecutor(concurrency, thread_name_prefix="suite") as threads:
-        for result in threads.map(one, work):
-            done.append(result)
-            progress(len(done), len(work))
+        try:
+            for result in threads.map(one, work):
+                done.append(result)
+                progress(len(done), len(work))
+                if len(done) == PATIENCE and all(one.error is not None for one in done):
+                    raise UnavailableError(f"the first {PATIENCE} questions had no answer: {done[0].error}")
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
     return SuiteResult(suite=suite.name, kind=suite.kind, target=target, decoding=decoding.name, asked=tuple(done))
 
 
@@ -151,7 +165,7 @@ def read_results(path: Path) -> SuiteReport:
     """Raises DataError with the file and the first wrong field."""
     try:
         return SuiteReport.model_validate_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+    except OSError:
         raise DataError(f"{path}: no such file; give the suites.json of an earlier steersman eval") from None
     except (UnicodeDecodeError, ValidationError) as error:
         problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +11,8 @@ from typing import Any, Self
 
 import httpx
 
-from steersman.errors import ConfigError, UnavailableError, from_http
-from steersman.net import guarded_sync_client
+from steersman.errors import ConfigError, DeadlineError, InternalError, UnavailableError, from_http
+from steersman.net import guarded_sync_client, patiently
 from steersman.suites.checks import Spoken
 
 GREEDY, SERVED = "greedy", "served"
@@ -120,20 +121,18 @@ class Endpoint:
             body["seed"] = seed
         if tools:
             body["tools"] = list(tools)
-        start = time.monotonic()
-        answer = self.post("chat/completions", body)
-        seconds = time.monotonic() - start
+        answer, seconds = patiently(lambda: self._timed(body))
         try:
             message = answer["choices"][0]["message"]
             own = answer.get("steersman") or {}
             return Reply(
-                text=message.get("content") or "",
-                tool_calls=tuple(message.get("tool_calls") or ()),
+                text=text_of(message.get("content")) or text_of(message.get("refusal")),
+                tool_calls=tuple(_call(one) for one in message.get("tool_calls") or ()),
                 actions=tuple(str(one.get("action", "")) for one in own.get("proposed_actions") or ()),
                 tokens=int((answer.get("usage") or {}).get("completion_tokens") or 0),
                 seconds=seconds,
             )
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
             raise UnavailableError(
                 f"{self.url}: the answer is no chat completion; give an OpenAI-compatible URL"
             ) from None
@@ -153,6 +152,10 @@ class Endpoint:
         """What the endpoint answers to a body that names no model; what it refuses is an error of the tree."""
         return self._json("POST", path, json={"model": self.model, **body})
 
+    def _timed(self, body: Mapping[str, Any]) -> tuple[Any, float]:
+        start = time.monotonic()
+        return self.post("chat/completions", body), time.monotonic() - start
+
     def _first_model(self) -> str:
         try:
             return str(self._json("GET", "models")["data"][0]["id"])
@@ -162,7 +165,10 @@ class Endpoint:
     def _json(self, method: str, path: str, **request: Any) -> Any:
         try:
             response = self._client.request(method, path, **request)
-        except httpx.HTTPError as error:
+        except httpx.TimeoutException:
+            seconds = self._client.timeout.read
+            raise DeadlineError(f"{self.url} does not answer within {seconds:g} s; ask fewer at a time") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise UnavailableError(f"{self.url} does not answer ({type(error).__name__}); check the URL") from None
         if not response.is_success:
             retry = response.headers.get("retry-after")
@@ -170,9 +176,25 @@ class Endpoint:
         try:
             return response.json()
         except ValueError:
-            raise UnavailableError(
-                f"{self.url}/{path} answers no JSON; the URL must end with the API's version"
-            ) from None
+            raise InternalError(f"{self.url}/{path} answers no JSON; the URL must end with the API's version") from None
+
+
+def text_of(content: Any) -> str:
+    """A message's content, whole or in parts; what cannot stand in a file is replaced. Raises TypeError for others."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    if not isinstance(content, str | None):
+        raise TypeError
+    return (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _call(call: Any) -> Mapping[str, Any]:
+    function = call["function"]
+    name, arguments = function["name"], function.get("arguments")
+    if not isinstance(name, str):
+        raise TypeError
+    arguments = arguments if isinstance(arguments, str | None) else json.dumps(arguments)
+    return {"function": {"name": text_of(name), "arguments": text_of(arguments)}}
 
 
 def _reason(response: httpx.Response) -> str:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from steersman.data.records import read_lines
 from steersman.documents import FrozenModel, load_model, read_yaml
 from steersman.errors import ConfigError, DataError
 
@@ -165,16 +166,12 @@ def is_pattern(text: str) -> bool:
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); it must be UTF-8 text") from None
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; check the path")
     rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
+        if isinstance(line, DataError):
+            raise line
         try:
             row = json.loads(line)
         except ValueError as error:

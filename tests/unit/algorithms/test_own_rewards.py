@@ -388,6 +388,18 @@ def test_a_judge_that_does_not_answer_in_the_schema_gives_no_verdict(endpoint: E
     assert "the judge does not answer" in outcome.reason
 
 
+def test_a_full_judge_is_asked_again_and_one_that_fails_says_how(endpoint: Endpoint) -> None:
+    endpoint.refuses = [429, 429]
+    assert judge(endpoint)(answered("1234567890")) == [Verdict(1.0)]
+    assert len(endpoint.asked) == 3
+    endpoint.refuses = [500]
+    (outcome,) = judge(endpoint)(answered("a"))
+    assert outcome == Failed("the judge does not answer (status 500)")
+    endpoint.refuses = [429] * 9
+    (outcome,) = judge(endpoint, calls=2)(answered("a"))
+    assert "budget of 2 calls is used up" in outcome.reason
+
+
 @pytest.mark.parametrize("usage", [None, [], "many", {"total_tokens": "many"}])
 def test_a_strange_count_of_tokens_and_a_broken_cache_cost_no_verdict(
     usage: Any, endpoint: Endpoint, tmp_path: Path

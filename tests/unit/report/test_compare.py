@@ -64,6 +64,19 @@ def test_runs_of_other_prompts_stand_beside_each_other(tmp_path: Path) -> None:
     assert "The runs have no prompt in common." in page
 
 
+def test_a_run_without_rewards_hides_nothing_of_the_others(tmp_path: Path) -> None:
+    bare = evaluated(1.0)
+    models = {
+        name: tuple(sample.model_copy(update={"reward": None, "rubric": {}}) for sample in samples)
+        for name, samples in bare.models.items()
+    }
+    page = write_compare(
+        [Version("old", evaluated(1.0), {}), Version("bare", bare.model_copy(update={"models": models}), {})], tmp_path
+    ).read_text()
+    assert 'alt="Distribution of the rewards' in page
+    assert "bare against old: no scores in common." in page
+
+
 def test_one_run_is_nothing_to_compare(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least two runs with names of their own"):
         write_compare([Version("old", evaluated(1.0), {})] * 2, tmp_path)

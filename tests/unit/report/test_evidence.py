@@ -79,6 +79,8 @@ def test_a_judge_compares_in_both_orders_and_counts_ties_failures_and_cost() -> 
         endpoint.broken = True
         broken = JudgeOfPairs(spec).result(rivals(("long answer", "short"), ("x", "x")))
         assert (len(broken.pairs), broken.missing, broken.failures) == (1, 1, 1)
+        assert broken.reason == "the judge's answer does not fit the schema"
+        assert broken.tokens == 7, "what does not fit the schema is paid for, too"
 
 
 def full_evaluation() -> Evaluation:

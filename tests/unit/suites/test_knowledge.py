@@ -63,6 +63,43 @@ def test_the_files_become_what_the_harness_reads(folder: Path, tmp_path: Path) -
         write_tasks(folder, TASKS[2:], tmp_path / "tasks")
 
 
+@pytest.mark.parametrize(
+    ("place", "content", "task", "said"),
+    [
+        ("mmlu/test/world_religions_test.csv", b"Who?,Ann,Bob,Cid,Dan,\n", TASKS[2], "world_religions_test.csv:1"),
+        ("mmlu/test/world_religions_test.csv", b"Who?,Ann,Bob,Cid,Dan,AB\n", TASKS[2], "world_religions_test.csv:1"),
+        ("mmlu/test/world_religions_test.csv", b"Who?,K\xf6ln,Bob,Cid,Dan,A\n", TASKS[2], "cannot be read"),
+        ("mmlu/dev/world_religions_dev.csv", b"", TASKS[2], "no questions"),
+        (
+            "truthfulqa/TruthfulQA.csv",
+            TRUTHFUL.replace("In Spain; In Peru", " ").encode(),
+            TASKS[1],
+            "TruthfulQA.csv:2",
+        ),
+        ("truthfulqa/TruthfulQA.csv", b"Question,Answer\na,b\n", TASKS[0], "not a row of TruthfulQA.csv"),
+        ("gsm8k/test.jsonl", b'{"question": "a", "answer": 4}\n', "gsm8k", "test.jsonl:1: a row has question and"),
+        ("gsm8k/test.jsonl", b'{"question": \n', "gsm8k", "test.jsonl:1"),
+    ],
+)
+def test_a_wrong_file_is_named_before_a_model_is_loaded(
+    folder: Path, tmp_path: Path, place: str, content: bytes, task: str, said: str
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `knowledge`)")
+    (folder / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        (folder / f"gsm8k/{split}.jsonl").write_text('{"question": "One and one?", "answer": "#### 2"}\n')
+    write_tasks(folder, [task], tmp_path / "good")
+    (folder / place).write_bytes(content)
+    with pytest.raises(DataError) as told:
+        write_tasks(folder, [task], tmp_path / "tasks")
+    assert said in str(told.value)
+
+
+def test_a_folder_without_questions_is_no_reason_to_load_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no files of TruthfulQA, MMLU or GSM8K"):
+        write_tasks(tmp_path, [], tmp_path / "tasks")
+
+
 def test_the_numbers_are_those_of_the_harness_alone(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `knowledge`)")
     from steersman.testing.models import save_model_folder, tiny_llama

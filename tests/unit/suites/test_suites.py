@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from scipy.stats import binomtest
 from statsmodels.stats.proportion import proportion_confint
 from typer.testing import CliRunner
 
 from steersman.cli import app
-from steersman.errors import ConfigError, DataError, UnauthenticatedError, UnavailableError
+from steersman.errors import ConfigError, DataError, SteersmanError, UnauthenticatedError, UnavailableError
 from steersman.local.evaluate import names_of
 from steersman.suites.asked import Asked, SuiteReport, SuiteResult, ask, read_results
 from steersman.suites.asking import Decoding, Endpoint
@@ -143,6 +146,39 @@ def test_an_error_is_no_pass_and_is_kept(shop: Path) -> None:
         ask(suite, "m", refused, Decoding.parse("greedy"))
 
 
+def test_an_endpoint_that_answers_nothing_is_left_alone(shop: Path) -> None:
+    one = read_suite(shop).cases[0]
+    suite = Suite(name="many", cases=[one.model_copy(update={"id": f"{n}"}) for n in range(400)])
+    asked: list[int] = []
+
+    def converse(messages, tools, decoding, most, seed):
+        asked.append(seed)
+        raise UnavailableError("down")
+
+    with pytest.raises(UnavailableError, match="the first 25 questions had no answer: down"):
+        ask(suite, "m", converse, Decoding.parse("greedy"))
+    assert len(asked) < 400
+
+    def refused(messages, tools, decoding, most, seed):
+        asked.append(seed)
+        raise UnauthenticatedError("no key")
+
+    asked.clear()
+    with pytest.raises(UnauthenticatedError):
+        ask(suite, "m", refused, Decoding.parse("greedy"))
+    assert len(asked) < 400
+
+
+def test_a_line_of_a_suite_is_a_line_whatever_it_says(shop: Path, tmp_path: Path) -> None:
+    path = tmp_path / "shop.jsonl"
+    text = read_suite(shop).cases[0].model_dump_json(by_alias=True).replace("When", "When,\u2028\x85now,")
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
+    assert "\u2028\x85" in read_suite(path).cases[0].messages[0].content
+    path.write_text("")
+    with pytest.raises(ConfigError, match="cases"):
+        read_suite(path)
+
+
 def test_samples_have_seeds_of_their_own_and_greedy_is_asked_once(shop: Path) -> None:
     seeds: list[int] = []
 
@@ -157,6 +193,95 @@ def test_samples_have_seeds_of_their_own_and_greedy_is_asked_once(shop: Path) ->
     for wrong in ("hot", "-1", "nan", "2.1", "inf"):
         with pytest.raises(ConfigError, match="--decoding"):
             Decoding.parse(wrong)
+
+
+@contextmanager
+def chat(*answers: tuple[int, Any]) -> Iterator[tuple[Endpoint, list[dict[str, Any]]]]:
+    """An endpoint that gives these answers one after the other, the last one again and again."""
+    asked: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        status, body = answers[min(len(asked), len(answers)) - 1]
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return httpx.Response(status, content=content, headers={"retry-after": "0"})
+
+    with Endpoint("http://127.0.0.1:9/v1", "m") as endpoint:
+        endpoint._client = httpx.Client(base_url="http://127.0.0.1:9/v1/", transport=httpx.MockTransport(answer))
+        yield endpoint, asked
+
+
+def said(message: Any, **others: Any) -> dict[str, Any]:
+    return {"choices": [{"message": message}], **others}
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": "Yes."}, "Yes."),
+        ({"content": None}, ""),
+        ({"content": [{"type": "text", "text": "Yes"}, {"type": "image_url"}, {"type": "text", "text": "."}]}, "Yes."),
+        ({"content": None, "refusal": "I cannot."}, "I cannot."),
+        ({"content": "half \ud83d"}, "half \ufffd"),
+        ({"content": "whole \ud83d\ude00"}, "whole \U0001f600"),
+    ],
+)
+def test_what_an_endpoint_says_is_text(message: dict[str, Any], text: str) -> None:
+    with chat((200, said(message))) as (endpoint, _):
+        assert endpoint.reply([], [], Decoding.parse("greedy"), 9, 1).text == text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>", b"[]", b"3", {"choices": []}, {"choices": None}, {"choices": [{"message": None}]},
+        said({"content": 3}), said({"content": {"a": "b"}}), said({"content": ["a"]}),
+        said({"content": "a", "tool_calls": ["x"]}), said({"content": "a", "tool_calls": [{"function": None}]}),
+        said({"content": "a", "tool_calls": [{"function": {"name": 3}}]}), said({"content": "a"}, steersman="x"),
+        said({"content": "a"}, usage={"completion_tokens": "many"}), said({"content": "a"}, usage=[1]),
+        b'{"choices": [{"message": {"content": "a"}}], "usage": {"completion_tokens": Infinity}}',
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_none_is_an_error_of_its_case(body: Any, shop: Path) -> None:
+    good = said({"content": "It ships on 12 May."})
+    suite = Suite(name="two", cases=read_suite(shop).cases[:2])
+    with chat((200, body), (200, good)) as (endpoint, _):
+        found = ask(suite, "m", lambda *asked: endpoint.converse(*asked), Decoding.parse("greedy"), concurrency=1)
+    assert [one.error is None for one in found.asked] == [False, True]
+    assert "http://127.0.0.1:9/v1" in str(found.asked[0].error)
+
+
+def test_a_call_whose_arguments_are_an_object_is_understood() -> None:
+    calls = [{"id": "1", "function": {"name": "track", "arguments": {"order": 7}}}, {"function": {"name": "end"}}]
+    with chat((200, said({"content": None, "tool_calls": calls}))) as (endpoint, _):
+        reply = endpoint.reply([], [], Decoding.parse("greedy"), 9, 1)
+    assert [call["function"] for call in reply.tool_calls] == [
+        {"name": "track", "arguments": '{"order": 7}'}, {"name": "end", "arguments": ""},
+    ]  # fmt: skip
+
+
+def test_an_endpoint_that_is_full_is_asked_again_and_one_that_fails_is_not() -> None:
+    good = (200, said({"content": "Yes."}))
+    with chat((429, {}), (429, {}), good) as (endpoint, asked):
+        assert endpoint.reply([], [], Decoding.parse("greedy"), 9, 1).text == "Yes."
+        assert len(asked) == 3
+    with chat((500, {"error": {"message": "broken"}})) as (endpoint, asked):
+        with pytest.raises(SteersmanError, match="broken"):
+            endpoint.reply([], [], Decoding.parse("greedy"), 9, 1)
+        assert len(asked) == 1
+
+
+def test_an_endpoint_that_answers_no_question_ends_the_command(shop: Path, tmp_path: Path) -> None:
+    run = CliRunner().invoke(
+        app, ["eval", "http://127.0.0.1:9/v1", "--model", "m", "--suite", str(shop), "--out", str(tmp_path / "a"),
+              "--decoding", "greedy"],
+    )  # fmt: skip
+    assert isinstance(run.exception, UnavailableError)
+    assert "answered no question of shop: http://127.0.0.1:9/v1 does not answer" in str(run.exception)
+    assert not (tmp_path / "a").exists()
+    wrong = CliRunner().invoke(app, ["eval", "http://h:port/v1", "--model", "m", "--suite", str(shop)])
+    assert isinstance(wrong.exception, ConfigError)
+    assert "is no URL" in str(wrong.exception)
 
 
 @pytest.fixture
