@@ -52,7 +52,7 @@ from steersman.v1 import (
 from training.online.clients import PolicyReplica, ReferenceClient, RewardClient, Sample
 from training.online.policy_model import PolicyModel
 from training.online.pool import PolicyPool
-from training.online.remote import background
+from training.online.remote import calls
 
 SAMPLES, NEW = 4, 48
 Rows = list[tuple[np.ndarray, np.ndarray]]
@@ -189,11 +189,11 @@ class OverGrpc:
         return list(self.policy.generate(prompts, SAMPLES, sampling))
 
     def logprobs(self, rows: Rows) -> None:
-        _spread(self.reference, rows, lambda client, part: background().run(client.logprobs(part, 1.0)))
+        _spread(self.reference, rows, lambda client, part: calls().run(client.logprobs(part, 1.0)))
 
     def score(self, rows: Rows) -> None:
         items = [reward_pb2.ScoreItem(token_ids=pack_rows([np.concatenate(row)])) for row in rows]
-        _spread(self.reward, items, lambda client, part: background().run(client.score(part)))
+        _spread(self.reward, items, lambda client, part: calls().run(client.score(part)))
 
 
 def _spread(clients: Sequence[Any], items: Sequence[Any], call: Callable[[Any, Any], object]) -> None:

@@ -38,7 +38,7 @@ from steersman.v1 import (
     reward_pb2_grpc,
 )
 from training.online.clients import ReferenceClient
-from training.online.remote import background
+from training.online.remote import calls
 
 SECONDS = 0.02
 ROOM = REQUEST_BYTES - 2**20
@@ -210,7 +210,7 @@ async def test_what_is_more_than_a_request_holds_is_asked_in_parts() -> None:
     def ask(target: str) -> list[np.ndarray]:
         client = ReferenceClient(target, "", 60, print)
         try:
-            return background().run(client.logprobs(rows, 1.0))
+            return calls().run(client.logprobs(rows, 1.0))
         finally:
             client.close()
 

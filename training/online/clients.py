@@ -27,7 +27,7 @@ from steersman.v1 import (
     weights_pb2_grpc,
 )
 from training.online.publication import Outbox
-from training.online.remote import FailingError, Note, Remote, background
+from training.online.remote import FailingError, Note, Remote, calls
 
 CALL_SECONDS = 600.0
 GENERATE_SECONDS = 6 * 3600.0
@@ -78,12 +78,10 @@ class PolicyReplica(Remote):
         self._weights = weights_pb2_grpc.WeightsServiceStub(control)
 
     def info(self) -> policy_pb2.GetPolicyInfoResponse:
-        return background().run(
-            self.call(lambda: self._stub.GetPolicyInfo(policy_pb2.GetPolicyInfoRequest(), timeout=30))
-        )
+        return calls().run(self.call(lambda: self._stub.GetPolicyInfo(policy_pb2.GetPolicyInfoRequest(), timeout=30)))
 
     def status(self) -> weights_pb2.GetWeightsStatusResponse:
-        return background().run(self.loaded())
+        return calls().run(self.loaded())
 
     async def loaded(self) -> weights_pb2.GetWeightsStatusResponse:
         """Which weights it has."""
@@ -92,7 +90,7 @@ class PolicyReplica(Remote):
 
     def publish(self, version: int, outbox: Outbox) -> float:
         """Loads what is in the outbox as `version`; returns the seconds that generation stood still."""
-        return background().run(self.load(version, outbox))
+        return calls().run(self.load(version, outbox))
 
     async def load(self, version: int, outbox: Outbox) -> float:
         """The same for the event loop."""
@@ -155,7 +153,7 @@ class RewardClient(Remote):
 
     def info(self) -> reward_pb2.GetRewardInfoResponse:
         request = reward_pb2.GetRewardInfoRequest()
-        return background().run(self.call(lambda: self._stub.GetRewardInfo(request, timeout=30)))
+        return calls().run(self.call(lambda: self._stub.GetRewardInfo(request, timeout=30)))
 
     def standardised(self) -> dict[str, float]:
         """Weights of the scorers whose values have mean 0 and standard deviation 1 on a reference set."""

@@ -20,7 +20,7 @@ from steersman.report.schema import LicenceResult
 from steersman.rewards.judge import Compared
 from training.context import StageContext
 from training.online.connect import Services
-from training.online.remote import background
+from training.online.remote import calls
 from training.online.rollout import Prompt, score_item
 
 
@@ -99,7 +99,7 @@ def _by_service(context: StageContext, services: Services, names: Sequence[str])
             prompt, said = (np.asarray(part, dtype=np.int32) for part in ids)
             facts = json.dumps(row.known()) if row.known() else ""
             items.append(score_item(Prompt(prompt, messages, facts, tools=row.tools), said, answer["content"]))
-    scores = background().run(services.reward[0].score(items)) if items else []
+    scores = calls().run(services.reward[0].score(items)) if items else []
     found = {}
     for name in names:
         values = [score.parts.get(name, math.nan) for score in scores]

@@ -27,7 +27,7 @@ from steersman.rpc.wire import in_parts, pack_rows
 from steersman.v1 import common_pb2, policy_pb2
 from training.online.clients import PolicyReplica, Sample
 from training.online.publication import Outbox, WeightsPayload
-from training.online.remote import AWAY, FAILING, background
+from training.online.remote import AWAY, FAILING, calls
 
 PARTS = 4
 """Parts that a replica gets of a batch, if all are equally fast."""
@@ -111,7 +111,7 @@ class PolicyPool:
 
     def chat(self, request: policy_pb2.PolicyServiceChatRequest) -> list[policy_pb2.PolicyServiceChatResponse]:
         """One answer of the first replica; they run the same model."""
-        return background().run(self._replicas[0].chat(request))
+        return calls().run(self._replicas[0].chat(request))
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class PolicyPool:
         A replica that has this payload loaded already (a trainer that resumes) keeps it.
         """
         start = time.monotonic()
-        background().run(self._publish(payload))
+        calls().run(self._publish(payload))
         return time.monotonic() - start
 
     async def _publish(self, payload: WeightsPayload) -> None:
@@ -167,7 +167,7 @@ class PolicyPool:
         async def collect() -> list[Sample | Lost]:
             return [one async for one in self.samples(prompts, n, sampling)]
 
-        for one in background().run(collect()):
+        for one in calls().run(collect()):
             if isinstance(one, Lost):
                 raise UnavailableError(one.reason)
             yield one

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from functools import cache
+from typing import TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from steersman.errors import CancelledError, SteersmanError, UnavailableError, from_grpc
+from steersman.loop_thread import LoopThread
 from steersman.rpc.client import Access, open_aio_channel
 
 AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
@@ -25,32 +26,10 @@ T = TypeVar("T")
 Note = Callable[[str], None]
 
 
-class Background:
-    """The event loop, on a thread of its own, that all calls to services run on."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="services", daemon=True).start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Waits for the result; an interrupted caller cancels the work."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-
-_background: Background | None = None
-
-
-def background() -> Background:
-    """The process's own, started when it is first needed."""
-    global _background
-    if _background is None:
-        _background = Background()
-    return _background
+@cache
+def calls() -> LoopThread:
+    """The event loop that all calls to services run on; the process's own, started when it is first needed."""
+    return LoopThread("services")
 
 
 class FailingError(SteersmanError):
@@ -77,12 +56,12 @@ class Remote:
         self._patience = patience
         self._note = note
         self._closed = False
-        self.channels: tuple[grpc.aio.Channel, ...] = background().run(_open(targets, access))
+        self.channels: tuple[grpc.aio.Channel, ...] = calls().run(_open(targets, access))
 
     def close(self) -> None:
         """Ends running calls and every wait: nobody wants the answers any more."""
         self._closed = True
-        background().run(self._close())
+        calls().run(self._close())
 
     async def _close(self) -> None:
         for channel in self.channels:
@@ -90,7 +69,7 @@ class Remote:
 
     def wait(self) -> None:
         """Raises UnavailableError when the service is not ready within the patience."""
-        background().run(self.ready())
+        calls().run(self.ready())
 
     async def ready(self) -> None:
         stub = health_pb2_grpc.HealthStub(self.channels[0])

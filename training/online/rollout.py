@@ -32,7 +32,7 @@ from training.context import Reporter
 from training.mathematics.rewards import present
 from training.online.clients import ReferenceClient, RewardClient, Sample, Score
 from training.online.pool import Lost, PolicyPool
-from training.online.remote import background
+from training.online.remote import calls
 
 CUT_SHARE = 0.5
 """Share of answers at the token limit from which on it is said."""
@@ -147,7 +147,7 @@ class Rollouts:
         Returns:
             For every prompt its samples by sample index, and seconds and tokens of generation.
         """
-        return background().run(self._collect(prompts, n, seed, first, in_flight, progress))
+        return calls().run(self._collect(prompts, n, seed, first, in_flight, progress))
 
     async def _collect(
         self, prompts: Sequence[Prompt], n: int, seed: int, first: int, in_flight: bool, progress: tuple[int, int]

@@ -17,4 +17,4 @@ class TgiOptions(EngineOptions):
 
         if self.url is None:
             raise ConfigError("tgi.url is missing; set the address of the TGI server")
-        return TgiEngine(self.url, served.folder, name=served.name)
+        return TgiEngine(self.url, served.folder, name=served.name, on_death=served.on_death)

@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from huggingface_hub import AsyncInferenceClient
 from huggingface_hub.errors import OverloadedError, TextGenerationError, ValidationError
 from transformers import AutoTokenizer
 
+from services.policy.engines.in_flight import InFlight
 from services.policy.engines.sampling import stream_key
 from steersman.errors import (
     ConfigError,
@@ -38,49 +39,47 @@ from steersman.generation import (
     Event,
     FinishReason,
     GenerationRequest,
-    RequestFailed,
     SampleFinished,
     TokenEvent,
     WeightsUpdate,
 )
+from steersman.loop_thread import LoopThread
 from steersman.net import guard_hub, guarded_sync_client
 
 logger = logging.getLogger(__name__)
 
 LOGPROBS_NOTE = "of the distribution after temperature, top-k and top-p, as the server reports it"
+_STREAMS = 64
+"""Samples generated at the same time; others wait here."""
 
 
 @dataclass(eq=False)
-class _Request:
-    request: GenerationRequest
-    on_event: Callable[[Event], None]
+class _Request(InFlight):
     texts: list[str]
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    cancelled: bool = False
-    ended: bool = False
 
 
 class TgiEngine:
     """See `services.policy.engine.Engine`; one HTTP stream for every sample."""
 
-    def __init__(self, url: str, tokenizer: Path, *, name: str = "policy", max_streams: int = 64) -> None:
+    def __init__(
+        self, url: str, tokenizer: Path, *, name: str = "policy", on_death: Callable[[], None] = lambda: None
+    ) -> None:
         """
         Args:
             url: of the server, for example "http://tgi:8080".
             tokenizer: folder of the served model's tokenizer.
             name: what `info` reports.
-            max_streams: samples generated at the same time; others wait here.
+            on_death: called from the engine's thread when that ends without `close`.
         """
         self._url = url.rstrip("/")
         self._tokenizer_folder = tokenizer
         self._name = name
-        self._max_streams = max_streams
+        self._on_death = on_death
         self._requests: dict[int, _Request] = {}
         self._next_handle = 0
         self._running = 0
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._loop: LoopThread | None = None
 
     def start(self) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(self._tokenizer_folder)
@@ -94,34 +93,25 @@ class TgiEngine:
             raise ConfigError(f"{self._url}/info is not that of a TGI server ({error}); check tgi.url") from error
         eos = self._tokenizer.eos_token_id
         self._eos = frozenset() if eos is None else frozenset([eos])
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, args=(self._loop,), name="tgi-engine", daemon=True)
-        self._thread.start()
-
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
         guard_hub()
         self._client = AsyncInferenceClient(model=self._url)
-        self._slots = asyncio.Semaphore(self._max_streams)
-        loop.run_forever()
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+        self._slots = asyncio.Semaphore(_STREAMS)
+        self._loop = LoopThread("tgi-engine", self._ended)
 
     def close(self) -> None:
         with self._lock:
             loop, self._loop = self._loop, None
-        if loop is None or self._thread is None:
-            return
-        asyncio.run_coroutine_threadsafe(self._end_all(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        self._thread.join()
+        if loop is not None:
+            loop.close()
 
-    async def _end_all(self) -> None:
+    def _ended(self, cause: BaseException | None) -> None:
         error = UnavailableError("the engine was closed before the request ended; send it again")
-        for one in list(self._requests.values()):
-            tasks = list(one.tasks)
-            self._fail(one, error)
-            await asyncio.gather(*tasks, return_exceptions=True)
+        if cause is not None:
+            error = UnavailableError(f"the engine has stopped ({cause!r}); send the request to another replica")
+        for one in self._requests.values():
+            one.fail(error)
+        if cause is not None:
+            self._on_death()
 
     def info(self) -> EngineInfo:
         waiting = sum(len(one.tasks) for one in list(self._requests.values())) - self._running
@@ -162,9 +152,8 @@ class TgiEngine:
             if self._loop is None:
                 raise UnavailableError("the engine is closed; send the request to another replica")
             self._next_handle += 1
-            handle = self._next_handle
-            self._requests[handle] = _Request(request, on_event, texts)
-            self._loop.call_soon_threadsafe(self._begin, handle)
+            handle, one = self._next_handle, _Request(request, on_event, texts)
+            self._loop.begin(self._begin(handle, one), lambda error: one.fail(_translate(error, self._url)))
         return handle
 
     def _text(self, index: int, prompt: np.ndarray) -> str:
@@ -184,7 +173,7 @@ class TgiEngine:
     def cancel(self, handle: int) -> None:
         with self._lock:
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._cancel, handle)
+                self._loop.begin(self._cancel(handle))
 
     def load_weights(self, update: WeightsUpdate) -> float:
         raise FailedPreconditionError(
@@ -194,34 +183,20 @@ class TgiEngine:
 
     # On the event loop.
 
-    def _begin(self, handle: int) -> None:
-        one = self._requests[handle]
+    async def _begin(self, handle: int, one: _Request) -> None:
+        self._requests[handle] = one
         for prompt_index in range(len(one.texts)):
             for sample_index in range(one.request.n):
-                task = asyncio.get_running_loop().create_task(self._sample(one, prompt_index, sample_index))
-                one.tasks.add(task)
-                task.add_done_callback(one.tasks.discard)
-                task.add_done_callback(lambda _: self._forget(handle))
+                one.begin(self._sample(one, prompt_index, sample_index))
+        await asyncio.wait(one.tasks)
+        del self._requests[handle]
 
-    def _forget(self, handle: int) -> None:
-        one = self._requests.get(handle)
-        if one is not None and not one.tasks:
-            del self._requests[handle]
-
-    def _cancel(self, handle: int) -> None:
+    async def _cancel(self, handle: int) -> None:
         one = self._requests.get(handle)
         if one is not None:
             one.cancelled = True
             for task in one.tasks:
                 task.cancel()
-
-    def _fail(self, one: _Request, error: SteersmanError) -> None:
-        """Ends the request with one error; its other samples are dropped."""
-        if not one.ended:
-            one.ended = True
-            _deliver(one, RequestFailed(error))
-        for task in one.tasks:
-            task.cancel()
 
     async def _sample(self, one: _Request, prompt_index: int, sample_index: int) -> None:
         token_ids: list[int] = []
@@ -239,10 +214,9 @@ class TgiEngine:
                 raise
             reason = "cancelled"
         except Exception as error:
-            self._fail(one, _translate(error, self._url))
+            one.fail(_translate(error, self._url))
             return
-        _deliver(
-            one,
+        one.deliver(
             SampleFinished(
                 prompt_index=prompt_index,
                 sample_index=sample_index,
@@ -250,7 +224,7 @@ class TgiEngine:
                 logprobs=np.array(logprobs, np.float32),
                 finish_reason=reason,
                 weights_versions=(0,) if token_ids else (),
-            ),
+            )
         )
 
     async def _stream(
@@ -279,7 +253,7 @@ class TgiEngine:
                 logprobs.append(token.logprob)
                 if one.request.stream:
                     top = tuple((other.id, other.logprob) for other in output.top_tokens or ())
-                    _deliver(one, TokenEvent(prompt_index, sample_index, token.id, token.logprob, 0, top))
+                    one.deliver(TokenEvent(prompt_index, sample_index, token.id, token.logprob, 0, top))
                 if token.id in stops:
                     return "stop"
                 if output.details is not None:
@@ -300,10 +274,3 @@ def _translate(error: Exception, url: str) -> SteersmanError:
         return UnavailableError(f"the TGI server {url} cannot be reached: {error}")
     logger.error("a TGI stream failed", exc_info=error)
     return InternalError(f"generation failed: {error}")
-
-
-def _deliver(one: _Request, event: Event) -> None:
-    try:
-        one.on_event(event)
-    except Exception:
-        logger.exception("a callback for engine events raised; the event is lost")

@@ -33,7 +33,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from services.policy.engines.hardware import Precision
 from services.policy.engines.sampling import end_tokens
 from services.policy.engines.vllm_choice import accepted_context, vllm_verdict
-from services.policy.engines.vllm_samples import Request, Sample, deliver
+from services.policy.engines.vllm_samples import Request, Sample
 from services.policy.engines.vllm_weights import Checkpoint, Plan, save_adapter
 from steersman.errors import (
     ConfigError,
@@ -46,9 +46,9 @@ from steersman.generation import (
     EngineInfo,
     Event,
     GenerationRequest,
-    RequestFailed,
     WeightsUpdate,
 )
+from steersman.loop_thread import LoopThread
 from steersman.nn.load import context_of
 from steersman.nn.parity import Verdict
 
@@ -112,8 +112,8 @@ class VllmEngine:
             lora: what an adapter becomes. "adapter": a vLLM adapter; "merge": new full weights; "auto": "adapter" on
                 a GPU, "merge" on a CPU, where vLLM computes adapters 9 times slower.
             max_lora_rank: largest rank of a vLLM adapter.
-            on_death: called once from the engine's thread when vLLM's processes have died: the engine is of no use
-                any more.
+            on_death: called once from the engine's thread when vLLM's processes have died, or the thread itself ends
+                without `close`: the engine is of no use any more.
             check_architecture: first find out whether vLLM computes the architecture as transformers does.
             small: the model is one with which another's architecture is checked; its folder has no tokenizer.
         """
@@ -134,8 +134,7 @@ class VllmEngine:
         self._check_architecture, self._small_model = check_architecture and not small, small
         self._lock = threading.Lock()
         self._loading = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._loop: LoopThread | None = None
         self._requests: dict[int, Request] = {}
         self._next_handle = 0
         self._version = 0
@@ -173,11 +172,9 @@ class VllmEngine:
         self._context: int = min(limit for limit in limits if limit)
         self._eos = end_tokens(_generation_config(self._model), config)
         self._scratch = Path(tempfile.mkdtemp(prefix="vllm-weights-"))
-        loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, args=(loop,), name="vllm-engine", daemon=True)
-        self._thread.start()
+        loop = LoopThread("vllm-engine", self._ended)
         try:
-            self._llm, self._load = asyncio.run_coroutine_threadsafe(self._start(), loop).result()
+            self._llm, self._load = loop.run(self._start())
         except Exception as error:
             self._stop(loop)
             raise ConfigError(f"vLLM cannot serve '{self._model}': {error}") from error
@@ -247,30 +244,22 @@ class VllmEngine:
             worker_extension_cls="services.policy.engines.vllm_transfer.WorkerExtension",
         )
 
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        loop.run_forever()
-        loop.run_until_complete(loop.shutdown_asyncgens())
+    def _stop(self, loop: LoopThread) -> None:
         loop.close()
-
-    def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.call_soon_threadsafe(loop.stop)
-        if self._thread is not None:
-            self._thread.join()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def close(self) -> None:
         with self._lock:
             loop, self._loop = self._loop, None
         if loop is not None:
-            asyncio.run_coroutine_threadsafe(self._end_all(), loop).result()
+            loop.run(self._end_all())
             self._stop(loop)
 
     async def _end_all(self) -> None:
         error = UnavailableError("the engine was closed before the request ended; send it again")
         for one in list(self._requests.values()):
             tasks = list(one.tasks)
-            self._fail(one, error)
+            one.fail(error)
             await asyncio.gather(*tasks, return_exceptions=True)
         self._llm.shutdown()
 
@@ -306,14 +295,14 @@ class VllmEngine:
             if self._loop is None:
                 raise UnavailableError("the engine is closed; send the request to another replica")
             self._next_handle += 1
-            handle = self._next_handle
-            self._loop.call_soon_threadsafe(self._begin, handle, request, on_event)
-        return handle
+            one = Request(request, on_event, self._next_handle)
+            self._loop.begin(self._begin(one), lambda error: one.fail(_translate(error)))
+        return one.handle
 
     def cancel(self, handle: int) -> None:
         with self._lock:
             if self._loop is not None:
-                asyncio.run_coroutine_threadsafe(self._cancel(handle), self._loop)
+                self._loop.begin(self._cancel(handle))
 
     def load_weights(self, update: WeightsUpdate) -> float:
         if update.split()[1] is not None:
@@ -345,13 +334,12 @@ class VllmEngine:
 
     def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Runs a coroutine on the engine's thread."""
-        with self._lock:
-            if self._loop is None:
-                work.close()
-                raise UnavailableError(_NOT_OPEN)
-            running = asyncio.run_coroutine_threadsafe(work, self._loop)
+        loop = self._loop
+        if loop is None:
+            work.close()
+            raise UnavailableError(_NOT_OPEN)
         try:
-            return running.result()
+            return loop.run(work)
         except Exception as error:
             raise _translate(error) from error
 
@@ -399,23 +387,25 @@ class VllmEngine:
 
     async def _forget_adapter(self, adapter: LoRARequest) -> None:
         """Frees an adapter that is not in use any more, once no running sample needs it."""
-        if not self._adapter_users[adapter.lora_int_id]:
-            del self._adapter_users[adapter.lora_int_id]
+        if self._adapter_users[adapter.lora_int_id]:
+            return
+        del self._adapter_users[adapter.lora_int_id]
+        try:
             await self._llm.remove_lora(adapter.lora_int_id)
-            shutil.rmtree(adapter.lora_path, ignore_errors=True)
+        except Exception:
+            logger.exception("vLLM keeps the adapter %s, which nobody needs", adapter.lora_name)
+        shutil.rmtree(adapter.lora_path, ignore_errors=True)
 
-    def _begin(self, handle: int, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
-        one = Request(handle, request, on_event, self._adapter)
-        self._requests[handle] = one
+    async def _begin(self, one: Request) -> None:
+        self._requests[one.handle] = one
+        one.adapter = self._adapter
         if one.adapter is not None:
             self._adapter_users[one.adapter.lora_int_id] += 1
-        for prompt_index in range(len(request.prompts)):
-            for sample_index in range(request.n):
-                vllm_id = f"{handle}-{prompt_index}-{sample_index}"
+        for prompt_index in range(len(one.request.prompts)):
+            for sample_index in range(one.request.n):
+                vllm_id = f"{one.handle}-{prompt_index}-{sample_index}"
                 one.running.add(vllm_id)
-                task = asyncio.get_running_loop().create_task(self._sample(one, vllm_id, prompt_index, sample_index))
-                one.tasks.add(task)
-                task.add_done_callback(one.tasks.discard)
+                one.begin(self._sample(one, vllm_id, prompt_index, sample_index))
 
     async def _end(self, one: Request) -> None:
         del self._requests[one.handle]
@@ -430,14 +420,6 @@ class VllmEngine:
             one.cancelled = True
             await self._llm.abort(list(one.running))
 
-    def _fail(self, one: Request, error: SteersmanError) -> None:
-        """Ends the request with one error; its other samples are dropped."""
-        if not one.ended:
-            one.ended = True
-            deliver(one, RequestFailed(error))
-        for task in one.tasks:
-            task.cancel()
-
     async def _sample(self, one: Request, vllm_id: str, prompt_index: int, sample_index: int) -> None:
         sample = Sample(one, prompt_index, sample_index)
         try:
@@ -445,11 +427,11 @@ class VllmEngine:
                 await self._generate(one, vllm_id, sample)
             one.running.discard(vllm_id)
             if not one.ended:
-                deliver(one, sample.finished())
+                one.deliver(sample.finished())
         except Exception as error:
             if self._llm.errored:
-                self._died()
-            self._fail(one, _translate(error))
+                self._died("vLLM's processes have died; their log above tells why")
+            one.fail(_translate(error))
         finally:
             one.running.discard(vllm_id)
             if not one.running:
@@ -468,10 +450,19 @@ class VllmEngine:
                     sample.add_prompt(result.prompt_logprobs)
                 sample.add(result.outputs[0], self._version)
 
-    def _died(self) -> None:
+    def _ended(self, cause: BaseException | None) -> None:
+        """The loop's thread ends; `close` has told every request."""
+        if cause is None:
+            return
+        error = UnavailableError(f"the engine has stopped ({cause!r}); send the request to another replica")
+        for one in list(self._requests.values()):
+            one.fail(error)
+        self._died(error.message)
+
+    def _died(self, why: str) -> None:
         told, self._on_death = self._on_death, None
         if told is not None:
-            logger.critical("vLLM's processes have died; their log above tells why")
+            logger.critical(why)
             told()
 
 
@@ -513,11 +504,11 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def _translate(error: Exception) -> SteersmanError:
+    if isinstance(error, SteersmanError):
+        return error
     from vllm.exceptions import VLLMClientError
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    if isinstance(error, SteersmanError):
-        return error
     if isinstance(error, (VLLMClientError, ValueError)):
         return InvalidArgumentError(f"vLLM refused the request: {error}")
     if isinstance(error, EngineDeadError):

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from services.policy.engines.in_flight import InFlight
 from services.policy.engines.sampling import stream_key
 from steersman.errors import InternalError
-from steersman.generation import Event, FinishReason, GenerationRequest, PromptScored, SampleFinished, TokenEvent
+from steersman.generation import FinishReason, PromptScored, SampleFinished, TokenEvent
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput
     from vllm.sampling_params import SamplingParams as VllmParams
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(eq=False)
-class Request:
+class Request(InFlight):
     handle: int
-    request: GenerationRequest
-    on_event: Callable[[Event], None]
-    adapter: LoRARequest | None
+    adapter: LoRARequest | None = None
     running: set[str] = field(default_factory=set)
     """vLLM's ids of the samples that have not ended."""
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    cancelled: bool = False
-    ended: bool = False
 
 
 class Sample:
@@ -90,7 +81,7 @@ class Sample:
         starts = np.array(flat.start_indices[1:], np.int64)
         logprobs, token_ids = np.array(flat.logprobs, np.float32), np.array(flat.token_ids, np.int32)
         top = starts[:, None] + 1 + np.arange(count)
-        deliver(self._request, PromptScored(self.prompt_index, logprobs[starts], token_ids[top], logprobs[top]))
+        self._request.deliver(PromptScored(self.prompt_index, logprobs[starts], token_ids[top], logprobs[top]))
 
     def add(self, output: CompletionOutput, version: int) -> None:
         """`version` is that of streamed tokens; the sample itself has the exact spans that vLLM kept."""
@@ -106,7 +97,7 @@ class Sample:
             self._logprobs.append(logprob)
             if one.request.stream:
                 top = tuple(zip(flat.token_ids[start + 1 : end], flat.logprobs[start + 1 : end], strict=True))
-                deliver(one, TokenEvent(self.prompt_index, self.sample_index, token, logprob, version, top))
+                one.deliver(TokenEvent(self.prompt_index, self.sample_index, token, logprob, version, top))
         if output.finish_reason is None:
             return
         if output.finish_reason in ("stop", "length"):
@@ -127,10 +118,3 @@ class Sample:
             finish_reason=self._reason,
             weights_versions=self._versions,
         )
-
-
-def deliver(one: Request, event: Event) -> None:
-    try:
-        one.on_event(event)
-    except Exception:
-        logger.exception("a callback for engine events raised; the event is lost")

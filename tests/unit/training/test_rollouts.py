@@ -21,7 +21,7 @@ from steersman.nn.tokens import tokenizer_fingerprint
 from steersman.v1 import reference_pb2_grpc, reward_pb2, reward_pb2_grpc
 from training.online.clients import PolicyReplica, ReferenceClient, RewardClient, Score
 from training.online.pool import PolicyPool
-from training.online.remote import background
+from training.online.remote import calls
 from training.online.rollout import Prompt, Rollouts, exclude_failed, score_item, to_batch
 
 GENERATION = Generation(max_new_tokens=6)
@@ -84,7 +84,7 @@ def scores(answers: list[Any], count: int = 2) -> list[Score]:
     prompt = Prompt(np.arange(3, dtype=np.int32), [{"role": "user", "content": "a"}])
     items = [score_item(prompt, np.arange(2, dtype=np.int32), "b")] * count
     with reward_service(answers) as client:
-        return background().run(client.score(items))
+        return calls().run(client.score(items))
 
 
 @pytest.mark.parametrize(
@@ -209,10 +209,10 @@ def reference_service(lengths: int | None) -> Iterator[ReferenceClient]:
 def test_a_reference_that_fails_leaves_log_probabilities_missing() -> None:
     rows = [(np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32))]
     with reference_service(None) as client:
-        (missing,) = background().run(client.logprobs(rows, 1.0))
+        (missing,) = calls().run(client.logprobs(rows, 1.0))
     assert np.isnan(missing).tolist() == [True, True]
     with reference_service(3) as client, pytest.raises(Exception, match="of other lengths than the answers"):
-        background().run(client.logprobs(rows, 1.0))
+        calls().run(client.logprobs(rows, 1.0))
 
 
 def test_what_is_not_finite_is_left_out_and_counted(tiny_model: Path, tmp_path: Path) -> None:
