@@ -18,8 +18,6 @@ from steersman.rpc.wire import pack_rows
 from steersman.v1 import embedding_pb2 as pb
 from steersman.v1 import embedding_pb2_grpc
 
-_MOST_INPUTS = 2048
-
 
 class EmbeddingServicer(embedding_pb2_grpc.EmbeddingServiceServicer):
     """`load` before it is asked; `close` at the end."""
@@ -55,8 +53,8 @@ class EmbeddingServicer(embedding_pb2_grpc.EmbeddingServiceServicer):
         embedder = self._embedder
         if embedder is None:
             raise UnavailableError("the model is still being loaded; try again")
-        if not 1 <= len(request.inputs) <= _MOST_INPUTS:
-            raise InvalidArgumentError(f"inputs has {len(request.inputs)} entries; send 1 to {_MOST_INPUTS}")
+        if not request.inputs:
+            raise InvalidArgumentError("inputs is empty; send at least one")
         # Beside the loop: the texts of the largest request take longer than others may wait.
         rows = await asyncio.to_thread(_rows, embedder, request)
         vectors = np.stack(await self._batcher.submit(rows))

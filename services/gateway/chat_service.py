@@ -21,7 +21,6 @@ from steersman.v1 import chat_pb2, chat_pb2_grpc
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest
 
 SERVICE_NAME = "steersman.v1.ChatService"
-_LONGEST_NAME = 200
 _ROLES = {"system", "user", "assistant", "tool"}
 
 
@@ -102,9 +101,6 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def _submit(
         self, request: chat_pb2.SubmitFeedbackRequest, headers: Mapping[str, str]
     ) -> chat_pb2.SubmitFeedbackResponse:
-        for name in ("feedback_token", "judge"):
-            if len(getattr(request, name)) > _LONGEST_NAME:
-                raise BadRequestError(f"{name} has more than {_LONGEST_NAME} characters; shorten it", param=name)
         if request.feedback_token:
             caller = await self._feedback.caller_by_token(request.feedback_token, request.answer_id)
         else:

@@ -33,8 +33,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-MAX_STOPS, MAX_STOP_CHARACTERS = 16, 512
-"""Stop texts of a request: every token of an answer is compared with them."""
 _SCORES_AT_ONCE = 256
 """Tokens of a prompt in one response."""
 
@@ -207,12 +205,6 @@ async def answer(
     """Streams the choices of one conversation."""
     if any(not stop for stop in request.stop):
         raise InvalidArgumentError("stop holds an empty text, which would end every answer at once; leave it out")
-    if len(request.stop) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in request.stop):
-        longest = max(map(len, request.stop))
-        raise InvalidArgumentError(
-            f"stop holds {len(request.stop)} texts of up to {longest} characters; at most {MAX_STOPS} texts of "
-            f"{MAX_STOP_CHARACTERS} characters are looked for"
-        )
     if request.prompt_logprobs and request.messages:
         raise InvalidArgumentError("prompt_logprobs are of a prompt that is continued, not of messages; leave one out")
     prompt = await chat.beside_the_loop(chat.encode, request)

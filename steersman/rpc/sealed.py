@@ -33,11 +33,14 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
-class Sealed:
-    """A request that has its checksum."""
+class Arrived:
+    """A request that could be read."""
 
     request: Any
-    checksum: str
+    size: int
+    """In bytes."""
+    checksum: str | None
+    """None: it came without."""
 
 
 def sealed(request: Message) -> bytes:
@@ -51,18 +54,18 @@ def checksum_of(data: bytes) -> str:
     return data[-4:].hex()
 
 
-def checked(method: str, parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def checked(method: str, parse: Callable[[bytes], Any]) -> Callable[[bytes], Arrived | Unreadable]:
     """A deserializer that raises nothing: `Unreadable` for bytes that are no request or do not have their checksum,
-    `Sealed` for those that have it, else what they are."""
+    else `Arrived`."""
 
-    def read(data: bytes) -> Any:
+    def read(data: bytes) -> Arrived | Unreadable:
         try:
             if data[-_SIZE:-4] != _TAG:
-                return parse(data)
+                return Arrived(parse(data), len(data), None)
             inner = data[:-_SIZE]
             if isal_zlib.crc32(inner) != int.from_bytes(data[-4:], "little"):
                 return Unreadable(damaged(method))
-            return Sealed(parse(inner), checksum_of(data))
+            return Arrived(parse(inner), len(data), checksum_of(data))
         except DecodeError:
             return Unreadable(InvalidArgumentError(f"{method}: the bytes are no request of this method"))
 

@@ -26,8 +26,9 @@ from steersman.config.base import FrozenModel
 from steersman.config.tls import Tls
 from steersman.errors import ERROR_DOMAIN, ConfigError, RateLimitedError, SteersmanError
 from steersman.home import cache_folder
+from steersman.rpc.bounds import check_request
 from steersman.rpc.metrics import serve_metrics, track
-from steersman.rpc.sealed import CHECKSUM, Sealed, Unreadable, checked, damaged
+from steersman.rpc.sealed import CHECKSUM, Arrived, Unreadable, checked, damaged
 from steersman.rpc.tls import server_credentials
 from steersman.rpc.token import TokenCheck, read_token
 from steersman.rpc.wire import REQUEST_BYTES
@@ -133,7 +134,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         def unary(function: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
-                    request = _readable(method, request, context)
+                    request = await _readable(method, request, context)
                     with self._counted(method):
                         return await function(request, context)
                 except (asyncio.CancelledError, grpc.aio.AbortError):
@@ -146,7 +147,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         def stream(function: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
-                    request = _readable(method, request, context)
+                    request = await _readable(method, request, context)
                     with self._counted(method):
                         async for response in function(request, context):
                             yield response
@@ -167,27 +168,28 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return handler
 
 
-def _readable(method: str, request: Any, context: grpc.aio.ServicerContext) -> Any:
-    """The request, or each of a stream of them; raises what is wrong with one that could not be read, or that is not
-    the one whose checksum came with the call."""
+async def _readable(method: str, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    """The request, or each of a stream of them; raises what is wrong with one that could not be read, that is beyond
+    the contract's bounds, or that is not the one whose checksum came with the call."""
     if isinstance(request, AsyncIterator):
         return _each_readable(request)
-    found = request.checksum if isinstance(request, Sealed) else None
+    found = request.checksum if isinstance(request, Arrived) else None
     wanted = next((value for key, value in context.invocation_metadata() or () if key == CHECKSUM), found)
     if wanted != found:
         raise damaged(method)
-    return _opened(request)
+    return await _opened(request)
 
 
-async def _each_readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _each_readable(requests: AsyncIterator[Arrived | Unreadable]) -> AsyncIterator[Any]:
     async for request in requests:
-        yield _opened(request)
+        yield await _opened(request)
 
 
-def _opened(request: Any) -> Any:
+async def _opened(request: Arrived | Unreadable) -> Any:
     if isinstance(request, Unreadable):
         raise request.error
-    return request.request if isinstance(request, Sealed) else request
+    await check_request(request.request, request.size)
+    return request.request
 
 
 Service = tuple[Callable[[Any, grpc.aio.Server], None], Any, str]

@@ -22,32 +22,57 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from steersman.v1 import bounds_pb2 as steersman_dot_v1_dot_bounds__pb2
 from steersman.v1 import common_pb2 as steersman_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steersman/v1/chat.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"\xbe\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.steersman.v1.Message\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x17\n\x0f\x63onversation_id\x18\x05 \x01(\t\x12\x14\n\x07\x63onsent\x18\x06 \x01(\x08H\x00\x88\x01\x01\x42\n\n\x08_consent\"\xa5\x02\n\x0c\x43hatResponse\x12\x11\n\tanswer_id\x18\x01 \x01(\t\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x17\n\x0fweights_version\x18\x06 \x01(\x04\x12%\n\x07sources\x18\x07 \x03(\x0b\x32\x14.steersman.v1.Source\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x08 \x01(\t\x12\x36\n\x10proposed_actions\x18\t \x03(\x0b\x32\x1c.steersman.v1.ProposedAction\"R\n\x0eProposedAction\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"\"\n\x14\x43onfirmActionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"Q\n\x15\x43onfirmActionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"(\n\x06Source\x12\x0e\n\x06system\x18\x01 \x01(\t\x12\x0e\n\x06record\x18\x02 \x01(\t\"\xc1\x01\n\x15SubmitFeedbackRequest\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x11\n\tanswer_id\x18\x02 \x01(\t\x12\x13\n\tthumbs_up\x18\x03 \x01(\x08H\x00\x12\x17\n\redited_answer\x18\x04 \x01(\tH\x00\x12\x11\n\x07outcome\x18\x05 \x01(\tH\x00\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x07 \x01(\t\x12\r\n\x05judge\x18\x08 \x01(\tB\x0b\n\tjudgement\")\n\x16SubmitFeedbackResponse\x12\x0f\n\x07\x63reated\x18\x01 \x01(\x08\x32\x85\x02\n\x0b\x43hatService\x12?\n\x04\x43hat\x12\x19.steersman.v1.ChatRequest\x1a\x1a.steersman.v1.ChatResponse0\x01\x12[\n\x0eSubmitFeedback\x12#.steersman.v1.SubmitFeedbackRequest\x1a$.steersman.v1.SubmitFeedbackResponse\x12X\n\rConfirmAction\x12\".steersman.v1.ConfirmActionRequest\x1a#.steersman.v1.ConfirmActionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steersman/v1/chat.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/bounds.proto\x1a\x19steersman/v1/common.proto\"\xe4\x01\n\x0b\x43hatRequest\x12\x16\n\x05model\x18\x01 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80\x01\x12\x30\n\x08messages\x18\x02 \x03(\x0b\x32\x15.steersman.v1.MessageB\x07\xa2\x9a\x19\x03\x10\x80 \x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\x17\n\x04stop\x18\x04 \x03(\tB\t\xa2\x9a\x19\x05\x08\x80\x04\x10\x10\x12 \n\x0f\x63onversation_id\x18\x05 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80\x01\x12\x14\n\x07\x63onsent\x18\x06 \x01(\x08H\x00\x88\x01\x01\x42\n\n\x08_consent\"\xa5\x02\n\x0c\x43hatResponse\x12\x11\n\tanswer_id\x18\x01 \x01(\t\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x17\n\x0fweights_version\x18\x06 \x01(\x04\x12%\n\x07sources\x18\x07 \x03(\x0b\x32\x14.steersman.v1.Source\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x08 \x01(\t\x12\x36\n\x10proposed_actions\x18\t \x03(\x0b\x32\x1c.steersman.v1.ProposedAction\"R\n\x0eProposedAction\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"+\n\x14\x43onfirmActionRequest\x12\x13\n\x02id\x18\x01 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80\x01\"Q\n\x15\x43onfirmActionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"(\n\x06Source\x12\x0e\n\x06system\x18\x01 \x01(\t\x12\x0e\n\x06record\x18\x02 \x01(\t\"\x81\x02\n\x15SubmitFeedbackRequest\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80\x01\x12\x19\n\tanswer_id\x18\x02 \x01(\tB\x06\xa2\x9a\x19\x02\x08@\x12\x13\n\tthumbs_up\x18\x03 \x01(\x08H\x00\x12!\n\redited_answer\x18\x04 \x01(\tB\x08\xa2\x9a\x19\x04\x08\xa0\x8d\x06H\x00\x12\x1a\n\x07outcome\x18\x05 \x01(\tB\x07\xa2\x9a\x19\x03\x08\xc8\x01H\x00\x12\x18\n\x06reason\x18\x06 \x01(\tB\x08\xa2\x9a\x19\x04\x08\xa0\x8d\x06\x12\x1f\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x07 \x01(\tB\x07\xa2\x9a\x19\x03\x08\xc8\x01\x12\x16\n\x05judge\x18\x08 \x01(\tB\x07\xa2\x9a\x19\x03\x08\xc8\x01\x42\x0b\n\tjudgement\")\n\x16SubmitFeedbackResponse\x12\x0f\n\x07\x63reated\x18\x01 \x01(\x08\x32\x85\x02\n\x0b\x43hatService\x12?\n\x04\x43hat\x12\x19.steersman.v1.ChatRequest\x1a\x1a.steersman.v1.ChatResponse0\x01\x12[\n\x0eSubmitFeedback\x12#.steersman.v1.SubmitFeedbackRequest\x1a$.steersman.v1.SubmitFeedbackResponse\x12X\n\rConfirmAction\x12\".steersman.v1.ConfirmActionRequest\x1a#.steersman.v1.ConfirmActionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steersman.v1.chat_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHATREQUEST']._serialized_start=69
-  _globals['_CHATREQUEST']._serialized_end=259
-  _globals['_CHATRESPONSE']._serialized_start=262
-  _globals['_CHATRESPONSE']._serialized_end=555
-  _globals['_PROPOSEDACTION']._serialized_start=557
-  _globals['_PROPOSEDACTION']._serialized_end=639
-  _globals['_CONFIRMACTIONREQUEST']._serialized_start=641
-  _globals['_CONFIRMACTIONREQUEST']._serialized_end=675
-  _globals['_CONFIRMACTIONRESPONSE']._serialized_start=677
-  _globals['_CONFIRMACTIONRESPONSE']._serialized_end=758
-  _globals['_SOURCE']._serialized_start=760
-  _globals['_SOURCE']._serialized_end=800
-  _globals['_SUBMITFEEDBACKREQUEST']._serialized_start=803
-  _globals['_SUBMITFEEDBACKREQUEST']._serialized_end=996
-  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_start=998
-  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_end=1039
-  _globals['_CHATSERVICE']._serialized_start=1042
-  _globals['_CHATSERVICE']._serialized_end=1303
+  _globals['_CHATREQUEST'].fields_by_name['model']._loaded_options = None
+  _globals['_CHATREQUEST'].fields_by_name['model']._serialized_options = b'\242\232\031\003\010\200\001'
+  _globals['_CHATREQUEST'].fields_by_name['messages']._loaded_options = None
+  _globals['_CHATREQUEST'].fields_by_name['messages']._serialized_options = b'\242\232\031\003\020\200 '
+  _globals['_CHATREQUEST'].fields_by_name['stop']._loaded_options = None
+  _globals['_CHATREQUEST'].fields_by_name['stop']._serialized_options = b'\242\232\031\005\010\200\004\020\020'
+  _globals['_CHATREQUEST'].fields_by_name['conversation_id']._loaded_options = None
+  _globals['_CHATREQUEST'].fields_by_name['conversation_id']._serialized_options = b'\242\232\031\003\010\200\001'
+  _globals['_CONFIRMACTIONREQUEST'].fields_by_name['id']._loaded_options = None
+  _globals['_CONFIRMACTIONREQUEST'].fields_by_name['id']._serialized_options = b'\242\232\031\003\010\200\001'
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['event_id']._loaded_options = None
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['event_id']._serialized_options = b'\242\232\031\003\010\200\001'
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['answer_id']._loaded_options = None
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['answer_id']._serialized_options = b'\242\232\031\002\010@'
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['edited_answer']._loaded_options = None
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['edited_answer']._serialized_options = b'\242\232\031\004\010\240\215\006'
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['outcome']._loaded_options = None
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['outcome']._serialized_options = b'\242\232\031\003\010\310\001'
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['reason']._loaded_options = None
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['reason']._serialized_options = b'\242\232\031\004\010\240\215\006'
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['feedback_token']._loaded_options = None
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['feedback_token']._serialized_options = b'\242\232\031\003\010\310\001'
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['judge']._loaded_options = None
+  _globals['_SUBMITFEEDBACKREQUEST'].fields_by_name['judge']._serialized_options = b'\242\232\031\003\010\310\001'
+  _globals['_CHATREQUEST']._serialized_start=96
+  _globals['_CHATREQUEST']._serialized_end=324
+  _globals['_CHATRESPONSE']._serialized_start=327
+  _globals['_CHATRESPONSE']._serialized_end=620
+  _globals['_PROPOSEDACTION']._serialized_start=622
+  _globals['_PROPOSEDACTION']._serialized_end=704
+  _globals['_CONFIRMACTIONREQUEST']._serialized_start=706
+  _globals['_CONFIRMACTIONREQUEST']._serialized_end=749
+  _globals['_CONFIRMACTIONRESPONSE']._serialized_start=751
+  _globals['_CONFIRMACTIONRESPONSE']._serialized_end=832
+  _globals['_SOURCE']._serialized_start=834
+  _globals['_SOURCE']._serialized_end=874
+  _globals['_SUBMITFEEDBACKREQUEST']._serialized_start=877
+  _globals['_SUBMITFEEDBACKREQUEST']._serialized_end=1134
+  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_start=1136
+  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_end=1177
+  _globals['_CHATSERVICE']._serialized_start=1180
+  _globals['_CHATSERVICE']._serialized_end=1441
 # @@protoc_insertion_point(module_scope)

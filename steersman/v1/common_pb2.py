@@ -22,31 +22,66 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from steersman.v1 import bounds_pb2 as steersman_dot_v1_dot_bounds__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/common.proto\x12\x0csteersman.v1\"u\n\x0cRaggedTensor\x12(\n\x05\x64type\x18\x01 \x01(\x0e\x32\x19.steersman.v1.ElementType\x12\x0f\n\x07lengths\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\x05\x63rc32\x18\x04 \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"\x93\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12*\n\ntool_calls\x18\x03 \x03(\x0b\x32\x16.steersman.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x19\n\x11reasoning_content\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x9b\x03\n\x0eSamplingParams\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x16\n\x0emin_new_tokens\x18\x07 \x01(\r\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12?\n\nlogit_bias\x18\n \x03(\x0b\x32+.steersman.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nmask_top_p\x18\x0b \x01(\x02H\x03\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_mask_top_p\"\x80\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t*]\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45LEMENT_TYPE_INT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x02*\x9a\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/common.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/bounds.proto\"\x7f\n\x0cRaggedTensor\x12(\n\x05\x64type\x18\x01 \x01(\x0e\x32\x19.steersman.v1.ElementType\x12\x19\n\x07lengths\x18\x02 \x03(\rB\x08\xa2\x9a\x19\x04\x10\x80\x80\x01\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\x05\x63rc32\x18\x04 \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"\xcc\x01\n\x07Message\x12\x14\n\x04role\x18\x01 \x01(\tB\x06\xa2\x9a\x19\x02\x08\x10\x12\x1a\n\x07\x63ontent\x18\x02 \x01(\tB\t\xa2\x9a\x19\x05\x08\x80\x80\x80\x04\x12\x33\n\ntool_calls\x18\x03 \x03(\x0b\x32\x16.steersman.v1.ToolCallB\x07\xa2\x9a\x19\x03\x10\x80\x08\x12\x1d\n\x0ctool_call_id\x18\x04 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80\x08\x12\x15\n\x04name\x18\x05 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80\x08\x12$\n\x11reasoning_content\x18\x06 \x01(\tB\t\xa2\x9a\x19\x05\x08\x80\x80\x80\x04\"T\n\x08ToolCall\x12\x13\n\x02id\x18\x01 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80\x08\x12\x15\n\x04name\x18\x02 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80\x08\x12\x1c\n\targuments\x18\x03 \x01(\tB\t\xa2\x9a\x19\x05\x08\x80\x80\x80\x04\"\xb7\x04\n\x0eSamplingParams\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x30\n\x0btemperature\x18\x02 \x01(\x02\x42\x16\xa2\x9a\x19\x12\x19\x00\x00\x00\x00\x00\x00\x00\x00!\x00\x00\x00\x00\x00\x00Y@H\x00\x88\x01\x01\x12*\n\x05top_p\x18\x03 \x01(\x02\x42\x16\xa2\x9a\x19\x12\x19\x00\x00\x00\x00\x00\x00\x00\x00!\x00\x00\x00\x00\x00\x00\xf0?H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x02\x88\x01\x01\x12\x1f\n\x0estop_token_ids\x18\x06 \x03(\rB\x07\xa2\x9a\x19\x03\x10\x80\x08\x12\x16\n\x0emin_new_tokens\x18\x07 \x01(\r\x12\x30\n\x10presence_penalty\x18\x08 \x01(\x02\x42\x16\xa2\x9a\x19\x12\x19\x00\x00\x00\x00\x00\x00\x00\xc0!\x00\x00\x00\x00\x00\x00\x00@\x12\x31\n\x11\x66requency_penalty\x18\t \x01(\x02\x42\x16\xa2\x9a\x19\x12\x19\x00\x00\x00\x00\x00\x00\x00\xc0!\x00\x00\x00\x00\x00\x00\x00@\x12Z\n\nlogit_bias\x18\n \x03(\x0b\x32+.steersman.v1.SamplingParams.LogitBiasEntryB\x19\xa2\x9a\x19\x15\x10\x80\x08\x19\x00\x00\x00\x00\x00\x00Y\xc0!\x00\x00\x00\x00\x00\x00Y@\x12/\n\nmask_top_p\x18\x0b \x01(\x02\x42\x16\xa2\x9a\x19\x12\x19\x00\x00\x00\x00\x00\x00\x00\x00!\x00\x00\x00\x00\x00\x00\xf0?H\x03\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_mask_top_p\"\x80\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t*]\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45LEMENT_TYPE_INT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x02*\x9a\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steersman.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_RAGGEDTENSOR'].fields_by_name['lengths']._loaded_options = None
+  _globals['_RAGGEDTENSOR'].fields_by_name['lengths']._serialized_options = b'\242\232\031\004\020\200\200\001'
+  _globals['_MESSAGE'].fields_by_name['role']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['role']._serialized_options = b'\242\232\031\002\010\020'
+  _globals['_MESSAGE'].fields_by_name['content']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['content']._serialized_options = b'\242\232\031\005\010\200\200\200\004'
+  _globals['_MESSAGE'].fields_by_name['tool_calls']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['tool_calls']._serialized_options = b'\242\232\031\003\020\200\010'
+  _globals['_MESSAGE'].fields_by_name['tool_call_id']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['tool_call_id']._serialized_options = b'\242\232\031\003\010\200\010'
+  _globals['_MESSAGE'].fields_by_name['name']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['name']._serialized_options = b'\242\232\031\003\010\200\010'
+  _globals['_MESSAGE'].fields_by_name['reasoning_content']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['reasoning_content']._serialized_options = b'\242\232\031\005\010\200\200\200\004'
+  _globals['_TOOLCALL'].fields_by_name['id']._loaded_options = None
+  _globals['_TOOLCALL'].fields_by_name['id']._serialized_options = b'\242\232\031\003\010\200\010'
+  _globals['_TOOLCALL'].fields_by_name['name']._loaded_options = None
+  _globals['_TOOLCALL'].fields_by_name['name']._serialized_options = b'\242\232\031\003\010\200\010'
+  _globals['_TOOLCALL'].fields_by_name['arguments']._loaded_options = None
+  _globals['_TOOLCALL'].fields_by_name['arguments']._serialized_options = b'\242\232\031\005\010\200\200\200\004'
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_ELEMENTTYPE']._serialized_start=914
-  _globals['_ELEMENTTYPE']._serialized_end=1007
-  _globals['_FINISHREASON']._serialized_start=1010
-  _globals['_FINISHREASON']._serialized_end=1164
-  _globals['_RAGGEDTENSOR']._serialized_start=43
-  _globals['_RAGGEDTENSOR']._serialized_end=160
-  _globals['_MESSAGE']._serialized_start=163
-  _globals['_MESSAGE']._serialized_end=310
-  _globals['_TOOLCALL']._serialized_start=312
-  _globals['_TOOLCALL']._serialized_end=367
-  _globals['_SAMPLINGPARAMS']._serialized_start=370
-  _globals['_SAMPLINGPARAMS']._serialized_end=781
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=683
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=731
-  _globals['_MODELINFO']._serialized_start=784
-  _globals['_MODELINFO']._serialized_end=912
+  _globals['_SAMPLINGPARAMS'].fields_by_name['temperature']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['temperature']._serialized_options = b'\242\232\031\022\031\000\000\000\000\000\000\000\000!\000\000\000\000\000\000Y@'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['top_p']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['top_p']._serialized_options = b'\242\232\031\022\031\000\000\000\000\000\000\000\000!\000\000\000\000\000\000\360?'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['stop_token_ids']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['stop_token_ids']._serialized_options = b'\242\232\031\003\020\200\010'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['presence_penalty']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['presence_penalty']._serialized_options = b'\242\232\031\022\031\000\000\000\000\000\000\000\300!\000\000\000\000\000\000\000@'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['frequency_penalty']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['frequency_penalty']._serialized_options = b'\242\232\031\022\031\000\000\000\000\000\000\000\300!\000\000\000\000\000\000\000@'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['logit_bias']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['logit_bias']._serialized_options = b'\242\232\031\025\020\200\010\031\000\000\000\000\000\000Y\300!\000\000\000\000\000\000Y@'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['mask_top_p']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['mask_top_p']._serialized_options = b'\242\232\031\022\031\000\000\000\000\000\000\000\000!\000\000\000\000\000\000\360?'
+  _globals['_ELEMENTTYPE']._serialized_start=1193
+  _globals['_ELEMENTTYPE']._serialized_end=1286
+  _globals['_FINISHREASON']._serialized_start=1289
+  _globals['_FINISHREASON']._serialized_end=1443
+  _globals['_RAGGEDTENSOR']._serialized_start=70
+  _globals['_RAGGEDTENSOR']._serialized_end=197
+  _globals['_MESSAGE']._serialized_start=200
+  _globals['_MESSAGE']._serialized_end=404
+  _globals['_TOOLCALL']._serialized_start=406
+  _globals['_TOOLCALL']._serialized_end=490
+  _globals['_SAMPLINGPARAMS']._serialized_start=493
+  _globals['_SAMPLINGPARAMS']._serialized_end=1060
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=962
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1010
+  _globals['_MODELINFO']._serialized_start=1063
+  _globals['_MODELINFO']._serialized_end=1191
 # @@protoc_insertion_point(module_scope)

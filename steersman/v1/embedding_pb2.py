@@ -22,24 +22,31 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from steersman.v1 import bounds_pb2 as steersman_dot_v1_dot_bounds__pb2
 from steersman.v1 import common_pb2 as steersman_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteersman/v1/embedding.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"L\n\x0c\x45mbedRequest\x12(\n\x06inputs\x18\x01 \x03(\x0b\x32\x18.steersman.v1.EmbedInput\x12\x12\n\ndimensions\x18\x02 \x01(\r\"R\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.steersman.v1.EmbedTokensH\x00\x42\x07\n\x05input\" \n\x0b\x45mbedTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"f\n\rEmbedResponse\x12+\n\x07vectors\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\x0f\n\x07lengths\x18\x02 \x03(\r\x12\x17\n\x0fweights_version\x18\x03 \x01(\x04\x32T\n\x10\x45mbeddingService\x12@\n\x05\x45mbed\x12\x1a.steersman.v1.EmbedRequest\x1a\x1b.steersman.v1.EmbedResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteersman/v1/embedding.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/bounds.proto\x1a\x19steersman/v1/common.proto\"U\n\x0c\x45mbedRequest\x12\x31\n\x06inputs\x18\x01 \x03(\x0b\x32\x18.steersman.v1.EmbedInputB\x07\xa2\x9a\x19\x03\x10\x80\x10\x12\x12\n\ndimensions\x18\x02 \x01(\r\"]\n\nEmbedInput\x12\x19\n\x04text\x18\x01 \x01(\tB\t\xa2\x9a\x19\x05\x08\x80\x80\x80\x04H\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.steersman.v1.EmbedTokensH\x00\x42\x07\n\x05input\"+\n\x0b\x45mbedTokens\x12\x1c\n\ttoken_ids\x18\x01 \x03(\rB\t\xa2\x9a\x19\x05\x10\x80\x80\x80\x02\"f\n\rEmbedResponse\x12+\n\x07vectors\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\x0f\n\x07lengths\x18\x02 \x03(\r\x12\x17\n\x0fweights_version\x18\x03 \x01(\x04\x32T\n\x10\x45mbeddingService\x12@\n\x05\x45mbed\x12\x1a.steersman.v1.EmbedRequest\x1a\x1b.steersman.v1.EmbedResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steersman.v1.embedding_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EMBEDREQUEST']._serialized_start=73
-  _globals['_EMBEDREQUEST']._serialized_end=149
-  _globals['_EMBEDINPUT']._serialized_start=151
-  _globals['_EMBEDINPUT']._serialized_end=233
-  _globals['_EMBEDTOKENS']._serialized_start=235
-  _globals['_EMBEDTOKENS']._serialized_end=267
-  _globals['_EMBEDRESPONSE']._serialized_start=269
-  _globals['_EMBEDRESPONSE']._serialized_end=371
-  _globals['_EMBEDDINGSERVICE']._serialized_start=373
-  _globals['_EMBEDDINGSERVICE']._serialized_end=457
+  _globals['_EMBEDREQUEST'].fields_by_name['inputs']._loaded_options = None
+  _globals['_EMBEDREQUEST'].fields_by_name['inputs']._serialized_options = b'\242\232\031\003\020\200\020'
+  _globals['_EMBEDINPUT'].fields_by_name['text']._loaded_options = None
+  _globals['_EMBEDINPUT'].fields_by_name['text']._serialized_options = b'\242\232\031\005\010\200\200\200\004'
+  _globals['_EMBEDTOKENS'].fields_by_name['token_ids']._loaded_options = None
+  _globals['_EMBEDTOKENS'].fields_by_name['token_ids']._serialized_options = b'\242\232\031\005\020\200\200\200\002'
+  _globals['_EMBEDREQUEST']._serialized_start=100
+  _globals['_EMBEDREQUEST']._serialized_end=185
+  _globals['_EMBEDINPUT']._serialized_start=187
+  _globals['_EMBEDINPUT']._serialized_end=280
+  _globals['_EMBEDTOKENS']._serialized_start=282
+  _globals['_EMBEDTOKENS']._serialized_end=325
+  _globals['_EMBEDRESPONSE']._serialized_start=327
+  _globals['_EMBEDRESPONSE']._serialized_end=429
+  _globals['_EMBEDDINGSERVICE']._serialized_start=431
+  _globals['_EMBEDDINGSERVICE']._serialized_end=515
 # @@protoc_insertion_point(module_scope)

@@ -22,32 +22,55 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from steersman.v1 import bounds_pb2 as steersman_dot_v1_dot_bounds__pb2
 from steersman.v1 import common_pb2 as steersman_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/policy.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"\xe0\x01\n\x0fGenerateRequest\x12+\n\x07prompts\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\t\n\x01n\x18\x02 \x01(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\x1c\n\x0fweights_version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x14\n\x0c\x66irst_prompt\x18\x06 \x01(\rB\x12\n\x10_weights_version\"\xe8\x01\n\x10GenerateResponse\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12-\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12,\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12\x18\n\x10weights_versions\x18\x06 \x03(\x04\"\xce\x02\n\x18PolicyServiceChatRequest\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.steersman.v1.Message\x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\t\n\x01n\x18\x03 \x01(\r\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x12\n\ntools_json\x18\x05 \x01(\t\x12\x13\n\x0bjson_schema\x18\x06 \x01(\t\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x0e\n\x06prompt\x18\x08 \x01(\t\x12\r\n\x05whole\x18\t \x01(\x08\x12\x18\n\x10prompt_token_ids\x18\n \x03(\r\x12\x15\n\rcontinue_last\x18\x0b \x01(\x08\x12\x18\n\x10reasoning_effort\x18\x0c \x01(\t\x12\x17\n\x0fprompt_logprobs\x18\r \x01(\x08\"\x93\x03\n\x19PolicyServiceChatResponse\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12*\n\x06tokens\x18\x03 \x03(\x0b\x32\x1a.steersman.v1.TokenLogprob\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12*\n\ntool_calls\x18\x05 \x03(\x0b\x32\x16.steersman.v1.ToolCall\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\r\x12\x17\n\x0fweights_version\x18\x08 \x01(\x04\x12\x17\n\x0freasoning_delta\x18\t \x01(\t\x12\x18\n\x10reasoning_tokens\x18\n \x01(\r\x12\x13\n\x0bprompt_text\x18\x0b \x01(\t\x12\x33\n\x0fprompt_logprobs\x18\x0c \x03(\x0b\x32\x1a.steersman.v1.TokenLogprob\"y\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12+\n\x03top\x18\x04 \x03(\x0b\x32\x1e.steersman.v1.TokenAlternative\x12\x0b\n\x03raw\x18\x05 \x01(\x0c\"P\n\x10TokenAlternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0b\n\x03raw\x18\x04 \x01(\x0c\"\x16\n\x14GetPolicyInfoRequest\"\xa1\x01\n\x15GetPolicyInfoResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x17\n\x0fweights_version\x18\x02 \x01(\x04\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x15\n\rlogprobs_note\x18\x04 \x01(\t\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r2\x91\x02\n\rPolicyService\x12K\n\x08Generate\x12\x1d.steersman.v1.GenerateRequest\x1a\x1e.steersman.v1.GenerateResponse0\x01\x12Y\n\x04\x43hat\x12&.steersman.v1.PolicyServiceChatRequest\x1a\'.steersman.v1.PolicyServiceChatResponse0\x01\x12X\n\rGetPolicyInfo\x12\".steersman.v1.GetPolicyInfoRequest\x1a#.steersman.v1.GetPolicyInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/policy.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/bounds.proto\x1a\x19steersman/v1/common.proto\"\xf8\x01\n\x0fGenerateRequest\x12+\n\x07prompts\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\x18\n\x01n\x18\x02 \x01(\rB\r\xa2\x9a\x19\t!\x00\x00\x00\x00\x00\x00\xd0@\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\x1c\n\x0fweights_version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12&\n\x15tokenizer_fingerprint\x18\x05 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80\x01\x12\x14\n\x0c\x66irst_prompt\x18\x06 \x01(\rB\x12\n\x10_weights_version\"\xe8\x01\n\x10GenerateResponse\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12-\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12,\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12\x18\n\x10weights_versions\x18\x06 \x03(\x04\"\xb4\x03\n\x18PolicyServiceChatRequest\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x15.steersman.v1.MessageB\x07\xa2\x9a\x19\x03\x10\x80 \x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.steersman.v1.SamplingParams\x12\x18\n\x01n\x18\x03 \x01(\rB\r\xa2\x9a\x19\t!\x00\x00\x00\x00\x00\x00\xd0@\x12\x17\n\x04stop\x18\x04 \x03(\tB\t\xa2\x9a\x19\x05\x08\x80\x04\x10\x10\x12\x1d\n\ntools_json\x18\x05 \x01(\tB\t\xa2\x9a\x19\x05\x08\x80\x80\x80\x04\x12\x1e\n\x0bjson_schema\x18\x06 \x01(\tB\t\xa2\x9a\x19\x05\x08\x80\x80\x80\x04\x12#\n\x0ctop_logprobs\x18\x07 \x01(\rB\r\xa2\x9a\x19\t!\x00\x00\x00\x00\x00\x00Y@\x12\x19\n\x06prompt\x18\x08 \x01(\tB\t\xa2\x9a\x19\x05\x08\x80\x80\x80\x04\x12\r\n\x05whole\x18\t \x01(\x08\x12#\n\x10prompt_token_ids\x18\n \x03(\rB\t\xa2\x9a\x19\x05\x10\x80\x80\x80\x02\x12\x15\n\rcontinue_last\x18\x0b \x01(\x08\x12 \n\x10reasoning_effort\x18\x0c \x01(\tB\x06\xa2\x9a\x19\x02\x08\x10\x12\x17\n\x0fprompt_logprobs\x18\r \x01(\x08\"\x93\x03\n\x19PolicyServiceChatResponse\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12*\n\x06tokens\x18\x03 \x03(\x0b\x32\x1a.steersman.v1.TokenLogprob\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.steersman.v1.FinishReason\x12*\n\ntool_calls\x18\x05 \x03(\x0b\x32\x16.steersman.v1.ToolCall\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\r\x12\x17\n\x0fweights_version\x18\x08 \x01(\x04\x12\x17\n\x0freasoning_delta\x18\t \x01(\t\x12\x18\n\x10reasoning_tokens\x18\n \x01(\r\x12\x13\n\x0bprompt_text\x18\x0b \x01(\t\x12\x33\n\x0fprompt_logprobs\x18\x0c \x03(\x0b\x32\x1a.steersman.v1.TokenLogprob\"y\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12+\n\x03top\x18\x04 \x03(\x0b\x32\x1e.steersman.v1.TokenAlternative\x12\x0b\n\x03raw\x18\x05 \x01(\x0c\"P\n\x10TokenAlternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0b\n\x03raw\x18\x04 \x01(\x0c\"\x16\n\x14GetPolicyInfoRequest\"\xa1\x01\n\x15GetPolicyInfoResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x17\n\x0fweights_version\x18\x02 \x01(\x04\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x15\n\rlogprobs_note\x18\x04 \x01(\t\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r2\x91\x02\n\rPolicyService\x12K\n\x08Generate\x12\x1d.steersman.v1.GenerateRequest\x1a\x1e.steersman.v1.GenerateResponse0\x01\x12Y\n\x04\x43hat\x12&.steersman.v1.PolicyServiceChatRequest\x1a\'.steersman.v1.PolicyServiceChatResponse0\x01\x12X\n\rGetPolicyInfo\x12\".steersman.v1.GetPolicyInfoRequest\x1a#.steersman.v1.GetPolicyInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steersman.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATEREQUEST']._serialized_start=71
-  _globals['_GENERATEREQUEST']._serialized_end=295
-  _globals['_GENERATERESPONSE']._serialized_start=298
-  _globals['_GENERATERESPONSE']._serialized_end=530
-  _globals['_POLICYSERVICECHATREQUEST']._serialized_start=533
-  _globals['_POLICYSERVICECHATREQUEST']._serialized_end=867
-  _globals['_POLICYSERVICECHATRESPONSE']._serialized_start=870
-  _globals['_POLICYSERVICECHATRESPONSE']._serialized_end=1273
-  _globals['_TOKENLOGPROB']._serialized_start=1275
-  _globals['_TOKENLOGPROB']._serialized_end=1396
-  _globals['_TOKENALTERNATIVE']._serialized_start=1398
-  _globals['_TOKENALTERNATIVE']._serialized_end=1478
-  _globals['_GETPOLICYINFOREQUEST']._serialized_start=1480
-  _globals['_GETPOLICYINFOREQUEST']._serialized_end=1502
-  _globals['_GETPOLICYINFORESPONSE']._serialized_start=1505
-  _globals['_GETPOLICYINFORESPONSE']._serialized_end=1666
-  _globals['_POLICYSERVICE']._serialized_start=1669
-  _globals['_POLICYSERVICE']._serialized_end=1942
+  _globals['_GENERATEREQUEST'].fields_by_name['n']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['n']._serialized_options = b'\242\232\031\t!\000\000\000\000\000\000\320@'
+  _globals['_GENERATEREQUEST'].fields_by_name['tokenizer_fingerprint']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['tokenizer_fingerprint']._serialized_options = b'\242\232\031\003\010\200\001'
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['messages']._loaded_options = None
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['messages']._serialized_options = b'\242\232\031\003\020\200 '
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['n']._loaded_options = None
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['n']._serialized_options = b'\242\232\031\t!\000\000\000\000\000\000\320@'
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['stop']._loaded_options = None
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['stop']._serialized_options = b'\242\232\031\005\010\200\004\020\020'
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['tools_json']._loaded_options = None
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['tools_json']._serialized_options = b'\242\232\031\005\010\200\200\200\004'
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['json_schema']._loaded_options = None
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['json_schema']._serialized_options = b'\242\232\031\005\010\200\200\200\004'
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['top_logprobs']._loaded_options = None
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['top_logprobs']._serialized_options = b'\242\232\031\t!\000\000\000\000\000\000Y@'
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['prompt']._loaded_options = None
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['prompt']._serialized_options = b'\242\232\031\005\010\200\200\200\004'
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['prompt_token_ids']._loaded_options = None
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['prompt_token_ids']._serialized_options = b'\242\232\031\005\020\200\200\200\002'
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['reasoning_effort']._loaded_options = None
+  _globals['_POLICYSERVICECHATREQUEST'].fields_by_name['reasoning_effort']._serialized_options = b'\242\232\031\002\010\020'
+  _globals['_GENERATEREQUEST']._serialized_start=98
+  _globals['_GENERATEREQUEST']._serialized_end=346
+  _globals['_GENERATERESPONSE']._serialized_start=349
+  _globals['_GENERATERESPONSE']._serialized_end=581
+  _globals['_POLICYSERVICECHATREQUEST']._serialized_start=584
+  _globals['_POLICYSERVICECHATREQUEST']._serialized_end=1020
+  _globals['_POLICYSERVICECHATRESPONSE']._serialized_start=1023
+  _globals['_POLICYSERVICECHATRESPONSE']._serialized_end=1426
+  _globals['_TOKENLOGPROB']._serialized_start=1428
+  _globals['_TOKENLOGPROB']._serialized_end=1549
+  _globals['_TOKENALTERNATIVE']._serialized_start=1551
+  _globals['_TOKENALTERNATIVE']._serialized_end=1631
+  _globals['_GETPOLICYINFOREQUEST']._serialized_start=1633
+  _globals['_GETPOLICYINFOREQUEST']._serialized_end=1655
+  _globals['_GETPOLICYINFORESPONSE']._serialized_start=1658
+  _globals['_GETPOLICYINFORESPONSE']._serialized_end=1819
+  _globals['_POLICYSERVICE']._serialized_start=1822
+  _globals['_POLICYSERVICE']._serialized_end=2095
 # @@protoc_insertion_point(module_scope)

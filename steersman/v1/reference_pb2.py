@@ -22,24 +22,31 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from steersman.v1 import bounds_pb2 as steersman_dot_v1_dot_bounds__pb2
 from steersman.v1 import common_pb2 as steersman_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteersman/v1/reference.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"\xa8\x01\n\x16\x43omputeLogprobsRequest\x12-\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\x16\n\x0eprompt_lengths\x18\x02 \x03(\r\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\tB\x0e\n\x0c_temperature\"G\n\x17\x43omputeLogprobsResponse\x12,\n\x08logprobs\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\"\x19\n\x17GetReferenceInfoRequest\"B\n\x18GetReferenceInfoResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.steersman.v1.ModelInfo2\xd5\x01\n\x10ReferenceService\x12^\n\x0f\x43omputeLogprobs\x12$.steersman.v1.ComputeLogprobsRequest\x1a%.steersman.v1.ComputeLogprobsResponse\x12\x61\n\x10GetReferenceInfo\x12%.steersman.v1.GetReferenceInfoRequest\x1a&.steersman.v1.GetReferenceInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteersman/v1/reference.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/bounds.proto\x1a\x19steersman/v1/common.proto\"\xd3\x01\n\x16\x43omputeLogprobsRequest\x12-\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12 \n\x0eprompt_lengths\x18\x02 \x03(\rB\x08\xa2\x9a\x19\x04\x10\x80\x80\x01\x12\x30\n\x0btemperature\x18\x03 \x01(\x02\x42\x16\xa2\x9a\x19\x12\x19\x00\x00\x00\x00\x00\x00\x00\x00!\x00\x00\x00\x00\x00\x00Y@H\x00\x88\x01\x01\x12&\n\x15tokenizer_fingerprint\x18\x04 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80\x01\x42\x0e\n\x0c_temperature\"G\n\x17\x43omputeLogprobsResponse\x12,\n\x08logprobs\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\"\x19\n\x17GetReferenceInfoRequest\"B\n\x18GetReferenceInfoResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.steersman.v1.ModelInfo2\xd5\x01\n\x10ReferenceService\x12^\n\x0f\x43omputeLogprobs\x12$.steersman.v1.ComputeLogprobsRequest\x1a%.steersman.v1.ComputeLogprobsResponse\x12\x61\n\x10GetReferenceInfo\x12%.steersman.v1.GetReferenceInfoRequest\x1a&.steersman.v1.GetReferenceInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steersman.v1.reference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=74
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=242
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=244
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=315
-  _globals['_GETREFERENCEINFOREQUEST']._serialized_start=317
-  _globals['_GETREFERENCEINFOREQUEST']._serialized_end=342
-  _globals['_GETREFERENCEINFORESPONSE']._serialized_start=344
-  _globals['_GETREFERENCEINFORESPONSE']._serialized_end=410
-  _globals['_REFERENCESERVICE']._serialized_start=413
-  _globals['_REFERENCESERVICE']._serialized_end=626
+  _globals['_COMPUTELOGPROBSREQUEST'].fields_by_name['prompt_lengths']._loaded_options = None
+  _globals['_COMPUTELOGPROBSREQUEST'].fields_by_name['prompt_lengths']._serialized_options = b'\242\232\031\004\020\200\200\001'
+  _globals['_COMPUTELOGPROBSREQUEST'].fields_by_name['temperature']._loaded_options = None
+  _globals['_COMPUTELOGPROBSREQUEST'].fields_by_name['temperature']._serialized_options = b'\242\232\031\022\031\000\000\000\000\000\000\000\000!\000\000\000\000\000\000Y@'
+  _globals['_COMPUTELOGPROBSREQUEST'].fields_by_name['tokenizer_fingerprint']._loaded_options = None
+  _globals['_COMPUTELOGPROBSREQUEST'].fields_by_name['tokenizer_fingerprint']._serialized_options = b'\242\232\031\003\010\200\001'
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=101
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=312
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=314
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=385
+  _globals['_GETREFERENCEINFOREQUEST']._serialized_start=387
+  _globals['_GETREFERENCEINFOREQUEST']._serialized_end=412
+  _globals['_GETREFERENCEINFORESPONSE']._serialized_start=414
+  _globals['_GETREFERENCEINFORESPONSE']._serialized_end=480
+  _globals['_REFERENCESERVICE']._serialized_start=483
+  _globals['_REFERENCESERVICE']._serialized_end=696
 # @@protoc_insertion_point(module_scope)

@@ -22,38 +22,53 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from steersman.v1 import bounds_pb2 as steersman_dot_v1_dot_bounds__pb2
 from steersman.v1 import common_pb2 as steersman_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/reward.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/common.proto\"\x87\x01\n\x0cScoreRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ScoreItem\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x30\n\x08progress\x18\x03 \x01(\x0b\x32\x1e.steersman.v1.TrainingProgress\"/\n\x10TrainingProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05steps\x18\x02 \x01(\x03\"\xb7\x01\n\tScoreItem\x12-\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\'\n\x08messages\x18\x03 \x03(\x0b\x32\x15.steersman.v1.Message\x12\x12\n\nfacts_json\x18\x04 \x01(\t\x12\x12\n\ntools_json\x18\x05 \x01(\t\x12\x15\n\ranswer_length\x18\x06 \x01(\rJ\x04\x08\x02\x10\x03R\rprompt_length\"8\n\rScoreResponse\x12\'\n\x06scores\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ItemScore\"c\n\tItemScore\x12\x13\n\x06reward\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\'\n\x05parts\x18\x02 \x03(\x0b\x32\x18.steersman.v1.RewardPart\x12\r\n\x05\x65rror\x18\x03 \x01(\tB\t\n\x07_reward\"\xbf\x01\n\nRewardPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05value\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12\x36\n\x07\x61spects\x18\x04 \x03(\x0b\x32%.steersman.v1.RewardPart.AspectsEntry\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x1a.\n\x0c\x41spectsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_value\"\x16\n\x14GetRewardInfoRequest\"B\n\x15GetRewardInfoResponse\x12)\n\x07scorers\x18\x01 \x03(\x0b\x32\x18.steersman.v1.ScorerInfo\"{\n\nScorerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12&\n\x05model\x18\x04 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x0c\n\x04mean\x18\x05 \x01(\x02\x12\x0b\n\x03std\x18\x06 \x01(\x02\x32\xab\x01\n\rRewardService\x12@\n\x05Score\x12\x1a.steersman.v1.ScoreRequest\x1a\x1b.steersman.v1.ScoreResponse\x12X\n\rGetRewardInfo\x12\".steersman.v1.GetRewardInfoRequest\x1a#.steersman.v1.GetRewardInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/reward.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/bounds.proto\x1a\x19steersman/v1/common.proto\"\x9a\x01\n\x0cScoreRequest\x12\x30\n\x05items\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ScoreItemB\x08\xa2\x9a\x19\x04\x10\x80\x80\x01\x12&\n\x15tokenizer_fingerprint\x18\x02 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80\x01\x12\x30\n\x08progress\x18\x03 \x01(\x0b\x32\x1e.steersman.v1.TrainingProgress\"M\n\x10TrainingProgress\x12\x1b\n\x04step\x18\x01 \x01(\x03\x42\r\xa2\x9a\x19\t\x19\x00\x00\x00\x00\x00\x00\x00\x00\x12\x1c\n\x05steps\x18\x02 \x01(\x03\x42\r\xa2\x9a\x19\t\x19\x00\x00\x00\x00\x00\x00\x00\x00\"\xd6\x01\n\tScoreItem\x12-\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.RaggedTensor\x12\x30\n\x08messages\x18\x03 \x03(\x0b\x32\x15.steersman.v1.MessageB\x07\xa2\x9a\x19\x03\x10\x80 \x12\x1d\n\nfacts_json\x18\x04 \x01(\tB\t\xa2\x9a\x19\x05\x08\x80\x80\x80\x04\x12\x1d\n\ntools_json\x18\x05 \x01(\tB\t\xa2\x9a\x19\x05\x08\x80\x80\x80\x04\x12\x15\n\ranswer_length\x18\x06 \x01(\rJ\x04\x08\x02\x10\x03R\rprompt_length\"8\n\rScoreResponse\x12\'\n\x06scores\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ItemScore\"c\n\tItemScore\x12\x13\n\x06reward\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\'\n\x05parts\x18\x02 \x03(\x0b\x32\x18.steersman.v1.RewardPart\x12\r\n\x05\x65rror\x18\x03 \x01(\tB\t\n\x07_reward\"\xbf\x01\n\nRewardPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05value\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12\x36\n\x07\x61spects\x18\x04 \x03(\x0b\x32%.steersman.v1.RewardPart.AspectsEntry\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x1a.\n\x0c\x41spectsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_value\"\x16\n\x14GetRewardInfoRequest\"B\n\x15GetRewardInfoResponse\x12)\n\x07scorers\x18\x01 \x03(\x0b\x32\x18.steersman.v1.ScorerInfo\"{\n\nScorerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x02\x12&\n\x05model\x18\x04 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x0c\n\x04mean\x18\x05 \x01(\x02\x12\x0b\n\x03std\x18\x06 \x01(\x02\x32\xab\x01\n\rRewardService\x12@\n\x05Score\x12\x1a.steersman.v1.ScoreRequest\x1a\x1b.steersman.v1.ScoreResponse\x12X\n\rGetRewardInfo\x12\".steersman.v1.GetRewardInfoRequest\x1a#.steersman.v1.GetRewardInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steersman.v1.reward_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['items']._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['items']._serialized_options = b'\242\232\031\004\020\200\200\001'
+  _globals['_SCOREREQUEST'].fields_by_name['tokenizer_fingerprint']._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['tokenizer_fingerprint']._serialized_options = b'\242\232\031\003\010\200\001'
+  _globals['_TRAININGPROGRESS'].fields_by_name['step']._loaded_options = None
+  _globals['_TRAININGPROGRESS'].fields_by_name['step']._serialized_options = b'\242\232\031\t\031\000\000\000\000\000\000\000\000'
+  _globals['_TRAININGPROGRESS'].fields_by_name['steps']._loaded_options = None
+  _globals['_TRAININGPROGRESS'].fields_by_name['steps']._serialized_options = b'\242\232\031\t\031\000\000\000\000\000\000\000\000'
+  _globals['_SCOREITEM'].fields_by_name['messages']._loaded_options = None
+  _globals['_SCOREITEM'].fields_by_name['messages']._serialized_options = b'\242\232\031\003\020\200 '
+  _globals['_SCOREITEM'].fields_by_name['facts_json']._loaded_options = None
+  _globals['_SCOREITEM'].fields_by_name['facts_json']._serialized_options = b'\242\232\031\005\010\200\200\200\004'
+  _globals['_SCOREITEM'].fields_by_name['tools_json']._loaded_options = None
+  _globals['_SCOREITEM'].fields_by_name['tools_json']._serialized_options = b'\242\232\031\005\010\200\200\200\004'
   _globals['_REWARDPART_ASPECTSENTRY']._loaded_options = None
   _globals['_REWARDPART_ASPECTSENTRY']._serialized_options = b'8\001'
-  _globals['_SCOREREQUEST']._serialized_start=71
-  _globals['_SCOREREQUEST']._serialized_end=206
-  _globals['_TRAININGPROGRESS']._serialized_start=208
-  _globals['_TRAININGPROGRESS']._serialized_end=255
-  _globals['_SCOREITEM']._serialized_start=258
-  _globals['_SCOREITEM']._serialized_end=441
-  _globals['_SCORERESPONSE']._serialized_start=443
-  _globals['_SCORERESPONSE']._serialized_end=499
-  _globals['_ITEMSCORE']._serialized_start=501
-  _globals['_ITEMSCORE']._serialized_end=600
-  _globals['_REWARDPART']._serialized_start=603
-  _globals['_REWARDPART']._serialized_end=794
-  _globals['_REWARDPART_ASPECTSENTRY']._serialized_start=738
-  _globals['_REWARDPART_ASPECTSENTRY']._serialized_end=784
-  _globals['_GETREWARDINFOREQUEST']._serialized_start=796
-  _globals['_GETREWARDINFOREQUEST']._serialized_end=818
-  _globals['_GETREWARDINFORESPONSE']._serialized_start=820
-  _globals['_GETREWARDINFORESPONSE']._serialized_end=886
-  _globals['_SCORERINFO']._serialized_start=888
-  _globals['_SCORERINFO']._serialized_end=1011
-  _globals['_REWARDSERVICE']._serialized_start=1014
-  _globals['_REWARDSERVICE']._serialized_end=1185
+  _globals['_SCOREREQUEST']._serialized_start=98
+  _globals['_SCOREREQUEST']._serialized_end=252
+  _globals['_TRAININGPROGRESS']._serialized_start=254
+  _globals['_TRAININGPROGRESS']._serialized_end=331
+  _globals['_SCOREITEM']._serialized_start=334
+  _globals['_SCOREITEM']._serialized_end=548
+  _globals['_SCORERESPONSE']._serialized_start=550
+  _globals['_SCORERESPONSE']._serialized_end=606
+  _globals['_ITEMSCORE']._serialized_start=608
+  _globals['_ITEMSCORE']._serialized_end=707
+  _globals['_REWARDPART']._serialized_start=710
+  _globals['_REWARDPART']._serialized_end=901
+  _globals['_REWARDPART_ASPECTSENTRY']._serialized_start=845
+  _globals['_REWARDPART_ASPECTSENTRY']._serialized_end=891
+  _globals['_GETREWARDINFOREQUEST']._serialized_start=903
+  _globals['_GETREWARDINFOREQUEST']._serialized_end=925
+  _globals['_GETREWARDINFORESPONSE']._serialized_start=927
+  _globals['_GETREWARDINFORESPONSE']._serialized_end=993
+  _globals['_SCORERINFO']._serialized_start=995
+  _globals['_SCORERINFO']._serialized_end=1118
+  _globals['_REWARDSERVICE']._serialized_start=1121
+  _globals['_REWARDSERVICE']._serialized_end=1292
 # @@protoc_insertion_point(module_scope)

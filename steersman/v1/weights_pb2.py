@@ -22,39 +22,46 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from steersman.v1 import bounds_pb2 as steersman_dot_v1_dot_bounds__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asteersman/v1/weights.proto\x12\x0csteersman.v1\"\x8b\x01\n\x0fWeightsManifest\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.steersman.v1.WeightsKind\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x1b\n\x13\x61\x64\x61pter_config_json\x18\x04 \x01(\t\x12\x14\n\x0c\x61rtifact_url\x18\x05 \x01(\t\"V\n\x12\x42\x65ginUpdateRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12/\n\x08manifest\x18\x02 \x01(\x0b\x32\x1d.steersman.v1.WeightsManifest\"-\n\x13\x42\x65ginUpdateResponse\x12\x16\n\x0e\x61lready_loaded\x18\x01 \x01(\x08\"S\n\x13UploadChunksRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x04 \x01(\x07\"(\n\x14UploadChunksResponse\x12\x10\n\x08received\x18\x01 \x01(\x04\"&\n\x13\x43ommitUpdateRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\">\n\x14\x43ommitUpdateResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x15\n\rpause_seconds\x18\x02 \x01(\x01\"%\n\x12\x41\x62ortUpdateRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\x15\n\x13\x41\x62ortUpdateResponse\"\x19\n\x17GetWeightsStatusRequest\"t\n\x18GetWeightsStatusResponse\x12\x16\n\x0eloaded_version\x18\x01 \x01(\x04\x12\x15\n\rloaded_digest\x18\x02 \x01(\t\x12\x17\n\x0fpending_version\x18\x03 \x01(\x04\x12\x10\n\x08received\x18\x04 \x01(\x04*Y\n\x0bWeightsKind\x12\x1c\n\x18WEIGHTS_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHTS_KIND_FULL\x10\x01\x12\x15\n\x11WEIGHTS_KIND_LORA\x10\x02\x32\xcb\x03\n\x0eWeightsService\x12R\n\x0b\x42\x65ginUpdate\x12 .steersman.v1.BeginUpdateRequest\x1a!.steersman.v1.BeginUpdateResponse\x12W\n\x0cUploadChunks\x12!.steersman.v1.UploadChunksRequest\x1a\".steersman.v1.UploadChunksResponse(\x01\x12U\n\x0c\x43ommitUpdate\x12!.steersman.v1.CommitUpdateRequest\x1a\".steersman.v1.CommitUpdateResponse\x12R\n\x0b\x41\x62ortUpdate\x12 .steersman.v1.AbortUpdateRequest\x1a!.steersman.v1.AbortUpdateResponse\x12\x61\n\x10GetWeightsStatus\x12%.steersman.v1.GetWeightsStatusRequest\x1a&.steersman.v1.GetWeightsStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asteersman/v1/weights.proto\x12\x0csteersman.v1\x1a\x19steersman/v1/bounds.proto\"\xa6\x01\n\x0fWeightsManifest\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.steersman.v1.WeightsKind\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x16\n\x06\x64igest\x18\x03 \x01(\tB\x06\xa2\x9a\x19\x02\x08@\x12%\n\x13\x61\x64\x61pter_config_json\x18\x04 \x01(\tB\x08\xa2\x9a\x19\x04\x08\x80\x80@\x12\x1d\n\x0c\x61rtifact_url\x18\x05 \x01(\tB\x07\xa2\x9a\x19\x03\x08\x80 \"V\n\x12\x42\x65ginUpdateRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12/\n\x08manifest\x18\x02 \x01(\x0b\x32\x1d.steersman.v1.WeightsManifest\"-\n\x13\x42\x65ginUpdateResponse\x12\x16\n\x0e\x61lready_loaded\x18\x01 \x01(\x08\"S\n\x13UploadChunksRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x04 \x01(\x07\"(\n\x14UploadChunksResponse\x12\x10\n\x08received\x18\x01 \x01(\x04\"&\n\x13\x43ommitUpdateRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\">\n\x14\x43ommitUpdateResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x15\n\rpause_seconds\x18\x02 \x01(\x01\"%\n\x12\x41\x62ortUpdateRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\x15\n\x13\x41\x62ortUpdateResponse\"\x19\n\x17GetWeightsStatusRequest\"t\n\x18GetWeightsStatusResponse\x12\x16\n\x0eloaded_version\x18\x01 \x01(\x04\x12\x15\n\rloaded_digest\x18\x02 \x01(\t\x12\x17\n\x0fpending_version\x18\x03 \x01(\x04\x12\x10\n\x08received\x18\x04 \x01(\x04*Y\n\x0bWeightsKind\x12\x1c\n\x18WEIGHTS_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHTS_KIND_FULL\x10\x01\x12\x15\n\x11WEIGHTS_KIND_LORA\x10\x02\x32\xcb\x03\n\x0eWeightsService\x12R\n\x0b\x42\x65ginUpdate\x12 .steersman.v1.BeginUpdateRequest\x1a!.steersman.v1.BeginUpdateResponse\x12W\n\x0cUploadChunks\x12!.steersman.v1.UploadChunksRequest\x1a\".steersman.v1.UploadChunksResponse(\x01\x12U\n\x0c\x43ommitUpdate\x12!.steersman.v1.CommitUpdateRequest\x1a\".steersman.v1.CommitUpdateResponse\x12R\n\x0b\x41\x62ortUpdate\x12 .steersman.v1.AbortUpdateRequest\x1a!.steersman.v1.AbortUpdateResponse\x12\x61\n\x10GetWeightsStatus\x12%.steersman.v1.GetWeightsStatusRequest\x1a&.steersman.v1.GetWeightsStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steersman.v1.weights_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WEIGHTSKIND']._serialized_start=759
-  _globals['_WEIGHTSKIND']._serialized_end=848
-  _globals['_WEIGHTSMANIFEST']._serialized_start=45
-  _globals['_WEIGHTSMANIFEST']._serialized_end=184
-  _globals['_BEGINUPDATEREQUEST']._serialized_start=186
-  _globals['_BEGINUPDATEREQUEST']._serialized_end=272
-  _globals['_BEGINUPDATERESPONSE']._serialized_start=274
-  _globals['_BEGINUPDATERESPONSE']._serialized_end=319
-  _globals['_UPLOADCHUNKSREQUEST']._serialized_start=321
-  _globals['_UPLOADCHUNKSREQUEST']._serialized_end=404
-  _globals['_UPLOADCHUNKSRESPONSE']._serialized_start=406
-  _globals['_UPLOADCHUNKSRESPONSE']._serialized_end=446
-  _globals['_COMMITUPDATEREQUEST']._serialized_start=448
-  _globals['_COMMITUPDATEREQUEST']._serialized_end=486
-  _globals['_COMMITUPDATERESPONSE']._serialized_start=488
-  _globals['_COMMITUPDATERESPONSE']._serialized_end=550
-  _globals['_ABORTUPDATEREQUEST']._serialized_start=552
-  _globals['_ABORTUPDATEREQUEST']._serialized_end=589
-  _globals['_ABORTUPDATERESPONSE']._serialized_start=591
-  _globals['_ABORTUPDATERESPONSE']._serialized_end=612
-  _globals['_GETWEIGHTSSTATUSREQUEST']._serialized_start=614
-  _globals['_GETWEIGHTSSTATUSREQUEST']._serialized_end=639
-  _globals['_GETWEIGHTSSTATUSRESPONSE']._serialized_start=641
-  _globals['_GETWEIGHTSSTATUSRESPONSE']._serialized_end=757
-  _globals['_WEIGHTSSERVICE']._serialized_start=851
-  _globals['_WEIGHTSSERVICE']._serialized_end=1310
+  _globals['_WEIGHTSMANIFEST'].fields_by_name['digest']._loaded_options = None
+  _globals['_WEIGHTSMANIFEST'].fields_by_name['digest']._serialized_options = b'\242\232\031\002\010@'
+  _globals['_WEIGHTSMANIFEST'].fields_by_name['adapter_config_json']._loaded_options = None
+  _globals['_WEIGHTSMANIFEST'].fields_by_name['adapter_config_json']._serialized_options = b'\242\232\031\004\010\200\200@'
+  _globals['_WEIGHTSMANIFEST'].fields_by_name['artifact_url']._loaded_options = None
+  _globals['_WEIGHTSMANIFEST'].fields_by_name['artifact_url']._serialized_options = b'\242\232\031\003\010\200 '
+  _globals['_WEIGHTSKIND']._serialized_start=813
+  _globals['_WEIGHTSKIND']._serialized_end=902
+  _globals['_WEIGHTSMANIFEST']._serialized_start=72
+  _globals['_WEIGHTSMANIFEST']._serialized_end=238
+  _globals['_BEGINUPDATEREQUEST']._serialized_start=240
+  _globals['_BEGINUPDATEREQUEST']._serialized_end=326
+  _globals['_BEGINUPDATERESPONSE']._serialized_start=328
+  _globals['_BEGINUPDATERESPONSE']._serialized_end=373
+  _globals['_UPLOADCHUNKSREQUEST']._serialized_start=375
+  _globals['_UPLOADCHUNKSREQUEST']._serialized_end=458
+  _globals['_UPLOADCHUNKSRESPONSE']._serialized_start=460
+  _globals['_UPLOADCHUNKSRESPONSE']._serialized_end=500
+  _globals['_COMMITUPDATEREQUEST']._serialized_start=502
+  _globals['_COMMITUPDATEREQUEST']._serialized_end=540
+  _globals['_COMMITUPDATERESPONSE']._serialized_start=542
+  _globals['_COMMITUPDATERESPONSE']._serialized_end=604
+  _globals['_ABORTUPDATEREQUEST']._serialized_start=606
+  _globals['_ABORTUPDATEREQUEST']._serialized_end=643
+  _globals['_ABORTUPDATERESPONSE']._serialized_start=645
+  _globals['_ABORTUPDATERESPONSE']._serialized_end=666
+  _globals['_GETWEIGHTSSTATUSREQUEST']._serialized_start=668
+  _globals['_GETWEIGHTSSTATUSREQUEST']._serialized_end=693
+  _globals['_GETWEIGHTSSTATUSRESPONSE']._serialized_start=695
+  _globals['_GETWEIGHTSSTATUSRESPONSE']._serialized_end=811
+  _globals['_WEIGHTSSERVICE']._serialized_start=905
+  _globals['_WEIGHTSSERVICE']._serialized_end=1364
 # @@protoc_insertion_point(module_scope)

@@ -12,7 +12,7 @@ import pytest
 from services.gateway.backends.policy import PolicyReplica
 from services.gateway.backends.pool import ReplicaPool
 from steersman.errors import ChecksumError, DeadlineError, InvalidArgumentError, UnavailableError
-from steersman.rpc.sealed import CHECKSUM, Sealed, Unreadable, checked, checksum_of, sealed
+from steersman.rpc.sealed import CHECKSUM, Arrived, Unreadable, checked, checksum_of, sealed
 from steersman.testing.fake_policy import FakePolicy, serve_policy
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest
@@ -24,18 +24,19 @@ REQUEST = PolicyServiceChatRequest(messages=[common_pb2.Message(role="user", con
 def test_no_flipped_bit_of_a_sealed_request_is_read_as_another() -> None:
     read = checked("Chat", PolicyServiceChatRequest.FromString)
     data = sealed(REQUEST)
-    assert read(data) == Sealed(REQUEST, checksum_of(data))
-    assert read(REQUEST.SerializeToString()) == REQUEST, "of a client that seals nothing"
+    assert read(data) == Arrived(REQUEST, len(data), checksum_of(data))
+    plain = REQUEST.SerializeToString()
+    assert read(plain) == Arrived(REQUEST, len(plain), None), "of a client that seals nothing"
     assert PolicyServiceChatRequest.FromString(data).messages == REQUEST.messages, "a server that knows no seals"
     for bit in range(8 * len(data)):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         found = read(bytes(changed))
-        assert not isinstance(found, Sealed)
         if isinstance(found, Unreadable):
             assert isinstance(found.error, (ChecksumError, InvalidArgumentError))
         else:
-            assert found.messages == REQUEST.messages, "only the seal was damaged"
+            assert found.checksum is None
+            assert found.request.messages == REQUEST.messages, "only the seal was damaged"
 
 
 async def test_a_call_takes_no_other_calls_message() -> None:

@@ -8,13 +8,10 @@ import threading
 import numpy as np
 import pytest
 
-from services.policy.chat import MAX_STOP_CHARACTERS, MAX_STOPS, ChatFormat, answer
 from services.policy.engine import GenerationRequest, SamplingParams
 from services.policy.requests import events_of
 from steersman.errors import InvalidArgumentError
 from steersman.generation import MAX_SAMPLES, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
-from steersman.testing.models import tiny_tokenizer
-from steersman.v1 import policy_pb2 as pb
 
 PROMPT = np.array([4, 5], np.int32)
 
@@ -36,14 +33,6 @@ def test_samples(prompts: int, n: int) -> None:
 def test_sampling(options: dict, named: str) -> None:
     with pytest.raises(InvalidArgumentError, match=named):
         SamplingParams(max_new_tokens=1, **options)
-
-
-@pytest.mark.parametrize("stop", [["a"] * (MAX_STOPS + 1), ["a" * (MAX_STOP_CHARACTERS + 1)]])
-async def test_stop_texts(stop: list[str]) -> None:
-    request = pb.PolicyServiceChatRequest(prompt="hello", stop=stop)
-    with pytest.raises(InvalidArgumentError, match="at most 16 texts of 512 characters"):
-        async for _ in answer(None, ChatFormat(tiny_tokenizer(), "f"), request):  # type: ignore[arg-type]
-            pass
 
 
 class Abandoned:
