@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from services.gateway.actions import actions_router
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
-from services.gateway.documentation import definitions
+from services.gateway.documentation import definitions, error_schemas
 from services.gateway.errors import error_response, from_problems
 from services.gateway.feedback import FeedbackBody, FeedbackDesk, feedback_router
 from services.gateway.health import health_router
@@ -127,6 +127,7 @@ def _extend_openapi(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = generate()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            schemas.update(error_schemas())
             schemas.update(definitions(*BODIES, EmbeddingRequest, FeedbackBody, KeyChange, NewKey, Rotation))
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)

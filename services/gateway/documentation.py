@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from services.gateway.errors import ErrorResponse
 
@@ -25,8 +26,19 @@ _ERRORS = {
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Documents error answers, for a route's `responses`."""
-    return {status: {"model": ErrorResponse, "description": _ERRORS[status]} for status in statuses}
+    """Documents error answers, for a route's `responses`; they refer to `error_schemas`.
+
+    By reference, because FastAPI makes a validator of each model, which was most of the time to build the application.
+    """
+    schema = {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"}
+    content = {"application/json": {"schema": schema}}
+    return {status: {"description": _ERRORS[status], "content": content} for status in statuses}
+
+
+def error_schemas() -> dict[str, Any]:
+    """The component schemas that `error_responses` refer to."""
+    _, document = models_json_schema([(ErrorResponse, "serialization")], ref_template="#/components/schemas/{model}")
+    return dict(document["$defs"])
 
 
 POST_ERRORS = error_responses(400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504)
@@ -41,7 +53,7 @@ def json_body(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def definitions(*models: type[BaseModel]) -> dict[str, Any]:
-    """The component schemas that `json_body` refers to."""
+    """The component schemas that the schemas of models refer to."""
     found: dict[str, Any] = {}
     for model in models:
         found.update(model.model_json_schema(ref_template="#/components/schemas/{model}").get("$defs", {}))
