@@ -47,12 +47,12 @@ def test_migrations_go_down_and_up_again(store: Store) -> None:
     assert tables() == made
 
 
-def test_opening_twice_and_at_once_is_fine(store_url: str) -> None:
+def test_opening_twice_and_at_once_is_fine(empty_url: str) -> None:
     errors: list[BaseException] = []
 
     def open_it() -> None:
         try:
-            Store.open(store_url).close()
+            Store.open(empty_url).close()
         except BaseException as error:
             errors.append(error)
 
@@ -62,7 +62,7 @@ def test_opening_twice_and_at_once_is_fine(store_url: str) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
-    Store.open(store_url).close()
+    Store.open(empty_url).close()
 
 
 def test_a_failed_block_leaves_nothing(store: Store) -> None:

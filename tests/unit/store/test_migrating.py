@@ -18,10 +18,10 @@ SEEN = sa.text("SELECT query FROM pg_stat_activity WHERE datname = current_datab
 
 
 @pytest.fixture
-def store_at(request: pytest.FixtureRequest, store_url: str) -> Iterator[Store]:
-    if store_url.startswith("sqlite"):
+def store_at(request: pytest.FixtureRequest, empty_url: str) -> Iterator[Store]:
+    if empty_url.startswith("sqlite"):
         pytest.skip("SQLite has one writer at a time")
-    store = Store.open(store_url, migrate=False)
+    store = Store.open(empty_url, migrate=False)
     store.migrate(request.param)
     yield store
     store.close()

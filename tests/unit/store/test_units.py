@@ -141,9 +141,9 @@ def test_what_no_database_can_store_is_refused_with_its_field(store: Store, text
             submit(session, "acme", event)
 
 
-def test_an_old_database_keeps_its_last_verdicts(store_url: str) -> None:
+def test_an_old_database_keeps_its_last_verdicts(empty_url: str) -> None:
     """As it was before judges were known, with the gateway's tables made without a migration."""
-    opened = Store.open(store_url, migrate=False)
+    opened = Store.open(empty_url, migrate=False)
     opened.migrate("0001")
     with opened.transaction() as session:
         session.execute(

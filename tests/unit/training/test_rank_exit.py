@@ -63,5 +63,5 @@ def test_workers_of_several_machines_meet_by_a_store_that_unpickles_nothing(tmp_
         for rank in range(2)
     ]
     for rank in ranks:
-        _, said = rank.communicate(timeout=120)
+        _, said = rank.communicate(timeout=280)
         assert rank.returncode == 0, said[-2000:]
