@@ -8,7 +8,7 @@ from pathlib import Path
 
 from services.gateway.config import GatewayConfig, load_config
 from steersman import loading
-from steersman.config import dump_yaml
+from steersman.config.base import dump_yaml
 from steersman.ending import end_within
 from steersman.errors import SteersmanError
 

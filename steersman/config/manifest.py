@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
+from steersman.config.aspects import AspectThreshold
 from steersman.config.base import (
     FrozenModel,
     NonNegative,
@@ -28,7 +29,7 @@ from steersman.config.kinds.ilql import IlqlStage
 from steersman.config.kinds.kto import KtoStage
 from steersman.config.kinds.rejection_sampling import RejectionSamplingStage
 from steersman.config.kinds.release import Canary, Override, ReleaseStage
-from steersman.config.kinds.reward_model import AspectThreshold, RewardModelStage
+from steersman.config.kinds.reward_model import RewardModelStage
 from steersman.config.kinds.rl import KlController, KlLoss, RlStage, Watch
 from steersman.config.kinds.sampling import Generation, OnlineStage, RewardMix, ServedGeneration, VerifiableReward
 from steersman.config.kinds.sft import SftStage

@@ -6,7 +6,7 @@ import functools
 import gc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from steersman.artifacts import atomic_dir
-from steersman.config.manifest import Lora
 from steersman.errors import ConfigError
 from steersman.nn.encoder_decoder import is_encoder_decoder, language_model_class
 from steersman.nn.fused_lora import fuse_lora
@@ -28,6 +27,9 @@ from steersman.nn.ilql import HeadTensors, read_heads, write_heads
 from steersman.nn.load import load_causal_lm, load_classifier, load_tokenizer
 from steersman.nn.parity import SameConfig
 from steersman.nn.tiny import tiny_model
+
+if TYPE_CHECKING:
+    from steersman.config.manifest import Lora
 
 MERGE_TOLERANCE = 1e-3
 """Of logits, relative to the largest one: rounding in fp32 stays a hundred times below."""

@@ -23,8 +23,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from steersman.config.aspects import AspectThreshold
 from steersman.config.base import FrozenModel
-from steersman.config.manifest import AspectThreshold
 from steersman.errors import InvalidArgumentError
 from steersman.nn.forward import is_decoder, trunk_of
 from steersman.nn.render import Messages, Tools

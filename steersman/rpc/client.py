@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from steersman.config.manifest import ServiceSpec
 from steersman.config.tls import ClientTls
 from steersman.errors import UnavailableError
 from steersman.rpc.server import ANSWER_BYTES, channel_options
 from steersman.rpc.tls import FollowingChannel, channel_credentials, client_files
 from steersman.rpc.token import BlockingToken, aio_interceptors, read_token
+
+if TYPE_CHECKING:
+    from steersman.config.manifest import ServiceSpec
 
 
 def _options(tls: ClientTls | None, max_message_bytes: int) -> list[tuple[str, Any]]:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from steersman.config.base import FrozenModel, NonNegativeFloat, Positive
+from steersman.config.aspects import AspectThreshold
+from steersman.config.base import NonNegativeFloat, Positive
 from steersman.config.kinds.registry import stage
 from steersman.config.kinds.supervised import Optimizer, SupervisedStage
-
-
-class AspectThreshold(FrozenModel):
-    """What an answer must reach before anything else about it counts."""
-
-    aspect: str
-    """One of the stage's aspects."""
-    limit: Annotated[float, Field(allow_inf_nan=False)]
-    """Least rating, in the unit of the ratings; of an aspect with a weight below 0 the largest."""
 
 
 @stage("reward_model")

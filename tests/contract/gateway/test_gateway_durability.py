@@ -125,18 +125,21 @@ def switch(url: str, value: str) -> None:
 
 
 async def test_a_database_that_becomes_read_only_loses_nothing(postgres: str) -> None:
-    async with serve_policy(FakePolicy()) as endpoint:
+    policy = FakePolicy(seconds_per_token=1)
+    async with serve_policy(policy) as endpoint:
         config = gateway_config(endpoint, database=postgres)
         async with running_gateway(config) as gateway, httpx.AsyncClient(base_url=gateway.url, timeout=60) as http:
-            switch(postgres, "on")
+            waiting = asyncio.create_task(
+                http.post(CHAT, json={**BODY, "stream": True}, headers={"x-request-id": "r-ro"})
+            )
+            await until(lambda: policy.running == 1, 60)
+            switch(postgres, "on")  # in the middle of the answer: nothing else runs meanwhile
+            policy.seconds_per_token = 0
             try:
                 headers = {"x-request-id": "r-ro", "idempotency-key": "k"}
                 # The key is claimed before anything is said: a database that takes no claim takes no answer.
                 assert (await http.post(CHAT, json=BODY, headers=headers)).status_code == 503
-                waiting = asyncio.create_task(
-                    http.post(CHAT, json={**BODY, "stream": True}, headers={"x-request-id": "r-ro"})
-                )
-                await until(lambda: gateway.assistant.recorder.failing, 20)
+                await until(lambda: gateway.assistant.recorder.failing, 60)
                 assert (await http.get("/readyz")).status_code == 503
                 assert (await http.post(CHAT, json=BODY)).status_code == 503
                 thumbs = {"event_id": "e-ro", "answer_id": "none", "thumbs": "up"}
