@@ -61,8 +61,8 @@ def test_imports_no_torch(repo_root: Path) -> None:
 
 
 def test_a_gateway_and_a_probe_load_nothing_that_they_do_not_need(repo_root: Path) -> None:
-    """The SDK of MCP and JSON schemas take longer to load than a gateway without tools; a probe that loads the models of
-    the manifest, as kubelets ask for it all the time with TLS, is four fifths of them."""
+    """MCP's SDK and JSON schemas take longer to load than a gateway without tools, and the manifest's models as long as
+    a probe, which kubelets start all the time where TLS is."""
     dear = {"mcp", "jsonschema", "torch", "steersman.config.manifest"}
     program = f"import sys, steersman.rpc.probe, services.gateway.server; assert not {dear} & set(sys.modules)"
     run(sys.executable, "-c", program, cwd=repo_root)
