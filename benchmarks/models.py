@@ -50,7 +50,14 @@ from steersman.nn.head import OutputHead
 from steersman.nn.load import load_causal_lm, quiet_libraries
 from steersman.nn.lora import attach_lora, merge_to_folder, save_adapter
 from steersman.nn.packed import pack
-from steersman.nn.parity import Verdict, causal_verdict, choose_forward, example_groups, score_verdict, skip_padding
+from steersman.nn.parity import (
+    ParityVerdict,
+    causal_verdict,
+    choose_forward,
+    example_groups,
+    score_verdict,
+    skip_padding,
+)
 from steersman.nn.tiny import LENGTH, tiny_model
 from steersman.nn.tokens import IGNORE
 from steersman.testing.models import LONGROPE, save_model_folder
@@ -217,7 +224,7 @@ def _path(path: str, config: PreTrainedConfig) -> dict[str, Any]:
     return found
 
 
-def _again(path: str, config: PreTrainedConfig, verdict: Verdict, decoder: Any) -> float:
+def _again(path: str, config: PreTrainedConfig, verdict: ParityVerdict, decoder: Any) -> float:
     """Largest difference on another random model and other rows, through the functions that the path calls."""
     auto = AutoModelForSequenceClassification if path in SCORE_PATHS else language_model_class(config)
     model = tiny_model(auto, config, seed=INDEPENDENT_SEED)

@@ -38,6 +38,7 @@ from benchmarks.report import heading
 from services.policy.engine import Engine
 from services.policy.engines.vllm_choice import after_new_weights, random_model, vllm_verdict
 from services.policy.engines.vllm_engine import VllmEngine
+from services.policy.engines.vllm_settings import VllmSettings
 from steersman.nn.load import quiet_libraries
 from steersman.nn.parity import NATS
 
@@ -49,8 +50,9 @@ def _measure(name: str) -> dict[str, Any]:
     again = 0.0
 
     def start(folder: Path, context: int | None) -> VllmEngine:
-        options: dict[str, Any] = {"max_context": context, "max_running": 16, "kv_cache_tokens": 2048, "threads": 1}
-        return VllmEngine(folder, precision="fp32", device="cpu", eager=True, lora="merge", small=True, **options)
+        sizes: dict[str, Any] = {"max_context": context, "kv_cache_tokens": 2048, "threads": 1}
+        options = VllmSettings(max_running=16, eager=True, lora="merge")
+        return VllmEngine(folder, options, precision="fp32", device="cpu", small=True, **sizes)
 
     def independent(engine: Engine, longest: int | None) -> None:
         nonlocal again

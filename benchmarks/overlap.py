@@ -37,7 +37,7 @@ from steersman.testing.fake_engine import FakeEngine
 from training.online import loop
 from training.online.checkpoint import Checkpoints
 from training.online.clients import PolicyReplica, ReferenceClient, RewardClient
-from training.online.loop import Trainer
+from training.online.loop import RlLoop
 from training.online.policy_model import PolicyModel
 from training.online.pool import PolicyPool
 from training.online.rollout import Prompt, Rollouts
@@ -142,7 +142,7 @@ def train(
         pool = PolicyPool([PolicyReplica(data, control, 60.0, print)], "")
         scorers = [RewardClient(null, "", 60.0, print)], [ReferenceClient(null, "", 60.0, print)]
         rollouts = Rollouts(pool, *scorers, str, spec.generation, (), record.activity)
-        trainer: Any = Trainer(spec, model, rollouts, pool, prompts, Checkpoints(Path(out)), record, seed=0)
+        trainer: Any = RlLoop(spec, model, rollouts, pool, prompts, Checkpoints(Path(out)), record, seed=0)
         trainer.run()
         pool.close()
     kept = record.steps[2:-1]  # the last step also writes the checkpoint

@@ -203,7 +203,7 @@ def our_worker(pipe: Connection, work: Work) -> None:
     from steersman.nn.tokens import tokenizer_fingerprint
     from training.online.checkpoint import Checkpoints
     from training.online.clients import PolicyReplica, ReferenceClient, RewardClient
-    from training.online.loop import Trainer
+    from training.online.loop import RlLoop
     from training.online.policy_model import PolicyModel
     from training.online.pool import PolicyPool
     from training.online.rollout import Prompt, Rollouts
@@ -260,7 +260,7 @@ def our_worker(pipe: Connection, work: Work) -> None:
             seed=0,
         )
         rollouts = Rollouts(forced, *clients, decode, spec.generation, (), lambda _: None)
-        trainer = Trainer(
+        trainer = RlLoop(
             spec, model, rollouts, pool, prompts, Checkpoints(Path(folder)), _Silent(), seed=0
         )  # fmt: skip
         trainer.publish(0)

@@ -191,14 +191,14 @@ def weigh(evidence: Evidence, champion: Arm, candidate: Arm, limits: Canary) -> 
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CanaryVerdict:
     against: str | None
     """Why the candidate must be taken back; None: nothing speaks against it."""
     harmless: bool
     """A harm of `maxThumbsDownIncrease` is refuted."""
 
 
-def decide(evidence: Evidence, limits: Canary) -> Verdict:
+def decide(evidence: Evidence, limits: Canary) -> CanaryVerdict:
     """What the evidence allows to say."""
     candidate, champion = evidence.candidate, evidence.champion
     found = findings(evidence.model_dump(), evidence.looks, limits)
@@ -218,7 +218,7 @@ def decide(evidence: Evidence, limits: Canary) -> Verdict:
             f"thumbs down in {_share(candidate.bad, candidate.judged):.1%} of {candidate.judged:.0f} judged "
             f"conversations, {_share(champion.bad, champion.judged):.1%} of {champion.judged:.0f} with the champion"
         )
-    return Verdict(against, against is None and bool(found["harmless"]))
+    return CanaryVerdict(against, against is None and bool(found["harmless"]))
 
 
 def _share(part: float, whole: float) -> float:

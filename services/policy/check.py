@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from services.policy.engines.choice import engine_verdict
 from services.policy.engines.transformers_engine import with_decoder
 from steersman.nn.load import quiet_libraries
-from steersman.nn.parity import Verdict
+from steersman.nn.parity import ParityVerdict
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def _of_vllm(folder: Path) -> Verdict:
+def _of_vllm(folder: Path) -> ParityVerdict:
     from services.policy.engines.vllm_engine import VllmEngine
 
     return VllmEngine(folder).verdict()

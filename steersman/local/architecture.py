@@ -21,7 +21,7 @@ from steersman.errors import ConfigError
 from steersman.nn.encoder_decoder import language_model_class
 from steersman.nn.load import quiet_libraries
 from steersman.nn.lora import attach_lora
-from steersman.nn.parity import SameConfig, Verdict, causal_verdict, describe, score_verdict
+from steersman.nn.parity import ParityVerdict, SameConfig, causal_verdict, describe, score_verdict
 from steersman.progress import ConsoleReporter
 
 _ENGINE_SECONDS = 600
@@ -80,7 +80,7 @@ def _check_targets(run: AlignmentRun, config: Any) -> None:
             raise ConfigError(f"spec.stages.{index}.{to_camel(stage.kind)}.{error.message}") from None
 
 
-def _note(verdict: Verdict, name: str, field: str, reporter: ConsoleReporter, *, quiet: bool = False) -> None:
+def _note(verdict: ParityVerdict, name: str, field: str, reporter: ConsoleReporter, *, quiet: bool = False) -> None:
     if verdict.outcome == "refused":
         raise ConfigError(f"{field}: {describe(verdict, name)}")
     if not quiet or verdict.limit:
@@ -97,7 +97,7 @@ def _installed(engine: str) -> str | None:
     return None
 
 
-def _asked_engine(base: Path, engine: str) -> Verdict:
+def _asked_engine(base: Path, engine: str) -> ParityVerdict:
     """What the engine says of a model; services are asked as processes, never imported."""
     command = [sys.executable, "-m", "services.policy.check", str(base), engine]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_ENGINE_SECONDS, check=False)
@@ -105,7 +105,9 @@ def _asked_engine(base: Path, engine: str) -> Verdict:
         words = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
         raise ConfigError(f"spec.model.base: the generation engine cannot be asked about the model ({words})")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return Verdict(**{**found, "difference": float("nan") if found["difference"] is None else found["difference"]})
+    return ParityVerdict(
+        **{**found, "difference": float("nan") if found["difference"] is None else found["difference"]}
+    )
 
 
 class _Known:
@@ -118,13 +120,13 @@ class _Known:
             found = json.loads(path.read_bytes())
             self._found = found if isinstance(found, dict) else {}
 
-    def verdict(self, kind: str, config: Any, compute: Any) -> Verdict:
+    def verdict(self, kind: str, config: Any, compute: Any) -> ParityVerdict:
         versions = [__version__, version("transformers"), version("torch")]
         key = hashlib.sha256(f"{kind} {versions} {SameConfig(config).key}".encode()).hexdigest()
         found = self._found.get(key)
         if isinstance(found, dict):
-            return Verdict(**found)
-        verdict: Verdict = compute()
+            return ParityVerdict(**found)
+        verdict: ParityVerdict = compute()
         if verdict.outcome != "refused":
             fields = ("outcome", "difference", "reason", "limit")
             self._found[key] = {name: getattr(verdict, name) for name in fields}

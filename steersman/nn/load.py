@@ -78,21 +78,19 @@ def load_causal_lm(
     *,
     dtype: torch.dtype | str = torch.float32,
     device: str = "cpu",
-    attention: str | None = None,
     quantization_config: object | None = None,
 ) -> PreTrainedModel:
     """A language model, decoder-only or encoder-decoder, in evaluation mode with dropout off.
 
     Args:
         dtype: of the weights; `fp32`, `bf16`, a torch dtype, or `auto`: as in the folder.
-        attention: name of a transformers attention function; None: what transformers takes for the model.
         quantization_config: for QLoRA.
 
     Raises:
         NotFoundError, ConfigError: the folder is not there, has no safetensors, or is damaged.
     """
     options = {} if quantization_config is None else {"quantization_config": quantization_config}
-    model = _load(language_model_class, folder, dtype, attention, **options)
+    model = _load(language_model_class, folder, dtype, **options)
     return ready(model, device if quantization_config is None else None)
 
 
@@ -100,9 +98,7 @@ def load_classifier(
     folder: Path,
     *,
     num_labels: int | None = None,
-    dtype: torch.dtype | str = torch.float32,
     device: str = "cpu",
-    attention: str | None = None,
     quantization_config: object | None = None,
 ) -> PreTrainedModel:
     """A sequence classifier (decoder with a score head, or encoder) in evaluation mode with dropout off.
@@ -115,14 +111,14 @@ def load_classifier(
     options: dict[str, object] = {} if quantization_config is None else {"quantization_config": quantization_config}
     if num_labels is not None:
         options["num_labels"] = num_labels
-    model = _load(_classifier_class, folder, dtype, attention, **options)
+    model = _load(_classifier_class, folder, torch.float32, **options)
     keep_head_in_fp32(model)
     return ready(model, device if quantization_config is None else None)
 
 
 def load_trunk(folder: Path, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """An encoder, or a decoder without its head, in evaluation mode with dropout off."""
-    return ready(_load(lambda config: AutoModel, folder, dtype, None), device)
+    return ready(_load(lambda config: AutoModel, folder, dtype), device)
 
 
 def load_reward_model(folder: Path, *, device: str = "cpu", precision: Literal["fp32", "bf16"] = "fp32") -> RewardModel:
@@ -207,9 +203,7 @@ def _classifier_class(config: Any) -> Any:
     return AutoModelForSequenceClassification
 
 
-def _load(
-    class_of: Callable[[Any], Any], folder: Path, dtype: torch.dtype | str, attention: str | None, **options: object
-) -> nn.Module:
+def _load(class_of: Callable[[Any], Any], folder: Path, dtype: torch.dtype | str, **options: object) -> nn.Module:
     quiet_libraries()
     if not folder.is_dir():
         raise NotFoundError(f"{folder}: there is no such model folder; check the path or run the stage that writes it")
@@ -219,11 +213,10 @@ def _load(
     try:
         config = AutoConfig.from_pretrained(folder)
         config.num_labels = options.pop("num_labels", config.num_labels)
-        if attention is None and getattr(config.get_text_config(), "attn_logit_softcapping", None):
-            attention = "eager"  # transformers before 5.20 leaves the cap out in its faster attention, without a word
-        return class_of(config).from_pretrained(
-            folder, config=config, dtype=kind, attn_implementation=attention, use_safetensors=True, **options
-        )
+        if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+            # transformers before 5.20 leaves the cap out in its faster attention, without a word
+            options["attn_implementation"] = "eager"
+        return class_of(config).from_pretrained(folder, config=config, dtype=kind, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from error
 

@@ -50,7 +50,7 @@ SLOPE = 5e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ParityVerdict:
     outcome: Outcome
     difference: float = 0.0
     """Largest one of a log-probability or score, of the way that is taken (refused: of the last that was tried)."""
@@ -66,7 +66,7 @@ class Verdict:
         return "packed" if self.outcome == "agrees" else "plain"
 
 
-def choose_forward(model: nn.Module) -> Verdict:
+def choose_forward(model: nn.Module) -> ParityVerdict:
     """Makes `predicting_states` run a decoder (PEFT-wrapped or not) the way that its architecture allows, in place.
 
     Raises:
@@ -77,7 +77,7 @@ def choose_forward(model: nn.Module) -> Verdict:
     return verdict
 
 
-def skip_padding(model: nn.Module) -> Verdict:
+def skip_padding(model: nn.Module) -> ParityVerdict:
     """Makes a model ready for right-padded rows, in place: a decoder's trunk skips padding (or takes rows of equal
     length), an encoder stays as it is where padding changes nothing.
 
@@ -92,12 +92,12 @@ def skip_padding(model: nn.Module) -> Verdict:
     return verdict
 
 
-def causal_verdict(config: PreTrainedConfig) -> Verdict:
+def causal_verdict(config: PreTrainedConfig) -> ParityVerdict:
     """Of a causal language model: log-probabilities, gradients, padded batches, balance losses."""
     return _verdict(SameConfig(config), "causal")
 
 
-def score_verdict(config: PreTrainedConfig) -> Verdict:
+def score_verdict(config: PreTrainedConfig) -> ParityVerdict:
     """Of a sequence classifier, decoder or encoder: scores and gradients."""
     return _verdict(SameConfig(config), "score")
 
@@ -136,7 +136,7 @@ class SameConfig:
 
 
 @functools.lru_cache(maxsize=64)
-def _verdict(same: SameConfig, kind: Literal["causal", "score"]) -> Verdict:
+def _verdict(same: SameConfig, kind: Literal["causal", "score"]) -> ParityVerdict:
     check = _check_causal if kind == "causal" else _check_scores
     auto = language_model_class(same.config) if kind == "causal" else AutoModelForSequenceClassification
     threads = torch.get_num_threads()
@@ -155,14 +155,14 @@ def _verdict(same: SameConfig, kind: Literal["causal", "score"]) -> Verdict:
                     reason = f"its rotations change beyond {original} tokens, so rows end there"
                     verdict = replace(short, limit=original, reason=reason)
     except ConfigError as error:
-        verdict = Verdict("refused", float("nan"), error.message, computed=False)
+        verdict = ParityVerdict("refused", float("nan"), error.message, computed=False)
     finally:
         torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(threads)
     return verdict
 
 
-def _accepted(model: nn.Module) -> Verdict:
+def _accepted(model: nn.Module) -> ParityVerdict:
     base = unwrapped(model)
     name, causal = type(base).__name__, is_decoder(model) and not hasattr(base, "score")
     verdict = (causal_verdict if causal else score_verdict)(base.config)
@@ -192,7 +192,7 @@ def changes_at(config: PreTrainedConfig) -> int | None:
 Check = Callable[[PreTrainedModel, Way, int | None], float]
 
 
-def _first_that_agrees(model: PreTrainedModel, check: Check, longest: int | None) -> Verdict:
+def _first_that_agrees(model: PreTrainedModel, check: Check, longest: int | None) -> ParityVerdict:
     reason, difference = "", float("nan")
     for way, outcome in (("packed", "agrees"), ("plain", "plain")):
         if way == "packed" and is_encoder_decoder(model.config):
@@ -207,8 +207,8 @@ def _first_that_agrees(model: PreTrainedModel, check: Check, longest: int | None
         except Exception as error:  # whatever a model's own code raises for what it does not know
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
         else:
-            return Verdict(outcome, difference, reason if outcome == "plain" else "")  # type: ignore[arg-type]
-    return Verdict("refused", difference, reason)
+            return ParityVerdict(outcome, difference, reason if outcome == "plain" else "")  # type: ignore[arg-type]
+    return ParityVerdict("refused", difference, reason)
 
 
 class _Disagreement(Exception):
@@ -362,7 +362,7 @@ def _padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def describe(verdict: Verdict, name: str) -> str:
+def describe(verdict: ParityVerdict, name: str) -> str:
     """One line for people."""
     if verdict.outcome == "refused":
         return f"{name} cannot be used: {verdict.reason}"

@@ -69,22 +69,22 @@ def test_rejection_sampling_learns_it_too(cluster: Any, t5: Path, run_manifest: 
 def test_a_run_that_was_cut_ends_with_the_same_weights(
     cluster: Any, t5: Path, run_manifest: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.online.loop import Trainer
+    from training.online.loop import RlLoop
 
     start(cluster, t5, mergeRequests=False)
     options = {
         "rl": {**BANDIT, "algorithm": "nlpo", "steps": 4, "nlpo": {**HEAD, "refreshEvery": 2}, "deterministic": True}
     }
     unbroken = run_manifest(cluster, t5, options, prompts=PROMPTS, name="unbroken")
-    save = Trainer.save
+    save = RlLoop.save
 
-    def dies(self: Trainer, step: int, *rest: Any) -> None:
+    def dies(self: RlLoop, step: int, *rest: Any) -> None:
         save(self, step, *rest)
         if step == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save", dies)
+        patch.setattr(RlLoop, "save", dies)
         with pytest.raises(KeyboardInterrupt):
             run_manifest(cluster, t5, options, prompts=PROMPTS, name="cut")
     resumed = run_manifest(cluster, t5, options, prompts=PROMPTS, name="cut")

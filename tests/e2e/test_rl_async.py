@@ -13,7 +13,7 @@ from test_rl import BANDIT, LIKES_LETTERS, PROMPTS, metrics
 from steersman.artifacts import manifest_of_hashes
 from steersman.errors import FailedPreconditionError, PermissionDeniedError, StorageError
 from steersman.testing.models import save_model_folder, tiny_llama
-from training.online.loop import Trainer
+from training.online.loop import RlLoop
 
 SERVICES = {"mergeRequests": False}
 
@@ -48,7 +48,7 @@ def test_strictly_on_policy_equals_the_synchronous_loop_bit_for_bit(
 ) -> None:
     """`maxStaleness: 0` ends in the same bytes as a loop that does one thing after the other."""
 
-    def one_after_the_other(self: Trainer) -> None:
+    def one_after_the_other(self: RlLoop) -> None:
         self.publish(0)
         for step in range(self.spec.steps):
             experience = self.collector.collect(step)
@@ -58,7 +58,7 @@ def test_strictly_on_policy_equals_the_synchronous_loop_bit_for_bit(
     start(cluster, tiny_model)
     options = {"rl": {**BANDIT, "algorithm": "grpo", "steps": 4, "lora": {"rank": 4}, "maxStaleness": 0}}
     ahead = hashes(run_manifest(cluster, tiny_model, options, prompts=PROMPTS, name="ahead"))
-    monkeypatch.setattr(Trainer, "run", one_after_the_other)
+    monkeypatch.setattr(RlLoop, "run", one_after_the_other)
     synchronous = hashes(run_manifest(cluster, tiny_model, options, prompts=PROMPTS, name="synchronous"))
     assert "adapter/adapter_model.safetensors" in ahead
     assert ahead == synchronous

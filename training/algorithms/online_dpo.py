@@ -36,7 +36,7 @@ class OnlineDpo(Base):
         order = part.group.argsort(stable=True)  # the pairs of a prompt stand at the same place in both
         choice = part.advantages[order]
         chosen, rejected = log_ratio[order][choice > 0], log_ratio[order][choice < 0]
-        loss = losses.preference_loss(
+        loss = losses.online_preference_loss(
             chosen, rejected, denominator=self.denominator(totals), beta=options.beta, kind=options.loss
         )
         drift = forward.logprobs - part.old_logprobs

@@ -277,7 +277,7 @@ def cispo_loss(
     return divide(terms, denominator), stats
 
 
-def preference_loss(
+def online_preference_loss(
     chosen: Tensor,
     rejected: Tensor,
     *,

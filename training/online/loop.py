@@ -45,7 +45,7 @@ from training.online.watch import Found, Watcher
 from training.parallel import Ranks
 
 
-class Trainer:
+class RlLoop:
     """The loop and the update; services, prompts and checkpoints come from outside."""
 
     def __init__(

@@ -21,7 +21,7 @@ from training.context import StageContext
 from training.online.checkpoint import Checkpoints
 from training.online.connect import Services
 from training.online.licences import check_rewards
-from training.online.loop import Trainer
+from training.online.loop import RlLoop
 from training.online.passes import Pair
 from training.online.policy_model import PolicyModel
 from training.online.prompts import load_answers
@@ -57,7 +57,7 @@ def run_rl(spec: RlStage, context: StageContext) -> None:
         watcher = (
             open_watcher(spec, services, context, rollouts) if services is not None and rollouts is not None else None
         )
-        Trainer(
+        RlLoop(
             spec,
             model,
             rollouts,  # type: ignore[arg-type]

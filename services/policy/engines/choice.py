@@ -22,7 +22,7 @@ from services.policy.engines.decoder import DecoderName
 from steersman.errors import ConfigError, InternalError
 from steersman.generation import Event, GenerationRequest, RequestFailed, SampleFinished, SamplingParams
 from steersman.nn.encoder_decoder import is_encoder_decoder, language_model_class
-from steersman.nn.parity import NATS, SameConfig, Verdict, changes_at, example_groups, logprobs_of
+from steersman.nn.parity import NATS, ParityVerdict, SameConfig, changes_at, example_groups, logprobs_of
 from steersman.nn.tiny import LENGTH, tiny_model
 
 log = logging.getLogger("steersman.policy")
@@ -34,7 +34,7 @@ Start = Callable[[PreTrainedModel, DecoderName], Engine]
 """Makes an engine in float32 on the CPU that generates with a decoder."""
 
 
-def choose_decoder(config: PreTrainedConfig, start: Start) -> tuple[DecoderName, Verdict]:
+def choose_decoder(config: PreTrainedConfig, start: Start) -> tuple[DecoderName, ParityVerdict]:
     """The decoder, and what was measured: `agrees` for those with a shared cache, `plain` for the model's own code.
 
     Raises:
@@ -48,12 +48,12 @@ def choose_decoder(config: PreTrainedConfig, start: Start) -> tuple[DecoderName,
     return name, verdict
 
 
-def engine_verdict(config: PreTrainedConfig, start: Start) -> tuple[DecoderName, Verdict]:
+def engine_verdict(config: PreTrainedConfig, start: Start) -> tuple[DecoderName, ParityVerdict]:
     return _verdict(SameConfig(config), start)
 
 
 @functools.lru_cache(maxsize=64)
-def _verdict(same: SameConfig, start: Start) -> tuple[DecoderName, Verdict]:
+def _verdict(same: SameConfig, start: Start) -> tuple[DecoderName, ParityVerdict]:
     try:
         with torch.autocast("cpu", enabled=False):
             model = tiny_model(language_model_class(same.config), same.config)
@@ -65,11 +65,11 @@ def _verdict(same: SameConfig, start: Start) -> tuple[DecoderName, Verdict]:
                     reason = f"its rotations change beyond {original} tokens, so its context ends there"
                     found = short[0], replace(short[1], limit=original, reason=reason)
     except ConfigError as error:
-        return "uncached", Verdict("refused", float("nan"), error.message)
+        return "uncached", ParityVerdict("refused", float("nan"), error.message)
     return found
 
 
-def _first_that_agrees(model: PreTrainedModel, start: Start, longest: int | None) -> tuple[DecoderName, Verdict]:
+def _first_that_agrees(model: PreTrainedModel, start: Start, longest: int | None) -> tuple[DecoderName, ParityVerdict]:
     reason, difference = "", float("nan")
     names: tuple[DecoderName, ...] = ("llama", "generic", "cached", "uncached")
     if is_encoder_decoder(model.config):
@@ -84,9 +84,9 @@ def _first_that_agrees(model: PreTrainedModel, start: Start, longest: int | None
             fast = name in ("llama", "generic")
             if name == "encoder-decoder":
                 reason = "the caches of an encoder-decoder are not shared"
-            return name, Verdict("agrees" if fast else "plain", difference, "" if fast else reason)
+            return name, ParityVerdict("agrees" if fast else "plain", difference, "" if fast else reason)
         reason = f"its log-probabilities differ from those of single rows by {difference:.2g} nats"
-    return "uncached", Verdict("refused", difference, reason)
+    return "uncached", ParityVerdict("refused", difference, reason)
 
 
 def difference_of(model: PreTrainedModel, name: DecoderName, start: Start, longest: int | None, seed: int = 0) -> float:

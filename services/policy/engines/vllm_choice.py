@@ -28,7 +28,7 @@ from services.policy.engines.choice import differences
 from steersman.errors import ConfigError, SteersmanError
 from steersman.generation import WeightsUpdate
 from steersman.nn.encoder_decoder import language_model_class
-from steersman.nn.parity import NATS, SameConfig, Verdict, changes_at, example_groups, logprobs_of
+from steersman.nn.parity import NATS, ParityVerdict, SameConfig, changes_at, example_groups, logprobs_of
 from steersman.nn.tiny import LENGTH, tiny_model
 
 log = logging.getLogger("steersman.policy")
@@ -40,7 +40,7 @@ small random model 0.006 to 0.03 nats, with experts, which a rounding may exchan
 Start = Callable[[Path, int | None], Engine]
 """Makes an engine for the model of a folder, whose context ends at a length (None: the model's)."""
 
-_known: dict[tuple[SameConfig, bool], Verdict] = {}
+_known: dict[tuple[SameConfig, bool], ParityVerdict] = {}
 
 
 def accepted_context(config: PreTrainedConfig, start: Start, *, exact: bool) -> int | None:
@@ -71,7 +71,7 @@ def vllm_verdict(
     *,
     exact: bool,
     afterwards: Callable[[Engine, int | None], None] = lambda engine, longest: None,
-) -> Verdict:
+) -> ParityVerdict:
     """
     Args:
         exact: the engine computes in float32; otherwise in bf16.
@@ -89,7 +89,7 @@ def vllm_verdict(
     except Exception as error:  # whatever a model's own code raises
         words = error.message if isinstance(error, SteersmanError) else f"{type(error).__name__}: {error}"
         words = re.sub(r"'\S*/vllm-check-\w+'", "a small model of it", " ".join(words.split()))
-        verdict = Verdict("refused", float("nan"), words[:400], computed=False)
+        verdict = ParityVerdict("refused", float("nan"), words[:400], computed=False)
     return verdict
 
 
@@ -124,7 +124,7 @@ def _looked_at(
     longest: int | None,
     exact: bool,
     afterwards: Callable[[Engine, int | None], None],
-) -> Verdict:
+) -> ParityVerdict:
     first, second = models
     largest = 0.0
     limit = NATS if exact else _ROUNDINGS * max(rounding(model, longest) for model in models)
@@ -142,9 +142,9 @@ def _looked_at(
                 difference = float(found.max() if exact else found.mean())
                 if not difference <= limit:
                     reason = f"its log-probabilities{when} differ from those of transformers by {difference:.2g} nats"
-                    return Verdict("refused", difference, reason)
+                    return ParityVerdict("refused", difference, reason)
                 largest = max(largest, difference)
             afterwards(engine, longest)
         finally:
             engine.close()
-    return Verdict("agrees", largest)
+    return ParityVerdict("agrees", largest)

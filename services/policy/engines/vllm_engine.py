@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -25,15 +24,17 @@ from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from services.policy.engines.hardware import Precision
 from services.policy.engines.sampling import end_tokens
 from services.policy.engines.vllm_choice import accepted_context, vllm_verdict
 from services.policy.engines.vllm_samples import Request, Sample
+from services.policy.engines.vllm_settings import VllmSettings
+from services.policy.engines.vllm_start import engine_arguments, generation_config, set_environment
 from services.policy.engines.vllm_weights import Checkpoint, Plan, save_adapter
 from steersman.errors import (
     ConfigError,
@@ -50,7 +51,7 @@ from steersman.generation import (
 )
 from steersman.loop_thread import LoopThread
 from steersman.nn.load import context_of
-from steersman.nn.parity import Verdict
+from steersman.nn.parity import ParityVerdict
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -62,10 +63,7 @@ LOGPROBS_NOTE = (
     "float32 natural logarithm of the distribution that was sampled from: after temperature, top-k, top-p, minimum "
     "length and token constraints (temperature 0: of the untempered distribution)"
 )
-_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 _NOT_OPEN = "the engine is closed; start it before loading weights"
-_RUNNING_ADAPTERS = 2
-"""The one in use, and the one that running samples began with."""
 _T = TypeVar("_T")
 
 
@@ -79,21 +77,15 @@ class VllmEngine:
     def __init__(
         self,
         model: Path,
+        options: VllmSettings = VllmSettings(),
         *,
         name: str = "policy",
         precision: Precision = "auto",
         device: str = "auto",
         threads: int = 0,
         max_context: int | None = None,
-        max_running: int = 256,
         kv_cache_tokens: int = 16_384,
-        memory_share: float = 0.9,
-        tensor_parallel: int = 1,
-        eager: bool = False,
-        lora: Literal["auto", "adapter", "merge"] = "auto",
-        max_lora_rank: int = 64,
         on_death: Callable[[], None] = lambda: None,
-        check_architecture: bool = True,
         small: bool = False,
     ) -> None:
         """
@@ -104,17 +96,9 @@ class VllmEngine:
             device: "auto", "cpu" or "cuda"; it must be that of the installed vLLM.
             threads: CPU threads; 0: all cores. Without meaning on a GPU.
             max_context: longest prompt plus response in tokens; None: the model's. It is at most `kv_cache_tokens`.
-            max_running: samples generated at the same time.
             kv_cache_tokens: tokens that the cache holds for all running samples; it bounds the memory.
-            memory_share: of a GPU's memory that vLLM may take.
-            tensor_parallel: GPUs that one copy of the model is split over.
-            eager: no compilation and no CUDA graphs; starts sooner, generates slower.
-            lora: what an adapter becomes. "adapter": a vLLM adapter; "merge": new full weights; "auto": "adapter" on
-                a GPU, "merge" on a CPU, where vLLM computes adapters 9 times slower.
-            max_lora_rank: largest rank of a vLLM adapter.
             on_death: called once from the engine's thread when vLLM's processes have died, or the thread itself ends
                 without `close`: the engine is of no use any more.
-            check_architecture: first find out whether vLLM computes the architecture as transformers does.
             small: the model is one with which another's architecture is checked; its folder has no tokenizer.
         """
         self._model = model
@@ -123,15 +107,10 @@ class VllmEngine:
         self._device = device
         self._threads = threads
         self._max_context = max_context
-        self._max_running = max_running
         self._kv_cache_tokens = kv_cache_tokens
-        self._memory_share = memory_share
-        self._tensor_parallel = tensor_parallel
-        self._eager = eager
-        self._lora = lora
-        self._max_lora_rank = max_lora_rank
+        self._options = options
         self._on_death: Callable[[], None] | None = on_death
-        self._check_architecture, self._small_model = check_architecture and not small, small
+        self._small_model = small
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._loop: LoopThread | None = None
@@ -141,14 +120,14 @@ class VllmEngine:
         self._adapter: LoRARequest | None = None
         self._adapter_users: Counter[int] = Counter()
 
-    def verdict(self) -> Verdict:
+    def verdict(self) -> ParityVerdict:
         """Whether vLLM computes the model's architecture as transformers does; the model itself is not loaded."""
         self._find_device()
         config = AutoConfig.from_pretrained(self._model)
         return vllm_verdict(config, self._small, exact=self._precision == "fp32")
 
     def _find_device(self) -> None:
-        _set_environment(self._threads)
+        set_environment(self._threads)
         from vllm.platforms import current_platform
 
         found = "cpu" if current_platform.is_cpu() else "cuda"
@@ -157,24 +136,23 @@ class VllmEngine:
                 f"device is {self._device}, the installed vLLM computes on {found}; install the other one"
             )
         self._device = found
-        if self._lora == "auto":
-            self._lora = "merge" if found == "cpu" else "adapter"
+        if self._options.lora == "auto":
+            self._options = self._options.model_copy(update={"lora": "merge" if found == "cpu" else "adapter"})
 
     def start(self) -> None:
         self._find_device()
         whole = AutoConfig.from_pretrained(self._model)
         config = whole.get_text_config()
         self._vocab: int = config.vocab_size
-        self._cache_groups, self._has_states = cache_groups(config), has_states(config)
         limits = [context_of(config), self._kv_cache_tokens, self._max_context]
-        if self._check_architecture:
+        if self._options.check_architecture and not self._small_model:
             limits.append(accepted_context(whole, self._small, exact=self._precision == "fp32"))
         self._context: int = min(limit for limit in limits if limit)
-        self._eos = end_tokens(_generation_config(self._model), config)
+        self._eos = end_tokens(generation_config(self._model), config)
         self._scratch = Path(tempfile.mkdtemp(prefix="vllm-weights-"))
         loop = LoopThread("vllm-engine", self._ended)
         try:
-            self._llm, self._load = loop.run(self._start())
+            self._llm, self._load = loop.run(self._start(config))
         except Exception as error:
             self._stop(loop)
             raise ConfigError(f"vLLM cannot serve '{self._model}': {error}") from error
@@ -185,64 +163,38 @@ class VllmEngine:
 
     def _small(self, folder: Path, context: int | None) -> VllmEngine:
         """An engine like this one for a small model."""
+        options = VllmSettings(max_running=16, memory_share=self._options.memory_share, eager=True, lora="merge")
         return VllmEngine(
             folder,
+            options,
             precision="fp32" if self._precision == "fp32" else "bf16",
             device=self._device,
             threads=self._threads,
             max_context=context,
-            max_running=16,
             kv_cache_tokens=2048,
-            memory_share=self._memory_share,
-            eager=True,
-            lora="merge",
             small=True,
         )
 
-    async def _start(self) -> tuple[AsyncLLM, Any]:
+    async def _start(self, config: PreTrainedConfig) -> tuple[AsyncLLM, Any]:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from services.policy.engines.vllm_load import Load
 
         load = Load()
-        llm = AsyncLLM.from_engine_args(self._arguments(), stat_loggers=[load.logger])
+        arguments = engine_arguments(
+            self._model,
+            config,
+            self._options,
+            cpu=self._device == "cpu",
+            precision=self._precision,
+            context=self._context,
+            kv_cache_tokens=self._kv_cache_tokens,
+            small=self._small_model,
+        )
+        llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[load.logger])
         await llm.get_supported_tasks()  # kept from now on: adding a request does not wait for it
         await llm.update_weight_version("0")
         return llm, load
-
-    def _arguments(self) -> Any:
-        from vllm.config import StructuredOutputsConfig, WeightTransferConfig
-        from vllm.engine.arg_utils import AsyncEngineArgs
-
-        cpu = self._device == "cpu"
-        block = 32 if cpu else 16
-        return AsyncEngineArgs(
-            model=str(self._model),
-            skip_tokenizer_init=self._small_model,
-            dtype=_DTYPES[self._precision],  # type: ignore[arg-type]
-            generation_config="vllm",
-            max_model_len=self._context,
-            max_num_seqs=self._max_running,
-            block_size=block,
-            num_gpu_blocks_override=-(-self._kv_cache_tokens // block) * self._cache_groups + 1,
-            gpu_memory_utilization=self._memory_share,
-            # The number of blocks decides; but without any size the CPU build takes a share of the machine.
-            kv_cache_memory_bytes=1 << 20 if cpu else None,
-            enable_prefix_caching=not (cpu and self._has_states),  # of states it wants prompts in parts, see below
-            # After each part of a prompt but the last, vLLM rewinds the generator of the seed, which a CPU's cannot.
-            enable_chunked_prefill=False if cpu else None,
-            tensor_parallel_size=self._tensor_parallel,
-            enforce_eager=self._eager,
-            enable_lora=self._lora == "adapter",
-            max_lora_rank=self._max_lora_rank,
-            max_loras=_RUNNING_ADAPTERS,
-            logprobs_mode="processed_logprobs",
-            # The library and the form of JSON that the transformers engine has.
-            structured_outputs_config=StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True),
-            disable_log_stats=True,
-            weight_transfer_config=WeightTransferConfig(backend="safetensors_files"),
-            worker_extension_cls="services.policy.engines.vllm_transfer.WorkerExtension",
-        )
 
     def _stop(self, loop: LoopThread) -> None:
         loop.close()
@@ -265,7 +217,7 @@ class VllmEngine:
 
     def info(self) -> EngineInfo:
         unfinished = sum(len(one.running) for one in list(self._requests.values()))
-        waiting = min(max(self._load.waiting, unfinished - self._max_running, 0), unfinished)
+        waiting = min(max(self._load.waiting, unfinished - self._options.max_running, 0), unfinished)
         return EngineInfo(
             engine="vllm",
             model=self._name,
@@ -311,7 +263,7 @@ class VllmEngine:
             with self._lock:
                 if self._loop is None:  # the folder for the weights is gone
                     raise UnavailableError(_NOT_OPEN)
-            if update.kind == "lora" and self._lora == "adapter":
+            if update.kind == "lora" and self._options.lora == "adapter":
                 return self._load_adapter(update)
             return self._wait_for_swap(self._checkpoint.after(update), update.version, None)
 
@@ -464,43 +416,6 @@ class VllmEngine:
         if told is not None:
             logger.critical(why)
             told()
-
-
-def cache_groups(config: PreTrainedConfig) -> int:
-    """Blocks that vLLM takes for the same tokens: layers of several kinds (windows, states) have tables of their own,
-    in groups as large as the rarest kind, and a block holds one group.
-    """
-    kinds = Counter(getattr(config, "layer_types", None) or [""])
-    size = min(kinds.values())
-    return sum(-(-layers // size) for layers in kinds.values())
-
-
-def has_states(config: PreTrainedConfig) -> bool:
-    """Whether a layer keeps a state (recurrence, convolution) rather than keys and values."""
-    kinds = getattr(config, "layer_types", None) or ()
-    states = ("state_size", "mamba_d_state", "ssm_state_size", "conv_L_cache", "linear_conv_kernel_dim", "lru_width")
-    return any("attention" not in kind or kind == "linear_attention" for kind in kinds) or any(
-        getattr(config, name, None) for name in states
-    )
-
-
-def _set_environment(threads: int) -> None:
-    """vLLM takes these only from the environment; what is set there already stays."""
-    cores = sorted(os.sched_getaffinity(0))
-    for name, value in (
-        ("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),  # a fork would copy gRPC's threads in any state
-        ("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores[: threads or len(cores)]))),
-        ("VLLM_NO_USAGE_STATS", "1"),
-        ("VLLM_LOGGING_LEVEL", "WARNING"),
-    ):
-        os.environ.setdefault(name, value)
-
-
-def _generation_config(folder: Path) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except OSError:
-        return None
 
 
 def _translate(error: Exception) -> SteersmanError:

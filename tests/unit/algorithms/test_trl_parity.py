@@ -33,7 +33,7 @@ from training.mathematics.losses import (
     cispo_loss,
     grpo_loss,
     gspo_loss,
-    preference_loss,
+    online_preference_loss,
     rloo_loss,
 )
 from training.mathematics.rewards import present, sequence_rewards
@@ -330,7 +330,7 @@ def test_online_dpo(tmp_path: Path, loss_type: str) -> None:
     better = (scores[0] >= scores[1]).long()
     first, second = ratio.view(2, -1)
     chosen, rejected = torch.where(better == 1, first, second), torch.where(better == 1, second, first)
-    loss = preference_loss(chosen, rejected, denominator=len(PROMPTS), beta=0.2, kind=loss_type)  # type: ignore[arg-type]
+    loss = online_preference_loss(chosen, rejected, denominator=len(PROMPTS), beta=0.2, kind=loss_type)  # type: ignore[arg-type]
     assert loss.item() == pytest.approx(theirs, abs=TOLERANCE * max(1.0, abs(theirs)))
     ours = torch.autograd.grad(loss, list(policy.parameters()))
     for gradient, parameter in zip(ours, policy.parameters(), strict=True):

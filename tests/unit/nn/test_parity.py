@@ -19,8 +19,8 @@ from steersman.nn.head import OutputHead
 from steersman.nn.lora import attach_lora
 from steersman.nn.packed import pack
 from steersman.nn.parity import (
+    ParityVerdict,
     SameConfig,
-    Verdict,
     causal_verdict,
     choose_forward,
     example_groups,
@@ -204,6 +204,6 @@ def test_the_check_finds_what_a_library_gets_wrong(monkeypatch) -> None:
     verdict = causal_verdict(config_of("mamba"))
     assert verdict.outcome == "plain"
     assert "differ" in verdict.reason or "Error" in verdict.reason
-    assert isinstance(verdict, Verdict)
+    assert isinstance(verdict, ParityVerdict)
     assert SameConfig(config_of("llama")) == SameConfig(config_of("llama"))
     assert SameConfig(config_of("llama")) != SameConfig(config_of("llama", num_hidden_layers=3))

@@ -23,7 +23,7 @@ from services.policy.engines.vllm_choice import (
     rounding,
     vllm_verdict,
 )
-from services.policy.engines.vllm_engine import cache_groups, has_states
+from services.policy.engines.vllm_start import cache_groups, has_states
 from steersman.errors import ConfigError
 from steersman.nn.hardware import Precision
 from steersman.nn.parity import NATS

@@ -47,10 +47,12 @@ def model(seed: int = 0) -> PreTrainedModel:
 
 def build(folder: Path, device: str, **options: Any) -> Any:
     from services.policy.engines.vllm_engine import VllmEngine
+    from services.policy.engines.vllm_settings import VllmSettings
 
     precision = "fp32" if device == "cpu" else "bf16"
-    options = {"eager": True, "max_running": 16, "kv_cache_tokens": 8192, "memory_share": 0.2} | options
-    engine = VllmEngine(folder, device=device, precision=precision, **options)
+    own = {"on_death": options.pop("on_death", lambda: None), "device": device, "precision": precision}
+    given = VllmSettings(**{"eager": True, "max_running": 16, "memory_share": 0.2} | options)
+    engine = VllmEngine(folder, given, kv_cache_tokens=8192, **own)
     engine.start()
     return engine
 

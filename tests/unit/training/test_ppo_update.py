@@ -18,7 +18,7 @@ from steersman.nn.packed import pack
 from training import algorithms as methods
 from training.batch import SampleBatch
 from training.online.checkpoint import Checkpoints
-from training.online.loop import Trainer
+from training.online.loop import RlLoop
 from training.online.optimizer import learning_rate_factor
 from training.online.policy_model import PolicyModel
 from training.parallel import Ranks
@@ -32,7 +32,7 @@ class Silent:
     def step(self, step: int, total: int, **metrics: float) -> None: ...
 
 
-def build(folder: Path, tmp_path: Path, *, lora: Lora | None = None, ranks: Ranks = Ranks(), **options: Any) -> Trainer:
+def build(folder: Path, tmp_path: Path, *, lora: Lora | None = None, ranks: Ranks = Ranks(), **options: Any) -> RlLoop:
     """A trainer of a tiny Llama without services: `update` needs none."""
     spec = RlStage(lora=lora, **options)
     model = PolicyModel(
@@ -48,7 +48,7 @@ def build(folder: Path, tmp_path: Path, *, lora: Lora | None = None, ranks: Rank
     )
     ranks.shard(model.policy)
     nothing: Any = None
-    return Trainer(spec, model, nothing, nothing, [], Checkpoints(tmp_path), Silent(), seed=1, ranks=ranks)
+    return RlLoop(spec, model, nothing, nothing, [], Checkpoints(tmp_path), Silent(), seed=1, ranks=ranks)
 
 
 def options_of(algorithm: str, **ppo: Any) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def reordered(batch: SampleBatch, order: list[int]) -> SampleBatch:
     )
 
 
-def gradients(trainer: Trainer, batch: SampleBatch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def gradients(trainer: RlLoop, batch: SampleBatch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Gradients and metrics of one update, before the optimizer takes them."""
     seen: dict[str, torch.Tensor] = {}
 
