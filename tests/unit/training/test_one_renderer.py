@@ -21,7 +21,7 @@ from steersman.testing.models import tiny_llama_reward, tiny_tokenizer
 from steersman.v1 import reward_pb2
 from training.context import StageContext
 from training.offline.dpo import preference_dataset
-from training.offline.reward_model import RewardData
+from training.offline.reward_data import RewardData
 from training.offline.sft import labelled_dataset
 from training.online.clients import Sample, Score
 from training.online.prompts import load_answers, load_prompts

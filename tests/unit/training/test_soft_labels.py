@@ -18,7 +18,8 @@ from training.context import StageContext
 from training.mathematics.preference_losses import preference_loss
 from training.mathematics.reward_losses import binary_loss, pairwise_loss
 from training.offline.dpo import PreferenceTrainer, preference_dataset, run_dpo
-from training.offline.reward_model import RewardData, run_reward_model
+from training.offline.reward_data import RewardData
+from training.offline.reward_model import run_reward_model
 
 BETA, SMOOTHING = 0.3, 0.1
 CHOSEN, REJECTED = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])
