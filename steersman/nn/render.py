@@ -22,17 +22,15 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import secrets
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from steersman.errors import ConfigError, DataError
+from steersman.nn.control_tokens import ControlTokens, Encoder, longest_of, structures
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -40,11 +38,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _MARKS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))]
 """Characters that no text should hold: noncharacters first, private use then."""
-_BRACKETS = frozenset("<>[]{}|｜")
-_CONTROL_SHAPE = re.compile(r"<[|｜][^<>\s]*>|<[^<>\s]*[|｜]>")
-"""Of tokens that structure a conversation: `<|x|>`, `<|x>`, `<x|>`."""
-_HTML = re.compile(r"</?(?!think>)[a-z][a-z0-9]*>")
-"""Added tokens that are ordinary text (Gemma has such) unless the template writes them."""
 _SCHEMA_KEYS = frozenset(
     ("type", "function", "name", "description", "parameters", "properties", "required", "items", "enum", "id",
      "arguments", "tool_calls", "content", "role", "text", "return", "strict", "default")
@@ -237,26 +230,6 @@ def _state_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Encoder:
-    """A tokenizer under which control tokens have secret names."""
-
-    backend: Tokenizer
-    names: Mapping[str, str]
-    """Secret names by the control token's text."""
-    boundary: str
-    """A token of its own, beyond the vocabulary, that keeps two texts apart."""
-    boundary_id: int
-
-    def ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Raises DataError for a text that no UTF-8 says: with half a character, a lone surrogate."""
-        try:
-            found: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:
-            raise DataError("a text holds half a character (a lone surrogate); leave it out") from None
-        return found
-
-
 class Renderer:
     """Chat template and encoder of one tokenizer; see the module's docstring."""
 
@@ -264,18 +237,11 @@ class Renderer:
         self._tokenizer: Any = weakref.proxy(tokenizer)
         self.state = _state_of(tokenizer)
         self._source = template_source(tokenizer)
-        self._control = _control_tokens(tokenizer, self._source)
-        self._pattern = re.compile(_trie_pattern(self._control))
-        self._starts = re.compile(f"(?={self._pattern.pattern})")
-        self._longest = max(map(len, self._control), default=0)
-        self._all = "\0".join(self._control)
-        self._words = {word for token in self._control for word in _words_of(token)}
-        self._heads = {token[:size] for token in self._control for size in range(1, len(token))}
-        self._tails = {token[size:] for token in self._control for size in range(1, len(token))}
-        markers = set(_TEXT_MARKERS.findall(self._source)) - set(self._control)
-        self._markers = re.compile(_trie_pattern(markers)) if markers else None
+        self._control = ControlTokens.of(tokenizer, self._source)
+        markers = set(_TEXT_MARKERS.findall(self._source)) - set(self._control.ids)
+        self._markers = re.compile(longest_of(markers)) if markers else None
         own = {marker for marker in markers if not _OWN_MARKERS.fullmatch(marker)}
-        self._markers_of_assistant = re.compile(_trie_pattern(own)) if own else None
+        self._markers_of_assistant = re.compile(longest_of(own)) if own else None
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -286,7 +252,7 @@ class Renderer:
                 f"{type(self._tokenizer).__name__} has no fast tokenizer, without which texts cannot be kept apart "
                 "from control tokens; add tokenizer.json to the model's folder"
             )
-        return _renamed(backend, self._control)
+        return Encoder.under_secret_names(backend, self._control.ids)
 
     def mark_for(self, messages: Messages, tools: Tools) -> str:
         """A character that occurs neither in the conversation nor in the template."""
@@ -388,22 +354,15 @@ class Renderer:
         """Control tokens behind the last occurrence of `text` in a rendered conversation."""
         mark = self.mark_for(messages, None)
         tail = self.text(messages, None, mark, generation_prompt=False).rpartition(text)[2]
-        return [self._control[match[0]] for match in self._pattern.finditer(tail)]
+        return self._control.found_in(tail)
 
     def structures(self, token_id: int) -> bool:
         """The control token is special or looks like it, unlike `</tool_call>`, which may come several times."""
-        token = self._tokenizer.added_tokens_decoder[token_id]
-        return token.special or _CONTROL_SHAPE.fullmatch(token.content) is not None
+        return structures(self._tokenizer.added_tokens_decoder[token_id])
 
     def _named(self, text: str, mark: str) -> str:
-        names = self.encoder.names
-
-        def name(match: re.Match[str]) -> str:
-            single = len(match[0]) == 1 and text[: match.start()].endswith(mark)
-            return match[0] if single else names[match[0]]
-
-        named = self._pattern.sub(name, text) if names else text
         # A template may have written the mark as JSON does.
+        named = self._control.renamed(text, mark, self.encoder.names)
         return named.replace(mark, "").replace(f"\\u{ord(mark):04x}", "")
 
     def _marked_message(self, message: dict[str, Any], mark: str) -> dict[str, Any]:
@@ -440,20 +399,7 @@ class Renderer:
     def _marked_text(self, text: str, mark: str, markers: re.Pattern[str] | None) -> str:
         if markers is not None:
             text = markers.sub(lambda match: _spaced(match[0]), text)
-        if not self._control or not text:
-            return text
-        # Behind the first character of every control token, before one of a single character.
-        starts = [match.start() for match in self._starts.finditer(text)]
-        if starts:
-            places = [start + (text[start] not in self._control) for start in starts]
-            text = mark.join(text[low:high] for low, high in zip([0, *places], [*places, len(text)], strict=True))
-        head, tail = text[: self._longest], text[-self._longest :]
-        within = len(text) < self._longest and text in self._all and not _BRACKETS.isdisjoint(text)
-        if within or text in self._words or any(head[:size] in self._tails for size in range(1, len(head) + 1)):
-            text = mark + text
-        if any(tail[-size:] in self._heads for size in range(1, len(tail) + 1)):
-            text += mark
-        return text
+        return self._control.broken(text, mark)
 
 
 _RENDERERS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Renderer] = weakref.WeakKeyDictionary()
@@ -465,91 +411,7 @@ def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
     return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> dict[str, int]:
-    """Control tokens by their text: the special ones, and added ones in brackets (`<think>`, `[INST]`).
-
-    What is left out is added text without such a meaning (runs of spaces, HTML tags), whose ids ordinary text keeps.
-    """
-    special = set(tokenizer.all_special_ids)
-    found = {}
-    for token_id, token in tokenizer.added_tokens_decoder.items():
-        text = token.content
-        bracketed = bool(text) and text[0] in _BRACKETS and text[-1] in _BRACKETS
-        structures = bracketed and (text in template or _HTML.fullmatch(text) is None)
-        if (token.special or token_id in special or structures) and not text.isspace() and text:
-            found[text] = token_id
-    return found
-
-
-def _words_of(token: str) -> set[str]:
-    """What a template could complete to the token by brackets around it: `/s` and `s` of `</s>`."""
-    found = set()
-    for start in range(1, 1 + len(token) - len(token.lstrip("<[{|｜/"))):
-        for end in range(1, 1 + len(token) - len(token.rstrip(">]}|｜"))):
-            found.add(token[start : len(token) - end])
-    return found - {""}
-
-
-def _renamed(backend: Tokenizer, control: Mapping[str, int]) -> Encoder:
-    """A copy of the tokenizer with other names for its control tokens, which nobody can guess."""
-    secret = secrets.token_hex(16)
-    names = {text: f"{secret}{token_id:08d}" for text, token_id in control.items()}
-    state = json.loads(backend.to_str())
-    state["truncation"] = state["padding"] = None
-    for token in state["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    model = state["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(text, text): token_id for text, token_id in model["vocab"].items()}
-    else:
-        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
-    if "merges" in model:
-        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
-        # Byte pairs that would put a control token together.
-        model["merges"] = [
-            pair for pair in pairs if "".join(pair) not in names and pair[0] not in names and pair[1] not in names
-        ]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    encoder = Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
-    wrong = next((text for text, token_id in control.items() if encoder.token_to_id(names[text]) != token_id), None)
-    if wrong is not None:
-        raise ConfigError(f"the tokenizer's token {wrong!r} has no certain id; mend added_tokens in tokenizer.json")
-    boundary = f"{secret}boundary"
-    encoder.add_special_tokens([AddedToken(boundary, normalized=False)])
-    boundary_id = encoder.token_to_id(boundary)
-    assert boundary_id is not None
-    return Encoder(encoder, names, boundary, boundary_id)
-
-
 def _spaced(marker: str) -> str:
     """A text marker that is none any more."""
     place = marker.rindex(":") if marker.rstrip().endswith(":") else 1
     return f"{marker[:place]} {marker[place:]}"
-
-
-def _trie_pattern(words: Iterable[str]) -> str:
-    """A regular expression for the longest of some words at a place, in time that does not grow with their number."""
-    root: dict[str, Any] = {}
-    for word in words:
-        node = root
-        for character in word:
-            node = node.setdefault(character, {})
-        node[""] = {}
-    return _node_pattern(root) if root else "(?!)"
-
-
-def _node_pattern(node: dict[str, Any]) -> str:
-    branches = []
-    for character, child in node.items():
-        if not character:
-            continue
-        text = character
-        while len(child) == 1 and "" not in child:  # a chain
-            ((character, child),) = child.items()
-            text += character
-        branches.append(re.escape(text) + _node_pattern(child))
-    if not branches:
-        return ""
-    joined = f"(?:{'|'.join(branches)})"
-    return f"{joined}?" if "" in node else joined
