@@ -15,7 +15,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -28,6 +28,7 @@ from services.policy.engines.choice import choose_decoder
 from services.policy.engines.decode_graphs import DecodeGraphs
 from services.policy.engines.decoder import Decoder, DecoderName, build_decoder
 from services.policy.engines.hardware import Precision, resolve_device, resolve_dtype, weight_layout
+from services.policy.engines.intake import Intake, Swap
 from services.policy.engines.kv_cache import KVCache, row_capacity
 from services.policy.engines.lookahead import Lookahead
 from services.policy.engines.plain import RowCache
@@ -122,14 +123,9 @@ class TransformersEngine:
         self._looks_ahead = lookahead
         self._decoder_name = decoder
         self._on_death = on_death
-        self._wake = threading.Condition()
-        self._open = self._started = False
+        self._intake: Intake[Sample] = Intake()
+        self._started = False
         self._thread: threading.Thread | None = None
-        self._next_handle = 0
-        # Under the lock: what other threads hand over.
-        self._submitted: deque[Sample] = deque()
-        self._cancelled: set[int] = set()
-        self._swaps: deque[_Swap] = deque()
         self._preparing = threading.Lock()
         # The engine's thread only.
         self._waiting: deque[Sample] = deque()
@@ -171,7 +167,8 @@ class TransformersEngine:
         with torch.no_grad():
             self._decoder, self._store = build_decoder(model, name, dtype, weight_layout(device, dtype))
         self._graphs = DecodeGraphs(self._decoder, self._cache, device)
-        self._open = self._started = True
+        self._intake.open()
+        self._started = True
         self._thread = threading.Thread(target=self._run, name="transformers-engine", daemon=True)
         self._thread.start()
 
@@ -186,17 +183,14 @@ class TransformersEngine:
             raise UnavailableError("the model is still being loaded; try again")
 
     def close(self) -> None:
-        with self._wake:
-            self._open = False
-            self._wake.notify()
+        self._intake.close()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def info(self) -> EngineInfo:
         self._must_be_started()
-        with self._wake:
-            rows, waiting = list(self._rows), len(self._waiting) + len(self._submitted)
+        rows, waiting = list(self._rows), len(self._waiting) + self._intake.waiting
         return EngineInfo(
             engine="transformers",
             model=self._name,
@@ -234,15 +228,7 @@ class TransformersEngine:
                 f"does not fit the key-value cache of {self._cache.budget} tokens; "
                 "ask for fewer tokens or raise kvCacheTokens"
             )
-        with self._wake:
-            if not self._open:
-                raise UnavailableError("the engine is closed; send the request to another replica")
-            self._next_handle += 1
-            for sample in samples:
-                sample.handle = self._next_handle
-            self._submitted.extend(samples)
-            self._wake.notify()
-            return self._next_handle
+        return self._intake.submit(samples)
 
     def _check_scored(self, request: GenerationRequest) -> None:
         if self._chosen == "encoder-decoder":
@@ -271,22 +257,12 @@ class TransformersEngine:
         )
 
     def cancel(self, handle: int) -> None:
-        with self._wake:
-            self._cancelled.add(handle)
-            self._wake.notify()
+        self._intake.cancel(handle)
 
     def load_weights(self, update: WeightsUpdate) -> float:
         with self._preparing:
-            swap = _Swap(update.version, self._prepare(update))
-            with self._wake:
-                if not self._open:
-                    raise UnavailableError("the engine is closed; start it before loading weights")
-                self._swaps.append(swap)
-                self._wake.notify()
-            swap.done.wait()
-        swap.replaced = None
-        if swap.error is not None:
-            raise swap.error
+            swap = Swap(update.version, self._prepare(update))
+            self._intake.swap(swap)
         return swap.seconds
 
     def _prepare(self, update: WeightsUpdate) -> Place:
@@ -350,19 +326,16 @@ class TransformersEngine:
         except BaseException as error:
             logger.exception("the engine's thread ended")
             reason = UnavailableError(f"the engine has stopped ({error}); send the request to another replica")
-        with self._wake:
-            died, self._open = self._open, False
-            self._waiting.extend(self._submitted)
-            self._submitted.clear()
-            swaps, self._swaps = self._swaps, deque()
-        for swap in swaps:
+        left = self._intake.end()
+        self._waiting.extend(left.samples)
+        for swap in left.swaps:
             swap.end(reason)
         self._fail({sample.handle for sample in (*self._rows, *self._waiting)}, reason)
         self._forget_graphs()
         self._prefixes.clear()
         for cache in self._caches:
             cache.clear()
-        if died:
+        if left.open:
             self._on_death()
 
     def _work(self) -> None:
@@ -383,30 +356,21 @@ class TransformersEngine:
 
     def _receive(self) -> bool:
         """Takes over what other threads handed in; waits when there is nothing to do. False when closed."""
-        with self._wake:
-            self._wake.wait_for(
-                lambda: (
-                    not self._open or self._submitted or self._swaps or self._cancelled or self._rows or self._waiting
-                )
-            )
-            self._waiting.extend(self._submitted)
-            self._submitted.clear()
-            cancelled, self._cancelled = self._cancelled, set()
-            swaps, self._swaps = self._swaps, deque()
-            opened = self._open
-        for swap in swaps:
-            if opened:
+        taken = self._intake.take(busy=bool(self._rows or self._waiting))
+        self._waiting.extend(taken.samples)
+        for swap in taken.swaps:
+            if taken.open:
                 self._swap(swap)
             else:
                 swap.end(UnavailableError("the engine was closed before the weights were in place"))
-        if cancelled:
+        if cancelled := taken.cancelled:
             self._finish([(row, "cancelled") for row, sample in enumerate(self._rows) if sample.handle in cancelled])
             for sample in [sample for sample in self._waiting if sample.handle in cancelled]:
                 self._waiting.remove(sample)
                 report(sample, "cancelled")
-        return opened
+        return taken.open
 
-    def _swap(self, swap: _Swap) -> None:
+    def _swap(self, swap: Swap) -> None:
         """Puts weights in place. Where that fails, old and new ones may be mixed: nothing may be made with that."""
         start = perf_counter()
         try:
@@ -641,23 +605,6 @@ class _MaskPolicy:
     store: WeightStore
     cache: KVCache
     graphs: DecodeGraphs
-
-
-@dataclass(eq=False)
-class _Swap:
-    """Prepared weights on their way to the engine's thread."""
-
-    version: int
-    place: Place
-    replaced: object = None
-    """Freed by the caller's thread, not by the engine's."""
-    done: threading.Event = field(default_factory=threading.Event)
-    seconds: float = 0.0
-    error: SteersmanError | None = None
-
-    def end(self, error: SteersmanError | None = None) -> None:
-        self.error = error
-        self.done.set()
 
 
 def with_decoder(model: PreTrainedModel, decoder: DecoderName) -> TransformersEngine:
