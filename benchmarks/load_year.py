@@ -27,17 +27,9 @@ from steersman.data.rules import ReleaseOptions
 from steersman.errors import InvalidArgumentError
 from steersman.store import Store
 from steersman.store.feedback import Event, submit
+from steersman.store.handing import next_task, progress
 from steersman.store.items import NewItem, add_items
-from steersman.store.judging import (
-    NewJudgement,
-    create_project,
-    ensure_labeler,
-    get_project,
-    next_task,
-    progress,
-    record,
-    record_many,
-)
+from steersman.store.judging import NewJudgement, create_project, ensure_labeler, get_project, record, record_many
 from steersman.store.managing import find_items
 from steersman.store.models import Answer, FeedbackEvent, Item
 from steersman.store.releases import Subject, delete_customer, publish

@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from steersman.errors import InvalidArgumentError, NotFoundError
-from steersman.store.judging import forget_labeler, visible
+from steersman.store.handing import visible
+from steersman.store.judging import forget_labeler
 from steersman.store.models import (
     DISPUTED,
     ITEM_STATES,

@@ -196,7 +196,8 @@ def labelled(home: Path) -> None:
 
 def judged(reader: Reader) -> None:
     """Three people who agree judge the project's items."""
-    from steersman.store.judging import NewJudgement, ensure_labeler, get_project, next_task, record
+    from steersman.store.handing import next_task
+    from steersman.store.judging import NewJudgement, ensure_labeler, get_project, record
     from steersman.store.verdicts import Verdict
 
     opened = Store.open(f"sqlite:///{reader.home}/feedback.db")

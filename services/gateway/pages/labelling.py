@@ -22,7 +22,7 @@ from services.gateway.pages.agreement import LARGEST_ID, find_project, tenant_of
 from services.gateway.pages.conversations import parts, said
 from services.gateway.pages.rendering import form_of, render
 from steersman.errors import NotFoundError
-from steersman.store import judging
+from steersman.store import handing, judging
 from steersman.store.engine import Store
 from steersman.store.models import Assignment, Item, Judgement, Labeler, Project
 from steersman.store.statistics import agreement_report
@@ -77,7 +77,7 @@ def labelling_router(store: Store, auth: Authenticator, *, lasting: bool) -> API
             rows = []
             seen = sa.true() if at.tenant is None else Project.customer.in_(["", at.tenant])
             for project in at.session.scalars(sa.select(Project).where(seen).order_by(Project.name)):
-                progress = judging.progress(at.session, project, at.labeler, at.tenant)
+                progress = handing.progress(at.session, project, at.labeler, at.tenant)
                 rows.append({"id": project.id, "name": project.name, "kind": project.kind, "progress": progress})
             return render("projects.html", labeler=at.labeler.name, projects=rows, operates=operates, lasting=lasting)
 
@@ -107,7 +107,7 @@ def labelling_router(store: Store, auth: Authenticator, *, lasting: bool) -> API
 
 
 def _task_page(at: At, project: Project) -> Response:
-    task = judging.next_task(at.session, project, at.labeler, tenant=at.tenant)
+    task = handing.next_task(at.session, project, at.labeler, tenant=at.tenant)
     shown = []
     if task is not None:
         for place, position in enumerate(task.shown):
@@ -117,7 +117,7 @@ def _task_page(at: At, project: Project) -> Response:
         "task.html",
         project=project,
         labeler=at.labeler.name,
-        progress=judging.progress(at.session, project, at.labeler, at.tenant),
+        progress=handing.progress(at.session, project, at.labeler, at.tenant),
         item=task.item if task is not None else None,
         prompt=parts(task.item.prompt) if task is not None else [],
         answers=shown,

@@ -26,7 +26,8 @@ from steersman.data.agreement import Thresholds
 from steersman.data.records import describe_validation_error
 from steersman.store import interchange, managing
 from steersman.store.engine import Store
-from steersman.store.judging import ensure_labeler, visible
+from steersman.store.handing import visible
+from steersman.store.judging import ensure_labeler
 from steersman.store.models import Item, Judgement, Labeler, Project
 
 T = TypeVar("T")

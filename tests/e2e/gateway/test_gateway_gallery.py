@@ -11,7 +11,7 @@ from gateway_browser import browsing, every_look
 
 from services.gateway.auth.keys import create_key
 from services.gateway.store import Audit, open_store
-from steersman.store import judging
+from steersman.store import handing, judging
 from steersman.store.engine import Store
 from steersman.store.models import Answer, FeedbackEvent
 from steersman.store.verdicts import Verdict
@@ -70,7 +70,7 @@ def labelled(store: Store) -> int:
         for name, best in (("Ann", (0, 0)), ("Ben", (0, 1))):
             labeler = judging.ensure_labeler(session, name, "")
             for choice in best:
-                task = judging.next_task(session, project, labeler)
+                task = handing.next_task(session, project, labeler)
                 assert task is not None
                 verdict = Verdict(ranking=[[choice], [1 - choice]], strength=2)
                 given = judging.NewJudgement(

@@ -16,7 +16,8 @@ from steersman.config.manifest import AlignmentRun
 from steersman.config.stages import mark_complete
 from steersman.errors import ConfigError, FailedPreconditionError, NotFoundError
 from steersman.store import Store
-from steersman.store.judging import NewJudgement, ensure_labeler, get_project, next_task, record
+from steersman.store.handing import next_task
+from steersman.store.judging import NewJudgement, ensure_labeler, get_project, record
 from steersman.store.models import Item
 from steersman.store.verdicts import Verdict
 from steersman.testing.fake_policy import FakePolicy, serve_policy

@@ -17,6 +17,7 @@ from steersman.data.agreement import krippendorff_alpha, patterns_of
 from steersman.data.records import Aspects, Feedback, Preference
 from steersman.errors import ConflictError, InvalidArgumentError, NotFoundError
 from steersman.store import Store
+from steersman.store.handing import next_task, progress, release_stale
 from steersman.store.judging import (
     NewItem,
     NewJudgement,
@@ -25,11 +26,8 @@ from steersman.store.judging import (
     ensure_labeler,
     get_project,
     honeypot_of_row,
-    next_task,
-    progress,
     record,
     record_many,
-    release_stale,
     reopen_disputed,
     undo,
 )

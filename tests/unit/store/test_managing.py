@@ -17,6 +17,7 @@ from steersman.data.records import Preference, read_jsonl
 from steersman.data.rules import ReleaseOptions
 from steersman.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
 from steersman.store import Store
+from steersman.store.handing import next_task, progress
 from steersman.store.interchange import export_judgements, import_judgements, write_judgements
 from steersman.store.judging import (
     NewItem,
@@ -25,8 +26,6 @@ from steersman.store.judging import (
     create_project,
     ensure_labeler,
     get_project,
-    next_task,
-    progress,
     record,
     reopen_disputed,
 )
@@ -267,7 +266,7 @@ def test_items_are_found_by_whose_they_are(store: Store) -> None:
 def test_assigned_items_come_first_and_stay(store: Store) -> None:
     import datetime as dt
 
-    from steersman.store.judging import release_stale
+    from steersman.store.handing import release_stale
 
     project = project_of(store, overlap=1)
     with store.transaction() as session:

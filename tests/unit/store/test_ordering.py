@@ -16,15 +16,8 @@ from steersman.cli.data import app
 from steersman.errors import ConfigError, FailedPreconditionError
 from steersman.ordering import Pair, clearest_pairs, place_of
 from steersman.store import Store
-from steersman.store.judging import (
-    NewItem,
-    NewJudgement,
-    add_items,
-    create_project,
-    ensure_labeler,
-    next_task,
-    record,
-)
+from steersman.store.handing import next_task
+from steersman.store.judging import NewItem, NewJudgement, add_items, create_project, ensure_labeler, record
 from steersman.store.models import Item
 from steersman.store.verdicts import Verdict
 from steersman.v1 import reward_pb2, reward_pb2_grpc

@@ -27,6 +27,7 @@ from steersman.data.records import Aspects, Preference, read_jsonl
 from steersman.data.rules import ReleaseOptions
 from steersman.errors import DataError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from steersman.store import Store
+from steersman.store.handing import next_task, progress
 from steersman.store.judging import (
     NewItem,
     NewJudgement,
@@ -36,8 +37,6 @@ from steersman.store.judging import (
     ensure_labeler,
     get_project,
     honeypot_of_row,
-    next_task,
-    progress,
     record,
 )
 from steersman.store.models import Assignment, Item, Judgement, Labeler, UnitPattern
