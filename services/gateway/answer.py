@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from array import array
@@ -20,6 +21,8 @@ from services.gateway.store import storable
 from steersman.errors import DeadlineError, InternalError
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
+
+log = logging.getLogger("steersman.gateway")
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,8 +276,10 @@ class Answer:
             self._timer.cancel()
         if self._ending is not None:
             await asyncio.wait([self._ending])
-        await self._stream.aclose()
-        await self._end(None)
+        try:
+            await self._stream.aclose()
+        finally:
+            await self._end(None)
 
     def _expire(self) -> None:
         self._ending = asyncio.create_task(self._end_late())
@@ -287,8 +292,10 @@ class Answer:
         except RuntimeError:
             # The model is being waited for; it has the same limit.
             self._timer = asyncio.get_running_loop().call_later(1.0, self._expire)
-        else:
-            await self._end(self._late)
+            return
+        except Exception:
+            log.exception("an answer that was not taken does not close well")
+        await self._end(self._late)
 
     async def _take(self, response: PolicyServiceChatResponse) -> None:
         while len(self.choices) <= response.choice_index:

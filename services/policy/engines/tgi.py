@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ class TgiEngine:
         )
 
     def cancel(self, handle: int) -> None:
-        with self._lock:
+        with self._lock, suppress(UnavailableError):  # the thread has died, and every request with it
             if self._loop is not None:
                 self._loop.begin(self._cancel(handle))
 

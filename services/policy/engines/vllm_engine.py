@@ -21,7 +21,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -204,7 +204,8 @@ class VllmEngine:
         with self._lock:
             loop, self._loop = self._loop, None
         if loop is not None:
-            loop.run(self._end_all())
+            with suppress(UnavailableError):  # its thread has died, and told everybody
+                loop.run(self._end_all())
             self._stop(loop)
 
     async def _end_all(self) -> None:
@@ -252,7 +253,7 @@ class VllmEngine:
         return one.handle
 
     def cancel(self, handle: int) -> None:
-        with self._lock:
+        with self._lock, suppress(UnavailableError):  # the thread has died, and every request with it
             if self._loop is not None:
                 self._loop.begin(self._cancel(handle))
 

@@ -66,7 +66,9 @@ def test_a_thread_that_is_killed_ends_every_request_and_is_told(
     assert died.wait(TIMEOUT)
     with pytest.raises(UnavailableError):
         engine.submit(REQUEST, arrived.put)
-    engine._loop.close()
+    engine.cancel(1)
+    engine._scratch = tmp_path / "scratch"
+    engine.close()
     assert arrived.empty(), "told once"
 
 
