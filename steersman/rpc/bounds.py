@@ -66,7 +66,8 @@ def _fields(descriptor: Descriptor) -> tuple[_Field, ...]:
 
 def bound_of(field: FieldDescriptor) -> bounds_pb2.Bound:
     """That of the contract; empty where it has none."""
-    bound: bounds_pb2.Bound = field.GetOptions().Extensions[bounds_pb2.bound]
+    options: Any = field.GetOptions()  # the generated stub does not say that `bound` is an extension
+    bound: bounds_pb2.Bound = options.Extensions[bounds_pb2.bound]
     return bound
 
 
