@@ -156,7 +156,7 @@ def _knowledge(run_dir: Path) -> dict[str, Any]:
         return {}
     conclude(run_dir, Usage(run_dir / "usage.json"), again=asked)
     found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    return {"knowledge": found["knowledge"]}
+    return {name: value for name, value in found.items() if name == "knowledge"}
 
 
 def _show_plan(run: AlignmentRun, run_dir: Path, *, force_restart: bool) -> None:

@@ -35,7 +35,7 @@ from steersman.nn.forward import is_decoder
 from steersman.nn.hardware import DTYPES
 from steersman.nn.parity import skip_padding
 from steersman.nn.render import set_template_options
-from steersman.nn.reward import Aspect, RewardModel, read_settings
+from steersman.nn.reward import REWARD_FILE, Aspect, RewardModel, read_settings
 
 
 def quiet_libraries() -> None:
@@ -122,9 +122,19 @@ def load_trunk(folder: Path, *, dtype: torch.dtype | str = torch.float32, device
 
 
 def load_reward_model(folder: Path, *, device: str = "cpu", precision: Literal["fp32", "bf16"] = "fp32") -> RewardModel:
-    """A reward model as training left it: settings, every member, tokenizer."""
+    """A reward model as training left it: settings, every member, tokenizer.
+
+    Raises:
+        ConfigError: a language model, whose scores would come from a new head.
+    """
     if not folder.is_dir():
         raise NotFoundError(f"{folder}: there is no such reward model; check the path or run the stage that writes it")
+    if not (folder / REWARD_FILE).is_file() and (folder / "config.json").is_file():
+        made_as = getattr(AutoConfig.from_pretrained(folder), "architectures", None) or [""]
+        if made_as[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+            raise ConfigError(
+                f"{folder}: a language model ({made_as[0]}), which scores nothing; name a reward model's folder"
+            )
     settings = read_settings(folder)
     members = [load_classifier(folder / member.folder, device=device) for member in settings.members]
     for member in members:

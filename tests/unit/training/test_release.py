@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman.config.manifest import load_manifest
@@ -19,6 +20,7 @@ from steersman.errors import ChecksumError, FailedPreconditionError
 from steersman.local.services import services_of
 from steersman.registry import Registry
 from steersman.report.schema import Evaluation, Message, Sample
+from steersman.suites.asked import Asked, SuiteResult
 from steersman.testing.models import save_model_folder, tiny_llama
 from training import release
 from training.stage import run_stage
@@ -86,6 +88,7 @@ def test_the_model_is_a_plain_folder_with_its_card(make_run):
     assert entry["name"] == "support-bot"
     metrics = {metric["name"]: metric["value"] for result in entry["results"] for metric in result["metrics"]}
     assert metrics == {"mean reward": 1.25, "win rate by reward against base": 1.0}
+    assert {one.metric_name: one.metric_value for one in ModelCard(card).data.eval_results} == metrics
     assert str(run_dir.parent) not in card, "paths of this machine are nobody's business"
     assert "| reward | 0.250" in card
     assert "Gain in reward over base: 1.000" in card
@@ -94,6 +97,36 @@ def test_the_model_is_a_plain_folder_with_its_card(make_run):
     pointer = json.loads((run_dir / "release" / "release.json").read_text())
     assert (pointer["model"], pointer["stage"], pointer["registered"]) == (str(model), "sft", None)
     assert "model.safetensors" in pointer["files"]
+
+
+def test_the_cards_index_holds_the_whole_evaluation_as_the_hub_reads_it() -> None:
+    """By Hugging Face's own reader of cards, which refuses a model-index that is none."""
+    before, after = (
+        tuple(one.model_copy(update={"rubric": {"total": good, "polite": good}}) for one in samples(rewards))
+        for rewards, good in (([0.1, 0.2, 0.3], 0.5), ([1.0, 2.0, 4.5], 0.75))
+    )
+
+    def asked(target: str, passed: int) -> SuiteResult:
+        cases = tuple(
+            Asked(case=f"c{n}", question="q", answers=("a",), checks={"facts": None if n < passed else "no"})
+            for n in range(4)
+        )
+        return SuiteResult(suite="shop", kind="business", target=target, decoding="greedy", asked=cases)
+
+    evaluation = Evaluation(
+        name="bot", seed=1, models={"base": before, "rlhf": after}, suites=(asked("base", 1), asked("rlhf", 3)),
+        knowledge={"truthfulqa_mc1": {"base": (0.0, 1.0), "rlhf": (1.0, 1.0)}},
+    )  # fmt: skip
+    data = ModelCardData(model_name="bot", eval_results=release.eval_results(evaluation))
+    found = ModelCard(f"---\n{data.to_yaml()}\n---\n# bot\n").data.eval_results
+    assert {(one.dataset_name, one.metric_name): one.metric_value for one in found} == {
+        ("held-out prompts", "mean reward"): 2.5,
+        ("held-out prompts", "rubric: rubric total"): 0.75,
+        ("held-out prompts", "rubric: polite"): 0.75,
+        ("held-out prompts", "win rate by reward against base"): 1.0,
+        ("suite shop", "cases passed"): 0.75,
+        ("truthfulqa_mc1", "score"): 1.0,
+    }
 
 
 def test_it_may_be_repeated(make_run, monkeypatch):
