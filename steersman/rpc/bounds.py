@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -29,22 +28,33 @@ async def check_request(request: Message, size: int) -> None:
 
 def check(request: Message) -> None:
     """Raises InvalidArgumentError for the first field beyond its bound."""
-    for path, what in _beyond(request, ""):
-        raise InvalidArgumentError(f"{path} {what}")
+    try:
+        _check(request, _fields(request.DESCRIPTOR))
+    except _BeyondError as beyond:
+        raise InvalidArgumentError(f"{beyond.path} {beyond.what}") from None
 
 
-@dataclass(frozen=True)
+class _BeyondError(Exception):
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.path = ""
+        """Grows on the way out, so that a request within its bounds pays nothing for it."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Field:
     name: str
-    many: bool
-    is_map: bool
     present: bool
     """It may be absent, and then has no value to look at."""
-    bound: bounds_pb2.Bound
-    rule: Callable[[Any], str] | None
-    """What is wrong with one value; empty: nothing."""
-    nested: bool
-    """Its messages have fields with bounds themselves."""
+    many: bool
+    is_map: bool
+    inner: tuple[_Field, ...]
+    """The fields of its messages that have something to check."""
+    characters: int
+    """0: it is no text."""
+    entries: float
+    least: float
+    most: float
 
 
 @cache
@@ -57,10 +67,21 @@ def _fields(descriptor: Descriptor) -> tuple[_Field, ...]:
         bound = bound_of(field)
         message = field.message_type
         is_map = message is not None and message.GetOptions().map_entry
-        nested = message is not None and not is_map and bool(_fields(message))
-        if nested or bound.ByteSize():
-            rule = _rule(bound)
-            found.append(_Field(field.name, field.is_repeated, is_map, field.has_presence, bound, rule, nested))
+        inner = _fields(message) if message is not None and not is_map else ()
+        if inner or bound.ByteSize():
+            found.append(
+                _Field(
+                    field.name,
+                    field.has_presence,
+                    field.is_repeated,
+                    is_map,
+                    inner,
+                    bound.characters,
+                    bound.entries or math.inf,
+                    bound.least if bound.HasField("least") else -math.inf,
+                    bound.most if bound.HasField("most") else math.inf,
+                )
+            )
     return tuple(found)
 
 
@@ -71,39 +92,33 @@ def bound_of(field: FieldDescriptor) -> bounds_pb2.Bound:
     return bound
 
 
-def _rule(bound: bounds_pb2.Bound) -> Callable[[Any], str] | None:
-    if bound.characters:
-        return lambda text: (
-            f"has {len(text)} characters; it holds at most {bound.characters}" if len(text) > bound.characters else ""
-        )
-    if bound.HasField("least") or bound.HasField("most"):
-        least = bound.least if bound.HasField("least") else -math.inf
-        most = bound.most if bound.HasField("most") else math.inf
-        ends = (f"at least {least:g}" if least > -math.inf else "", f"at most {most:g}" if most < math.inf else "")
-        limits = " and ".join(filter(None, ends))
-        return lambda number: "" if least <= number <= most else f"is {number:g}; it must be {limits}"
-    return None
-
-
-def _beyond(message: Message, prefix: str) -> Iterator[tuple[str, str]]:
-    for field in _fields(message.DESCRIPTOR):
+def _check(message: Message, fields: tuple[_Field, ...]) -> None:
+    for field in fields:
         if field.present and not message.HasField(field.name):
             continue
-        path, value = prefix + field.name, getattr(message, field.name)
-        if not field.many:
-            yield from _of_one(field, path, value)
-            continue
-        if field.bound.entries and len(value) > field.bound.entries:
-            yield path, f"has {len(value)} entries; it holds at most {field.bound.entries}"
-            return
-        if not field.nested and field.rule is None:
-            continue
-        for key, one in value.items() if field.is_map else enumerate(value):
-            yield from _of_one(field, f"{path}[{key}]", one)
+        value, key = getattr(message, field.name), None
+        try:
+            if not field.many:
+                _check_one(field, value)
+                continue
+            if len(value) > field.entries:
+                raise _BeyondError(f"has {len(value)} entries; it holds at most {field.entries}")
+            if field.inner or field.characters or field.most < math.inf:
+                for key, one in value.items() if field.is_map else enumerate(value):  # noqa: B007 - it tells where
+                    _check_one(field, one)
+        except _BeyondError as beyond:
+            place = "" if key is None else f"[{key}]"
+            beyond.path = f"{field.name}{place}{'.' if beyond.path else ''}{beyond.path}"
+            raise
 
 
-def _of_one(field: _Field, path: str, value: Any) -> Iterator[tuple[str, str]]:
-    if field.nested:
-        yield from _beyond(value, f"{path}.")
-    elif field.rule is not None and (what := field.rule(value)):
-        yield path, what
+def _check_one(field: _Field, value: Any) -> None:
+    if field.inner:
+        _check(value, field.inner)
+    elif field.characters:
+        if len(value) > field.characters:
+            raise _BeyondError(f"has {len(value)} characters; it holds at most {field.characters}")
+    elif not field.least <= value <= field.most:
+        least = f"at least {field.least:g}" if field.least > -math.inf else ""
+        most = f"at most {field.most:g}" if field.most < math.inf else ""
+        raise _BeyondError(f"is {value:g}; it must be {' and '.join(filter(None, (least, most)))}")
