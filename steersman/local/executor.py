@@ -73,7 +73,7 @@ def run_manifest(run: AlignmentRun, run_dir: Path, *, force_restart: bool = Fals
         removed = folder.settle(run, run_dir, force_restart=force_restart)
         folder.write_manifest(run, run_dir)
         with (
-            nursery.opened(_loaded(run), run_dir / "logs" / "nursery.log") as start,
+            nursery.opened(_loaded(run, run_dir), run_dir / "logs" / "nursery.log") as start,
             Usage(run_dir / "usage.json") as usage,
         ):
             with usage.phase("prepare"):
@@ -88,9 +88,9 @@ def run_manifest(run: AlignmentRun, run_dir: Path, *, force_restart: bool = Fals
     return run
 
 
-def _loaded(run: AlignmentRun) -> list[str]:
-    """What the processes of a run import, except torchrun and its ranks, which begin by exec."""
-    stages = [stage for _, stage in run.stages()]
+def _loaded(run: AlignmentRun, run_dir: Path) -> list[str]:
+    """What the processes import that are still to come, except torchrun and its ranks, which begin by exec."""
+    stages = [stage for name, stage in run.stages() if not (run_dir / name / "complete.json").is_file()]
     loaded = ["steersman.local.architecture", "steersman.nn.prepare", "steersman.nn.load"]
     if any(stage.uses_services for stage in stages):
         loaded += ["services.policy.build", "services.policy.servicer", "services.policy.weights"]

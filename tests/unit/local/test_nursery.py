@@ -14,7 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from steersman.config.manifest import AlignmentRun
 from steersman.local import process
+from steersman.local.executor import _loaded
 from steersman.local.nursery import Nursery, opened
 
 PROGRAM = """
@@ -143,3 +145,14 @@ def test_on_another_system_everything_begins_by_exec(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "platform", "darwin")
     with opened(["colorsys"], tmp_path / "nursery.log") as start:
         assert start is process.start
+
+
+def test_only_what_is_still_to_come_is_loaded(run: AlignmentRun, tmp_path: Path) -> None:
+    """A run that goes on with reinforcement learning waits for no library of the stages before it."""
+    assert {"training.offline.sft", "training.online.rl_stage"} < set(_loaded(run, tmp_path))
+    for name in ("sft", "reward-model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "complete.json").touch()
+    later = set(_loaded(run, tmp_path))
+    assert not {"training.offline.sft", "training.offline.reward_model"} & later
+    assert {"training.online.rl_stage", "services.policy.build"} < later
