@@ -167,7 +167,16 @@ def evaluate_reward(
         rewards = {answer: reward for answer, reward in scored if reward is not None}
         verdicts = [said for item, labeler, ranking in rankings for said in pairs_of(item, labeler, ranking)]
         found["labelers"] = against_labelers(verdicts, rewards)
-    typer.echo(json.dumps(found) if as_json else json.dumps(found, indent=2))
+    typer.echo(json.dumps(_rounded(found), indent=None if as_json else 2))
+
+
+def _rounded(value: Any) -> Any:
+    """Figures with the digits that they have."""
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _must_matter(needed: str, given: object, options: dict[str, object]) -> None:

@@ -101,7 +101,8 @@ def _models(run_dir: Path) -> dict[str, tuple[Path, str]]:
     found = {"base": (base, str(base))}
     for model, folder in (("sft", sft), ("rlhf", policy if policy != sft else None)):
         if folder is not None:
-            found[model] = folder, hashlib.sha256((folder.parent / "complete.json").read_bytes()).hexdigest()
+            made = folder.parent / "complete.json"  # not there while the stage is done again
+            found[model] = folder, hashlib.sha256(made.read_bytes()).hexdigest() if made.is_file() else ""
     return found
 
 

@@ -211,6 +211,8 @@ def test_the_demos_models_are_asked_once_each_and_again_when_one_has_changed(
     assert {task: list(models) for task, models in found.items()} == {task: ["base", "sft", "rlhf"] for task in TASKS}
     assert {len(scores) for models in found.values() for scores in models.values()} == {2}
     assert demo.ask_demo_knowledge(run_dir) is False
+    (run_dir / "rl" / "complete.json").unlink()
+    assert demo.known_of(run_dir) == {}
     (run_dir / "rl" / "complete.json").write_text("{}")
     assert demo.known_of(run_dir) == {}, "what another model knew is not told of this one"
     assert demo.ask_demo_knowledge(run_dir) is True
