@@ -59,8 +59,10 @@ def preload(family: str) -> None:
         _import("peft", "services.reward.servicer", "services.reference.servicer", "training.stage")
         _import("training.online.rl_stage", "training.rejection_sampling", "training.release")
         _import("training.offline.sft", "training.offline.reward_model", "steersman.local.executor")
-        _import("steersman.local.prepare", "steersman.tracking.follow", "mlflow.tracking", "mlflow.store.tracking")
-        _import("mlflow.store.tracking.sqlalchemy_store")
+        _import("steersman.local.prepare")
+        if os.environ.get("STEERSMAN_TRACKING") != "off":
+            _import("steersman.tracking.follow", "mlflow.tracking", "mlflow.store.tracking")
+            _import("mlflow.store.tracking.sqlalchemy_store")
     else:
         _import("services.gateway.server", "services.gateway.testing", "steersman.testing.fake_policy", "psycopg")
         _import("uvloop", "httpx")
