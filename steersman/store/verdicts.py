@@ -15,9 +15,6 @@ from steersman.store.models import Project, ProjectKind
 KINDS = get_args(ProjectKind)
 MAX_CANDIDATES = 6
 
-#: Values of a vote on the question "preference", for a pair of answers (i, j) with i < j.
-FIRST, TIE, SECOND = 0, 1, 2
-
 Rating = Annotated[int, Field(ge=1, le=5)]
 
 
@@ -69,6 +66,7 @@ class Vote:
     unit: int
     """Which pair of answers, numbered as `itertools.combinations` does; 0 for a rating."""
     value: int
+    """Of a preference: 0 for the first of the pair, 1 for a tie, 2 for the second."""
 
 
 def votes(verdict: dict[str, Any]) -> Iterator[Vote]:
