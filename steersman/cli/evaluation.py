@@ -236,9 +236,9 @@ def _shown(
     for name, found in wins(judged).items():
         for pair, rate in found["win_rates"].items():
             typer.echo(f"{name}: {pair} in {rate[0]:.1%} ({rate[1]:.1%} to {rate[2]:.1%})")
-    for name, result in judged.items():
-        if result.missing:
-            typer.echo(f"{name}: {result.missing} comparisons without a verdict: {result.reason}")
+    for name, said in judged.items():
+        if said.missing:
+            typer.echo(f"{name}: {said.missing} comparisons without a verdict: {said.reason}")
     typer.echo(f"{page}")
     return summary(results, before) | ({"judges": wins(judged)} if judged else {})
 
