@@ -140,9 +140,10 @@ def ask(
     done: list[Asked] = []
     with ThreadPoolExecutor(concurrency, thread_name_prefix="suite") as threads:
         try:
-            for result in threads.map(one, work):
-                done.append(result)
-                progress(len(done), len(work))
+            for part in (work[:PATIENCE], work[PATIENCE:]):
+                for result in threads.map(one, part):
+                    done.append(result)
+                    progress(len(done), len(work))
                 if len(done) == PATIENCE and all(one.error is not None for one in done):
                     raise UnavailableError(f"the first {PATIENCE} questions had no answer: {done[0].error}")
         except BaseException:
