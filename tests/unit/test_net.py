@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -19,8 +19,15 @@ from services.policy.engines.tgi import TgiEngine
 from services.policy.weights import _pieces
 from steersman import net
 from steersman.data.opening import open_bytes
-from steersman.errors import PermissionDeniedError, SteersmanError, UnavailableError, without_credentials
-from steersman.net import fetched, guarded_client, guarded_sync_client, refusal
+from steersman.errors import (
+    InternalError,
+    PermissionDeniedError,
+    RateLimitedError,
+    SteersmanError,
+    UnavailableError,
+    without_credentials,
+)
+from steersman.net import fetched, guarded_client, guarded_sync_client, patiently, refusal
 from steersman.openmp import remove_left_behind
 from steersman.rewards.builtin import http as http_reward
 from steersman.testing.models import tiny_tokenizer
@@ -179,3 +186,32 @@ def test_the_policys_tgi_server_is_no_metadata_service(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(PermissionDeniedError, match="not connected to"):
         TgiEngine("http://169.254.169.254", tmp_path).start()
+
+
+def test_what_is_full_or_away_is_asked_again_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steersman.net._LONGEST_WAIT", 0.0)
+    asked: list[type[Exception] | None] = []
+
+    def asking(*errors: type[Exception] | None) -> Callable[[], str]:
+        answers = iter(errors)
+
+        def ask() -> str:
+            error = next(answers)
+            asked.append(error)
+            if error is not None:
+                raise error("no")
+            return "yes"
+
+        return ask
+
+    assert patiently(asking(UnavailableError, RateLimitedError, UnavailableError, None)) == "yes"
+    with pytest.raises(UnavailableError):
+        patiently(asking(UnavailableError, None), away=0)
+    asked.clear()
+    with pytest.raises(RateLimitedError):
+        patiently(asking(*[RateLimitedError] * 20))
+    assert len(asked) == 6
+    asked.clear()
+    with pytest.raises(InternalError):
+        patiently(asking(InternalError, None))
+    assert len(asked) == 1

@@ -271,7 +271,10 @@ def test_an_endpoint_that_is_full_is_asked_again_and_one_that_fails_is_not() -> 
         assert len(asked) == 1
 
 
-def test_an_endpoint_that_answers_no_question_ends_the_command(shop: Path, tmp_path: Path) -> None:
+def test_an_endpoint_that_answers_no_question_ends_the_command(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steersman.net._LONGEST_WAIT", 0.0)
     run = CliRunner().invoke(
         app, ["eval", "http://127.0.0.1:9/v1", "--model", "m", "--suite", str(shop), "--out", str(tmp_path / "a"),
               "--decoding", "greedy"],
