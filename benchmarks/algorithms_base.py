@@ -1,30 +1,35 @@
-"""A base model of about a million parameters for `benchmarks.algorithms`, which trains on any machine in minutes.
+"""A base model of about a million parameters for `benchmarks.algorithms`, whose cells are trained in a minute each.
 
-    python -m benchmarks.algorithms_base FOLDER [--cycles 1000,350]
+    python -m benchmarks.algorithms_base FOLDER [--cycles 1200,1200]        # twenty minutes of a core
 
-It has read what the demo's shop writes, good answers and bad ones, of a seed that no table uses: tokenizer (BPE, digits
+It has read what the demo's shop writes, good answers and bad ones, of seeds that no table uses: tokenizer (BPE, digits
 one by one) and weights come from nothing but these texts. As with any base model all tokens of a conversation count.
-The learning rate rises and falls to 0 in each cycle: behind the first the model writes the shop's language, in the
-second it learns to copy from the record.
+A conversation asks of one record again and again: so the model learns to copy from it, on which most of the rubric
+stands. The learning rate rises and falls to 0 in each cycle: behind the first the model copies words, behind the
+second numbers, too (seven values of ten).
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from steersman.data import records
-from steersman.demo import Sizes, generate
+from steersman.demo.answers import answer, draw_style
+from steersman.demo.orderbook import ASKED, CUSTOMERS, TOPICS, draw_case
+from steersman.demo.questions import ask
 from steersman.testing.models import CHAT_TEMPLATE, save_model_folder
 
-SEED = 7
-ROWS = 8_000
+CYCLES = ((7, 7), (31, 99))
+"""Of each, the seeds of its conversations and of their order."""
+ROWS = 20_000
+TURNS = 6
 VOCABULARY = 1024
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -32,12 +37,22 @@ BATCH = 16
 LEARNING_RATE = 4e-3
 
 
-def conversations(folder: Path) -> list[list[dict[str, str]]]:
-    """The demo's demonstrations of this seed, written into `folder`."""
-    small = dict.fromkeys(Sizes.model_fields, 1)
-    generate(folder, SEED, Sizes(**{**small, "demonstrations": ROWS}))
-    rows = records.read_jsonl(folder / "demonstrations.train.jsonl", records.Demonstration)
-    return [[{"role": turn.role, "content": turn.content} for turn in row.messages] for row in rows]
+def conversations(seed: int) -> list[list[dict[str, str]]]:
+    """Records, each asked `TURNS` times for a field and answered in the manners of the demo's staff."""
+    rng = Random(seed)
+    return [_conversation(rng, sorted(TOPICS)[number % len(TOPICS)]) for number in range(ROWS)]
+
+
+def _conversation(rng: Random, topic: str) -> list[dict[str, str]]:
+    case = draw_case(rng, rng.choice(CUSTOMERS), topic)
+    turns = [{"role": "system", "content": case.system}]
+    for _ in range(TURNS):
+        field, kind = rng.choice(sorted(ASKED[topic].items()))
+        asked = replace(case, asked=field, kind=kind)
+        question, _ = ask(rng, asked, "train")
+        said = answer(rng, asked, draw_style(rng))
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+    return turns
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -67,12 +82,12 @@ def batches(rows: list[list[int]], steps: int, pad: int) -> Iterator[tuple[torch
 
 
 def train(model: LlamaForCausalLM, rows: list[list[int]], steps: int) -> float:
-    """One cycle; returns the last loss in nats a token."""
+    """The learning rate rises and falls to 0; returns the last loss in nats a token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     loss = torch.zeros(())
     for step, (ids, labels) in enumerate(batches(rows, steps, 3), start=1):
-        loss = model(ids, labels=labels).loss
+        loss = model(ids.to(model.device), labels=labels.to(model.device)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -83,29 +98,22 @@ def train(model: LlamaForCausalLM, rows: list[list[int]], steps: int) -> float:
     return loss.item()
 
 
-def make(folder: Path, cycles: Sequence[int]) -> float:
-    """Writes the model; returns the last loss in nats a token."""
+def make(folder: Path, steps: Sequence[int], device: str = "cpu") -> float:
+    """Writes the model after as many cycles as `steps` names; returns the last loss in nats a token."""
     torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    with tempfile.TemporaryDirectory() as data:
-        chats = conversations(Path(data))
+    torch.manual_seed(CYCLES[0][1])
+    chats = conversations(CYCLES[0][0])
     tokenizer = train_tokenizer([turn["content"] for chat in chats for turn in chat])
-    rows = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats]
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=2,
-            pad_token_id=3,
-            **SIZES,
-        )
-    )
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "tie_word_embeddings": True, **SIZES}
+    model = LlamaForCausalLM(LlamaConfig(bos_token_id=0, eos_token_id=2, pad_token_id=3, **shape)).to(device)
     loss = 0.0
-    for number, steps in enumerate(cycles):
-        torch.manual_seed(SEED + number)
-        loss = train(model, rows, steps)
+    for number, count in enumerate(steps):
+        if number:
+            seed, order = CYCLES[number]
+            chats = conversations(seed)
+            torch.manual_seed(order)
+        loss = train(model, [tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats], count)
+    model.cpu()
     model.generation_config = GenerationConfig(eos_token_id=[2], pad_token_id=3)
     folder.mkdir(parents=True, exist_ok=True)
     save_model_folder(folder, model, tokenizer)
@@ -115,9 +123,10 @@ def make(folder: Path, cycles: Sequence[int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model is written")
-    parser.add_argument("--cycles", default="1000,350", help="steps of each, comma-separated")
+    parser.add_argument("--cycles", default="1200,1200", help="steps of each, comma-separated; at most two")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    loss = make(arguments.folder, [int(steps) for steps in arguments.cycles.split(",")])
+    loss = make(arguments.folder, [int(steps) for steps in arguments.cycles.split(",")], arguments.device)
     print(f"{arguments.folder}: loss {loss:.3f}")
 
 

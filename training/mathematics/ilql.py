@@ -2,12 +2,15 @@
 
 The tokens that the policy said are actions a_t, each from the state s_t before it; r_t is the reward right after it.
 
-    y_t   = r_t + gamma V(s_{t+1}),   V = 0 behind the last action of a conversation                        no gradient
+    y_t   = r_t + gamma ((1 - lambda) V(s_{t+1}) + lambda y_{t+1}),  0 behind a conversation's last action  no gradient
     L_Q   = sum_t sum_i (Q_i(s_t, a_t) - y_t)^2 / T
     L_V   = sum_t |tau - 1[u_t < 0]| u_t^2 / T,   u_t = min_i Qtarget_i(s_t, a_t) - V(s_t)
     L_CQL = - sum_t sum_i log softmax(Q_i(s_t, .))[a_t] / T
     L_LM  = - sum_t exp(beta_lm u_t) log pi(a_t | s_t) / T                                      weight without gradient
     L     = L_Q + L_V + c_cql L_CQL + c_lm L_LM
+
+lambda = 0 is the paper's y, in which a reward at the end of an answer goes one token towards its beginning with each
+refresh of the targets; with 1 it is the return itself (Watkins 1989; Sutton and Barto 2018, chapter 12).
 
 Shapes as in `segments`: [T] actions of all conversations one after the other, int64 [N] lengths.
 """
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.mathematics.segments import check_lengths
+from training.mathematics.segments import check_lengths, reverse_discounted_sum
 from training.mathematics.stats import to_floats
 
 
@@ -73,6 +76,7 @@ def ilql_loss(
     lengths: Tensor,
     *,
     gamma: float,
+    lam: float,
     tau: float,
     cql: float,
     lm: float,
@@ -85,7 +89,8 @@ def ilql_loss(
         rewards: fp32 [T].
         denominator: actions of the whole optimizer step, over all parts and ranks.
     """
-    target = rewards + gamma * next_values(values.v.detach(), lengths)
+    one_step = rewards + gamma * (1.0 - lam) * next_values(values.v.detach(), lengths)
+    target = reverse_discounted_sum(one_step, gamma * lam, lengths)
     of_data = values.target_q.detach().amin(0)
     above = of_data - values.v
     weight = torch.where(above.detach() < 0, above.new_tensor(1.0 - tau), above.new_tensor(tau))

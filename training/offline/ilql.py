@@ -1,6 +1,6 @@
 """Implicit language Q-learning on one page (Snell et al. 2022, arXiv 2206.11871; trlX).
 
-    Q_i(s_t, a_t) -> r_t + gamma V(s_{t+1})              two heads on the trunk, with Polyak targets
+    Q_i(s_t, a_t) -> r_t + gamma V(s_{t+1})              two heads on the trunk, with Polyak targets; or lambda-returns
     V(s)          -> an upper expectile of min_i Qtarget_i(s, a) over what was said
     CQL           -> other tokens' Q below the said one's
     pi            -> the language model of what was said
@@ -216,6 +216,7 @@ class IlqlTrainer:
                 part.rewards,
                 part.lengths,
                 gamma=spec.gamma,
+                lam=spec.lam,
                 tau=spec.expectile,
                 cql=spec.cql,
                 lm=spec.lm,

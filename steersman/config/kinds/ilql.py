@@ -33,10 +33,14 @@ class IlqlStage(SupervisedStage):
     """Weight of Q - V when tokens are drawn; 0: the language model alone."""
     gamma: Probability = 1.0
     """Discount of a token."""
+    lam: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """1: Q learns the return itself, in tens of steps; 0: from V of the next token, as in the paper, which puts
+    parts of several conversations together, in hundreds of steps."""
     expectile: Annotated[float, Field(gt=0, lt=1)] = 0.7
     """Tau of V's regression: 0.5 is the mean of what was done, towards 1 the best of it."""
     cql: NonNegativeFloat = 0.1
-    """Weight of the CQL term, which keeps Q of tokens that nobody said below."""
+    """Weight of the CQL term, which keeps Q of tokens that nobody said below. It lifts Q of the others by up to half of
+    it, with `lam` 0 again for each token that follows: take at most 1 / tokens of an answer there."""
     lm: NonNegativeFloat = 1.0
     """Weight of the language-model term."""
     lm_beta: NonNegativeFloat = 0.0

@@ -10,7 +10,7 @@ from torch import Tensor
 from training.mathematics.ilql import ActionValues, IlqlStats, ilql_loss, move_targets, next_values
 from training.mathematics.stats import merge
 
-OPTIONS = {"gamma": 0.9, "tau": 0.7, "cql": 0.5, "lm": 2.0, "lm_beta": 0.0}
+OPTIONS = {"gamma": 0.9, "lam": 0.0, "tau": 0.7, "cql": 0.5, "lm": 2.0, "lm_beta": 0.0}
 
 
 def values_of(**given: Tensor) -> ActionValues:
@@ -42,6 +42,21 @@ def test_two_actions_by_hand() -> None:
     assert stats.means()["advantage"] == pytest.approx(-0.05, abs=1e-6)
 
 
+@pytest.mark.parametrize(("lam", "first"), [(0.0, 0.45), (0.5, 0.675), (1.0, 0.9)])
+def test_a_return_reaches_the_first_action_at_once_with_lambda(lam: float, first: float) -> None:
+    """The same two actions: y_2 = 1, y_1 = 0 + 0.9 ((1 - lambda) 0.5 + lambda 1)."""
+    values = values_of(
+        logprobs=torch.zeros(2),
+        q=torch.zeros(2, 2),
+        q_logprobs=torch.zeros(2, 2),
+        target_q=torch.zeros(2, 2),
+        v=torch.tensor([0.2, 0.5]),
+    )
+    options = {**OPTIONS, "lam": lam}
+    _, stats = ilql_loss(values, torch.tensor([0.0, 1.0]), torch.tensor([2]), denominator=1, **options)
+    assert stats.loss_q == pytest.approx(2 * (first**2 + 1.0), rel=1e-6)
+
+
 def test_the_language_model_term_weighs_by_the_advantage() -> None:
     """exp(2 * 0.3) * 0.5 + exp(2 * -0.4) * 1.5."""
     values = values_of(
@@ -66,15 +81,16 @@ def test_nothing_follows_the_last_action_of_a_conversation() -> None:
     assert next_values(torch.zeros(0), torch.tensor([0, 0])).tolist() == []
 
 
-def reference(logits: list[np.ndarray], qs, targets, vs, actions, rewards, gamma, tau, cql, lm, lm_beta) -> float:
+def reference(logits, qs, targets, vs, actions, rewards, gamma, lam, tau, cql, lm, lm_beta) -> float:
     """The same in numpy fp64 over padded arrays, written after the paper's equations, token by token."""
     total, count = 0.0, 0
     for row in range(len(actions)):
         length = len(actions[row])
-        for t in range(length):
+        y = 0.0
+        for t in reversed(range(length)):
             a = actions[row][t]
             following = vs[row][t + 1] if t + 1 < length else 0.0
-            y = rewards[row][t] + gamma * following
+            y = rewards[row][t] + gamma * ((1 - lam) * following + lam * y)
             u = min(target[row][t, a] for target in targets) - vs[row][t]
             loss = (tau if u >= 0 else 1 - tau) * u**2
             for q in qs:
@@ -111,9 +127,9 @@ def packed(problem, rows: list[int]) -> tuple[ActionValues, Tensor, Tensor]:
     return values, take(rewards), torch.tensor([len(actions[row]) for row in rows])
 
 
-@pytest.mark.parametrize("lm_beta", [0.0, 1.5])
-def test_the_loss_equals_an_independent_reference_whatever_the_split(problem, lm_beta: float) -> None:
-    options = {**OPTIONS, "lm_beta": lm_beta}
+@pytest.mark.parametrize(("lm_beta", "lam"), [(0.0, 0.0), (1.5, 0.0), (0.0, 1.0), (1.5, 0.6)])
+def test_the_loss_equals_an_independent_reference_whatever_the_split(problem, lm_beta: float, lam: float) -> None:
+    options = {**OPTIONS, "lm_beta": lm_beta, "lam": lam}
     wanted = reference(*problem[1:], **options)
     count = float(sum(problem[0]))
     for split in ([[0, 1, 2]], [[2, 0], [1]], [[1], [2], [0]]):

@@ -80,6 +80,6 @@ def test_every_cell_is_a_valid_run(arguments: argparse.Namespace, method: str) -
 def test_the_small_base_model_reads_digits_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(algorithms_base, "ROWS", 6)
     monkeypatch.setattr(algorithms_base, "BATCH", 2)
-    algorithms_base.make(tmp_path / "base", cycles=[1])
+    algorithms_base.make(tmp_path / "base", steps=[1, 1])
     assert load_tokenizer(tmp_path / "base").tokenize("407") == ["4", "0", "7"]
     assert load_causal_lm(tmp_path / "base").config.vocab_size <= algorithms_base.VOCABULARY

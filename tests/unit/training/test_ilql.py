@@ -105,13 +105,15 @@ def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch, l
         assert torch.equal(value, resumed[name]), name
 
 
-def test_the_q_heads_learn_what_answers_were_worth(make_context, base_model) -> None:
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_the_q_heads_learn_what_answers_were_worth(make_context, base_model, lam: float) -> None:
     """One prompt, two answers worth 1 and -1, each half of the time: Q of the first letter is its return, V between."""
     rows = [row("red", "a" if number % 2 else "b", 1.0 if number % 2 else -1.0) for number in range(8)]
     spec = IlqlStage(
         lora=None,
         heads_learning_rate=1e-2,
         expectile=0.5,
+        lam=lam,
         cql=0.0,
         polyak=0.3,
         **{**OPTIONS, "max_steps": 120},
@@ -164,6 +166,7 @@ def test_ilql_puts_trajectories_together(make_context, tmp_path, expectile: floa
         lora=None,
         heads_learning_rate=1e-2,
         expectile=expectile,
+        lam=0.0,
         cql=0.01,
         polyak=0.3,
         beta=8.0,
