@@ -56,16 +56,8 @@ HERE = threading.Lock()
 """Torch's seeds and settings are the process's own: one cell at a time."""
 OPTIONS = ("base", "learning_rate", "budget", "start_steps", "offline_steps", "prompts")
 """What a cell depends on besides method and seed."""
-ILQL = {
-    "learnFrom": ["preferences"],
-    "lam": 1.0,
-    "expectile": 0.5,
-    "cql": 0.01,
-    "polyak": 0.5,
-    "lmBeta": 1.0,
-    "beta": 2.0,
-}
-"""Chosen with the small model, on the held-out prompts of a seed that is not in the table (101)."""
+ILQL = {"learnFrom": ["preferences"]}
+"""All else as it comes."""
 GENERATION = {"maxNewTokens": 40, "temperature": 0.7}
 COLUMNS = ("reward", "rubric", "kl", "length", "cut")
 """What is measured of each answer; see `benchmarks.algorithms_scores`."""
