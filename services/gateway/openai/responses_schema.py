@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from services.gateway.openai.schema import (
-    FunctionDefinition,
     FunctionName,
     Ignored,
     JsonSchema,
@@ -17,6 +16,7 @@ from services.gateway.openai.schema import (
     Text,
     TextFormat,
     Wire,
+    bounded_schema,
     few_entries,
 )
 
@@ -142,9 +142,19 @@ InputItem = Annotated[
 ]
 
 
-class FunctionTool(FunctionDefinition):
+class FunctionTool(Wire):
     type: Literal["function"]
     """Functions that the caller runs; the gateway's own tools are configured on the server."""
+    name: FunctionName
+    description: Annotated[str, Field(max_length=10_000)] | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments."""
+    strict: bool | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _bounded(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return bounded_schema(value)
 
 
 class NamedFunction(Wire):
