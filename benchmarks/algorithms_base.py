@@ -1,6 +1,6 @@
 """A base model of about a million parameters for `benchmarks.algorithms`, whose cells are trained in a minute each.
 
-    python -m benchmarks.algorithms_base FOLDER [--cycles 1200,1200]        # twenty minutes of a core
+    python -m benchmarks.algorithms_base FOLDER [--steps 1200 1200]        # twenty minutes of a core
 
 It has read what the demo's shop writes, good answers and bad ones, of seeds that no table uses: tokenizer (BPE, digits
 one by one) and weights come from nothing but these texts. As with any base model all tokens of a conversation count.
@@ -123,10 +123,12 @@ def make(folder: Path, steps: Sequence[int], device: str = "cpu") -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model is written")
-    parser.add_argument("--cycles", default="1200,1200", help="steps of each, comma-separated; at most two")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1200, 1200], help="of each cycle; at most two")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    loss = make(arguments.folder, [int(steps) for steps in arguments.cycles.split(",")], arguments.device)
+    if len(arguments.steps) > len(CYCLES) or min(arguments.steps) < 1:
+        parser.error(f"argument --steps: give one to {len(CYCLES)} numbers above 0")
+    loss = make(arguments.folder, arguments.steps, arguments.device)
     print(f"{arguments.folder}: loss {loss:.3f}")
 
 

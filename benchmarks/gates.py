@@ -4,7 +4,7 @@
 
 A simulated evaluation has prompts of different difficulty, on each of which the later model is better or worse by an
 amount of its own (standard deviation 1), and samples that scatter around it (standard deviation 1). Over all prompts
-the amounts average `gain`: 0 is a model that is no better, only otherwise. `training.evaluate.check_gates` decides with
+the amounts average `gain`: 0 is a model that is no better, only otherwise. `training.evaluate.pass_gates` decides with
 the gate `reward: 0`, whose limit is the lower end of a 95% interval, so that 2.5% pass wrongly. `independent` is the
 same decision taken as if all answers were independent. Writes build/bench/gates.json: `false_pass` with its interval,
 `coverage` of the interval, `power` by true gain; of `benchmarks.hacks` `hacks_planted`, `hacks_caught`, `good_passed`;
@@ -27,7 +27,7 @@ from steersman.errors import FailedPreconditionError
 from steersman.report.overoptimisation import Look, find_alarm
 from steersman.report.schema import Evaluation, Sample
 from steersman.statistics import compare, wilson_interval
-from training.evaluate import check_gates
+from training.evaluate import pass_gates
 
 GAINS = (0.2, 0.4)
 FALSE_ALARMS = 0.05
@@ -59,7 +59,7 @@ def evaluation(before: np.ndarray, after: np.ndarray) -> Evaluation:
 
 def passes(found: Evaluation) -> bool:
     try:
-        check_gates(EvaluateStage.model_validate({"gates": {"reward": 0.0}}), found)
+        pass_gates(EvaluateStage.model_validate({"gates": {"reward": 0.0}}), found)
     except FailedPreconditionError:
         return False
     return True

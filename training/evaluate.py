@@ -82,7 +82,7 @@ def run_evaluate(spec: EvaluateStage, context: StageContext) -> None:
     with storage_errors(context.stage_dir):
         (context.stage_dir / "evaluation.json").write_text(evaluation.model_dump_json(indent=1))
         (context.stage_dir / "gates.json").write_text(json.dumps([asdict(found) for found in findings], indent=1))
-    check_gates(spec, evaluation, override_of(context))
+    pass_gates(spec, evaluation, override_of(context))
 
 
 def _models(spec: EvaluateStage, context: StageContext) -> dict[str, Path]:
@@ -275,7 +275,7 @@ def _mean_mismatch(context: StageContext) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def check_gates(spec: EvaluateStage, evaluation: Evaluation, override: Override | None = None) -> list[Finding]:
+def pass_gates(spec: EvaluateStage, evaluation: Evaluation, override: Override | None = None) -> list[Finding]:
     """What every gate found.
 
     Raises:

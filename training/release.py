@@ -30,8 +30,7 @@ from steersman.registry import Registry
 from steersman.report.schema import Evaluation, read_evaluation
 from steersman.report.summary import criteria, label, mean_kl, no_eos, summarise
 from training.context import StageContext
-from training.evaluate import check_gates as pass_gates
-from training.evaluate import override_of
+from training.evaluate import override_of, pass_gates
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 """MLflow's own variable: the registry of a release outside a cluster; inside one the controller registers."""

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 _CANDIDATE = re.compile(r"(?<![\w#@.,/=&-])(?:\+|00)?\(?\d[\d ()./\u2013\u00a0-]{4,22}\d(?![\w%@]|[.,]\d)")
 #: What every candidate of seven digits holds from its first digit on: a text is searched for that much faster.
 _DIGITS = re.compile(r"\d[\d ()./\u2013\u00a0-]{5,22}\d")
-_LOOK_BACK = 48
+LOOK_BACK = 48
+"""Characters before a number in which a word says what it is."""
 _NUMBER = re.compile(r"\d{4}")
 # For small letters. What must begin a word stands together, so that it is tried where one begins.
 _PERSONAL = re.compile(
@@ -104,7 +105,7 @@ def _nearest(text: str, start: int) -> str | None:
 
 
 def _before(text: str, start: int) -> str:
-    return text[max(0, start - _LOOK_BACK) : start].lower()
+    return text[max(0, start - LOOK_BACK) : start].lower()
 
 
 def _is_valid(number: str, region: str | None) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from steersman.data.phones import belongs_to_business, is_called_personal, phone_spans
+from steersman.data.phones import LOOK_BACK, belongs_to_business, is_called_personal, phone_spans
 from steersman.data.plain import plain_text
 from steersman.errors import ConfigError
 
@@ -236,7 +236,7 @@ def _is_plain_run(raw: bytes, classes: bytes, start: int, end: int) -> bool:
         return False
     if raw.startswith(b"00", start) or b"+" in raw[max(0, start - 2) : start]:  # of +(49...), too
         return False
-    before = raw[max(0, start - 256) : start].decode(errors="ignore")
+    before = raw[max(0, start - 4 * LOOK_BACK) : start].decode(errors="ignore")  # a character has four bytes at most
     return not is_called_personal(before, len(before))
 
 

@@ -13,7 +13,7 @@ from steersman.errors import ConfigError, FailedPreconditionError
 from steersman.gates import GATES, Finding, check_gates
 from steersman.report.schema import Evaluation, JudgedPair, JudgeResult, PairScore, RewardModelEvaluation, Sample
 from steersman.suites.asked import Asked, SuiteResult
-from training.evaluate import check_gates as pass_gates
+from training.evaluate import pass_gates
 
 COUNT = 40
 
