@@ -64,7 +64,8 @@ def slope(seconds: Sequence[float], values: Sequence[float]) -> dict[str, float]
     when = [float(np.mean(part)) / 3600 for part in np.array_split(np.asarray(seconds, float), spans)]
     what = [float(np.mean(part)) for part in np.array_split(np.asarray(values, float), spans)]
     line = stats.linregress(when, what)
-    reach = float(stats.t.ppf(0.975, spans - 2)) * float(line.stderr)
+    # Numbers that are all the same have no correlation, and so, for scipy, no error.
+    reach = float(stats.t.ppf(0.975, spans - 2)) * float(line.stderr) if len(set(what)) > 1 else 0.0
     return {"per_hour": float(line.slope), "low": float(line.slope) - reach, "high": float(line.slope) + reach}
 
 

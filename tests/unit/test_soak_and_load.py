@@ -24,6 +24,7 @@ def test_a_slope_is_within_its_interval_and_a_flat_line_is_no_growth() -> None:
     # By hand: 1, 2 and 3 an hour apart rise by exactly one an hour.
     exact = slope([0, 3600, 7200], [1, 2, 3])
     assert [exact[name] for name in ("per_hour", "low", "high")] == pytest.approx([1, 1, 1])
+    assert slope([0, 3600, 7200], [8, 8, 8]) == {"per_hour": 0, "low": 0, "high": 0}
 
 
 def test_a_process_that_keeps_opening_files_is_found() -> None:
