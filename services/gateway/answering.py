@@ -27,6 +27,7 @@ from services.gateway.backends.models import Line, Models
 from services.gateway.config import GatewayConfig
 from services.gateway.errors import BadRequestError
 from services.gateway.idempotency import Claim, IdempotencyKeys
+from services.gateway.leases import Leases
 from services.gateway.memory import Memory
 from services.gateway.metrics import Metrics
 from services.gateway.quotas import Quotas, Reserved
@@ -65,16 +66,15 @@ class Assistant:
         limits = config.limits
         self.admission = Admission(limits.concurrent_answers, limits.queued_answers, limits.queue_seconds)
         self.recorder = Recorder(store)
-        # Nothing lasts longer than waiting for a place, answering, and waiting for the database.
-        longest = limits.queue_seconds + 2 * limits.answer_seconds + 60
-        self.quotas = Quotas(store, longest)
+        self.leases = Leases(store)
+        self.quotas = Quotas(store, self.leases)
         self.memory = Memory(store, config.memory)
         self.grounding = Grounding(config.tools, store, metrics)
         self.embeddings = {model.name: EmbeddingPool(model) for model in config.embeddings}
         self.tracer = Tracer(config.telemetry)
         self.draining = False
         self._tokens = tokens
-        self.idempotency = IdempotencyKeys(store, longest)
+        self.idempotency = IdempotencyKeys(store, self.leases)
         self._store = store
         metrics.gauge("running_answers", "Answers in generation.", lambda: self.admission.running)
         metrics.gauge("queued_answers", "Requests that wait for a place.", lambda: self.admission.waiting)

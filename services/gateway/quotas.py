@@ -13,11 +13,13 @@ import secrets
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from services.gateway.auth.callers import Caller
+from services.gateway.leases import LENGTH, Leases, lapsed, moment
 from services.gateway.store import KeyUse, KeyWindow, Reservation, insert_new
 from steersman.errors import RateLimitedError
 from steersman.store.engine import Store
@@ -26,20 +28,22 @@ from steersman.store.models import now
 _MINUTE = dt.timedelta(minutes=1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Reserved:
-    """Tokens that are set aside for a running answer."""
+    """Tokens that are set aside for a running answer, by a lease."""
 
     id: str
     key_id: str
     tokens: int
 
+    def row(self) -> sa.Select[Any]:
+        return sa.select(Reservation).where(Reservation.id == self.id)
+
 
 class Quotas:
-    def __init__(self, store: Store, longest_seconds: float) -> None:
-        """`longest_seconds`: no answer runs longer; after it the reservation of a gateway that died is void."""
+    def __init__(self, store: Store, leases: Leases) -> None:
         self._store = store
-        self._longest = dt.timedelta(seconds=longest_seconds)
+        self._leases = leases
 
     async def reserve(self, caller: Caller, tokens: int) -> Reserved | None:
         """Counts a request and sets aside what it may cost; None for a key without limits.
@@ -49,15 +53,18 @@ class Quotas:
         """
         if not caller.limited:
             return None
-        return await asyncio.to_thread(self._reserve, caller, tokens)
+        reserved = await asyncio.to_thread(self._reserve, caller, tokens)
+        self._leases.hold(reserved)
+        return reserved
 
     def _reserve(self, caller: Caller, tokens: int) -> Reserved:
         reserved = Reserved(secrets.token_hex(16), caller.key_id, tokens)
-        with self._store.transaction() as session:
+        with self._store.transaction(brief=True) as session:
             window = _window(session, caller.key_id)
-            session.execute(
-                sa.delete(Reservation).where(Reservation.key_id == caller.key_id, Reservation.expires_at < now())
+            void = sa.delete(Reservation).where(
+                Reservation.key_id == caller.key_id, lapsed(session, Reservation.expires_at)
             )
+            session.execute(void.execution_options(synchronize_session=False))
             running, held = session.execute(
                 sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(Reservation.tokens), 0)).where(
                     Reservation.key_id == caller.key_id
@@ -81,9 +88,8 @@ class Quotas:
                     wait = (begins - now()).total_seconds() if used >= limit else 5.0
                     _refuse(wait, f"This key may use {limit} tokens a {span}")
             window.requests += 1
-            session.add(
-                Reservation(id=reserved.id, key_id=reserved.key_id, tokens=tokens, expires_at=now() + self._longest)
-            )
+            until = moment(session, LENGTH)
+            session.add(Reservation(id=reserved.id, key_id=reserved.key_id, tokens=tokens, expires_at=until))
         return reserved
 
 

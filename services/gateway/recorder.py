@@ -8,7 +8,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,7 +18,7 @@ from services.gateway.auth.callers import Caller
 from services.gateway.idempotency import Claim, end_claim
 from services.gateway.quotas import Reserved, settle
 from services.gateway.store import Audit, Conversation, KeyUse, storable
-from steersman.errors import InternalError, UnavailableError
+from steersman.errors import ConflictError, InternalError, UnavailableError
 from steersman.store.engine import Store, add_counts
 from steersman.store.models import Answer as StoredAnswer
 
@@ -44,7 +44,8 @@ class Record:
     """One for every choice."""
     conversation: dict[str, Any] | None = None
     claim: Claim | None = None
-    """The right that ends with this request; its key gets `result`, or is free again."""
+    """The right that ends with this request; its key gets `result`, or is free again. Where somebody took it over
+    nothing is kept of a result but its line in the trail, and whoever waits gets ConflictError."""
     result: dict[str, Any] | None = None
     reserved: Reserved | None = None
     """What was set aside of a key's quota, and is settled."""
@@ -152,7 +153,7 @@ class Recorder:
             else:
                 self.failing = False
 
-    def _submit(self, work: Any, *arguments: Any) -> asyncio.Future[None]:
+    def _submit(self, work: Any, *arguments: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def _store_all(self, batch: Sequence[_Entry]) -> None:
@@ -165,14 +166,14 @@ class Recorder:
             return
         work = self._submit(self._store_batch, [entry.record for entry in batch], self._unsure)
         try:
-            await asyncio.shield(work)
+            lost = await asyncio.shield(work)
         except UnavailableError:
             raise
         except asyncio.CancelledError:
             # Whoever ends this task does not end the transaction.
             await asyncio.wait([work])
             if work.exception() is None:
-                _finish(batch)
+                _finish(batch, work.result())
             raise
         except Exception as error:
             if len(batch) > 1:
@@ -186,7 +187,7 @@ class Recorder:
             entry.done = True
             _fail(entry.stored, InternalError(f"The answer cannot be stored ({type(error).__name__})"))
         else:
-            _finish(batch)
+            _finish(batch, lost)
 
     async def _store_line(self, record: Record) -> None:
         """Of a record that is refused at least the audit line, and the end of its claims."""
@@ -202,13 +203,18 @@ class Recorder:
         except Exception:
             log.exception("an audit line cannot be stored", extra={"audit": line})
 
-    def _store_batch(self, records: list[Record], unsure: bool) -> None:
-        """`unsure`: some may be stored already, by a transaction whose end was not heard of."""
-        with self._store.transaction() as session:
+    def _store_batch(self, records: list[Record], unsure: bool) -> set[Claim]:
+        """Returns the claims that somebody took over before their results came.
+
+        `unsure`: some may be stored already, by a transaction whose end was not heard of.
+        """
+        with self._store.transaction(brief=True) as session:
             if unsure:
                 known = _stored_lines(session, records)
                 records = [r for r in records if r.audit is None or (r.audit["request_id"], r.audit["at"]) not in known]
-            self._insert(session, records)
+            lost = _end_claims(session, records)
+            self._insert(session, [_late(record) if record.claim in lost else record for record in records])
+        return lost
 
     def _insert(self, session: Session, records: Sequence[Record]) -> None:
         use: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0])
@@ -233,7 +239,6 @@ class Recorder:
         for key in sorted(conversations):
             session.merge(Conversation(**conversations[key]))
         add_counts(session, KeyUse, {key: tuple(counts) for key, counts in use.items()})
-        _end_claims(session, records)
         settle(session, [(r.reserved, r.spent_tokens) for r in records if r.reserved is not None])
 
 
@@ -243,16 +248,25 @@ def _stored_lines(session: Session, records: Sequence[Record]) -> set[tuple[str,
     return {(request_id, at) for request_id, at in found}
 
 
-def _end_claims(session: Session, records: Sequence[Record]) -> None:
+def _end_claims(session: Session, records: Sequence[Record]) -> set[Claim]:
+    """Before anything else is stored; returns those of results that are another's by now."""
     ending = [(record.claim, record.result) for record in records if record.claim is not None]
-    for claim, result in sorted(ending, key=lambda entry: (entry[0].scope, entry[0].key)):
-        end_claim(session, claim, result)
+    ending.sort(key=lambda entry: (entry[0].scope, entry[0].key))
+    return {claim for claim, result in ending if not end_claim(session, claim, result) and result is not None}
 
 
-def _finish(batch: Sequence[_Entry]) -> None:
+def _late(record: Record) -> Record:
+    """What is left of an answer whose claim somebody took over: it was computed, and nobody gets it."""
+    audit = None if record.audit is None else {**record.audit, "outcome": ConflictError.__name__}
+    return replace(record, audit=audit, answers=(), conversation=None)
+
+
+def _finish(batch: Sequence[_Entry], lost: set[Claim]) -> None:
     for entry in batch:
         entry.done = True
-        if not entry.stored.done():
+        if entry.record.claim in lost:
+            _fail(entry.stored, ConflictError("Another request with this Idempotency-Key took over; ask again"))
+        elif not entry.stored.done():
             entry.stored.set_result(None)
 
 

@@ -95,6 +95,7 @@ class Gateway:
         await self.background.start()
         await self.models.start(self.background)
         self.background.add("recorder", self.assistant.recorder.run)
+        self.background.add("leases", self.assistant.leases.run)
         await self.assistant.grounding.start(self.background)
         servicer = ChatServicer(self.assistant, self.authenticator, self.feedback, self.refusals)
         self._grpc = Server(

@@ -20,6 +20,7 @@ from steersman.store.models import Base
 _BUSY_SECONDS = 30
 _MIGRATING = 7335732783
 """The lock's number, at PostgreSQL."""
+_BRIEF = sa.text("SET LOCAL idle_in_transaction_session_timeout = '10s'")
 _AWAY = "The database cannot be reached or written; try again later"
 
 
@@ -100,10 +101,16 @@ class Store:
                 lock.execute(sa.text(f"SELECT pg_advisory_unlock({_MIGRATING})"))
 
     @contextmanager
-    def transaction(self) -> Iterator[Session]:
-        """A session that commits at the end of the block: when the block is left, the data is on disk."""
+    def transaction(self, *, brief: bool = False) -> Iterator[Session]:
+        """A session that commits at the end of the block: when the block is left, the data is on disk.
+
+        `brief`: the block does nothing else for long. When its process stands still in it, PostgreSQL ends it soon, so
+        that others do not wait for its locks.
+        """
         engine = self.engine.execution_options(steersman_write=True)
         with self._translated(), Session(engine, expire_on_commit=False) as session, session.begin():
+            if brief and engine.dialect.name == "postgresql":
+                session.execute(_BRIEF)
             yield session
 
     @contextmanager

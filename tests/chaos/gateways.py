@@ -231,8 +231,8 @@ class Site:
             "seed": self.seed,
             "project": self.project,
             "customers": CUSTOMERS,
-            # A key whose gateway was killed may be used again after 74 s.
-            "patience": 100 + 5 * self.began_in,
+            # A key whose gateway was killed may be used again after 30 s.
+            "patience": 75 + 5 * self.began_in,
         }
         (self.folder / "callers.json").write_text(json.dumps(callers))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import itertools
 import sys
 import tempfile
@@ -84,19 +85,30 @@ def feedback(commands: list[tuple[int, int, int, tuple[str, str]]]) -> None:
 
 def idempotency_commands() -> st.SearchStrategy[Any]:
     key, body = st.integers(0, 1), st.integers(0, 1)
-    return _few(st.tuples(st.just("claim"), key, body), st.tuples(st.sampled_from(["end", "free"]), key, st.just(0)))
+    rest = st.sampled_from(["end", "free", "lapse", "late"])
+    return _few(st.tuples(st.just("claim"), key, body), st.tuples(rest, key, st.just(0)))
 
 
 def idempotency(commands: list[tuple[str, int, int]]) -> None:
+
     from services.gateway.idempotency import Claim, IdempotencyKeys, end_claim
+    from services.gateway.leases import Leases, moment
+    from services.gateway.store import Idempotency
 
     life = next(_numbers)
     caller: Any = SimpleNamespace(tenant="t", customer_id=f"c{life}")
-    keys = IdempotencyKeys(_store(), 60)
+    keys = IdempotencyKeys(_store(), Leases(_store()))
     running: dict[int, tuple[Claim, int]] = {}
+    lapsed: dict[int, Claim] = {}
     done: dict[int, tuple[int, dict[str, Any]]] = {}
     for what, key, body in commands:
-        if what == "claim":
+        if what == "late":  # of two who worked for one key at most one ends
+            if key in lapsed:
+                with _store().transaction() as session:
+                    taken_over = key in running or key in done
+                    ended = end_claim(session, lapsed.pop(key), {"answer": "late"})
+                    assert not (ended and taken_over), "a second answer"
+        elif what == "claim":
             known = done[key][0] if key in done else running[key][1] if key in running else None
             try:
                 got = asyncio.run(keys.claim(caller, "/r", f"k{key}", b"body %d" % body))
@@ -108,6 +120,11 @@ def idempotency(commands: list[tuple[str, int, int]]) -> None:
                 running[key] = (got, body)
             else:
                 assert done[key] == (body, got)
+        elif key in running and what == "lapse":
+            lapsed[key], _ = running.pop(key)
+            with _store().transaction() as session:
+                row = session.get_one(Idempotency, (lapsed[key].scope, lapsed[key].key))
+                row.expires_at = moment(session, -dt.timedelta(seconds=1))
         elif key in running:
             claim, asked = running.pop(key)
             result = {"answer": life} if what == "end" else None
