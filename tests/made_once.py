@@ -22,6 +22,8 @@ def pytest_collection_finish() -> None:
         _copy_databases(engine.Store)
     if transports := sys.modules.get("httpx._transports.default"):
         _share_certificates(transports)
+    if "torch" in sys.modules:
+        _describe_the_machine_once()
 
 
 def _copy_databases(store_class: Any) -> None:
@@ -68,3 +70,10 @@ def _share_certificates(transports: Any) -> None:
         return make(verify, cert, trust_env)
 
     transports.create_ssl_context = shared
+
+
+def _describe_the_machine_once() -> None:
+    """lm-evaluation-harness puts into each result what `pip list` says, which it asks twice for a second."""
+    from torch.utils import collect_env
+
+    collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,22 +99,19 @@ def test_a_folder_without_questions_is_no_reason_to_load_a_model(tmp_path: Path)
 
 
 def test_the_numbers_are_those_of_the_harness_alone(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `knowledge`)")
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `knowledge`)")
+    from lm_eval.tasks import TaskManager
+
     from steersman.testing.models import save_model_folder, tiny_llama
 
     model = save_model_folder(tmp_path / "model", tiny_llama())
     write_tasks(folder, TASKS, tmp_path / "tasks")
     found = ask_knowledge(str(model), TASKS, tmp_path / "tasks", batch_size=2)
     assert {task: len(scores) for task, scores in found.items()} == dict.fromkeys(TASKS, 2)
-    command = [
-        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32",
-        "--tasks", ",".join(TASKS), "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--batch_size", "1",
-        "--output_path", str(tmp_path / "alone.json"),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (written,) = tmp_path.rglob("alone*.json")
-    alone = json.loads(written.read_text())["results"]
+    alone = lm_eval.simple_evaluate(
+        model="hf", model_args=f"pretrained={model},dtype=float32", tasks=TASKS, device="cpu", batch_size=1,
+        bootstrap_iters=0, task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+    )["results"]  # fmt: skip
     for task in TASKS:
         assert sum(found[task]) / 2 == pytest.approx(alone[task]["acc,none"], abs=1e-6), task
 
