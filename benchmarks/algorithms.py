@@ -44,7 +44,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from benchmarks.report import heading
+from benchmarks.report import command_line, heading
 
 ONLINE = ("ppo", "nlpo", "rloo", "grpo", "dapo", "gspo", "cispo", "reinforce-plus-plus", "online-dpo")
 OFFLINE = ("offline-sft", "ilql")
@@ -275,7 +275,7 @@ def write_figures(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--seeds", default="17,29,43", help="comma-separated")
     parser.add_argument("--budget", type=int, default=256, help="answers through the policy, a multiple of 32")

@@ -11,7 +11,6 @@ second numbers, too (seven values of ten).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.report import command_line
 from steersman.demo.answers import answer, draw_style
 from steersman.demo.orderbook import ASKED, CUSTOMERS, TOPICS, draw_case
 from steersman.demo.questions import ask
@@ -121,7 +121,7 @@ def make(folder: Path, steps: Sequence[int], device: str = "cpu") -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("folder", type=Path, help="where the model is written")
     parser.add_argument("--steps", type=int, nargs="+", default=[1200, 1200], help="of each cycle; at most two")
     parser.add_argument("--device", default="cpu")

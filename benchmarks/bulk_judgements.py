@@ -11,7 +11,6 @@ build/bench/bulk_judgements.json. Target: each below one second.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import datetime as dt
 import random
@@ -25,7 +24,7 @@ from pathlib import Path
 import httpx
 import sqlalchemy as sa
 
-from benchmarks.report import heading, write
+from benchmarks.report import command_line, heading, write
 from services.gateway.testing import gateway_config, running_gateway
 from steersman.store import Store
 from steersman.store.judging import (
@@ -162,11 +161,10 @@ async def run(judgements: int, url: str, repeat: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "bulk_judgements")
     parser.add_argument("--judgements", type=int, default=1_000_000)
     parser.add_argument("--url", help="database URL; a temporary SQLite file by default")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/bulk_judgements.json"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         url = arguments.url or f"sqlite:///{Path(folder, 'store.db')}"

@@ -15,14 +15,12 @@ Targets: at most 5%, at most 5%, below 2,000 at 5 points and below 500 at 10 poi
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.report import heading, table, write
+from benchmarks.report import command_line, heading, table, write
 from steersman.canary import Arm, advance, findings, tests
 from steersman.config.manifest import Canary
 
@@ -157,11 +155,10 @@ def _finite(value: float) -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Simulated canaries")
+    parser = command_line(__doc__, "canary")
     parser.add_argument("--canaries", type=int, default=2000)
     parser.add_argument("--judgements", type=int, default=10_000, help="at which each ends")
     parser.add_argument("--every", type=int, default=10, help="judgements between two looks")
-    parser.add_argument("--out", type=Path, default=Path("build/bench/canary.json"))
     arguments = parser.parse_args()
     figures = measure(arguments.canaries, arguments.judgements, arguments.every)
     write(figures | heading(1, "numpy"), arguments.out)

@@ -12,7 +12,6 @@ and writes build/bench/chat.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -23,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import common
-from benchmarks.report import heading, table, write
+from benchmarks.report import base_model, command_line, heading, table, write
 from steersman.demo.dataset import Sizes, generate
-from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.rpc.client import open_channel
 from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 
@@ -155,15 +153,10 @@ def _same(found: dict[str, list[Answer]]) -> list[bool]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
-    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
+    parser = command_line(__doc__, "chat", rounds=3, model=True)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=common.CORES)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/chat.json"))
     options = parser.parse_args(argv)
-    report = run(resolve_model(options.model, options.cache_dir), options.precision, options.rounds, options.threads)
+    report = run(base_model(options), options.precision, options.rounds, options.threads)
     turn, speed = report["first_token_of_turn_5"], report["tokens_per_second"]
     rows: list[list[object]] = [["first token of turn 5, s", *turn["seconds"].values(), turn["ratio"]]]  # type: ignore[index]
     rows += [[f"tokens/s, {work}", *by_name.values()] for work, by_name in speed.items()]  # type: ignore[attr-defined]

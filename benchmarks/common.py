@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,11 +21,11 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LogitsProcessor
 
+from benchmarks.processes import peak_mib
 from steersman.errors import UnavailableError
-from steersman.local.process import child_environment
+from steersman.local.process import child_environment, free_ports
 from steersman.rpc.client import open_channel, wait_ready
 
-CORES = len(os.sched_getaffinity(0))
 READY = {
     "policy": "steersman.v1.PolicyService",
     "reward": "steersman.v1.RewardService",
@@ -101,8 +100,7 @@ def service(kind: str, threads: int, *, shared: bool = True, **settings: Any) ->
     Args:
         shared: other processes compute on the same cores at the same time, see `child_environment`.
     """
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        port, weights_port = one.getsockname()[1], other.getsockname()[1]
+    port, weights_port = free_ports(2)
     config: dict[str, Any] = {"port": port, "threads": threads} | settings
     if kind == "policy":
         config["weightsPort"] = weights_port
@@ -134,9 +132,7 @@ def _wait(channel: grpc.Channel, kind: str, process: subprocess.Popen[bytes]) ->
 
 def peak_gib(pid: int | str = "self") -> float:
     """Most memory that the process ever had, in GiB."""
-    with open(f"/proc/{pid}/status") as status:
-        line = next(line for line in status if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
+    return peak_mib(pid) / 1024
 
 
 def reset_peak() -> None:

@@ -8,7 +8,6 @@ VmHWM, children included.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -18,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,8 @@ import httpx
 import psutil
 import yaml
 
+from benchmarks.processes import peak_mib
+from benchmarks.report import command_line, write
 from steersman.config.base import load_model
 from steersman.config.manifest import AlignmentRun
 from steersman.local import folder, process
@@ -37,7 +38,6 @@ from steersman.rpc.token import RUN_TOKEN
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "charts/steersman"
-OUT = ROOT / "build/bench/footprint.json"
 MIB = 2**20
 UNITS = {"Mi": 1, "Gi": 1024, "Ti": 1024 * 1024}
 GENERATION = {"maxNewTokens": 48}
@@ -87,17 +87,15 @@ def _tree_peak(pid: int) -> float:
         parent = psutil.Process(pid)
         for one in [parent, *parent.children(recursive=True)]:
             with contextlib.suppress(OSError):
-                for line in Path(f"/proc/{one.pid}/status").read_text().splitlines():
-                    if line.startswith("VmHWM"):
-                        total += int(line.split()[1]) / 1024
+                total += peak_mib(one.pid)
     return total
 
 
-def chart_memory(profile: str = "values-cpu.yaml") -> dict[str, dict[str, int]]:
-    """Requests and limits of memory by component in a profile of the chart, MiB."""
+def chart_memory() -> dict[str, dict[str, int]]:
+    """Requests and limits of memory by component in the chart's small profile, MiB."""
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     found = {}
-    for name, block in yaml.safe_load((CHART / profile).read_text()).items():
+    for name, block in small_profile().items():
         values[name] = {**values[name], **block} if isinstance(values.get(name), dict) else block
     for name, block in values.items():
         if isinstance(block, dict) and "resources" in block:
@@ -110,8 +108,8 @@ def mib(quantity: str) -> int:
     return int(float(quantity[:-2]) * UNITS[quantity[-2:]])
 
 
-def chart_settings() -> Mapping[str, Any]:
-    return yaml.safe_load((CHART / "values-cpu.yaml").read_text())
+def small_profile() -> dict[str, Any]:
+    return dict(yaml.safe_load((CHART / "values-cpu.yaml").read_text()))
 
 
 def measure(work: Path) -> dict[str, float]:
@@ -147,7 +145,7 @@ def measure(work: Path) -> dict[str, float]:
 
 def _as_in_the_chart(service: Service) -> Service:
     """A service of the run with the settings of the chart's small profile."""
-    chart = chart_settings()[service.name.rpartition("-")[0]]["config"]
+    chart = small_profile()[service.name.rpartition("-")[0]]["config"]
     kept = {key: value for key, value in chart.items() if key in ("kvCacheTokens", "threads", "engine")}
     return replace(service, config={**service.config, **kept})
 
@@ -200,12 +198,6 @@ def _load_the_controller(peaks: Peaks, environment: Mapping[str, str]) -> None:
         raise SystemExit("the controller's modules cannot be imported")
 
 
-@contextlib.contextmanager
-def _folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="footprint-") as path:
-        yield Path(path)
-
-
 def report(peaks: Mapping[str, float]) -> dict[str, Any]:
     """What is written: each process beside what the chart gives its component."""
     chart = chart_memory()
@@ -228,13 +220,10 @@ def report(peaks: Mapping[str, float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    arguments = parser.parse_args()
-    with _folder() as work:
-        found = report(measure(work))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+    arguments = command_line(__doc__, "footprint").parse_args()
+    with tempfile.TemporaryDirectory(prefix="footprint-") as work:
+        found = report(measure(Path(work)))
+    write(found, arguments.out)
     for name, row in found["processes"].items():
         fits = "" if row["fits"] else "TOO SMALL"
         print(f"{name:24} peak {row['peak_mib']:6} MiB  limit {row['limit_mib']:6} MiB  {fits}")

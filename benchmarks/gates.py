@@ -14,14 +14,12 @@ is while the reward rises, stated as 5%; `alarm_found`: of trainings in which it
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import hacks
-from benchmarks.report import heading, table, write
+from benchmarks.report import command_line, heading, table, write
 from steersman.config.manifest import EvaluateStage
 from steersman.errors import FailedPreconditionError
 from steersman.report.overoptimisation import Look, find_alarm
@@ -111,11 +109,10 @@ def alarms(trainings: int, fall: float, *, prompts: int = 32, looks: int = 7, se
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "gates")
     parser.add_argument("--simulations", type=int, default=1000)
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/gates.json"))
     arguments = parser.parse_args()
     cases = [simulate(arguments.simulations, arguments.prompts, samples) | {"samples": samples}
              for samples in sorted({1, arguments.samples})]  # fmt: skip

@@ -21,9 +21,7 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,11 +37,12 @@ import numpy as np
 import psutil
 import uvloop
 
-from benchmarks.report import heading, write
+from benchmarks.processes import running, until_ready
+from benchmarks.report import command_line, heading, write
+from steersman.local.process import free_ports
 from steersman.testing.fake_policy import FakePolicy, serve_policy
 from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 
-ROOT = Path(__file__).resolve().parent.parent
 _PART_SECONDS = 900
 """A part that takes longer has met a machine that is too busy to measure anything."""
 WORDS = 48
@@ -61,11 +60,6 @@ async def run_engine(port: int, seconds_per_token: float) -> None:
         await asyncio.Event().wait()
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 @dataclass
 class Stack:
     """A running engine and gateway."""
@@ -78,10 +72,11 @@ class Stack:
 @contextlib.contextmanager
 def stack(seconds_per_token: float, *, one_core: bool = False, **limits: Any) -> Iterator[Stack]:
     """Starts both; with `one_core` the gateway may use only the first core, and the others only the rest."""
-    engine_port, port = _free_port(), _free_port()
+    engine_port, port = free_ports(2)
     cores = sorted(os.sched_getaffinity(0))
     first, rest = ({cores[0]}, set(cores[1:]) or {cores[0]}) if one_core else (set(cores), set(cores))
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as started:
+        folder = started.enter_context(tempfile.TemporaryDirectory())
         settings = {
             "port": port,
             "grpcPort": 0,
@@ -91,52 +86,24 @@ def stack(seconds_per_token: float, *, one_core: bool = False, **limits: Any) ->
         }
         config = Path(folder) / "gateway.yaml"
         config.write_text(json.dumps(settings))
-        engine_command = [
-            sys.executable,
-            "-m",
-            "benchmarks.gateway",
-            "--engine",
-            str(engine_port),
-            "--pace",
-            str(seconds_per_token),
-        ]
-        log = (Path(folder) / "gateway.log").open("w")
-        processes = [
-            subprocess.Popen(engine_command, cwd=ROOT),
-            subprocess.Popen([sys.executable, "-m", "services.gateway", "--config", config], cwd=ROOT, stderr=log),
-        ]
-        before = os.sched_getaffinity(0)
-        try:
-            os.sched_setaffinity(processes[0].pid, rest)
-            os.sched_setaffinity(processes[1].pid, first)
-            os.sched_setaffinity(0, rest)
-            _wait_ready(port, processes)
-            yield Stack(f"127.0.0.1:{engine_port}", port, psutil.Process(processes[1].pid))
-        finally:
-            os.sched_setaffinity(0, before)
-            for process in reversed(processes):
-                process.terminate()
-                try:
-                    process.wait(60)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-            log.close()
-
-
-def _wait_ready(port: int, processes: list[subprocess.Popen[Any]]) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if any(process.poll() is not None for process in processes):
-            raise RuntimeError("a process of the benchmark ended at once")
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1)
-            return
-        time.sleep(0.1)
-    raise RuntimeError("the gateway is not ready after 300 s")
+        paced = ("--engine", str(engine_port), "--pace", str(seconds_per_token))
+        engine = started.enter_context(running("benchmarks.gateway", *paced))
+        gateway = started.enter_context(running("services.gateway", "--config", str(config)))
+        started.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+        os.sched_setaffinity(engine.pid, rest)
+        os.sched_setaffinity(gateway.pid, first)
+        os.sched_setaffinity(0, rest)
+        until_ready(port, engine, gateway)
+        yield Stack(f"127.0.0.1:{engine_port}", port, psutil.Process(gateway.pid))
 
 
 # --- clients ----------------------------------------------------------------------------------------------------
+
+
+def post_of(body: bytes) -> bytes:
+    """A question to the gateway as it goes over the wire."""
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n"
+    return head.encode() + b"content-type: application/json\r\n\r\n" + body
 
 
 class Http:
@@ -152,8 +119,7 @@ class Http:
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
         assert self._reader is not None
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n"
-        self._writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+        self._writer.write(post_of(body))
         lines = (await self._reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
         length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
         status = int(lines[0].split()[1])
@@ -221,10 +187,10 @@ async def measure_streams(pace: float, streams: int, each: int, rounds: int) -> 
     direct_rates, gateway_rates = [], []
     direct_firsts: list[float] = []
     gateway_firsts: list[float] = []
-    with stack(pace) as running:
-        channel = grpc.aio.insecure_channel(running.engine)
+    with stack(pace) as live:
+        channel = grpc.aio.insecure_channel(live.engine)
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
-        connections = [Http(running.port) for _ in range(streams)]
+        connections = [Http(live.port) for _ in range(streams)]
         await _round(streams, 1, lambda index: stream_gateway(connections[index]))
         for _ in range(rounds):
             rate, firsts = await _round(streams, each, lambda index: stream_direct(stub))
@@ -251,12 +217,12 @@ async def measure_streams(pace: float, streams: int, each: int, rounds: int) -> 
 async def measure_requests(seconds: float, clients: int) -> dict[str, float]:
     """Requests a second of a gateway that may use one core; the engine answers at once."""
     body = json.dumps({**BODY, "messages": [{"role": "user", "content": "hi"}]}).encode()
-    with stack(0, one_core=True) as running:
+    with stack(0, one_core=True) as live:
         end, done = 0.0, 0
 
         async def client() -> None:
             nonlocal done
-            http = Http(running.port)
+            http = Http(live.port)
             while time.perf_counter() < end:
                 status, chunks = await http.post(body)
                 assert status == 200, status
@@ -268,30 +234,29 @@ async def measure_requests(seconds: float, clients: int) -> dict[str, float]:
         # The first warms up.
         for measured in (2.0, seconds):
             done, end, start = 0, time.perf_counter() + measured, time.perf_counter()
-            used = sum(running.gateway.cpu_times()[:2])
+            used = sum(live.gateway.cpu_times()[:2])
             await asyncio.gather(*(client() for _ in range(clients)))
-            wall, used = time.perf_counter() - start, sum(running.gateway.cpu_times()[:2]) - used
+            wall, used = time.perf_counter() - start, sum(live.gateway.cpu_times()[:2]) - used
     return {"fake_engine_rps": done / wall, "gateway_cpu_ms_per_request": 1000 * used / done}
 
 
 async def measure_idle(streams: int) -> dict[str, float]:
     """Memory of the gateway with this many open streams that wait for their next token."""
-    with stack(3600) as running:
-        before = running.gateway.memory_info().rss
+    with stack(3600) as live:
+        before = live.gateway.memory_info().rss
         body = json.dumps({**BODY, "stream": True}).encode()
         writers = []
         for _ in range(streams):
-            _, writer = await asyncio.open_connection("127.0.0.1", running.port)
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n"
-            writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+            _, writer = await asyncio.open_connection("127.0.0.1", live.port)
+            writer.write(post_of(body))
             writers.append(writer)
         deadline = time.monotonic() + 120
-        while _running_answers(running.port) < streams and time.monotonic() < deadline:  # noqa: ASYNC110
+        while running_answers(live.port) < streams and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.5)
-        held, memory = _running_answers(running.port), running.gateway.memory_info().rss
+        held, memory = running_answers(live.port), live.gateway.memory_info().rss
         for writer in writers:
             writer.close()
-        while _running_answers(running.port) and time.monotonic() < deadline:  # noqa: ASYNC110
+        while running_answers(live.port) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.5)
     return {
         "idle_streams": held,
@@ -300,8 +265,8 @@ async def measure_idle(streams: int) -> dict[str, float]:
     }
 
 
-def _running_answers(port: int) -> int:
-    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read().decode()
+def running_answers(port: int) -> int:
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
     line = next(line for line in text.splitlines() if line.startswith("steersman_gateway_running_answers "))
     return int(float(line.split()[1]))
 
@@ -317,8 +282,8 @@ async def once(http: Http) -> tuple[int, float]:
 
 async def measure_overload(seconds: float, times: float = 10, places: int = 8, pace: float = 0.05) -> dict[str, float]:
     """`times` the capacity: latency of the served, share refused, memory, and the time to recover."""
-    with stack(pace, concurrentAnswers=places, queuedAnswers=places // 4) as running:
-        calm = Http(running.port)
+    with stack(pace, concurrentAnswers=places, queuedAnswers=places // 4) as live:
+        calm = Http(live.port)
         unloaded = statistics.median([(await once(calm))[1] for _ in range(20)])
         rate = times * places / unloaded
         served: list[float] = []
@@ -326,7 +291,7 @@ async def measure_overload(seconds: float, times: float = 10, places: int = 8, p
 
         async def offer() -> None:
             nonlocal refused
-            http = Http(running.port)
+            http = Http(live.port)
             status, taken = await once(http)
             http.close()
             if status == 200:
@@ -346,9 +311,9 @@ async def measure_overload(seconds: float, times: float = 10, places: int = 8, p
                 task.add_done_callback(tasks.discard)
                 sent += 1
             if not memory and now > seconds / 4:
-                memory = running.gateway.memory_info().rss
+                memory = live.gateway.memory_info().rss
             await asyncio.sleep(0.005)
-        grown = running.gateway.memory_info().rss - memory
+        grown = live.gateway.memory_info().rss - memory
         await asyncio.gather(*tasks)
         recovery = time.perf_counter()
         while (await once(calm))[1] > 2 * unloaded and time.perf_counter() - recovery < 30:
@@ -382,10 +347,9 @@ def parts(quick: bool) -> dict[str, Part]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "gateway")
     parser.add_argument("--quick", action="store_true", help="shorter, for a first look")
     parser.add_argument("--only", nargs="+", choices=list(parts(True)), default=list(parts(True)), help="some parts")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench" / "gateway.json")
     parser.add_argument("--engine", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pace", type=float, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -10,7 +10,6 @@ answer wins'. A run that was stopped goes on where it was. Prints a table; write
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -22,7 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import heading, write
+from benchmarks.report import command_line, heading, write
 from steersman.home import cache_folder
 from steersman.nn.load import load_tokenizer
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
@@ -139,7 +138,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("source", type=Path, help="folder with train.jsonl.gz and test.jsonl.gz")
     parser.add_argument("--steps", type=int, default=30, help="PPO steps")
     parser.add_argument("--pairs", type=int, default=480, help="most pairs that the reward model trains on")

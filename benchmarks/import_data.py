@@ -10,7 +10,6 @@ each, below 500 MiB for a million rows and below 1 GiB for ten million.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import orjson
 
-from benchmarks.report import heading, write
+from benchmarks.report import command_line, heading, write
 
 TEXT = (
     "the order of what can you help with delivery late refund please account a to and is it my we will send again "
@@ -73,10 +72,9 @@ def run_pinned(*command: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "import_data")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--near-duplicates", type=float, help="leave near copies out, too: their least similarity")
-    parser.add_argument("--out", type=Path, default=Path("build/bench/import_data.json"))
     parser.add_argument("--workdir", type=Path, help="where the files go; a temporary folder by default")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.workdir) as folder:

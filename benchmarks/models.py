@@ -10,7 +10,6 @@ Writes build/bench/models.json. The path `vllm` is measured by benchmarks/models
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
@@ -39,7 +38,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from benchmarks.report import heading, table
+from benchmarks.report import command_line, heading, table
 from services.policy.engines.choice import difference_of, engine_verdict
 from services.policy.engines.transformers_engine import with_decoder
 from steersman.config.manifest import Lora
@@ -420,7 +419,7 @@ def _with_vllm(rows: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--only", nargs="*", help="architectures by their model_type; default: all")
     parser.add_argument("--docs", type=Path, help="write the page of the matrix there")
     parser.add_argument("--workers", type=int, default=2)

@@ -11,7 +11,6 @@ Writes build/bench/models_vllm.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -34,7 +33,7 @@ import vllm.v1.worker.cpu_worker  # noqa: F401  imported before anything is fork
 from vllm.utils import system_utils
 
 from benchmarks.models import INDEPENDENT_SEED, VLLM_REPORT, config_of, decoders, of_vllm, write_page
-from benchmarks.report import heading
+from benchmarks.report import command_line, heading
 from services.policy.engine import Engine
 from services.policy.engines.vllm_choice import after_new_weights, random_model, vllm_verdict
 from services.policy.engines.vllm_engine import VllmEngine
@@ -124,7 +123,7 @@ def _fork_instead_of_spawn() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--only", nargs="*", help="architectures as benchmarks/models.py calls them; default: all")
     parser.add_argument("--again", action="store_true", help="also those that were measured before")
     parser.add_argument("--seconds", type=int, default=300, help="of one architecture")

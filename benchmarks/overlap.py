@@ -11,7 +11,6 @@ build/bench/overlap.json.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import multiprocessing
 import os
@@ -29,10 +28,9 @@ import psutil
 import torch
 
 from benchmarks import common
-from benchmarks.report import heading, table, write
+from benchmarks.report import base_model, command_line, heading, table, write
 from benchmarks.services import null_services
 from steersman.config.manifest import Generation, RlStage
-from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.testing.fake_engine import FakeEngine
 from training.online import loop
 from training.online.checkpoint import Checkpoints
@@ -154,14 +152,11 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
-    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
+    parser = command_line(__doc__, "overlap", model=True)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/overlap.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
+    folder = base_model(arguments)
     with mock.patch.object(loop, "check_same_model"):  # the simulated engine has no model
         alone = train(folder, simulated(0.0), 0, 5)
         seconds_per_token = alone["update_and_publish"] / NEW

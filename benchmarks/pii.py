@@ -10,12 +10,11 @@ All numbers are invented, or from the ranges that the countries keep free for fi
 
 from __future__ import annotations
 
-import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import write
+from benchmarks.report import command_line, write
 from steersman.data.pii import Scrubber
 
 ROWS = Path(__file__).with_name("pii_rows.txt")
@@ -73,9 +72,8 @@ def measure(rows: list[Labelled], scrubber: Scrubber) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "pii")
     parser.add_argument("--rows", type=Path, default=ROWS, help="labelled rows of your own")
-    parser.add_argument("--out", type=Path, default=Path("build/bench/pii.json"))
     arguments = parser.parse_args()
     figures = measure(read_rows(arguments.rows), Scrubber())
     write(figures, arguments.out)

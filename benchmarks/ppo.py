@@ -11,7 +11,6 @@ the keys. Prints a table and writes build/bench/ppo.json.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.report import heading, write
+from benchmarks.report import base_model, command_line, heading, write
 from benchmarks.rl import ALPHA, KL, RANK, Timer, Work, compare, show, trl_options, turns
 
 PEER = "trl==1.9.0"
@@ -91,20 +90,13 @@ def main() -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
-    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
+    parser = command_line(__doc__, "ppo", rounds=5, model=True)
     parser.add_argument("--prompts", type=int, default=12, help="prompts an update, one answer each")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=common.CORES)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/ppo.json"))
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     install_peer()
-    folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
+    folder = base_model(arguments)
     limits = common.ceilings()
     with tempfile.TemporaryDirectory() as reward_model:
         torch.manual_seed(0)

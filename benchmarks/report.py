@@ -1,15 +1,51 @@
-"""The report of a benchmark: where and with what it was measured, its file, its table."""
+"""A benchmark's command line, and its report: where and with what it was measured, its file, its table."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
+
+
+def command_line(
+    description: str | None, report: str = "", *, rounds: int = 0, model: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with the options that benchmarks share.
+
+    Args:
+        description: the module's docstring, for --help.
+        report: name of the file below build/bench; none: no --out.
+        rounds: default of --rounds, beside which there is --threads; 0: neither.
+        model: whether there is a --model, see `base_model`.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if model:
+        from steersman.nn.prepare import EMBEDDED_MODEL
+
+        parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
+        parser.add_argument(
+            "--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes"
+        )
+    if rounds:
+        parser.add_argument("--rounds", type=int, default=rounds)
+        parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    if report:
+        parser.add_argument("--out", type=Path, default=Path(f"build/bench/{report}.json"))
+    return parser
+
+
+def base_model(arguments: argparse.Namespace) -> Path:
+    """Folder of the model that --model names."""
+    from steersman.nn.prepare import resolve_model
+
+    return resolve_model(arguments.model, arguments.cache_dir, note=print)
 
 
 def heading(threads: int, *packages: str) -> dict[str, object]:

@@ -16,7 +16,6 @@ long. Prints tables and writes build/bench/rl.json.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import multiprocessing
 import os
@@ -34,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
-from benchmarks.report import heading, table, write
+from benchmarks.report import base_model, command_line, heading, table, write
 from steersman.local.child import die_with_parent
 
 SAMPLES, RATE, KL, RANK, ALPHA = 4, 1e-5, 0.05, 16, 32.0
@@ -413,20 +412,14 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
-    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
+    parser = command_line(__doc__, "rl", rounds=5, model=True)
     parser.add_argument("--works", nargs="+", default=["equal", "natural"], choices=["equal", "natural"])
     parser.add_argument("--prompts", type=int, default=3, help=f"prompts an update, {SAMPLES} answers each")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer, or of the longest natural one x 0.5")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=common.CORES)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/rl.json"))
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
+    folder = base_model(arguments)
     limits = common.ceilings()
     count = arguments.prompts * SAMPLES
     lengths = {"equal": [arguments.new] * count, "natural": common.natural_lengths(count, 2 * arguments.new)}

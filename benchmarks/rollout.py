@@ -10,7 +10,6 @@ The peer is transformers' `generate` in bfloat16 on static batches. Prints a tab
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import json
@@ -25,8 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from benchmarks import common
-from benchmarks.report import heading, write
-from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
+from benchmarks.report import base_model, command_line, heading, write
 from steersman.rpc.client import open_channel
 from steersman.rpc.wire import pack_rows, unpack_rows
 from steersman.v1 import common_pb2, policy_pb2, policy_pb2_grpc
@@ -194,15 +192,10 @@ def print_table(report: dict[str, object]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
-    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
+    parser = command_line(__doc__, "rollout", rounds=3, model=True)
     parser.add_argument("--precision", nargs="+", default=["auto"], choices=["auto", "fp32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=common.CORES)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/rollout.json"))
     arguments = parser.parse_args()
-    folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
+    folder = base_model(arguments)
     report = run(folder, arguments.precision, arguments.rounds, arguments.threads)
     print_table(report)
     write(report, arguments.out)

@@ -12,7 +12,6 @@ trainer's forward and backward pass). Prints tables and writes build/bench/servi
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import functools
@@ -31,11 +30,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks import common
-from benchmarks.report import heading, table, write
+from benchmarks.report import base_model, command_line, heading, table, write
 from steersman.config.manifest import Lora
 from steersman.nn.load import load_tokenizer
 from steersman.nn.packed import pack
-from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.nn.reward import RewardSettings
 from steersman.nn.tokens import tokenizer_fingerprint
 from steersman.rpc.server import Server, ServerConfig
@@ -329,15 +327,9 @@ def _started(folder: Path, scorer: dict[str, Any], fingerprint: str, threads: Se
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
-    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=common.CORES)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/services.json"))
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "services", rounds=5, model=True).parse_args()
     torch.set_num_threads(arguments.threads)
-    folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
+    folder = base_model(arguments)
     limits = common.ceilings()
     with tempfile.TemporaryDirectory() as scratch:
         reward = make_reward_model(folder, Path(scratch) / "reward")

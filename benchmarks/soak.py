@@ -14,18 +14,14 @@ The last line is one JSON object, which is also written to build/bench/soak.json
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +31,10 @@ import psutil
 import yaml
 from scipy import stats
 
-from benchmarks.report import heading, write
+from benchmarks.processes import running, until_ready
+from benchmarks.report import command_line, heading, write
+from steersman.local.process import Child, free_ports
 
-ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 0.25
 """Share of the time before anything is measured."""
 SPANS = 20
@@ -136,7 +133,6 @@ def _slower(name: str, times: dict[str, float]) -> list[str]:
 
 def soak_gateway(seconds: float) -> dict[str, Any]:
     from benchmarks import common
-    from steersman.local.process import free_ports
     from steersman.testing.models import save_model_folder, tiny_qwen2
 
     with contextlib.ExitStack() as stack:
@@ -151,13 +147,12 @@ def soak_gateway(seconds: float) -> dict[str, Any]:
             "policy": {"endpoints": [engine.target]},
         }
         (folder / "gateway.yaml").write_text(yaml.safe_dump(settings))
-        gateway = stack.enter_context(_child("services.gateway", "--config", str(folder / "gateway.yaml")))
+        gateway = stack.enter_context(running("services.gateway", "--config", str(folder / "gateway.yaml")))
         processes = {"gateway": psutil.Process(gateway.pid), "policy": psutil.Process(engine.pid)}
         stop = threading.Event()
         swaps: list[float] = []
         swapping = threading.Thread(target=_swap, args=(base, engine, swaps, stop), daemon=True)
-        times, errors = [], []
-        _until_ready(f"http://127.0.0.1:{port}", gateway)  # what its start takes is no growth
+        until_ready(port, gateway)  # what its start takes is no growth
         with Watch(processes, max(0.5, seconds / 1000)) as watch:
             swapping.start()
             times, errors = asyncio.run(_customers(f"http://127.0.0.1:{port}", seconds))
@@ -172,33 +167,6 @@ def soak_gateway(seconds: float) -> dict[str, Any]:
         "seconds": seconds, "answers": len(times), "errors": len(errors), "swaps": len(swaps), "latency": answered,
         "processes": report, "bad": [f"gateway: {words}" for words in bad],
     }  # fmt: skip
-
-
-@contextlib.contextmanager
-def _child(module: str, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "steersman.local.child", str(os.getpid()), module, *arguments]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _until_ready(url: str, gateway: subprocess.Popen[bytes], patience: float = 300.0) -> None:
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and gateway.poll() is None:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
-                return
-        time.sleep(0.2)
-    raise SystemExit(f"soak: the gateway is not ready within {patience:.0f} s")
 
 
 def _swap(base: Path, engine: Any, swaps: list[float], stop: threading.Event) -> None:
@@ -261,7 +229,7 @@ def soak_training(seconds: float) -> dict[str, Any]:
         base = save_model_folder(folder / "base", tiny_qwen2())
         (folder / "run.yaml").write_text(yaml.safe_dump(_manifest(base)))
         arguments = ("run", "-f", str(folder / "run.yaml"), "--run-dir", str(folder / "run"))
-        run = stack.enter_context(_child("steersman", *arguments, STEERSMAN_PROGRESS="json", HF_HUB_OFFLINE="1"))
+        run = stack.enter_context(running("steersman", *arguments, STEERSMAN_PROGRESS="json", HF_HUB_OFFLINE="1"))
         processes = {"executor": psutil.Process(run.pid), **_members(run)}
         metrics = folder / "run" / "rl" / "metrics.jsonl"
         with Watch(processes, max(0.5, seconds / 1000)) as watch:
@@ -296,12 +264,12 @@ def _manifest(base: Path) -> dict[str, Any]:
     }
 
 
-def _members(run: subprocess.Popen[bytes], patience: float = 3600.0) -> dict[str, psutil.Process]:
+def _members(run: Child) -> dict[str, psutil.Process]:
     """The processes of the RL stage, once its trainer and its policy service are there."""
     names = ("training.stage", "services.policy", "services.reward")
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + 3600
     while time.monotonic() < deadline:
-        found = {}
+        found: dict[str, psutil.Process] = {}
         for child in psutil.Process(run.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 words = child.cmdline()
@@ -312,17 +280,16 @@ def _members(run: subprocess.Popen[bytes], patience: float = 3600.0) -> dict[str
         if run.poll() is not None:
             raise SystemExit(f"soak: the run ended with {run.returncode} before its reinforcement learning began")
         time.sleep(0.2)
-    raise SystemExit(f"soak: the run has not come to its reinforcement learning within {patience:.0f} s")
+    raise SystemExit("soak: the run has not come to its reinforcement learning within an hour")
 
 
 PARTS = {"gateway": soak_gateway, "training": soak_training}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "soak")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=3600.0, help="of each part")
-    parser.add_argument("--out", type=Path, default=Path("build/bench/soak.json"))
     options = parser.parse_args()
     report: dict[str, Any] = {part: PARTS[part](options.seconds) for part in options.part}
     report["bad"] = [words for part in options.part for words in report[part].pop("bad")]

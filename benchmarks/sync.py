@@ -10,7 +10,6 @@ build/bench/sync.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import time
@@ -21,12 +20,11 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from benchmarks.report import heading, table, write
+from benchmarks.report import base_model, command_line, heading, table, write
 from steersman.config.manifest import Lora
 from steersman.local.memory import memory_folder
 from steersman.nn.load import load_tokenizer
 from steersman.nn.packed import pack
-from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.nn.tokens import tokenizer_fingerprint
 from steersman.v1 import common_pb2
 from training.online.clients import PolicyReplica
@@ -143,19 +141,14 @@ def _publish(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
-    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
+    parser = command_line(__doc__, "sync", rounds=5, model=True)
     parser.add_argument("--kinds", nargs="+", default=["lora", "full"], choices=list(TARGETS))
     parser.add_argument("--replicas", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--through", nargs="+", default=["folder", "grpc"], choices=["folder", "grpc"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the policy service")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=common.CORES)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/sync.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
+    folder = base_model(arguments)
     limits = common.ceilings()
     results = [
         one

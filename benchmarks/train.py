@@ -32,11 +32,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import common, train_stages
-from benchmarks.report import heading, table, write
+from benchmarks.report import base_model, command_line, heading, table, write
 from steersman.config.algorithms import Critic
 from steersman.config.manifest import Lora
 from steersman.nn.packed import pack
-from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from training.mathematics import losses
 from training.online.policy_model import PolicyModel
 
@@ -225,15 +224,10 @@ def scaling(folder: Path, rounds: int, threads: int, scratch: Path) -> list[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
-    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
+    parser = command_line(__doc__, "train", rounds=3, model=True)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=common.CORES)
     parser.add_argument("--no-scaling", action="store_true")
     parser.add_argument("--no-stages", action="store_true", help="leave out SFT, reward model, DPO and KTO")
-    parser.add_argument("--out", type=Path, default=Path("build/bench/train.json"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -242,7 +236,7 @@ def main() -> None:
         print(json.dumps(asdict(found)))
         return
     torch.set_num_threads(arguments.threads)
-    folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
+    folder = base_model(arguments)
     limits = common.ceilings()
     results = {name: measure(name, folder, Work(), arguments.rounds, arguments.threads) for name in arguments.variants}
     cases: list[dict[str, object]] = []

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from benchmarks.report import table
+from benchmarks.report import base_model, command_line, table
 
 STAGES = ("sft", "reward model", "dpo", "kto")
 PROMPTS, PROMPT_TOKENS, LONGEST = 12, 60, 96
@@ -184,20 +184,15 @@ def show(found: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="folder, hub id, or the embedded model")
-    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=common.CORES)
+    parser = command_line(__doc__, rounds=3, model=True)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         request = json.loads(arguments.child)
         print(json.dumps(run(request["stage"], Path(request["folder"]), request["packed"], request["rounds"])))
         return
-    from steersman.nn.prepare import resolve_model
 
-    show(measure(resolve_model(arguments.model, arguments.cache_dir, note=print), arguments.rounds, arguments.threads))
+    show(measure(base_model(arguments), arguments.rounds, arguments.threads))
 
 
 if __name__ == "__main__":

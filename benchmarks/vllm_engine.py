@@ -10,7 +10,6 @@ target is a ratio of at least 0.95 for 64 requests.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from pathlib import Path
@@ -19,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
-from benchmarks.report import heading, write
+from benchmarks.report import base_model, command_line, heading, write
 from benchmarks.rollout import Workload, rollout, workloads
-from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 from steersman.rpc.client import open_channel
 from steersman.v1 import policy_pb2_grpc
 
@@ -97,18 +95,13 @@ def run(folder: Path, rounds: int, threads: int, eager: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder, hub id, or the embedded model")
-    parser.add_argument("--cache-dir", type=Path, default=Path("build/models"), help="where the embedded model goes")
+    parser = command_line(__doc__, "vllm_engine", rounds=3, model=True)
     parser.add_argument("--compiled", action="store_true", help="let vLLM compile the model (a minute more to start)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=common.CORES)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/vllm_engine.json"))
     arguments = parser.parse_args()
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: arguments.threads]))
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     os.environ |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}  # the one that waits must not spin
-    folder = resolve_model(arguments.model, arguments.cache_dir, note=print)
+    folder = base_model(arguments)
     report = run(folder, arguments.rounds, arguments.threads, eager=not arguments.compiled)
     print(f"\n{'tokens/s':12}{'offline':>10}{'service':>10}{'ratio':>8}")
     for name, rates in report["tokens_per_second"].items():

@@ -10,7 +10,6 @@ which packages. A call is refused by name where the client is told, in a sentenc
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clients.guided import TEMPLATE, GuidedEngine
+from benchmarks.report import command_line, write
 from services.embedding.config import EmbeddingOptions
 from services.embedding.servicer import EmbeddingServicer
 from services.gateway.auth.keys import create_key
@@ -40,7 +40,6 @@ from steersman.v1.policy_pb2_grpc import add_PolicyServiceServicer_to_server
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = Path("build/clients")
-OUT = Path("build/bench/clients.json")
 _CONTEXT = 2048
 MODEL, EMBEDDING = "steersman", "vectors"
 PYTHON = {
@@ -196,10 +195,9 @@ async def measure(model: Path, only: list[str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "clients")
     parser.add_argument("--model", help="folder, or the embedded default's name; without it a tiny random model")
     parser.add_argument("--only", nargs="*", default=[], help="these clients")
-    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.model:
@@ -209,8 +207,7 @@ def main() -> int:
             tiny.config.max_position_embeddings = _CONTEXT
             model = save_model_folder(Path(scratch), tiny)
         report = asyncio.run(measure(model, arguments.only))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    write(report, arguments.out)
     print(json.dumps({name: len(report[name]) for name in ("works", "refused_by_name", "broken")}))
     return 1 if report["broken"] else 0
 

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.report import heading, table, write
+from benchmarks.report import command_line, heading, table, write
 
 LIMIT_SECONDS = 540.0
 QUICK_SECONDS = 600.0
@@ -52,13 +52,12 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "gpu_check")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--bundle", type=Path, default=Path("build/gpu"), help="what benchmarks.gpu.bundle packed")
     parser.add_argument("--seconds", type=float, default=LIMIT_SECONDS, help="limit of everything")
-    parser.add_argument("--out", type=Path, default=Path("build/bench/gpu_check.json"))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

@@ -9,13 +9,13 @@ check are random.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.report import command_line
 from steersman.nn.prepare import EMBEDDED_MODEL, resolve_model
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def copy_tokenizer(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     folder: Path = parser.parse_args().out
     size = fetch_wheels(folder / "wheels")
