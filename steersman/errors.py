@@ -273,6 +273,11 @@ def all_error_types() -> list[type[SteersmanError]]:
     return found
 
 
+def why(error: BaseException) -> str:
+    """The words of another's error for a sentence of ours: what a system call refused comes without its number."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def meant(given: str, known: Iterable[str]) -> str:
     """The end of a sentence about a name that is not known: `; did you mean 'grpo'?`, empty where none is near."""
     near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)

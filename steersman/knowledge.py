@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from steersman.data.sources import read_records
-from steersman.errors import ConfigError, DataError
+from steersman.errors import ConfigError, DataError, why
 
 FOLDER_VARIABLE = "STEERSMAN_KNOWLEDGE"
 """Environment variable with the folder of the files."""
@@ -217,7 +217,7 @@ def _jsonl(path: Path, rows_of: Callable[[Path], Iterator[dict[str, Any]]], sour
     try:
         text = "".join(json.dumps(row) + "\n" for row in rows_of(source))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{source}: cannot be read ({error}); take the authors' file, which is UTF-8") from None
+        raise DataError(f"{source}: cannot be read ({why(error)}); take the authors' file, which is UTF-8") from None
     if not text:
         raise DataError(f"{source}: no questions; take the authors' file")
     path.write_text(text, encoding="utf-8")

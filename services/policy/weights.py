@@ -30,6 +30,7 @@ from steersman.errors import (
     NotFoundError,
     PermissionDeniedError,
     StorageError,
+    why,
 )
 from steersman.net import fetched
 from steersman.nn.device_memory import SUFFIX, opened_tensors
@@ -213,7 +214,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
                 size, digest = len(data), digest_of(data)
         except (OSError, ValueError) as error:
             raise FailedPreconditionError(
-                f"{manifest.artifact_url} cannot be read ({error}); do trainer and replica see the same folder?"
+                f"{manifest.artifact_url} cannot be read ({why(error)}); do trainer and replica see the same folder?"
             ) from None
         _check_whole(manifest, size, digest)
         return self._load(transaction, _tensors_in(path))

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from isal import isal_zlib
 
-from steersman.errors import ConfigError, DataError, NotFoundError, SteersmanError, UnavailableError
+from steersman.errors import ConfigError, DataError, NotFoundError, SteersmanError, UnavailableError, why
 
 STDIN = "-"
 #: Endings of packed files, to be taken off before the ending that tells the format.
@@ -150,7 +150,7 @@ def _open(target: str, stack: ExitStack) -> io.BufferedReader:
     except IsADirectoryError:
         raise DataError(f"{target}: is a folder; name a file in it") from None
     except OSError as error:
-        raise DataError(f"{target}: cannot be read ({error.strerror or error}); check its permissions") from None
+        raise DataError(f"{target}: cannot be read ({why(error)}); check its permissions") from None
 
 
 def _remote(url: str, stack: ExitStack) -> Iterator[bytes]:

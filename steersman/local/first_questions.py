@@ -10,7 +10,7 @@ from pathlib import Path
 
 from steersman.config.manifest import AlignmentRun
 from steersman.demo.shop import FirstQuestion, open_shop
-from steersman.errors import UnavailableError
+from steersman.errors import UnavailableError, why
 from steersman.local.serve import find_model, serving
 from steersman.progress import ConsoleReporter
 
@@ -69,4 +69,4 @@ def _ask(url: str, model: str, question: FirstQuestion) -> str:
         with urllib.request.urlopen(request, timeout=300) as response:
             return str(json.load(response)["choices"][0]["message"]["content"] or "")
     except OSError as error:
-        raise UnavailableError(f"the gateway does not answer a first question ({error}); its log says why") from None
+        raise UnavailableError(f"no answer to a first question ({why(error)}); the gateway's log says why") from None

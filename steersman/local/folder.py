@@ -12,7 +12,7 @@ from steersman.artifacts import storage_errors, verify
 from steersman.config.base import dump_yaml
 from steersman.config.manifest import AlignmentRun, load_manifest
 from steersman.config.stages import read_complete, stage_digest
-from steersman.errors import ConflictError, SteersmanError
+from steersman.errors import ConfigError, ConflictError, SteersmanError
 from steersman.rewards import split_reference
 
 _DECIDES_ALL = ("seed", "model", "data")
@@ -105,11 +105,12 @@ class Conflict:
 
     stage: str
     reason: str
+    """What is to be said of the stage's folder."""
 
     def error(self, run_dir: Path) -> ConflictError:
         return ConflictError(
-            f"{run_dir / self.stage} was made with other content ({self.reason}); give the run another metadata.name "
-            "or --run-dir, or pass --force-restart to do that stage and the ones after it again"
+            f"{run_dir / self.stage} {self.reason}; give the run another metadata.name or --run-dir, "
+            "or pass --force-restart to do that stage and the ones after it again"
         )
 
 
@@ -159,20 +160,28 @@ def find_conflict(run: AlignmentRun, run_dir: Path) -> Conflict | None:
     """The first stage that was begun with other content than the manifest's; None: there is none."""
     before = _earlier(run_dir)
     if before is None:
+        # What is complete holds a digest of what made it; what was only begun does not.
+        for name in run.stage_names():
+            if read_complete(run_dir, name) is None and _is_begun(run_dir, name):
+                return Conflict(name, "cannot go on (manifest.yaml, which says what it was begun with, is lost)")
         return None
     old, new = _plain(before), _plain(run)
     common = [found for field in _DECIDES_ALL for found in differences(old[field], new[field], f"spec.{field}")]
     for index, name in enumerate(run.stage_names()):
         complete = read_complete(run_dir, name)
-        if complete is None and not (run_dir / name / "metrics.jsonl").is_file():
+        if complete is None and not _is_begun(run_dir, name):
             continue
         old_stage = old["stages"][index] if index < len(old["stages"]) else None
         changes = common + differences(old_stage, new["stages"][index], f"spec.stages.{index}")
+        if complete is not None and not changes and complete["digest"] != stage_digest(run, name, run_dir):
+            changes = ["its data files, or a stage before it, have changed"]
         if changes:
-            return Conflict(name, "; ".join(changes[:3]))
-        if complete is not None and complete["digest"] != stage_digest(run, name, run_dir):
-            return Conflict(name, "its data files, or a stage before it, have changed")
+            return Conflict(name, f"was made with other content ({'; '.join(changes[:3])})")
     return None
+
+
+def _is_begun(run_dir: Path, name: str) -> bool:
+    return (run_dir / name / "metrics.jsonl").is_file()
 
 
 def differences(old: Any, new: Any, path: str) -> list[str]:
@@ -194,5 +203,8 @@ def _plain(run: AlignmentRun) -> dict[str, Any]:
 
 
 def _earlier(run_dir: Path) -> AlignmentRun | None:
-    path = manifest_path(run_dir)
-    return load_manifest(path) if path.is_file() else None
+    """The manifest of the start before; None where there is none, or where what was written is damaged."""
+    try:
+        return load_manifest(manifest_path(run_dir))
+    except ConfigError:
+        return None

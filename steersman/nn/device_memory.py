@@ -20,7 +20,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from steersman.errors import FailedPreconditionError
+from steersman.errors import FailedPreconditionError, why
 
 SUFFIX = ".device.json"
 _ALIGN = 256
@@ -136,7 +136,7 @@ def opened_tensors(path: Path) -> Iterator[tuple[dict[str, Tensor], int, str]]:
         handle, size, layout = bytes.fromhex(described["handle"]), int(described["size"]), described["tensors"]
         fits = len(handle) == 64 and size % (8 * _WORDS) == 0 and all(_fits(one, size) for one in layout.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FailedPreconditionError(f"{path} does not describe weights ({error})") from None
+        raise FailedPreconditionError(f"{path} does not describe weights ({why(error)})") from None
     if not fits:
         raise FailedPreconditionError(f"{path} does not describe weights: its numbers do not fit each other")
     if not torch.cuda.is_available() or _uuid(torch.device("cuda", torch.cuda.current_device())) != described["gpu"]:

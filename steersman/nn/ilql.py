@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from steersman.errors import ConfigError, InvalidArgumentError
+from steersman.errors import ConfigError, InvalidArgumentError, why
 
 HEADS_FILE = "ilql_heads.safetensors"
 _PREFIX = "ilql."
@@ -117,7 +117,7 @@ def read_heads(folder: Path) -> HeadTensors:
         return load_file(folder / HEADS_FILE)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"{folder / HEADS_FILE} cannot be read ({error}); run the stage that writes it again"
+            f"{folder / HEADS_FILE} cannot be read ({why(error)}); run the stage that writes it again"
         ) from None
 
 

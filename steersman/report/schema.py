@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from steersman.errors import DataError
+from steersman.errors import DataError, why
 from steersman.inference import paired_bootstrap
 from steersman.report.overoptimisation import Look
 from steersman.report.wins import Duel
@@ -294,7 +294,7 @@ def read_evaluation(path: Path) -> Evaluation:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run the evaluate stage first.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); write it again with the evaluate stage.") from None
+        raise DataError(f"{path}: cannot be read ({why(error)}); write it again with the evaluate stage.") from None
     except ValidationError as error:
         problem: Mapping[str, object] = dict(error.errors()[0])
         location = problem["loc"]

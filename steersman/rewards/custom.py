@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 from zlib import crc32
 
-from steersman.errors import ConfigError
+from steersman.errors import ConfigError, why
 from steersman.rewards.registry import Answered, BatchReward, Failed, Outcome, Verdict
 
 
@@ -50,7 +50,7 @@ def load_function(reference: str) -> Callable[..., Any]:
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (FileNotFoundError, ModuleNotFoundError) as error:
-        raise ConfigError(f"python: {reference}: {error}; a path starts from the manifest's folder") from None
+        raise ConfigError(f"python: {reference}: {why(error)}; a path starts from the manifest's folder") from None
     except (Exception, SystemExit) as error:
         raise ConfigError(f"python: {reference}: it cannot be imported ({type(error).__name__}: {error})") from error
     function: Callable[..., Any] | None = getattr(module, name, None)

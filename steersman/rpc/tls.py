@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 
 from steersman.config.tls import ClientTls, Tls
-from steersman.errors import ConfigError
+from steersman.errors import ConfigError, why
 
 log = logging.getLogger("steersman.rpc")
 
@@ -59,9 +59,8 @@ def check_pair(cert: Path, key: Path, field: str) -> None:
     try:
         context.load_cert_chain(cert, key)
     except OSError as error:  # ssl.SSLError is one
-        reason = error.strerror or str(error)
         raise ConfigError(
-            f"{field}: {cert} and {key} cannot be used ({reason}); give a certificate and its private key in PEM"
+            f"{field}: {cert} and {key} cannot be used ({why(error)}); give a certificate and its private key in PEM"
         ) from None
 
 

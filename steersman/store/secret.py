@@ -17,7 +17,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from steersman.errors import ConfigError
+from steersman.errors import ConfigError, why
 from steersman.store.engine import Store
 from steersman.store.serving import Secret
 
@@ -70,7 +70,8 @@ def _from_file(file: Path, known: str | None = None) -> bytes:
             _make(file, known or secrets.token_hex(32))
         status, text = file.stat(), file.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"secretFile: {file} cannot be read or made ({error}); name another, or secretEnv") from None
+        reason = f"{file} cannot be read or made ({why(error)})"
+        raise ConfigError(f"secretFile: {reason}; name another, or secretEnv") from None
     # A mounted Secret belongs to somebody else, and nobody else is in its pod.
     if status.st_mode & 0o007 and status.st_uid == os.geteuid() and not file.is_symlink():
         raise ConfigError(f"secretFile: everybody on this machine can read {file}; chmod 600 it")

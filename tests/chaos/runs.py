@@ -88,6 +88,8 @@ REJECTION = {
 }
 SHAPES = ("ppo", "ppo", "ppo", "given", "given", "rejection", "whole", "ranks")
 """As often as they are drawn. `given`: the services are another machine's, behind proxies."""
+_WHOLE = ("ppo", "ranks")
+"""Unbroken runs of which every stage is made: two ranks sum in another order than one."""
 _OF_THIS_START = ("seconds", "tokens_per", "runtime", "per_second", "_time", "weights_version")
 """What rows hold of the clock, and of services that count their publications from their own beginning."""
 
@@ -562,8 +564,8 @@ class Family:
         kind = {"given": "given", "rejection": "rejection", "ranks": "ranks"}.get(shape, "ppo")
         if kind not in self._unbroken:
             world = self._world(kind, f"unbroken-{kind}", random.Random(0))
-            if kind != "ppo":
-                self._begin_from(world, self.scratch / "unbroken-ppo" / "run") if self.unbroken("ppo") else None
+            if kind not in _WHOLE and self.unbroken("ppo"):
+                self._begin(world)
             try:
                 self._give(world)
                 began = time.monotonic()
@@ -587,8 +589,9 @@ class Family:
         (folder / "run.yaml").write_text(yaml.safe_dump(manifest_of(shape, self.scratch / "base")))
         return World(folder, shape, draw)
 
-    def _begin_from(self, world: World, done: Path) -> None:
-        """What every run has in common is there already."""
+    def _begin(self, world: World) -> None:
+        """What all runs of the shape have in common is there already."""
+        done = self.scratch / f"unbroken-{world.shape if world.shape in _WHOLE else 'ppo'}" / "run"
         for name in ("sft", "reward-model", "data"):
             shutil.copytree(done / name, world.run / name)
         shutil.copy(done / "prepared.json", world.run)
@@ -618,7 +621,7 @@ class Family:
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "chaos", str(world.run)], check=True)
         try:
             if plan.shape != "whole":
-                self._begin_from(world, self.scratch / "unbroken-ppo" / "run")
+                self._begin(world)
             self._give(world)
             stopped = _until_complete(world, plan)
             _compare(expected, made_by(world.run))
@@ -672,8 +675,9 @@ def _until_complete(world: World, plan: Plan) -> bool:
         told = ended.sentence
         if told and not told.endswith("steersman: stopped"):
             stopped = stopped or not _by_our_hand(told, plan)
-        if named := re.search(r"remove (\S+?),? and start again", told):
-            shutil.rmtree(_inside(world.run, Path(named[1])))
+        if named := re.search(r"remove (\S+?),? and start (the run )?again", told):
+            path = _inside(world.run, Path(named[1]))
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         # The same refusal twice, with everything mended: what is damaged has to be made again.
         world.force = told != "" and words[-1:] == [told]
         words.append(told)

@@ -321,7 +321,9 @@ def test_weights_are_read_from_allowed_places_only(cluster: Any, tiny_model: Pat
         assert error_of(lambda url=url: load(1, url)).code() == grpc.StatusCode.PERMISSION_DENIED
     missing = error_of(lambda: load(1, f"file://{tmp_path}/shared/missing"))
     assert missing.code() == grpc.StatusCode.FAILED_PRECONDITION
-    assert "see the same folder" in missing.details()
+    assert "missing cannot be read (No such file or directory); do trainer and replica see the same folder?" in (
+        missing.details()
+    )
     other = data[:-1] + bytes([data[-1] ^ 1])
     stubs.weights.AbortUpdate(weights_pb2.AbortUpdateRequest(version=1))
     assert error_of(lambda: load(2, f"file://{tmp_path}/shared/weights", other)).code() == grpc.StatusCode.DATA_LOSS

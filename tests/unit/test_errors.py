@@ -15,6 +15,7 @@ from steersman.errors import (
     StorageError,
     all_error_types,
     from_grpc,
+    why,
 )
 from steersman.rpc.server import to_status
 
@@ -87,3 +88,9 @@ def test_busy_full_and_oversized_are_three_codes() -> None:
 def test_details_that_another_server_wrote_do_no_harm(packed: bytes) -> None:
     error = FakeRpcError(grpc.StatusCode.NOT_FOUND, "gone", [("grpc-status-details-bin", packed)])
     assert type(from_grpc(error, "policy")) is NotFoundError
+
+
+def test_what_a_system_call_refused_is_told_without_its_number() -> None:
+    assert why(FileNotFoundError(2, "No such file or directory", "a")) == "No such file or directory"
+    assert why(OSError("a pipe broke")) == "a pipe broke"
+    assert why(ValueError("7 is not even")) == "7 is not even"

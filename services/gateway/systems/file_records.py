@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from services.gateway.systems.base import Kind, Query, RecordKind, SystemOptions, dig
-from steersman.errors import ConfigError, UnavailableError
+from steersman.errors import ConfigError, UnavailableError, why
 
 
 class FileSystem(SystemOptions):
@@ -43,7 +43,7 @@ class FileRecords:
         try:
             self._read()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"tools.systems.{config.name}.path: {self._path} cannot be read ({error})") from None
+            raise ConfigError(f"tools.systems.{config.name}.path: {self._path} cannot be read ({why(error)})") from None
 
     async def fetch(self, query: Query) -> list[dict[str, Any]]:
         try:

@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from services.policy.engines.weights import Place, Source, WeightStore, adapted_modules
-from steersman.errors import InvalidArgumentError, StorageError
+from steersman.errors import InvalidArgumentError, StorageError, why
 from steersman.generation import WeightsUpdate
 from steersman.nn.encoder_decoder import language_model_class
 
@@ -177,6 +178,6 @@ def save_adapter(folder: Path, update: WeightsUpdate) -> None:
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         path.unlink(missing_ok=True)
-        raise StorageError(f"weights cannot be written to {path.parent} ({error}); free space there") from None
+        raise StorageError(f"weights cannot be written to {path.parent} ({why(error)}); free space there") from None

@@ -56,6 +56,27 @@ def test_another_seed_concerns_every_stage_and_the_data(run: AlignmentRun, tmp_p
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("damage", [b"\xf2", b"spec: {", b"kind: Other", None], ids=["bytes", "yaml", "field", "gone"])
+def test_a_lost_manifest_keeps_what_is_complete_and_does_what_was_begun_again(
+    run: AlignmentRun, tmp_path: Path, damage: bytes | None
+) -> None:
+    done(run, tmp_path, "sft")
+    path = folder.manifest_path(tmp_path)
+    path.unlink() if damage is None else path.write_bytes(damage)
+    assert folder.settle(run, tmp_path, force_restart=False) == [], "sft says itself what it was made with"
+    (tmp_path / "reward-model").mkdir()
+    (tmp_path / "reward-model" / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConflictError, match=r"reward-model cannot go on \(manifest.yaml.* is lost\).*--force-restart"):
+        folder.settle(run, tmp_path, force_restart=False)
+    assert folder.settle(run, tmp_path, force_restart=True) == ["reward-model"]
+    assert folder.is_done(run, "sft", tmp_path)
+    # The run writes it anew and looks again: what other content made is found by its digest.
+    other = manifest(seed=5)
+    folder.write_manifest(other, tmp_path)
+    with pytest.raises(ConflictError, match="sft was made with other content"):
+        folder.settle(other, tmp_path, force_restart=False)
+
+
 def test_a_begun_stage_is_not_continued_with_other_settings(run: AlignmentRun, tmp_path: Path) -> None:
     done(run, tmp_path)
     (tmp_path / "rl").mkdir()
