@@ -391,22 +391,28 @@ def corrupt(world: World, what: str) -> str:
 
 
 class Given:
-    """Two policy replicas, a reward and a reference service, each behind a proxy."""
+    """Two policy replicas, a reward and a reference service, each behind a proxy.
+
+    They are another machine's, and so are their models' files: what is mapped from a file changes with it.
+    """
 
     def __init__(self, folder: Path, run: Path, scorer: Path) -> None:
         self._folder = folder / "given"
         self._folder.mkdir()
         common = {"precision": "fp32", "threads": 1, "device": "cpu", "drainSeconds": 1.0}
-        policy = common | {"model": str(run / "sft/model")}
+        models = {name: str(self._folder / name) for name in ("sft", "reward-model")}
+        for name, copy in models.items():
+            shutil.copytree(run / name / "model", copy)
+        policy = common | {"model": models["sft"]}
         parts = [
-            {"name": "preference", "kind": "model", "path": str(run / "reward-model/model")},
+            {"name": "preference", "kind": "model", "path": models["reward-model"]},
             {"name": "own", "kind": "verifiable", "python": f"{scorer}:score"},
         ]
         self._configs: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
             ("services.policy", policy, ("port", "weightsPort")),
             ("services.policy", policy, ("port", "weightsPort")),
             ("services.reward", common | {"scorers": parts, "mergeRequests": False}, ("port",)),
-            ("services.reference", common | {"model": str(run / "sft/model"), "mergeRequests": False}, ("port",)),
+            ("services.reference", policy | {"mergeRequests": False}, ("port",)),
         ]
         from steersman.local.process import free_ports
 
