@@ -681,7 +681,7 @@ def _until_complete(world: World, plan: Plan) -> bool:
         told = ended.sentence
         if told and not told.endswith("steersman: stopped"):
             stopped = stopped or not _by_our_hand(told, plan)
-        if named := re.search(r"remove (\S+?),? and start (the run )?again", told):
+        if named := re.search(r"remove (\S+?),? (?:and|to) start", told):
             path = _inside(world.run, Path(named[1]))
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         # The same refusal twice, with everything mended: what is damaged has to be made again.
