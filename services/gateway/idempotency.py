@@ -67,7 +67,7 @@ class IdempotencyKeys:
 
     def _claim(self, claim: Claim, caller: Caller, digest: str) -> Claim | dict[str, Any]:
         mine = (Idempotency.scope == claim.scope, Idempotency.key == claim.key)
-        with self._store.transaction(brief=True) as session:
+        with self._store.transaction() as session:
             old = Idempotency.expires_at < moment(session)
             left = sa.and_(Idempotency.result.is_(None), lapsed(session, Idempotency.expires_at))
             _delete(session, *mine, sa.or_(old, left))

@@ -58,7 +58,7 @@ class Leases:
             log.warning("%d running requests may be taken over, their leases are not renewed: %s", len(held), error)
 
     def _renew(self, held: Sequence[Lease]) -> None:
-        with self._store.transaction(brief=True) as session:
+        with self._store.transaction() as session:
             for lease in held:
                 # Who has it locked is just ending it; waiting for one after the other could end in a deadlock.
                 row = session.scalars(lease.row().with_for_update(skip_locked=True)).first()

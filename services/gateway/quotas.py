@@ -59,7 +59,7 @@ class Quotas:
 
     def _reserve(self, caller: Caller, tokens: int) -> Reserved:
         reserved = Reserved(secrets.token_hex(16), caller.key_id, tokens)
-        with self._store.transaction(brief=True) as session:
+        with self._store.transaction() as session:
             window = _window(session, caller.key_id)
             void = sa.delete(Reservation).where(
                 Reservation.key_id == caller.key_id, lapsed(session, Reservation.expires_at)

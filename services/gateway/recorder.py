@@ -208,7 +208,7 @@ class Recorder:
 
         `unsure`: some may be stored already, by a transaction whose end was not heard of.
         """
-        with self._store.transaction(brief=True) as session:
+        with self._store.transaction() as session:
             if unsure:
                 known = _stored_lines(session, records)
                 records = [r for r in records if r.audit is None or (r.audit["request_id"], r.audit["at"]) not in known]

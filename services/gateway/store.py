@@ -44,7 +44,7 @@ _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 def open_store(url: str) -> Store:
     """Opens the database, brought up to date."""
-    return Store.open(url)
+    return Store.open(url, brief=True)
 
 
 def storable(text: str) -> str:

@@ -21,18 +21,25 @@ _BUSY_SECONDS = 30
 _MIGRATING = 7335732783
 """The lock's number, at PostgreSQL."""
 _BRIEF = sa.text("SET LOCAL idle_in_transaction_session_timeout = '10s'")
+_VANISHED = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+             "tcp_user_timeout": 30_000}  # fmt: skip
+"""libpq's parameters: a server that is not heard of any more is given up within half a minute, not two hours."""
 _AWAY = "The database cannot be reached or written; try again later"
 
 
 class Store:
     """A database with the tables of `steersman.store.models`. Safe to share between threads."""
 
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, engine: sa.Engine, *, brief: bool = False) -> None:
         self.engine = engine
+        self._brief = brief and engine.dialect.name == "postgresql"
 
     @classmethod
-    def open(cls, url: str = "sqlite:///steersman.db", *, migrate: bool = True) -> Store:
+    def open(cls, url: str = "sqlite:///steersman.db", *, migrate: bool = True, brief: bool = False) -> Store:
         """Opens a database URL and brings its tables up to date.
+
+        `brief`: its transactions do nothing else for long. PostgreSQL soon ends one whose process stands still, or is
+        not heard of any more, so that others do not wait for its locks.
 
         Raises ConfigError for a URL that is none, UnavailableError when the database cannot be reached.
         """
@@ -46,10 +53,13 @@ class Store:
             parsed = parsed.set(drivername="postgresql+psycopg")
         if parsed.drivername.startswith("sqlite") and parsed.database and parsed.database != ":memory:":
             _make_private(Path(parsed.database).resolve())
-        engine = sa.create_engine(parsed, pool_pre_ping=True)
+        arguments = {}
+        if parsed.drivername.startswith("postgresql"):
+            arguments = {name: value for name, value in _VANISHED.items() if name not in parsed.query}
+        engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=arguments)
         if engine.dialect.name == "sqlite":
             _use_wal(engine)
-        store = cls(engine)
+        store = cls(engine, brief=brief)
         if migrate:
             try:
                 store.migrate()
@@ -101,15 +111,11 @@ class Store:
                 lock.execute(sa.text(f"SELECT pg_advisory_unlock({_MIGRATING})"))
 
     @contextmanager
-    def transaction(self, *, brief: bool = False) -> Iterator[Session]:
-        """A session that commits at the end of the block: when the block is left, the data is on disk.
-
-        `brief`: the block does nothing else for long. When its process stands still in it, PostgreSQL ends it soon, so
-        that others do not wait for its locks.
-        """
+    def transaction(self) -> Iterator[Session]:
+        """A session that commits at the end of the block: when the block is left, the data is on disk."""
         engine = self.engine.execution_options(steersman_write=True)
         with self._translated(), Session(engine, expire_on_commit=False) as session, session.begin():
-            if brief and engine.dialect.name == "postgresql":
+            if self._brief:
                 session.execute(_BRIEF)
             yield session
 

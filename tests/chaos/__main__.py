@@ -1,6 +1,7 @@
 """`make chaos`: seeded random schedules of faults; the last line is one JSON object.
 
-    python -m chaos [--family run|gateway] [--first SEED] [--schedules N] [--minutes 10] [--shape NAME] [--log FILE]
+    python -m chaos [--family run|gateway] [--first SEED] [--schedules N | --seeds A,B,...] [--minutes 10]
+                    [--shape NAME] [--log FILE]
 
 `CHAOS_SEED=n` repeats one schedule. `schedules` is the sum of `equal` (it went on, or was started again after a kill,
 to the same weights, rows and records), `stopped_clearly` (it stopped with one sentence, and after the mend, started
@@ -35,6 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m chaos", description="Seeded random faults, both families.")
     parser.add_argument("--family", choices=FAMILIES, help="one of them; both without it, one after the other")
     parser.add_argument("--first", type=int, help="first seed; drawn without it")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], help="these: 7,9,12")
     parser.add_argument("--schedules", type=int, help="of each family; without it until the time is over")
     parser.add_argument("--minutes", type=float, default=float(os.environ.get("CHAOS_MINUTES") or 10))
     parser.add_argument("--shape", help="only schedules of this shape")
@@ -47,7 +49,12 @@ def main() -> int:
     first = options.first if options.first is not None else random.SystemRandom().randrange(10**6)
     if len(families) > 1:
         return _both(options, first)
-    result = _family(families[0], first, options)
+    disk = forking.find_disk()
+    try:
+        result = _family(families[0], first, options, disk)
+    finally:
+        if disk is not None:
+            disk.close()
     for bad in result["bad"]:
         print(f"chaos  {json.dumps(bad)}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +73,7 @@ def _both(options: argparse.Namespace, first: int) -> int:
         command = [sys.executable, "-m", "chaos", "--family", family, "--first", str(first), "--out", str(out)]
         command += ["--minutes", str(options.minutes / len(FAMILIES))]
         command += ["--schedules", str(options.schedules)] if options.schedules else []
+        command += ["--seeds", ",".join(map(str, options.seeds))] if options.seeds else []
         command += ["--log", str(options.log)] if options.log else []
         out.unlink(missing_ok=True)
         done = subprocess.run(command, check=False)
@@ -82,20 +90,20 @@ def _both(options: argparse.Namespace, first: int) -> int:
     return 1 if bad else 0
 
 
-def _family(name: str, first: int, options: argparse.Namespace) -> dict[str, Any]:
+def _family(name: str, first: int, options: argparse.Namespace, disk: forking.Disk | None) -> dict[str, Any]:
     forking.preload(name)
     forking.adopt_orphans()
     scratch = Path(tempfile.mkdtemp(prefix="steersman-chaos-"))
-    family = make_family(name, scratch)
+    family = make_family(name, scratch, disk)
     counts: Counter[str] = Counter()
     faults: dict[str, Counter[str]] = {}
     bad: list[dict[str, Any]] = []
     deadline = time.monotonic() + 60 * options.minutes
     done = _seeds(options.log, name)
-    seeds = range(first, first + options.schedules) if options.schedules else itertools.count(first)
+    seeds = options.seeds or (range(first, first + options.schedules) if options.schedules else itertools.count(first))
     try:
         for seed in seeds:
-            if time.monotonic() > deadline and (options.schedules is None or options.log):
+            if time.monotonic() > deadline and (not (options.schedules or options.seeds) or options.log):
                 break
             if seed in done:
                 continue
@@ -145,14 +153,14 @@ def _computed() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def make_family(name: str, scratch: Path) -> Any:
+def make_family(name: str, scratch: Path, disk: forking.Disk | None) -> Any:
     if name == "run":
         from chaos.runs import Family
 
-        return Family(scratch)
+        return Family(scratch, disk=disk)
     from chaos.gateways import GatewayFamily
 
-    return GatewayFamily(scratch)
+    return GatewayFamily(scratch, disk=disk)
 
 
 if __name__ == "__main__":

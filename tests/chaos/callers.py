@@ -32,6 +32,8 @@ class Callers:
         plan = json.loads((folder / "callers.json").read_text())
         self._urls: list[str] = plan["urls"]
         self._project: int = plan["project"]
+        self._late = (404,) if plan["clock jumps"] else ()
+        """By a clock that jumps a proposal runs out at once."""
         self._patience: float = plan["patience"]
         """Seconds that a caller asks the same again before he gives up."""
         self._draw = random.Random(plan["seed"])
@@ -103,8 +105,9 @@ class Callers:
         for proposal in answer["steersman"]["proposed_actions"]:
             confirm = self._post(f"/v1/actions/{proposal['id']}/confirm")
             for _ in range(self._draw.choice((1, 1, 2))):
-                done = (await self.insist("confirm", confirm, 200)).json()
-                self.note("action", id=proposal["id"], ticket=done["ticket"])
+                done = await self.insist("confirm", confirm, 200, *self._late)
+                if done.status_code == 200:
+                    self.note("action", id=proposal["id"], ticket=done.json()["ticket"])
         if self._draw.random() < 0.7:
             event = {"event_id": f"e-{number}", "answer_id": answer["id"], "thumbs": self._draw.choice(("up", "down"))}
             for _ in range(self._draw.choice((1, 1, 2))):
@@ -112,22 +115,32 @@ class Callers:
                 self.note("feedback", event=event["event_id"], answer=answer["id"], thumbs=event["thumbs"])
 
     async def labeller(self, name: str) -> None:
-        """Judges one item after the other."""
-        form = {"name": name, "key": "", "next": "/"}
-        entered = await self.insist("login", self._post("/login", data=form), 303)
-        cookie = {"cookie": entered.headers["set-cookie"].partition(";")[0]}
+        """Judges one item after the other; who is told that his session has expired logs in again."""
         page = f"/label/{self._project}"
+        cookie: dict[str, str] = {}
         while not self.stopping:
-            task = await self.insist("task", lambda url: self.http.get(url + page, headers=cookie), 200)
+            cookie = cookie or await self._login(name)
+            task = await self.insist("task", lambda url: self.http.get(url + page, headers=cookie), 200, 303, 401)  # noqa: B023
+            if _expired(task):
+                cookie = {}
+                continue
             fields = dict(_FIELD.findall(task.text))
             if "event_id" not in fields:
                 return
             sent = {**fields, "choice": self._draw.choice(("left:2", "right:1", "tie"))}
             # Sent again after its answer was lost, an item may be nobody's task any more.
-            judged = await self.insist("judge", self._post(page, data=sent, headers=cookie), 303, 404)
-            if judged.status_code == 303:
+            judged = await self.insist("judge", self._post(page, data=sent, headers=cookie), 303, 401, 404)
+            if _expired(judged):
+                cookie = {}
+            elif judged.status_code == 303:
                 self.note("judgement", event=fields["event_id"], item=fields["item_id"], labeller=name)
             await asyncio.sleep(self._draw.uniform(*PAUSE))
+
+    async def _login(self, name: str) -> dict[str, str]:
+        form = {"name": name, "key": "", "next": "/"}
+        entered = await self.insist("login", self._post("/login", data=form), 303)
+        self.http.cookies.clear()  # the session is the labeller's alone
+        return {"cookie": entered.headers["set-cookie"].partition(";")[0]}
 
     async def desk(self, port: int) -> None:
         """The ticket system behind the webhook."""
@@ -155,6 +168,10 @@ class Callers:
             if isinstance(error, BaseException) and not isinstance(error, GaveUp):
                 self.note("odd", what="caller", answer=repr(error)[:300])
         await self.http.aclose()
+
+
+def _expired(response: httpx.Response) -> bool:
+    return response.status_code == 401 or response.headers.get("location", "").startswith("/login")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -318,7 +319,18 @@ def _nurse(orders: socket.socket, owner: int) -> None:
         os.waitpid(middle, 0)
 
 
-# -- the clock ------------------------------------------------------------------------------------------------------
+# -- the clock and the disk -----------------------------------------------------------------------------------------
+
+
+def _compile(source: str, library: Path) -> bool:
+    """Whether a library that is preloaded could be made; not where there is no C compiler."""
+    command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(Path(__file__).with_name(source)), "-ldl"]
+    return shutil.which("cc") is not None and subprocess.run(command, check=False).returncode == 0
+
+
+def _preloaded(library: Path) -> str:
+    """Before what is preloaded anyway."""
+    return " ".join([str(library), *os.environ.get("LD_PRELOAD", "").split()])
 
 
 class Clock:
@@ -328,8 +340,7 @@ class Clock:
         self._file = folder / "clock"
         self._library = folder / "clock.so"
         self.set(0)
-        command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(self._library), str(Path(__file__).with_name("clock.c"))]
-        self.works = shutil.which("cc") is not None and subprocess.run(command, check=False).returncode == 0
+        self.works = _compile("clock.c", self._library)
 
     def set(self, seconds: int) -> None:
         """How far the clock is off, from now on."""
@@ -338,4 +349,41 @@ class Clock:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"LD_PRELOAD": str(self._library), "CHAOS_CLOCK": str(self._file)}
+        return {"LD_PRELOAD": _preloaded(self._library), "CHAOS_CLOCK": str(self._file)}
+
+
+class Disk:
+    """Below one folder, for all processes that descend from this one, whether by fork or by exec."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def slow(self, folder: Path, milliseconds: int) -> None:
+        """A sync takes so long from now on, a write an eighth of it; 0: as ever."""
+        with self._file.open("r+b") as file:
+            file.write(struct.pack("@l", milliseconds))
+            if milliseconds:
+                file.write(os.fsencode(folder.resolve()).ljust(_DISK_BYTES - 8, b"\0"))
+
+    def usual(self) -> None:
+        self.slow(Path("/"), 0)
+
+    def close(self) -> None:
+        shutil.rmtree(self._file.parent, ignore_errors=True)
+
+
+_DISK_BYTES = 4096
+
+
+def find_disk() -> Disk | None:
+    """Begins this program anew where it was begun without the library; None where that cannot be made."""
+    if "CHAOS_DISK" in os.environ:
+        return Disk(Path(os.environ["CHAOS_DISK"]))
+    folder = Path(tempfile.mkdtemp(prefix="steersman-chaos-disk-", dir="/tmp"))
+    folder.chmod(0o755)  # PostgreSQL's processes are another user's
+    if not _compile("disk.c", folder / "disk.so"):
+        shutil.rmtree(folder)
+        return None
+    (folder / "disk").write_bytes(bytes(_DISK_BYTES))
+    more = {"LD_PRELOAD": _preloaded(folder / "disk.so"), "CHAOS_DISK": str(folder / "disk")}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | more)

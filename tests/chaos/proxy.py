@@ -101,9 +101,11 @@ async def _serve(listener: socket.socket, orders: socket.socket, target: int, pa
         both = {writer, there_writer}
         state.writers |= both
         try:
-            await asyncio.gather(
-                _move(state, reader, there_writer, asked=True), _move(state, there_reader, writer, asked=False)
-            )
+            # Who was reset, as a killed process's connections are, resets the other one.
+            with contextlib.suppress(OSError):
+                await asyncio.gather(
+                    _move(state, reader, there_writer, asked=True), _move(state, there_reader, writer, asked=False)
+                )
         finally:
             state.writers -= both
             for each in both:
@@ -115,22 +117,21 @@ async def _serve(listener: socket.socket, orders: socket.socket, target: int, pa
 
 
 async def _move(state: _State, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asked: bool) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            await state.moving.wait()
-            if state.mode == "delay":
-                await asyncio.sleep(state.seconds)
-            if (state.mode == "half" or writer in state.lost) and not asked:
-                state.lost.add(writer)
-                continue
-            if state.mode == "flip" and asked:
-                if state.flip_after < len(data):
-                    changed = bytearray(data)
-                    changed[state.flip_after] ^= 0x10
-                    data, state.mode = bytes(changed), "pass"
-                else:
-                    state.flip_after -= len(data)
-            writer.write(data)
-            await writer.drain()
-        if writer not in state.lost:
-            writer.write_eof()
+    while data := await reader.read(65536):
+        await state.moving.wait()
+        if state.mode == "delay":
+            await asyncio.sleep(state.seconds)
+        if (state.mode == "half" or writer in state.lost) and not asked:
+            state.lost.add(writer)
+            continue
+        if state.mode == "flip" and asked:
+            if state.flip_after < len(data):
+                changed = bytearray(data)
+                changed[state.flip_after] ^= 0x10
+                data, state.mode = bytes(changed), "pass"
+            else:
+                state.flip_after -= len(data)
+        writer.write(data)
+        await writer.drain()
+    if writer not in state.lost:
+        writer.write_eof()

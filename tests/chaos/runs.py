@@ -31,7 +31,7 @@ import yaml
 
 from chaos import forking
 from chaos.forking import Process
-from chaos.outcome import Bad, Ended, orphans
+from chaos.outcome import SLOW_DISK, Bad, Ended, orphans, slow_disk
 from chaos.proxy import Proxy
 
 SECONDS = 300.0
@@ -220,6 +220,7 @@ class World:
     mends: list[Callable[[], None]] = field(default_factory=list)
     given: Given | None = None
     clock: forking.Clock | None = None
+    disk: forking.Disk | None = None
     force: bool = False
     """The next start is told to make again what does not fit."""
     seconds: float = SECONDS
@@ -316,6 +317,13 @@ def _full(world: World, fault: Fault) -> None:
     world.mends.append(lambda: junk.unlink(missing_ok=True))
 
 
+def _slow(world: World, fault: Fault) -> None:
+    disk = world.disk
+    assert disk is not None
+    disk.slow(world.run, fault.options["milliseconds"])
+    world.after(fault.options["seconds"], disk.usual)
+
+
 def _remount(world: World, how: str) -> bool:
     command = ["mount", "-o", f"remount,{how}", str(world.run)]
     done = subprocess.run(command, capture_output=True, check=False)
@@ -343,6 +351,7 @@ FAULTS: dict[str, Callable[[World, Fault], None]] = {
     "two runs": _two_runs,
     "read-only disk": _read_only,
     "full disk": _full,
+    SLOW_DISK: _slow,
     "artifacts away": _no_artifacts,
     "stale replica": _stale,
 }
@@ -499,7 +508,7 @@ def _name(fault: Fault) -> str:
     return f"connection: {options['mode']}" if fault.name == "connection" else fault.name
 
 
-def plan_of(seed: int, *, mounts: bool, jumps: bool, shape: str | None = None) -> Plan:
+def plan_of(seed: int, *, mounts: bool, jumps: bool, disk: bool = True, shape: str | None = None) -> Plan:
     draw = random.Random(seed)
     shape = shape or draw.choice(SHAPES)
     last = "rejection-sampling" if shape == "rejection" else "rl"
@@ -519,6 +528,10 @@ def plan_of(seed: int, *, mounts: bool, jumps: bool, shape: str | None = None) -
     limits = draw.choice(("few handles", "small files", "full shared memory")) if draw.random() < 0.15 else ""
     if not limits and jumps and draw.random() < 0.02:
         limits = "clock jumps"
+    if disk and (slow := slow_disk(seed)) is not None:
+        stage, steps = slow.choice(stages)
+        how = {"milliseconds": slow.randint(20, 800), "seconds": slow.uniform(1, 6)}
+        faults.append(Fault(SLOW_DISK, stage, slow.randint(0, max(0, steps - 1)), how))
     return Plan(shape, faults, between, limits, bool(between) and draw.random() < 0.2)
 
 
@@ -552,6 +565,7 @@ class Family:
     mounts: bool = False
     clock: forking.Clock | None = None
     """None where there is no compiler: it does not jump then."""
+    disk: forking.Disk | None = None
     _unbroken: dict[str, dict[str, Any]] = field(default_factory=dict)
     _slowest: float = 0.0
     """Seconds of the slowest unbroken run: a busy machine is given more time."""
@@ -614,14 +628,15 @@ class Family:
 
         Raises Bad when an invariant is broken.
         """
-        plan = plan_of(seed, mounts=self.mounts, jumps=self.clock is not None, shape=shape)
+        jumps, disk = self.clock is not None, self.disk is not None
+        plan = plan_of(seed, mounts=self.mounts, jumps=jumps, disk=disk, shape=shape)
         expected = self.unbroken(plan.shape)
         world = self._world(plan.shape, f"seed-{seed}", random.Random(seed + 1))
-        world.seconds = max(SECONDS, 10 * self._slowest)
+        world.seconds, world.disk = max(SECONDS, 10 * self._slowest), self.disk
         if plan.limits == "clock jumps":
             world.clock = self.clock
         before = set(os.listdir("/dev/shm"))
-        mounted = self.mounts and any(fault.name.endswith("disk") for fault in plan.faults)
+        mounted = any(fault.name in ("full disk", "read-only disk") for fault in plan.faults)
         world.run.mkdir()
         if mounted:
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "chaos", str(world.run)], check=True)

@@ -87,3 +87,13 @@ def switch(store: Store, value: str) -> None:
         connection.execute(sa.text("SELECT pg_reload_conf()"))
         connection.execute(sa.text("SELECT pg_sleep(0.2)"))
     store.engine.dispose()
+
+
+def test_a_server_that_vanished_is_given_up_within_half_a_minute(postgres_url: str) -> None:
+    """Its machine lost power: nobody resets the connection, and whoever waits for an answer would wait for hours."""
+    for url, seconds in ((postgres_url, "10"), (f"{postgres_url}&keepalives_idle=77", "77")):
+        store = Store.open(url, migrate=False)
+        with store.engine.connect() as connection:
+            found = connection.connection.driver_connection.info.get_parameters()  # type: ignore[union-attr]
+        assert (found["keepalives_idle"], found["keepalives_count"]) == (seconds, "3")
+        store.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -17,7 +17,7 @@ from services.gateway.auth.callers import Caller
 from services.gateway.idempotency import Claim, IdempotencyKeys, end_claim
 from services.gateway.leases import LENGTH, Leases
 from services.gateway.quotas import Quotas
-from services.gateway.store import Audit, Idempotency, KeyUse, Reservation
+from services.gateway.store import Audit, Idempotency, KeyUse, Reservation, open_store
 from services.gateway.testing import gateway_config, running_gateway, until
 from steersman.errors import ConflictError, RateLimitedError, UnavailableError
 from steersman.store import Store
@@ -28,6 +28,14 @@ from steersman.testing.fake_policy import FakePolicy, serve_policy
 CALLER = Caller("k", "acme", frozenset({"chat"}), concurrent=1)
 CHAT = "/v1/chat/completions"
 BODY = {"model": "steersman", "messages": [{"role": "user", "content": "one two three"}]}
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    """As a gateway opens it."""
+    opened = open_store(store_url)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
@@ -140,7 +148,7 @@ async def test_who_freezes_in_a_transaction_holds_nobody_up(
     first = await claimed(keys)
     pass_time(store, 60)
     with contextlib.ExitStack() as frozen:
-        session = frozen.enter_context(store.transaction(brief=True))
+        session = frozen.enter_context(store.transaction())
         assert end_claim(session, first, {"said": "late"})
         assert isinstance(await asyncio.wait_for(claimed(keys), 60), Claim)
         with pytest.raises(UnavailableError):
