@@ -24,7 +24,7 @@ loading.begin()
 settings.register_profile("steersman", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("steersman")
 
-pytest_plugins = ["live_services", "made_once"]
+pytest_plugins = ["live_services", "loaded", "made_once"]
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from loaded import Loaded
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -16,12 +15,13 @@ pytestmark = pytest.mark.timeout(900)
 # A scorer that says too little, artifacts away and a stop; of the gateways a kill. These seeds draw the same whatever
 # the machine may do (mounts, clocks, PostgreSQL). No seed with a flipped bit: that is open.
 @pytest.mark.parametrize(("family", "shape", "first", "count"), [("run", "ppo", 21, 1), ("gateway", "sqlite", 34, 1)])
-def test_a_few_seeds(family: str, shape: str, first: int, count: int, repo_root: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "chaos", "--family", family, "--shape", shape, "--first", str(first)]
+def test_a_few_seeds(
+    family: str, shape: str, first: int, count: int, repo_root: Path, tmp_path: Path, loaded: Loaded
+) -> None:
+    command = ["--family", family, "--shape", shape, "--first", str(first)]
     command += ["--schedules", str(count), "--out", str(tmp_path / "chaos.json")]
-    paths = os.pathsep.join([str(repo_root), str(repo_root / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = {name: value for name, value in os.environ.items() if name != "CHAOS_SEED"} | {"PYTHONPATH": paths}
-    done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "CHAOS_SEED"}
+    done = loaded.run(*command, module="chaos", cwd=repo_root, environment=environment)
     assert done.stdout, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == {"schedules", "equal", "stopped_clearly", "bad"}

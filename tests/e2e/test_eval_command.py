@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from loaded import Loaded
 
 from steersman.suites.asked import read_results
 from steersman.testing.models import save_model_folder, tiny_llama
 
-STEERSMAN = str(Path(sys.executable).with_name("steersman"))
 SUITE = '{"id": "short", "messages": [{"role": "user", "content": "Hello"}], "expect": {"maxWords": 50}}\n'
 
 pytestmark = pytest.mark.timeout(600)
 
 
-def test_a_model_folder_is_asked_greedily_and_as_it_is_served(tmp_path: Path) -> None:
+def test_a_model_folder_is_asked_greedily_and_as_it_is_served(tmp_path: Path, loaded: Loaded) -> None:
     save_model_folder(tmp_path / "model", tiny_llama())
     (tmp_path / "short.jsonl").write_text(SUITE + SUITE.replace("short", "again"))
-    command = [STEERSMAN, "eval", "model", "--suite", "short.jsonl", "--samples", "3", "--max-tokens", "6", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = ["eval", "model", "--suite", "short.jsonl", "--samples", "3", "--max-tokens", "6", "--json"]
+    done = loaded.run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     numbers = json.loads(done.stdout.splitlines()[-1])["model"]["short"]
     assert numbers["greedy"]["errors"] == numbers["served"]["errors"] == 0

@@ -1,6 +1,7 @@
 """`steersman run` with real processes: whole runs, kills and continuation, bad input.
 
-One unbroken run of a tiny model is made once; the others start from copies of its folder.
+One unbroken run of a tiny model is made once; the others start from copies of its folder. Commands begin by fork of a
+process that has the libraries loaded.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,12 +20,12 @@ import psutil
 import pytest
 import yaml
 from judge_endpoint import judging
+from loaded import Loaded
 
 from steersman.local.serve import find_model
 from steersman.report.schema import read_evaluation
 from steersman.testing.models import save_model_folder, tiny_llama, tiny_tokenizer
 
-STEERSMAN = str(Path(sys.executable).with_name("steersman"))
 STEPS = 6
 GENERATION = {"maxNewTokens": 8}
 OWN_REWARD = '''
@@ -85,12 +84,8 @@ def write(folder: Path, manifest: dict[str, Any]) -> Path:
     return path
 
 
-def steersman(folder: Path, *arguments: str, shell: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs the manifest in `folder`; `shell` is put before the command."""
-    command = [STEERSMAN, "run", "-f", str(folder / "run.yaml"), "--run-dir", str(folder / "run"), *arguments]
-    if shell:
-        command = ["bash", "-c", f'{shell}; exec "$@"', "bash", *command]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def arguments(folder: Path) -> list[str]:
+    return ["run", "-f", str(folder / "run.yaml"), "--run-dir", str(folder / "run")]
 
 
 def weights(folder: Path) -> str:
@@ -111,7 +106,7 @@ def nothing_is_left(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(tmp_path_factory: pytest.TempPathFactory, loaded: Loaded) -> Path:
     """A folder with a base model, a manifest, and the complete run of it."""
     folder = tmp_path_factory.mktemp("unbroken")
     save_model_folder(folder / "base", tiny_llama())
@@ -121,7 +116,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         judge = {"name": "llm", "url": endpoint.url, "model": "m", "rubric": "Be long.", "prompts": 3}
         manifest["spec"]["stages"][-2]["evaluate"]["judges"] = [judge]
         write(folder, manifest)
-        done = steersman(folder, "--check")
+        done = loaded.run(*arguments(folder), "--check", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)
     return folder
@@ -199,9 +194,9 @@ def test_a_run_with_a_release_stage_ends_with_a_model_to_serve(unbroken: Path) -
     assert (served / "model.safetensors").read_bytes() == (release / "model" / "model.safetensors").read_bytes()
 
 
-def test_a_complete_run_is_not_run_again(unbroken: Path) -> None:
+def test_a_complete_run_is_not_run_again(unbroken: Path, loaded: Loaded) -> None:
     written = (unbroken / "run" / "rl" / "complete.json").stat().st_mtime_ns
-    done = steersman(unbroken, "--check")
+    done = loaded.run(*arguments(unbroken), "--check", cwd=unbroken)
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in ("sft", "reward-model", "rl", "evaluate"):
         assert f"{stage}  is complete" in done.stdout
@@ -212,15 +207,11 @@ def test_a_complete_run_is_not_run_again(unbroken: Path) -> None:
 class Watched:
     """A run in progress that tells its events."""
 
-    def __init__(self, folder: Path) -> None:
-        command = [STEERSMAN, "run", "-f", str(folder / "run.yaml"), "--run-dir", str(folder / "run")]
+    def __init__(self, folder: Path, loaded: Loaded) -> None:
         environment = os.environ | {"STEERSMAN_PROGRESS": "json"}
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+        self.process = loaded.start(*arguments(folder), cwd=folder, environment=environment)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
                 yield json.loads(line)
@@ -235,15 +226,15 @@ class Watched:
 
     def wait(self) -> tuple[int, str]:
         _, errors = self.process.communicate()
-        return self.process.returncode, errors
+        return self.process.wait(), errors
 
 
 @pytest.fixture
-def watch() -> Iterator[Callable[[Path], Watched]]:
+def watch(loaded: Loaded) -> Iterator[Callable[[Path], Watched]]:
     started: list[Watched] = []
 
     def start(folder: Path) -> Watched:
-        started.append(Watched(folder))
+        started.append(Watched(folder, loaded))
         return started[-1]
 
     yield start
@@ -253,7 +244,7 @@ def watch() -> Iterator[Callable[[Path], Watched]]:
 
 
 def test_killed_services_a_stopped_run_and_a_killed_trainer_end_with_the_same_weights(
-    unbroken: Path, before_rl: Path, watch: Callable[[Path], Watched]
+    unbroken: Path, before_rl: Path, watch: Callable[[Path], Watched], loaded: Loaded
 ) -> None:
     """Services die and come back; then the run is stopped, goes on, and its trainer dies. Nothing is left behind."""
     victims = {1: ["services.policy"], 2: ["services.reward", "services.reference"]}
@@ -285,14 +276,14 @@ def test_killed_services_a_stopped_run_and_a_killed_trainer_end_with_the_same_we
     assert "start the run again, it continues there" in errors
     nothing_is_left(before_rl)
 
-    done = steersman(before_rl)
+    done = loaded.run(*arguments(before_rl), cwd=before_rl)
     assert done.returncode == 0, done.stdout + done.stderr
     assert steps(before_rl)
     assert weights(before_rl) == weights(unbroken)
 
 
 def test_two_workers_train_as_one_also_after_a_kill_that_nobody_hears_of(
-    unbroken: Path, before_rl: Path, watch: Callable[[Path], Watched]
+    unbroken: Path, before_rl: Path, watch: Callable[[Path], Watched], loaded: Loaded
 ) -> None:
     """`trainer.workers: 2` runs the stage under torchrun with FSDP2; kill -9 of the run takes everything with it."""
     manifest = yaml.safe_load((before_rl / "run.yaml").read_text())
@@ -310,7 +301,7 @@ def test_two_workers_train_as_one_also_after_a_kill_that_nobody_hears_of(
         time.sleep(0.1)
     assert no_process_of(before_rl / "run")
 
-    done = steersman(before_rl)
+    done = loaded.run(*arguments(before_rl), cwd=before_rl)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rank 0 of 2" in done.stdout
     for expected, found in zip(steps(unbroken), steps(before_rl), strict=True):
@@ -340,14 +331,18 @@ def changed(**spec: Any) -> dict[str, Any]:
 class TestBadInput:
     """Each ends with one sentence and a code, and leaves no half-written artifact under its final name."""
 
+    @pytest.fixture(autouse=True)
+    def _forked(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+
     @pytest.fixture
     def folder(self, unbroken: Path, tmp_path: Path) -> Path:
         (tmp_path / "base").symlink_to(unbroken / "base")
         (tmp_path / "mine.py").write_text(OWN_REWARD)
         return tmp_path
 
-    def refused(self, folder: Path, code: int, *words: str, shell: str = "") -> None:
-        done = steersman(folder, shell=shell)
+    def refused(self, folder: Path, code: int, *words: str, file_kib: int = 0) -> None:
+        done = self.loaded.run(*arguments(folder), cwd=folder, file_kib=file_kib)
         assert done.returncode == code, done.stdout + done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         for word in words:
@@ -402,4 +397,4 @@ class TestBadInput:
     def test_full_disk_while_saving(self, folder: Path) -> None:
         # A limit on the size of a file is refused like a full disk; logs and data stay below it, weights do not.
         write(folder, changed(stages=[MANIFEST["spec"]["stages"][0]]))
-        self.refused(folder, 11, "disk full while saving", "free at least", shell="ulimit -f 80")
+        self.refused(folder, 11, "disk full while saving", "free at least", file_kib=80)

@@ -6,31 +6,26 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import pytest
 import sqlalchemy as sa
+from loaded import STEERSMAN, Loaded
 
 from steersman.local.process import free_ports
 from steersman.testing.models import save_model_folder, tiny_llama
 
-STEERSMAN = str(Path(sys.executable).with_name("steersman"))
-
 pytestmark = pytest.mark.timeout(600)
 
 
-def test_taken_ports_feedback_that_stays_and_one_interrupt(tmp_path: Path) -> None:
+def test_taken_ports_feedback_that_stays_and_one_interrupt(tmp_path: Path, loaded: Loaded) -> None:
     save_model_folder(tmp_path / "model", tiny_llama())
     (port,) = free_ports(1)
     arguments = ["--port", str(port), "--grpc-port", str(port + 1), "--store", "kept.db"]
     with socket.create_server(("127.0.0.1", port)):
-        serving = subprocess.Popen(
-            [STEERSMAN, "serve", "model", *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-        )
+        serving = loaded.start("serve", "model", *arguments, cwd=tmp_path)
         try:
-            assert serving.stdout is not None
             told = ""
             while (found := re.search(r"chat page (http://127\.0\.0\.1:(\d+))/", told)) is None:
                 told += (line := serving.stdout.readline())

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from steersman.local.serve import serving
+import pytest
+from loaded import Loaded
+
+from steersman.local import serve
+from steersman.local.supervisor import Supervisor
 from steersman.testing.models import save_model_folder, tiny_llama
 
 
@@ -16,10 +21,11 @@ def call(url: str, body: dict[str, object]) -> dict[str, object]:
         return json.load(response)
 
 
-def test_two_models_answer_and_are_told_apart(tmp_path: Path) -> None:
+def test_two_models_answer_and_are_told_apart(tmp_path: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "Supervisor", partial(Supervisor, start=loaded.process))
     models = [save_model_folder(tmp_path / name, tiny_llama()) for name in ("old", "new")]
     database = f"sqlite:///{tmp_path}/feedback.db"
-    with serving(models[0], tmp_path / "logs", {}, database, models[1], 50) as served:
+    with serve.serving(models[0], tmp_path / "logs", {}, database, models[1], 50) as served:
         assert served.canary is not None
         seen: dict[str, list[object]] = {}
         for number in range(12):

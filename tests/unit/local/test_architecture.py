@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from loaded import Loaded
 from transformers import AutoModelForCausalLM, RobertaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -77,23 +77,21 @@ def test_an_adapter_that_would_do_nothing_is_refused_before_anything_is_spent(tm
         check_architectures(run, base, tmp_path, Heard())  # type: ignore[arg-type]
 
 
-def validate(manifest: Path, home: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "steersman", "validate", "-f", str(manifest)],
-        capture_output=True, text=True, timeout=200, env=os.environ | {"HOME": str(home)},
-    )  # fmt: skip
+def test_validate_finds_what_a_run_would_find_later(tmp_path: Path, loaded: Loaded) -> None:
+    def validate() -> subprocess.CompletedProcess[str]:
+        return loaded.run(
+            "validate", "-f", str(manifest), cwd=tmp_path, environment=os.environ | {"HOME": str(tmp_path)}
+        )
 
-
-def test_validate_finds_what_a_run_would_find_later(tmp_path: Path) -> None:
     base = save_model_folder(tmp_path / "base", tiny_llama())
     manifest = tmp_path / "run.yaml"
     manifest.write_text(json.dumps(run_of(base).model_dump(mode="json", by_alias=True)))
-    missing = validate(manifest, tmp_path)
+    missing = validate()
     assert missing.returncode == ConfigError.exit_code
     assert "demonstrations.jsonl does not exist" in missing.stderr.splitlines()[-1]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "demonstrations.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    good = validate(manifest, tmp_path)
+    good = validate()
     assert good.returncode == 0, good.stderr
     assert good.stdout.splitlines()[-1].endswith("run.yaml: valid, 1 stages: sft")
     assert "sft: 1 step, at least " in good.stdout

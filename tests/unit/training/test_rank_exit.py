@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+from loaded import Loaded
 
 from steersman.local.process import free_ports
 
 
 # torchrun makes one dollar of two.
 @pytest.mark.parametrize(("command", "code"), [("exit 3", 3), ("kill -9 $$$$", 137)])
-def test_the_code_of_the_rank_is_the_code_of_the_launcher(command, code):
+def test_the_code_of_the_rank_is_the_code_of_the_launcher(command, code, tmp_path: Path, loaded: Loaded):
     launch = ["--one-machine", "--nproc-per-node=1", "--max-restarts=0", "--no-python", "sh", "-c", command]
-    done = subprocess.run([sys.executable, "-m", "training.ranks", *launch], capture_output=True, check=False)
-    assert done.returncode == code, done.stderr.decode()[-500:]
+    done = loaded.run(*launch, module="training.ranks", cwd=tmp_path)
+    assert done.returncode == code, done.stderr[-500:]
 
 
 MEET = """
@@ -39,29 +39,24 @@ dist.barrier()
 """
 
 
-def test_ranks_of_one_machine_meet_without_a_port_that_others_reach(tmp_path):
+def test_ranks_of_one_machine_meet_without_a_port_that_others_reach(tmp_path: Path, loaded: Loaded):
     """Neither the launcher nor a rank listens on an address that another machine reaches."""
     (tmp_path / "meet.py").write_text(MEET)
     launch = ["--one-machine", "--nproc-per-node=2", "--max-restarts=0", str(tmp_path / "meet.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", "training.ranks", *launch], capture_output=True, text=True, check=False
-    )
+    done = loaded.run(*launch, module="training.ranks", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_workers_of_several_machines_meet_by_a_store_that_unpickles_nothing(tmp_path):
+def test_workers_of_several_machines_meet_by_a_store_that_unpickles_nothing(tmp_path: Path, loaded: Loaded):
     """As the controller starts them; here both on this machine."""
     (tmp_path / "meet.py").write_text(MEET.partition("assert Path")[0])
     port = free_ports(1)[0]
     common = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=static", "--rdzv-conf=timeout=60"]
     common += [f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=a-run", "--max-restarts=0"]
-    command = [sys.executable, "-m", "training.ranks", *common]
     ranks = [
-        subprocess.Popen(
-            [*command, f"--node-rank={rank}", str(tmp_path / "meet.py")], stderr=subprocess.PIPE, text=True
-        )
+        loaded.start(*common, f"--node-rank={rank}", str(tmp_path / "meet.py"), module="training.ranks", cwd=tmp_path)
         for rank in range(2)
     ]
     for rank in ranks:
-        _, said = rank.communicate(timeout=280)
-        assert rank.returncode == 0, said[-2000:]
+        _, said = rank.communicate()
+        assert rank.wait() == 0, said[-2000:]
