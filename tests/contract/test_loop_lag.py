@@ -197,8 +197,9 @@ async def test_no_step_of_the_loop_computes_long(case: str) -> None:
         return steps.longest
 
     async with served(service) as target:
-        # What is long by construction is so every time.
-        found = [await longest_step() for _ in range(3)]
+        found: list[float] = []
+        while len(found) < 3 and (not found or min(found) >= SECONDS * unit()):
+            found.append(await longest_step())  # what is long by construction is so every time
     assert min(found) < SECONDS * unit(), found
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from steersman.cli import main
 
 RUN = """
 apiVersion: steersman.dev/v1alpha1
@@ -18,9 +22,27 @@ spec:
 """
 
 
-def steersman(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("steersman")), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+Steersman = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def steersman(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Steersman:
+    """The command in this process."""
+
+    def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["steersman", *arguments])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        out, errors = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out, errors)
+
+    return run
 
 
 @pytest.fixture
@@ -44,7 +66,7 @@ def test_help_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_dry_run_shows_stages_services_and_every_default(manifest: Path, tmp_path: Path) -> None:
+def test_dry_run_shows_stages_services_and_every_default(manifest: Path, tmp_path: Path, steersman: Steersman) -> None:
     done = steersman("run", "-f", str(manifest), "--dry-run", "--set", "spec.stages.rl.steps=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "# rl                   to do              with policy-0, reward-0, reference-0" in done.stdout
@@ -71,13 +93,21 @@ def test_dry_run_shows_stages_services_and_every_default(manifest: Path, tmp_pat
     ],
 )
 def test_an_error_is_one_sentence_with_its_exit_code(
-    arguments: list[str], code: int, sentence: str, manifest: Path, tmp_path: Path
+    arguments: list[str], code: int, sentence: str, manifest: Path, tmp_path: Path, steersman: Steersman
 ) -> None:
     done = steersman(*arguments, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_command_that_is_installed_says_the_same(manifest: Path, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("steersman")), "run", "-f", "stage.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("steersman: stage.yaml: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_missing_extra_is_named(tmp_path: Path) -> None:

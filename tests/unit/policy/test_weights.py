@@ -64,14 +64,16 @@ def adapter(model: PreTrainedModel, seed: int = 0, **settings: Any) -> tuple[dic
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("rows", "settings"),
     [
-        {},
-        {"target_modules": ALL_LINEAR},
-        {"use_rslora": True, "alpha_pattern": {"v_proj": 3}, "rank_pattern": {"q_proj": 2}},
-        {"modules_to_save": ["norm"]},
-        {"target_modules": ["embed_tokens", "k_proj"]},
+        (True, {}),
+        (True, {"target_modules": ALL_LINEAR}),
+        (False, {"target_modules": ALL_LINEAR}),
+        (True, {"use_rslora": True, "alpha_pattern": {"v_proj": 3}, "rank_pattern": {"q_proj": 2}}),
+        (True, {"modules_to_save": ["norm"]}),
+        (True, {"target_modules": ["embed_tokens", "k_proj"]}),
     ],
+    indirect=["rows"],
 )
 def test_lora_equals_the_merge_of_peft(engine, build, settings) -> None:
     tensors, config, merged = adapter(build(), **settings)
@@ -119,6 +121,8 @@ def test_a_partial_update_leaves_the_rest(engine, build) -> None:
     assert_serves(engine, changed)
 
 
+@pytest.mark.parametrize("build", [tiny_llama], indirect=True)
+@pytest.mark.parametrize("rows", [True], indirect=True)
 @pytest.mark.parametrize(
     ("update", "message"),
     [
