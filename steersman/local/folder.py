@@ -174,7 +174,7 @@ def find_conflict(run: AlignmentRun, run_dir: Path) -> Conflict | None:
         old_stage = old["stages"][index] if index < len(old["stages"]) else None
         changes = common + differences(old_stage, new["stages"][index], f"spec.stages.{index}")
         if complete is not None and not changes and complete["digest"] != stage_digest(run, name, run_dir):
-            changes = ["its data files, or a stage before it, have changed"]
+            changes = ["its settings, data files or a stage before it have changed"]
         if changes:
             return Conflict(name, f"was made with other content ({'; '.join(changes[:3])})")
     return None

@@ -92,7 +92,7 @@ def test_changed_data_are_noticed(run: AlignmentRun, tmp_path: Path) -> None:
     file.write_text("{}\n")
     done(run, tmp_path, "sft")
     file.write_text('{"other": 1}\n')
-    with pytest.raises(ConflictError, match="its data files, or a stage before it, have changed"):
+    with pytest.raises(ConflictError, match="its settings, data files or a stage before it have changed"):
         folder.settle(run, tmp_path, force_restart=False)
 
 
