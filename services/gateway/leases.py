@@ -74,6 +74,15 @@ def moment(session: Session, later: dt.timedelta = dt.timedelta()) -> Any:
     return now() + later
 
 
+def clock(session: Session) -> dt.datetime:
+    """`moment` as a value."""
+    found = moment(session)
+    if not isinstance(found, dt.datetime):
+        found = session.scalar(sa.select(found))
+    assert isinstance(found, dt.datetime)
+    return found
+
+
 def lapsed(session: Session, until: InstrumentedAttribute[dt.datetime]) -> sa.ColumnElement[bool]:
     """Whether a lease is over. On SQLite also one that cannot be: the machine's clock was put back meanwhile."""
     over: sa.ColumnElement[bool] = until < moment(session)

@@ -375,15 +375,22 @@ class Disk:
 _DISK_BYTES = 4096
 
 
+def make_disk(folder: Path) -> dict[str, str] | None:
+    """The environment of processes whose disk may be slow; None where the library cannot be made."""
+    if not _compile("disk.c", folder / "disk.so"):
+        return None
+    (folder / "disk").write_bytes(bytes(_DISK_BYTES))
+    return {"LD_PRELOAD": _preloaded(folder / "disk.so"), "CHAOS_DISK": str(folder / "disk")}
+
+
 def find_disk() -> Disk | None:
-    """Begins this program anew where it was begun without the library; None where that cannot be made."""
+    """Begins this program anew where it was begun without the library."""
     if "CHAOS_DISK" in os.environ:
         return Disk(Path(os.environ["CHAOS_DISK"]))
     folder = Path(tempfile.mkdtemp(prefix="steersman-chaos-disk-", dir="/tmp"))
     folder.chmod(0o755)  # PostgreSQL's processes are another user's
-    if not _compile("disk.c", folder / "disk.so"):
-        shutil.rmtree(folder)
-        return None
-    (folder / "disk").write_bytes(bytes(_DISK_BYTES))
-    more = {"LD_PRELOAD": _preloaded(folder / "disk.so"), "CHAOS_DISK": str(folder / "disk")}
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | more)
+    more = make_disk(folder)
+    if more is not None:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | more)
+    shutil.rmtree(folder)
+    return None

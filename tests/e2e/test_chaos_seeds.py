@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,32 @@ def test_a_few_seeds(
     assert found["schedules"] == found["equal"] + found["stopped_clearly"] == count
 
 
+def test_a_slow_disk_is_slow_below_its_folder_only(tmp_path: Path) -> None:
+    from chaos.forking import Disk, make_disk
+
+    for name in ("slow", "usual"):
+        (tmp_path / name).mkdir()
+    environment = make_disk(tmp_path)
+    if environment is None:
+        pytest.skip("a C compiler is not there")
+    disk, script = Disk(tmp_path / "disk"), tmp_path / "writes.py"
+    script.write_text(
+        "import os, sys, time\nbegan = time.monotonic()\nwith open(sys.argv[1], 'wb') as file:\n"
+        "    file.write(b'x')\n    file.flush()\n    os.fsync(file.fileno())\nprint(time.monotonic() - began)\n"
+    )
+
+    def seconds(folder: str) -> float:
+        command = [sys.executable, str(script), str(tmp_path / folder / "file")]
+        return float(subprocess.run(command, env=os.environ | environment, capture_output=True, check=True).stdout)
+
+    disk.slow(tmp_path / "slow", 400)
+    assert seconds("slow") >= 0.45, "of a sync, and an eighth of it for the write"
+    disk.slow(tmp_path / "slow", 3_600_000)
+    assert seconds("usual") < 3600
+    disk.usual()
+    assert seconds("slow") < 3600
+
+
 def test_a_schedule_follows_from_its_seed() -> None:
     from chaos.gateways import plan_of as gateway_plan
     from chaos.runs import plan_of as run_plan
@@ -38,4 +66,7 @@ def test_a_schedule_follows_from_its_seed() -> None:
         again = gateway_plan(seed, mounts=True, postgres=True)
         assert again == gateway_plan(seed, mounts=True, postgres=True)
     names = {name for seed in range(400) for name in run_plan(seed, mounts=True, jumps=True).names()}
+    new = {name for seed in range(10_000, 10_200) for name in run_plan(seed, mounts=True, jumps=True).names()}
+    new |= {name for seed in range(10_000, 10_200) for name in gateway_plan(seed, mounts=True, postgres=True).names()}
+    assert "slow disk" in new - names, "old seeds draw what they drew"
     assert {"full disk", "stale replica", "two runs", "manifest edited", "clock jumps", "few handles"} <= names

@@ -23,12 +23,12 @@ from services.gateway.answer import Answer, Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.callers import Caller, Customer
 from services.gateway.inbox.systems import Message, TicketInbox, inbox_of
+from services.gateway.leases import clock
 from services.gateway.recorder import Record, audit_row
 from services.gateway.store import InboxTicket, insert_new
 from steersman.errors import SteersmanError, UnavailableError
 from steersman.net import guarded_client
 from steersman.store.engine import Store
-from steersman.store.models import now
 from steersman.store.secret import pseudonym
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest
@@ -223,15 +223,14 @@ class Inboxes:
             "tenant": self.systems[name].config.tenant,
             "customer": customer,
             "told": 1,
-            "due_at": now(),
             "held_until": None,
             "attempts": 0,
             "answered": "",
             "replies": 0,
             "outcome": "",
-            "changed_at": now(),
         }
         with self._store.transaction() as session:
+            row |= {"due_at": clock(session), "changed_at": clock(session)}
             if not insert_new(session, InboxTicket, row):
                 again = {name: row[name] for name in ("tenant", "customer", "due_at", "attempts", "changed_at")}
                 mine = (InboxTicket.inbox == name, InboxTicket.ticket == ticket)
@@ -240,15 +239,14 @@ class Inboxes:
     def _hold(self, most: int) -> list[Held]:
         if most <= 0:
             return []
-        free = sa.or_(InboxTicket.held_until.is_(None), InboxTicket.held_until <= now())
-        due = (InboxTicket.due_at <= now(), free, InboxTicket.inbox.in_(self.systems))
-        oldest = sa.select(InboxTicket).where(*due).order_by(InboxTicket.due_at).limit(most)
         held = []
         with self._store.transaction() as session:
+            at = clock(session)
+            free = sa.or_(InboxTicket.held_until.is_(None), InboxTicket.held_until <= at)
+            due = (InboxTicket.due_at <= at, free, InboxTicket.inbox.in_(self.systems))
+            oldest = sa.select(InboxTicket).where(*due).order_by(InboxTicket.due_at).limit(most)
             for row in session.scalars(oldest.with_for_update(skip_locked=True)):
-                row.held_until = now() + dt.timedelta(
-                    seconds=self._longest + 3 * self.systems[row.inbox].config.seconds
-                )
+                row.held_until = at + dt.timedelta(seconds=self._longest + 3 * self.systems[row.inbox].config.seconds)
                 row.attempts += 1
                 fields = (row.inbox, row.ticket, row.customer, row.told, row.attempts, row.answered, row.replies)
                 held.append(Held(*fields))
@@ -265,16 +263,17 @@ class Inboxes:
             row = session.get(InboxTicket, (held.inbox, held.ticket), with_for_update=True)
             if row is None:  # it was erased meanwhile
                 return
-            row.held_until, row.outcome, row.changed_at = None, outcome.name, now()
+            at = clock(session)
+            row.held_until, row.outcome, row.changed_at = None, outcome.name, at
             if outcome.name == "retried":
                 first = dt.timedelta(seconds=self.systems[held.inbox].config.retry_seconds)
-                row.due_at = now() + min(_LONGEST_PAUSE, first * 2 ** (held.attempts - 1))
+                row.due_at = at + min(_LONGEST_PAUSE, first * 2 ** (held.attempts - 1))
                 return
             row.attempts = 0
             row.answered = outcome.answered or row.answered
             row.replies += outcome.name in ("note", "public")
             # Something may have come while it was looked at.
-            row.due_at = now() if row.told != held.told else None
+            row.due_at = at if row.told != held.told else None
 
 
 def turns_of(messages: Sequence[Message], most_chars: int) -> list[common_pb2.Message]:

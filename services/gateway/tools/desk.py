@@ -12,6 +12,7 @@ import httpx
 import sqlalchemy as sa
 
 from services.gateway.auth.callers import Caller
+from services.gateway.leases import clock, moment
 from services.gateway.proposals import ActionName, Proposal
 from services.gateway.store import ProposedAction
 from services.gateway.tools.tickets import Ticket, ticket_system
@@ -19,7 +20,6 @@ from services.gateway.tools_config import HandOver
 from steersman.errors import ConflictError, NotFoundError, UnavailableError
 from steersman.net import guarded_client
 from steersman.store.engine import Store
-from steersman.store.models import now
 
 log = logging.getLogger("steersman.gateway")
 
@@ -51,7 +51,6 @@ class Desk:
             "transcript": transcript,
             "state": "proposed",
             "ticket": "",
-            "expires_at": now() + dt.timedelta(seconds=self._config.propose_seconds),
         }
         await asyncio.to_thread(self._insert, row)
         return proposal
@@ -99,23 +98,26 @@ class Desk:
 
     def _insert(self, row: dict[str, Any]) -> None:
         with self._store.transaction() as session:
-            session.execute(sa.delete(ProposedAction).where(ProposedAction.expires_at < now() - dt.timedelta(days=30)))
-            session.execute(sa.insert(ProposedAction).values(row))
+            old = ProposedAction.expires_at < moment(session, -dt.timedelta(days=30))
+            session.execute(sa.delete(ProposedAction).where(old).execution_options(synchronize_session=False))
+            until = moment(session, dt.timedelta(seconds=self._config.propose_seconds))
+            session.execute(sa.insert(ProposedAction).values({**row, "expires_at": until}))
 
     def _begin(self, caller: Caller, action_id: str) -> dict[str, Any]:
         with self._store.transaction() as session:
             row = session.get(ProposedAction, action_id, with_for_update=True)  # two gateways may ask at once
+            at = clock(session)
             mine = row is not None and (row.tenant, row.customer) == (caller.tenant, caller.customer_id)
-            if row is None or not mine or (row.state == "proposed" and row.expires_at < now()):
+            if row is None or not mine or (row.state == "proposed" and row.expires_at < at):
                 raise NotFoundError("There is no such proposed action; it may have expired")
-            if row.state == "running" and row.expires_at > now():
+            if row.state == "running" and row.expires_at > at:
                 raise ConflictError("The action is being carried out at this moment; ask again in some seconds")
             names = ("id", "action", "arguments", "transcript", "state", "ticket", "expires_at")
             found = {name: getattr(row, name) for name in names}
             if row.state != "done":
                 # Whoever carries it out has it for so long only: he may die, or find the database away at the end.
                 row.state = "running"
-                row.expires_at = now() + dt.timedelta(seconds=3 * self._config.seconds + _MARGIN_SECONDS)
+                row.expires_at = at + dt.timedelta(seconds=3 * self._config.seconds + _MARGIN_SECONDS)
             return found
 
     def _end(self, begun: dict[str, Any], state: str, ticket: str) -> None:

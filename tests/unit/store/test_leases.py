@@ -19,6 +19,8 @@ from services.gateway.leases import LENGTH, Leases
 from services.gateway.quotas import Quotas
 from services.gateway.store import Audit, Idempotency, KeyUse, Reservation, open_store
 from services.gateway.testing import gateway_config, running_gateway, until
+from services.gateway.tools.desk import Desk
+from services.gateway.tools_config import HandOver
 from steersman.errors import ConflictError, RateLimitedError, UnavailableError
 from steersman.store import Store
 from steersman.store import engine as engine_module
@@ -137,6 +139,19 @@ async def test_a_gateways_clock_decides_nothing(
         assert not end(store, first, {"said": "late"})
         assert end(store, second, {"said": "once"})
         assert await claimed(keys) == {"said": "once"}
+
+
+async def test_a_gateways_clock_takes_no_action_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_DESK_SECRET", "s" * 40)
+    webhook = {"url": "http://127.0.0.1:9/", "secretEnv": "TEST_DESK_SECRET"}
+    desk = Desk(HandOver.model_validate({"webhook": webhook}), store)
+    proposal = await desk.propose(CALLER, "hand_over", {}, [])
+    if store.engine.dialect.name == "postgresql":  # SQLite's clock is the machine's
+        monkeypatch.setattr(leases_module, "now", lambda: now() + dt.timedelta(days=400))
+    assert desk._begin(CALLER, proposal.id)["state"] == "proposed", "it has not run out"
+    with pytest.raises(ConflictError):
+        desk._begin(CALLER, proposal.id)
+    await desk.close()
 
 
 async def test_who_freezes_in_a_transaction_holds_nobody_up(
