@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from steersman.errors import ConfigError
@@ -128,6 +129,41 @@ def _by_kernels(
     return found
 
 
+_SHORT = 256
+"""Keys up to which `_ShortAttention` is faster."""
+
+
+class _ShortAttention(torch.autograd.Function):
+    """softmax(scale q k^T + mask) v of short sequences on a CPU.
+
+    torch's own kernel works in blocks of hundreds of queries and keys: of sequences of some fifty tokens its two passes
+    take several times as long as these six products. Scores, weights and the slopes of both are fp32, as they are there.
+
+    Shapes: q [B KV, R, D]; k [B KV, K, D]; v [B KV, K, E]; mask [B, 1, R, K] to add; returns [B KV, R, E].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.bmm(q.to(exact), k.to(exact).transpose(1, 2)).mul_(scale)
+        scores.view(len(mask), -1, *scores.shape[1:]).add_(mask.to(exact))
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(q, k, v, weights.to(q.dtype))
+        ctx.scale = scale
+        return torch.bmm(weights, v.to(exact)).to(v.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v, weights), grad = ctx.saved_tensors, grads[0]
+        exact = torch.promote_types(q.dtype, torch.float32)
+        slopes = torch.bmm(grad.to(exact), v.to(exact).transpose(1, 2)).mul_(weights)
+        slopes -= slopes.sum(-1, keepdim=True) * weights
+        of_scores = slopes.mul_(ctx.scale).to(q.dtype)
+        of_v = torch.bmm(weights.transpose(1, 2), grad)
+        return torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q), of_v, None, None
+
+
 @dataclass(frozen=True, slots=True)
 class _Scores:
     """How a layer scores."""
@@ -150,10 +186,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: _Score
     fold = heads // kv_heads
     rows = query.view(batch, width, kv_heads, fold, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
     keys, values = key.transpose(1, 2), value.transpose(1, 2)
-    if how.softcap is None and how.sinks is None:
-        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=how.scale)
-    else:
+    if how.softcap is not None or how.sinks is not None:
         out = _weights(rows, keys, mask, how, width) @ values
+    elif rows.is_cpu and key.shape[1] <= _SHORT:
+        q, k, v = (one.flatten(0, 1) for one in (rows, keys, values))
+        out = _ShortAttention.apply(q, k, v, mask, dim**-0.5 if how.scale is None else how.scale)
+    else:
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=how.scale)
     out = out.view(batch, kv_heads, fold, width, -1).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, width, heads, -1)
 

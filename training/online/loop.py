@@ -144,14 +144,14 @@ class RlLoop:
         self.model.train()
         only_critic = method.critic is not None and step < method.critic.warmup_steps
         plan = self.passes.plan(batch, step)
-        made = self.passes.only(plan, only_critic)
+        made = self.passes.first(plan, only_critic)
         estimates = method.estimate(batch, *self.passes.old(batch, plan, made), self.kl_controller.value)
         collected: list[LossStats] = []
         norms: list[dict[str, float]] = []
         bad = 0.0
         for number, minibatch in enumerate(plan):
             self.reporter.activity(f"updating {number + 1}/{len(plan)}")
-            found = self.passes.backward(batch, estimates, minibatch, only_critic, made)
+            found = self.passes.backward(batch, estimates, minibatch, only_critic, None if number else made)
             if not found.policy.count:
                 continue  # nothing to learn: not even the optimizer's momentum may move the weights
             if spec.stop_kl is not None and found.policy.means()["approx_kl"] > spec.stop_kl:

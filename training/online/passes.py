@@ -60,9 +60,9 @@ class Passes:
     def _cut(self, batch: SampleBatch, groups: list[int]) -> list[MicroBatch]:
         return micro_batches(batch, groups, self._micro_tokens, whole_groups=self._method.whole_groups)
 
-    def only(self, plan: Sequence[Sequence[MicroBatch]], only_critic: bool) -> Forward | None:
-        """The forward pass of a plan of one piece; then it serves the old values and the update alike."""
-        if len(plan) == 1 and len(plan[0]) == 1 and self._ranks.world == 1:
+    def first(self, plan: Sequence[Sequence[MicroBatch]], only_critic: bool) -> Forward | None:
+        """The forward pass of a first optimizer step of one micro-batch: it serves the old values and the update."""
+        if plan and len(plan[0]) == 1 and self._ranks.world == 1:
             return self._forward(plan[0][0], only_critic)
         return None
 
@@ -72,16 +72,18 @@ class Passes:
         """Log-probabilities and values [T] of the whole batch before the update, without a graph.
 
         Args:
-            made: the forward pass of the only micro-batch of the plan, where it was made already.
+            made: what `first` gave.
 
         Raises:
             FailedPreconditionError: they are not finite.
         """
-        whole = plan[0] if made is not None else self._cut(batch, _groups(batch))
+        begun = list(plan[0]) if made is not None else []
+        known = {group for micro in begun for group in batch.group[micro.samples].tolist()}
+        whole = begun + self._cut(batch, [group for group in _groups(batch) if group not in known])
         total = int(batch.lengths.sum())
         old, values = torch.zeros(total), torch.zeros(total)
         for number, (micro, counts) in enumerate(self._ranks.share(whole)):
-            forward = made
+            forward = made if number == 0 else None
             if forward is None:
                 self._reporter.activity(f"old log-probabilities {number + 1}")
                 with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from numeric import assert_same, gradients_of
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from steersman.errors import InvalidArgumentError
+from steersman.nn import packed_attention
 from steersman.nn.forward import enable_packed, hidden_states
 from steersman.nn.packed import pack
 
@@ -121,3 +124,40 @@ def test_a_sliding_window_is_kept_past_its_end() -> None:
     assert_same(got_grads, gradients(model, want.mean()))
     model.config.sliding_window = 100
     assert float((plain(model, groups)[0] - want).abs().max()) > 1e-3, "the window makes no difference"
+
+
+def test_long_rows_are_computed_another_way_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = groups_of([(5, (3, 0, 7)), (9, (2, 2))])
+    model = build("llama")
+    short, _ = packed(model, groups)
+    of_short = gradients(model, short.mean())
+    monkeypatch.setattr(packed_attention, "_SHORT", 0)
+    long, _ = packed(model, groups)
+    assert_same(short, long)
+    assert_same(of_short, gradients(model, long.mean()))
+
+
+def test_short_rows_in_bf16_err_no_more_than_torchs_own_kernel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(6, rows, 16, generator=generator).bfloat16() for rows in (40, 20, 20, 40))
+    seen = torch.ones(20, 20, dtype=torch.bool).tril().repeat(2, 1)
+    mask = torch.zeros(3, 1, 40, 20).masked_fill_(~seen, -torch.inf)
+
+    def passes(dtype: torch.dtype, attend: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        own = [one.to(dtype, copy=True).requires_grad_() for one in (q, k, v)]
+        out = attend(*own, mask.to(dtype))
+        return [one.double() for one in (out.detach(), *torch.autograd.grad(out, own, grad.to(dtype)))]
+
+    def short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return packed_attention._ShortAttention.apply(q, k, v, mask, 0.25)
+
+    def torchs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        own = (one.view(3, 2, *one.shape[1:]) for one in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*own, attn_mask=mask, scale=0.25).flatten(0, 1)
+
+    exact = passes(torch.float64, torchs)
+    for one, right in zip(passes(torch.float64, short), exact, strict=True):
+        assert_same(one, right)
+    errors = [passes(torch.bfloat16, short), passes(torch.bfloat16, torchs)]
+    for right, ours, theirs in zip(exact, *errors, strict=True):
+        assert (ours - right).norm() <= 1.2 * (theirs - right).norm()

@@ -130,6 +130,21 @@ def test_micro_batches_do_not_change_gradients_and_metrics(algorithm: str, tiny_
         assert metrics == pytest.approx(results[0][1], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("more", [{"minibatches": 2}, {"epochs": 2}])
+def test_the_first_pass_of_a_step_serves_old_values_and_update(more: Any, tiny_model: Path, tmp_path: Path) -> None:
+    apart = build(tiny_model, tmp_path, micro_batch_tokens=1, **options_of("ppo"), **more)
+    wanted = gradients(apart, make_batch(apart.model))
+    trainer = build(tiny_model, tmp_path, **options_of("ppo"), **more)
+    batch = make_batch(trainer.model)
+    passes: list[int] = []
+    trainer.model.register_forward_pre_hook(lambda _, given: passes.append(len(given[0].targets)))
+    found = gradients(trainer, batch)
+    tokens = len(batch.engine_logprobs)
+    assert sum(passes) == (2 * tokens - passes[0] if "minibatches" in more else 2 * tokens)
+    assert_same(found[0], wanted[0])
+    assert found[1] == pytest.approx(wanted[1], rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_order_of_samples_does_not_matter(algorithm: str, tiny_model: Path, tmp_path: Path) -> None:
     trainer = build(tiny_model, tmp_path, **options_of(algorithm))
