@@ -139,6 +139,8 @@ def load_reward_model(folder: Path, *, device: str = "cpu", precision: Literal["
     members = [load_classifier(folder / member.folder, device=device) for member in settings.members]
     for member in members:
         skip_padding(member)
+        if precision == "bf16":
+            round_products(member)
     tokenizer = load_tokenizer(folder / settings.members[0].folder)
     return RewardModel(settings, members, tokenizer, device=device, precision=precision)
 
@@ -191,6 +193,17 @@ def keep_head_in_fp32(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name.partition(".")[0] in ("score", "classifier"):
             model.set_submodule(name, _Fp32Linear.of(module))
+
+
+def round_products(model: nn.Module) -> None:
+    """Keeps the weights of linear layers in bf16, in place, for products that run in bf16; heads stay in fp32.
+
+    Autocast would round them to the same numbers at every call: of a small model that takes longer than to score a few
+    answers.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
 
 
 def context_of(config: Any) -> int:

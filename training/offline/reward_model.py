@@ -38,7 +38,7 @@ from steersman.errors import ConfigError
 from steersman.nn.dropout import disable_dropout
 from steersman.nn.forward import is_decoder
 from steersman.nn.load import load_classifier, load_reward_model, load_tokenizer, quiet_libraries
-from steersman.nn.lora import merge_to_folder, quantization, save_adapter, save_model
+from steersman.nn.lora import merge_to_folder, quantization, round_frozen_products, save_adapter, save_model
 from steersman.nn.prepare import check_tokenizer_matches, resolve_model
 from steersman.nn.reward import (
     Aspect,
@@ -107,10 +107,11 @@ def _finish(
     settings: RewardSettings, work: Path, data: RewardData, files: DataFiles, ctx: StageContext
 ) -> dict[str, Path]:
     """Normalises the trained members, makes one model of them, and measures it."""
-    settings = _normalised(settings, work, data, files, ctx)
+    write_settings(work, settings)
+    model = load_reward_model(work, device=ctx.device, precision=ctx.precision)
+    model.settings = settings = _normalised(model, data, files, ctx)
     artifacts = {"model": ctx.stage_dir / "model"}
     _assemble(settings, work, artifacts["model"])
-    model = load_reward_model(artifacts["model"], device=ctx.device, precision=ctx.precision)
     evaluation, predictions = _evaluate(model, data, ctx)
     for name, content in (
         ("evaluation.json", json.dumps(evaluation, indent=2).encode()),
@@ -185,7 +186,10 @@ class _MemberTraining:
             tokenizer.pad_token = distinct_pad_token(tokenizer) or tokenizer.pad_token
             read_last_token(model)
         model.config.pad_token_id = tokenizer.pad_token_id
-        return prepare(model, spec, seed)
+        trained = prepare(model, spec, seed)
+        if spec.lora is not None and self.ctx.precision == "bf16" and Ranks.join(device).world == 1:
+            round_frozen_products(trained)
+        return trained
 
     def _pairwise(self, model: Any, arguments: dict[str, Any]) -> Trainer:
         spec = self.spec
@@ -313,13 +317,10 @@ class PointwiseTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def _normalised(
-    settings: RewardSettings, work: Path, data: RewardData, files: DataFiles, ctx: StageContext
-) -> RewardSettings:
+def _normalised(model: RewardModel, data: RewardData, files: DataFiles, ctx: StageContext) -> RewardSettings:
     """Settings with mean and spread of the rewards on (at most 256 answers of) the validation or training file."""
     ctx.reporter.note("measuring mean and spread of the rewards")
-    write_settings(work, settings)
-    model = load_reward_model(work, device=ctx.device, precision=ctx.precision)
+    settings = model.settings
     rows: list[list[int]] = []
     kind: type[Prompt] = Aspects if settings.aspects else Preference
     for where, row in numbered_rows(files.validation or files.train, kind):

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import Linear
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from steersman.config.manifest import Lora, Optimizer, RewardModelStage
 from steersman.errors import DataError
+from steersman.nn import load
 from steersman.nn.load import load_reward_backbone, load_reward_model
 from steersman.nn.tokens import conversation_parts
 from steersman.testing.models import save_model_folder, tiny_llama, tiny_roberta_reward, tiny_tokenizer
 from training.mathematics.reward_losses import pairwise_loss
+from training.offline import reward_model
 from training.offline.reward_evaluation import ScoredPair, evaluate_pairs
 from training.offline.reward_model import run_reward_model
 
@@ -78,6 +83,23 @@ def test_learns_the_preference(make_context, objective, lora):
     assert len(artifacts["predictions"].read_text().splitlines()) == 32
     losses = [metrics["loss"] for _, _, metrics in context.reporter.steps if "loss" in metrics]
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_in_bf16_frozen_weights_are_rounded_once_with_the_same_result(make_context, monkeypatch):
+    found = []
+    for rounds in (True, False):
+        if not rounds:
+            monkeypatch.setattr(reward_model, "round_frozen_products", lambda model: None)
+            monkeypatch.setattr(load, "round_products", lambda model: None)
+        context = replace(make_context("preferences", pairs(16, 1), validation=pairs(8, 2)), precision="bf16")
+        artifacts = run_reward_model(stage(max_steps=2), context)
+        model = load_reward_model(artifacts["model"], precision="bf16")
+        kept = {type(one).__name__: one.weight.dtype for one in model.members[0].modules() if isinstance(one, Linear)}
+        assert kept == {"Linear": torch.bfloat16 if rounds else torch.float32, "_Fp32Linear": torch.float32}
+        losses = [metrics["loss"] for _, _, metrics in context.reporter.steps if "loss" in metrics]
+        found.append((losses, json.loads(artifacts["evaluation"].read_text())["pairs"]))
+        shutil.rmtree(context.stage_dir)
+    assert found[0] == found[1]
 
 
 def test_the_service_scores_as_training_measured(make_context):
