@@ -137,7 +137,7 @@ class _ShortAttention(torch.autograd.Function):
     """softmax(scale q k^T + mask) v of short sequences on a CPU.
 
     torch's own kernel works in blocks of hundreds of queries and keys: of sequences of some fifty tokens its two passes
-    take several times as long as these six products. Scores, weights and the slopes of both are fp32, as they are there.
+    take several times as long as these six products. Scores, weights and their slopes are fp32, as they are there.
 
     Shapes: q [B KV, R, D]; k [B KV, K, D]; v [B KV, K, E]; mask [B, 1, R, K] to add; returns [B KV, R, E].
     """
