@@ -57,8 +57,15 @@ class Command:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        if self._child.poll() is None:
+        if self.poll() is None:
             self.send_signal(signal.SIGKILL)
+
+    def poll(self) -> int | None:
+        return self._child.poll()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._child.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         return self._child.wait(timeout)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
+from loaded import Loaded
 
 from services.gateway.auth.keys import create_key
 from services.gateway.store import Audit, KeyUse, open_store
@@ -26,15 +25,14 @@ CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "steersman", "messages": [{"role": "user", "content": "hello \0 there"}]}
 
 
-async def test_kill_minus_nine_loses_nothing_that_was_acknowledged(repo_root: Path, tmp_path: Path) -> None:
+async def test_kill_minus_nine_loses_nothing_that_was_acknowledged(
+    repo_root: Path, tmp_path: Path, loaded: Loaded
+) -> None:
     database, port = f"sqlite:///{tmp_path}/g.db", free_port()
     acknowledged: list[tuple[str, str]] = []
     async with serve_policy(FakePolicy()) as endpoint:
         settings = [f"port={port}", "grpcPort=0", f"policy.endpoints=[{endpoint}]", f"database={database}"]
-        command = [sys.executable, "-m", "services.gateway"]
-        for setting in settings:
-            command += ["--set", setting]
-        process = subprocess.Popen(command, cwd=repo_root, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
+        process = loaded.start(*(f"--set={setting}" for setting in settings), module="services.gateway", cwd=repo_root)
 
         async def judge(index: int) -> None:
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:

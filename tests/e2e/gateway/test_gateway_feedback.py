@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import sqlalchemy as sa
+from loaded import Command, Loaded
 
 from services.gateway.testing import free_port, wait_for_port
 from steersman.store import Store
@@ -22,21 +21,22 @@ BODY = {"model": "steersman", "messages": [{"role": "user", "content": "where is
 LONG_AGO = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
 
 
-async def start(root: Path, endpoint: str, database: str) -> tuple[subprocess.Popen[bytes], httpx.AsyncClient]:
+async def start(loaded: Loaded, root: Path, endpoint: str, database: str) -> tuple[Command, httpx.AsyncClient]:
     port = free_port()
-    command = [sys.executable, "-m", "services.gateway", "--set", f"port={port}", "--set", "grpcPort=0"]
-    command += ["--set", f"database={database}", "--set", f"policy.endpoints=[{endpoint}]"]
-    command += ["--set", "limits.feedbackPerMinute=10000"]
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
+    settings = [f"port={port}", "grpcPort=0", f"database={database}", f"policy.endpoints=[{endpoint}]"]
+    settings += ["limits.feedbackPerMinute=10000"]
+    process = loaded.start(*(f"--set={setting}" for setting in settings), module="services.gateway", cwd=root)
     await asyncio.to_thread(wait_for_port, port, process)
     return process, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
 
-async def test_acknowledged_feedback_outlives_kill_9_and_counts_once(repo_root: Path, tmp_path: Path) -> None:
+async def test_acknowledged_feedback_outlives_kill_9_and_counts_once(
+    repo_root: Path, tmp_path: Path, loaded: Loaded
+) -> None:
     database = f"sqlite:///{tmp_path}/g.db"
     acknowledged: list[dict[str, Any]] = []
     async with serve_policy(FakePolicy()) as endpoint:
-        process, http = await start(repo_root, endpoint, database)
+        process, http = await start(loaded, repo_root, endpoint, database)
         try:
             answer_id = (await http.post("/v1/chat/completions", json=BODY)).json()["id"]
 
@@ -55,7 +55,7 @@ async def test_acknowledged_feedback_outlives_kill_9_and_counts_once(repo_root: 
             await asyncio.to_thread(process.wait, 30)
             await http.aclose()
 
-            process, http = await start(repo_root, endpoint, database)
+            process, http = await start(loaded, repo_root, endpoint, database)
             for event in acknowledged:
                 again = await http.post("/v1/feedback", json={"answer_id": answer_id, **event})
                 assert again.json() == {"created": False}, "it was stored before the kill"

@@ -19,6 +19,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaded import Loaded
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -156,13 +157,12 @@ async def test_the_openapi_document_is_exact(tmp_path: Path) -> None:
 # --- the end ----------------------------------------------------------------------------------------------------
 
 
-async def test_sigterm_cuts_no_stream(repo_root: Path) -> None:
+async def test_sigterm_cuts_no_stream(repo_root: Path, loaded: Loaded) -> None:
     policy = FakePolicy(seconds_per_token=0.05, reply=lambda request: "word " * 40)
     port = free_port()
     async with serve_policy(policy) as endpoint:
-        command = [sys.executable, "-m", "services.gateway", "--set", f"port={port}", "--set", "grpcPort=0"]
-        command += ["--set", f"policy.endpoints=[{endpoint}]"]
-        process = subprocess.Popen(command, cwd=repo_root, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
+        settings = [f"port={port}", "grpcPort=0", f"policy.endpoints=[{endpoint}]"]
+        process = loaded.start(*(f"--set={setting}" for setting in settings), module="services.gateway", cwd=repo_root)
         try:
             await asyncio.to_thread(wait_for_port, port, process)
             limits = httpx.Limits(max_connections=None)
@@ -179,7 +179,9 @@ async def test_sigterm_cuts_no_stream(repo_root: Path) -> None:
     assert policy.cancelled == 0
 
 
-async def test_a_system_that_never_answers_does_not_hold_the_end_up(repo_root: Path, tmp_path: Path) -> None:
+async def test_a_system_that_never_answers_does_not_hold_the_end_up(
+    repo_root: Path, tmp_path: Path, loaded: Loaded
+) -> None:
     records, port = tmp_path / "records.json", free_port()
     records.write_text('{"order": []}')
     kind = {"entity": "order", "number": "number", "owner": "owner", "fields": {"number": "number"}}
@@ -193,8 +195,7 @@ async def test_a_system_that_never_answers_does_not_hold_the_end_up(repo_root: P
     }
     path = tmp_path / "gateway.yaml"
     path.write_text(json.dumps(config))
-    command = [sys.executable, "-m", "services.gateway", "--config", str(path)]
-    process = subprocess.Popen(command, cwd=repo_root, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
+    process = loaded.start("--config", str(path), module="services.gateway", cwd=repo_root)
     try:
         await asyncio.to_thread(wait_for_port, port, process)
         records.unlink()
