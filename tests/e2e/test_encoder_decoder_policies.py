@@ -72,8 +72,9 @@ def test_a_run_that_was_cut_ends_with_the_same_weights(
     from training.online.loop import RlLoop
 
     start(cluster, t5, mergeRequests=False)
+    nlpo = {**HEAD, "refreshEvery": 2}
     options = {
-        "rl": {**BANDIT, "algorithm": "nlpo", "steps": 4, "nlpo": {**HEAD, "refreshEvery": 2}, "deterministic": True}
+        "rl": {**BANDIT, "algorithm": "nlpo", "steps": 4, "nlpo": nlpo, "deterministic": True, "checkpointEvery": 1}
     }
     unbroken = run_manifest(cluster, t5, options, prompts=PROMPTS, name="unbroken")
     save = RlLoop.save

@@ -29,6 +29,7 @@ BANDIT: dict[str, Any] = {
     "missingEosPenalty": 0.0,
     "optimizer": {"learningRate": 0.01},
     "lora": None,
+    "checkpointEvery": 20,
 }
 
 

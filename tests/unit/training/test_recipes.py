@@ -39,6 +39,7 @@ RL = {
     "klCoefficient": 0.001,
     "missingEosPenalty": 0.0,
     "optimizer": FAST,
+    "checkpointEvery": 15,
 }
 
 
