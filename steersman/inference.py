@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from steersman.errors import DataError
 from steersman.statistics import CONFIDENCE, Interval, cluster_means, mean_interval
@@ -51,8 +51,8 @@ def equivalence(
         mean = float(difference[0])
         drop, rise = float(mean <= -bound), float(mean >= bound)
     else:
-        drop = float(stats.ttest_1samp(difference, -bound, alternative="greater").pvalue)
-        rise = float(stats.ttest_1samp(difference, bound, alternative="less").pvalue)
+        drop = float(scipy.stats.ttest_1samp(difference, -bound, alternative="greater").pvalue)
+        rise = float(scipy.stats.ttest_1samp(difference, bound, alternative="less").pvalue)
     return Equivalence(interval, bound, max(drop, rise), drop)
 
 
@@ -61,7 +61,7 @@ def sign_test(before: Sequence[float], after: Sequence[float]) -> float:
     _check_paired(before, after, "sign_test")
     ups = sum(y > x for x, y in zip(before, after, strict=True))
     changed = sum(y != x for x, y in zip(before, after, strict=True))
-    return float(stats.binomtest(ups, changed, 0.5).pvalue) if changed else 1.0
+    return float(scipy.stats.binomtest(ups, changed, 0.5).pvalue) if changed else 1.0
 
 
 def _differences(

@@ -7,6 +7,8 @@ with all of its samples. `clusters` names the prompt of every value; intervals a
 answers: the value of a prompt is the mean of its answers, and Student's t runs over prompts (Donner and Klar 2000,
 chapter 6; the cluster-robust interval where every prompt has as many answers). Without clusters every value is a prompt
 of its own.
+
+`scipy.stats` takes a second to load and so is loaded by the first test that is asked for; intervals do without.
 """
 
 import math
@@ -14,7 +16,8 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
+from scipy import special
 
 from steersman.errors import DataError
 
@@ -84,7 +87,7 @@ def mean_interval(
         return Interval(mean, *_percentiles(means, confidence))
     if method != "t":
         raise DataError(f"mean_interval: method is {method!r}; use 't' or 'bootstrap'.")
-    half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    half = float(special.stdtrit(len(x) - 1, (1 + confidence) / 2) * x.std(ddof=1) / math.sqrt(len(x)))
     return Interval(mean, mean - half, mean + half)
 
 
@@ -102,7 +105,7 @@ def compare(
     size = float(np.abs(difference).max())
     # The t statistic of a constant difference is 0/0 or x/0.
     constant = np.ptp(difference) <= 1e-12 * size
-    p_value = float(size == 0) if constant else float(stats.ttest_rel(y, x).pvalue)
+    p_value = float(size == 0) if constant else float(scipy.stats.ttest_rel(y, x).pvalue)
     return Comparison(
         difference=mean_interval(difference.tolist(), confidence=confidence),
         p_value=p_value,
@@ -140,8 +143,8 @@ def variance_change(
     total, gap = y + x, y - x
     degenerate = total.std() == 0 or gap.std() == 0
     if index.max() + 1 == len(x):
-        brown_forsythe = float(stats.levene(x, y, center="median").pvalue)
-        pitman_morgan = 1.0 if degenerate else float(stats.pearsonr(total, gap).pvalue)
+        brown_forsythe = float(scipy.stats.levene(x, y, center="median").pvalue)
+        pitman_morgan = 1.0 if degenerate else float(scipy.stats.pearsonr(total, gap).pvalue)
     else:
         # The same questions as means over prompts: do distances from the median differ, do sum and gap covary?
         distances = np.abs(y - np.median(y)) - np.abs(x - np.median(x))
@@ -158,7 +161,7 @@ def wilson_interval(successes: float, count: int, *, confidence: float = CONFIDE
     """Share with Wilson's score interval (Wilson 1927); `successes` may be fractional where ties count half."""
     if count < 1 or not 0 <= successes <= count:
         raise DataError(f"wilson_interval: {successes} successes of {count}; give 0 <= successes <= count, count >= 1.")
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    z = float(special.ndtri((1 + confidence) / 2))
     share = successes / count
     scale = 1 + z * z / count
     centre = (share + z * z / (2 * count)) / scale
@@ -236,7 +239,7 @@ def _bootstrap_variances(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 def _p_of_zero_mean(values: np.ndarray, index: np.ndarray) -> float:
     """Two-sided t test over clusters that the mean is 0."""
     means = np.bincount(index, weights=values) / np.bincount(index)
-    return float(np.abs(means).max() == 0) if np.ptp(means) == 0 else float(stats.ttest_1samp(means, 0.0).pvalue)
+    return float(np.abs(means).max() == 0) if np.ptp(means) == 0 else float(scipy.stats.ttest_1samp(means, 0.0).pvalue)
 
 
 def _array(values: Sequence[float], name: str) -> np.ndarray:

@@ -16,6 +16,7 @@ import contextlib
 import secrets
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import ModuleType
 from typing import Annotated, Any
 
 import grpc
@@ -42,10 +43,15 @@ from steersman.v1.policy_pb2 import PolicyServiceChatRequest
 
 # The SDK parses sys.argv when it is imported and would take our `--config` for its `--configure_logging`.
 _argv, sys.argv = sys.argv, [sys.argv[0], "--configure_logging", "false"]
-# It imports a client of Kubernetes, which would import a validator of manifests, and that for seconds a parser of URLs.
-_hidden = {"kubernetes_validate"} - set(sys.modules)
-for _name in _hidden:
-    sys.modules[_name] = None  # type: ignore[assignment]
+# It imports a client of Kubernetes, which would import a validator of manifests, and that for seconds a parser of URLs;
+# and pandas with pyarrow, for tables that nobody asks for here.
+_tables = ModuleType("pandas")
+vars(_tables)["DataFrame"] = type("DataFrame", (), {})
+_hidden = {
+    name: module for name, module in {"kubernetes_validate": None, "pandas": _tables}.items() if name not in sys.modules
+}
+for _name, _module in _hidden.items():
+    sys.modules[_name] = _module  # type: ignore[assignment]
 try:
     import kserve
     from kserve import errors as kserve_errors
