@@ -14,6 +14,8 @@ from steersman.local import serve
 from steersman.local.supervisor import Supervisor
 from steersman.testing.models import save_model_folder, tiny_llama
 
+pytestmark = pytest.mark.timeout(600)
+
 
 def call(url: str, body: dict[str, object]) -> dict[str, object]:
     headers = {"Content-Type": "application/json"}

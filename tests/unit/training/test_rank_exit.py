@@ -9,6 +9,8 @@ from loaded import Loaded
 
 from steersman.local.process import free_ports
 
+pytestmark = pytest.mark.timeout(600)
+
 
 # torchrun makes one dollar of two.
 @pytest.mark.parametrize(("command", "code"), [("exit 3", 3), ("kill -9 $$$$", 137)])
