@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos import forking
-from chaos.outcome import Bad, orphans
+from chaos.outcome import FIRST_SLOW, Bad, orphans
 
 FAMILIES = ("run", "gateway")
 
@@ -49,7 +49,8 @@ def main() -> int:
     first = options.first if options.first is not None else random.SystemRandom().randrange(10**6)
     if len(families) > 1:
         return _both(options, first)
-    disk = forking.find_disk()
+    last = max(options.seeds) if options.seeds else first + (options.schedules or FIRST_SLOW)
+    disk = forking.find_disk() if last >= FIRST_SLOW else None
     try:
         result = _family(families[0], first, options, disk)
     finally:

@@ -391,6 +391,6 @@ def find_disk() -> Disk | None:
     folder.chmod(0o755)  # PostgreSQL's processes are another user's
     more = make_disk(folder)
     if more is not None:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | more)
+        os.execve(sys.executable, [sys.executable, "-m", "chaos", *sys.argv[1:]], os.environ | more)
     shutil.rmtree(folder)
     return None

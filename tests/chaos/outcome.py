@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import psutil
 
 SLOW_DISK = "slow disk"
-_FIRST_SLOW = 10_000
+FIRST_SLOW = 10_000
 """Seeds below it draw what they drew before there was a slow disk."""
 
 
 def slow_disk(seed: int) -> random.Random | None:
     """What its slow disk is drawn from, for about every eighth schedule."""
     draw = random.Random(f"{SLOW_DISK} {seed}")
-    return draw if seed >= _FIRST_SLOW and draw.random() < 0.12 else None
+    return draw if seed >= FIRST_SLOW and draw.random() < 0.12 else None
 
 
 class Bad(Exception):
