@@ -9,9 +9,10 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from services.gateway.config import Keeping
+from services.gateway.leases import clock
 from services.gateway.store import Audit, InboxTicket
 from steersman.store.engine import Store
-from steersman.store.models import Answer, now
+from steersman.store.models import Answer
 
 _STEP = 500
 _MOST_STEPS = 200
@@ -20,8 +21,11 @@ _MOST_STEPS = 200
 
 def forget_old(store: Store, keeping: Keeping) -> None:
     """Enforces the retention times of the configuration."""
+    with store.reading() as session:
+        # One gateway whose clock is wrong would delete everything.
+        at = clock(session)
     answers, evidence, audit = (
-        now() - dt.timedelta(days=days) for days in (keeping.answer_days, keeping.evidence_days, keeping.audit_days)
+        at - dt.timedelta(days=days) for days in (keeping.answer_days, keeping.evidence_days, keeping.audit_days)
     )
     _repeat(store, lambda session: _delete(session, Answer, Answer.created_at < answers))
     _repeat(store, lambda session: _delete(session, Audit, Audit.at < audit))

@@ -13,11 +13,11 @@ import sqlalchemy as sa
 from services.gateway.auth.callers import Caller
 from services.gateway.config import MemoryConfig
 from services.gateway.errors import BadRequestError
+from services.gateway.leases import clock
 from services.gateway.store import Conversation, storable, storable_json
 from steersman.errors import NotFoundError
 from steersman.rpc.conversation import from_message, to_message
 from steersman.store.engine import Store
-from steersman.store.models import now
 from steersman.v1 import common_pb2
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest
 
@@ -100,7 +100,7 @@ class Memory:
             "customer": caller.customer_id,
             "id": conversation_id,
             "turns": turns,
-            "expires_at": now() + dt.timedelta(seconds=self._config.seconds),
+            "expires_in": dt.timedelta(seconds=self._config.seconds),
         }
 
     async def forget_expired(self) -> None:
@@ -111,7 +111,7 @@ class Memory:
             return None
         with self._store.reading() as session:
             found = session.get(Conversation, (caller.tenant, caller.customer_id, conversation_id))
-        return found if found is not None and found.expires_at > now() else None
+            return found if found is not None and found.expires_at > clock(session) else None
 
     def _forget(self, caller: Caller, conversation_id: str) -> None:
         mine = (
@@ -124,4 +124,4 @@ class Memory:
 
     def _forget_expired(self) -> None:
         with self._store.transaction() as session:
-            session.execute(sa.delete(Conversation).where(Conversation.expires_at <= now()))
+            session.execute(sa.delete(Conversation).where(Conversation.expires_at <= clock(session)))

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from services.gateway.auth.callers import Caller
 from services.gateway.idempotency import Claim, end_claim
+from services.gateway.leases import clock
 from services.gateway.quotas import Reserved, settle
 from services.gateway.store import Audit, Conversation, KeyUse, storable
 from steersman.errors import ConflictError, InternalError, UnavailableError
@@ -43,6 +44,7 @@ class Record:
     answers: tuple[dict[str, Any], ...] = ()
     """One for every choice."""
     conversation: dict[str, Any] | None = None
+    """With `expires_in` in place of `expires_at`."""
     claim: Claim | None = None
     """The right that ends with this request; its key gets `result`, or is free again. Where somebody took it over
     nothing is kept of a result but its line in the trail, and whoever waits gets ConflictError."""
@@ -231,13 +233,15 @@ class Recorder:
             if c is not None
         }
         # Of the tables, not the classes: the mapper's bookkeeping costs more than the insert.
+        at = clock(session)
         if answers:
-            session.execute(_INSERT_ANSWER, answers)
+            session.execute(_INSERT_ANSWER, [{**answer, "created_at": at} for answer in answers])
         if lines := [record.audit for record in records if record.audit is not None]:
             session.execute(_INSERT_AUDIT, lines)
         # In one order everywhere, so that two gateways never wait for each other.
         for key in sorted(conversations):
-            session.merge(Conversation(**conversations[key]))
+            row = dict(conversations[key])
+            session.merge(Conversation(expires_at=at + row.pop("expires_in"), **row))
         add_counts(session, KeyUse, {key: tuple(counts) for key, counts in use.items()})
         settle(session, [(r.reserved, r.spent_tokens) for r in records if r.reserved is not None])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import Any
 
 from services.gateway.answer import Answer
@@ -81,7 +80,6 @@ def answer_rows(answer: Answer, deployment: str, keeping: Keeping) -> list[dict[
                 "token_ids": evidence.token_ids[index] or None,
                 "logprobs": evidence.logprobs[index] or None,
                 "consent": keeping.consent_of(question.caller.tenant, question.consent),
-                "created_at": dt.datetime.fromtimestamp(answer.created, dt.UTC),
             }
         )
     return rows

@@ -15,9 +15,10 @@ import sqlalchemy as sa
 from services.gateway import leases as leases_module
 from services.gateway.auth.callers import Caller
 from services.gateway.idempotency import Claim, IdempotencyKeys, end_claim
+from services.gateway.keeping import forget_old
 from services.gateway.leases import LENGTH, Leases
 from services.gateway.quotas import Quotas
-from services.gateway.store import Audit, Idempotency, KeyUse, Reservation, open_store
+from services.gateway.store import Audit, Conversation, Idempotency, KeyUse, Reservation, open_store
 from services.gateway.testing import gateway_config, running_gateway, until
 from services.gateway.tools.desk import Desk
 from services.gateway.tools_config import HandOver
@@ -152,6 +153,27 @@ async def test_a_gateways_clock_takes_no_action_over(store: Store, monkeypatch: 
     with pytest.raises(ConflictError):
         desk._begin(CALLER, proposal.id)
     await desk.close()
+
+
+async def test_a_gateway_with_a_wrong_clock_deletes_and_forgets_nothing(
+    store: Store, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that is ahead for longer than answers are kept, all of them would be too old."""
+    if store.engine.dialect.name != "postgresql":
+        pytest.skip("SQLite's clock is the machine's")
+    body = {**BODY, "conversation_id": "c"}
+    async with serve_policy(FakePolicy()) as endpoint:
+        config = gateway_config(endpoint, database=store_url)
+        async with running_gateway(config) as gateway, httpx.AsyncClient(base_url=gateway.url, timeout=90) as http:
+            for days in (-400, 400, 0):
+                monkeypatch.setattr(leases_module, "now", lambda days=days: now() + dt.timedelta(days=days))
+                assert (await http.post(CHAT, json=body)).status_code == 200
+                forget_old(store, config.keeping)
+                await gateway.assistant.memory.forget_expired()
+    with store.reading() as session:
+        assert session.scalar(sa.select(sa.func.count()).select_from(Answer)) == 3
+        (conversation,) = session.scalars(sa.select(Conversation))
+    assert len(conversation.turns) == 6
 
 
 async def test_who_freezes_in_a_transaction_holds_nobody_up(
