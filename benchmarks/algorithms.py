@@ -45,6 +45,7 @@ from typing import Any, TextIO
 import yaml
 
 from benchmarks.report import command_line, heading
+from steersman.artifacts import write_whole
 
 ONLINE = ("ppo", "nlpo", "rloo", "grpo", "dapo", "gspo", "cispo", "reinforce-plus-plus", "online-dpo")
 OFFLINE = ("offline-sft", "ilql")
@@ -168,9 +169,7 @@ def run_cell(arguments: argparse.Namespace, method: str, seed: int) -> None:
 
         scores = evaluate(run, start, judge)
     cell = {"method": method, "seed": seed, "manifest": wanted, **scores, "seconds": round(seconds, 1)}
-    partial = folder / "cell.partial"
-    partial.write_text(json.dumps(cell))
-    partial.rename(folder / "cell.json")
+    write_whole(folder / "cell.json", json.dumps(cell))
     if method not in ("start", "judge"):
         shutil.rmtree(run)  # a cell's models take 2 GB
     print(f"{method}, seed {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)

@@ -41,6 +41,7 @@ from transformers.models.auto.modeling_auto import (
 from benchmarks.report import command_line, heading, table
 from services.policy.engines.choice import difference_of, engine_verdict
 from services.policy.engines.transformers_engine import with_decoder
+from steersman.artifacts import write_whole
 from steersman.config.manifest import Lora
 from steersman.nn import parity
 from steersman.nn.encoder_decoder import collated, is_encoder_decoder, language_model_class, refuse_encoder_decoder
@@ -454,8 +455,7 @@ def _write(results: list[dict[str, Any]], total: int, docs: Path | None) -> None
     counts, wrong = _counted(results)
     models = {result["architecture"]: result["paths"] for result in results}
     figures = {"silently_wrong": wrong, "measured": len(results), "offered": total, "counts": counts}
-    _REPORT.parent.mkdir(parents=True, exist_ok=True)
-    _REPORT.write_text(json.dumps({**heading(1), **figures, "architectures": models}, indent=2) + "\n")
+    write_whole(_REPORT, json.dumps({**heading(1), **figures, "architectures": models}, indent=2) + "\n")
     if docs is not None:
         write_page(docs, results)
 

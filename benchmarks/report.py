@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from steersman.artifacts import write_whole
+
 
 def command_line(
     description: str | None, report: str = "", *, rounds: int = 0, model: bool = False
@@ -68,8 +70,7 @@ def _version(name: str) -> str | None:
 
 
 def write(report: Mapping[str, object], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_whole(path, json.dumps(report, indent=2) + "\n")
     print(f"written to {path}")
 
 

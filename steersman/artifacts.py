@@ -27,6 +27,27 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
+def whole_file(final: Path) -> Iterator[Path]:
+    """Yields a path beside `final` for a file that becomes `final` when the block ends without an error.
+
+    So it is there whole or as it was before, whoever reads or writes it at the same time. Its folder is made.
+    """
+    partial = final.with_name(f".{final.name}{_PARTIAL}{secrets.token_hex(4)}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        partial.replace(final)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all; see `whole_file`."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
 def atomic_dir(final: Path) -> Iterator[Path]:
     """Yields an empty temporary folder beside `final` that becomes `final` when the block ends without an error.
 
@@ -38,7 +59,7 @@ def atomic_dir(final: Path) -> Iterator[Path]:
     """
     final = final.absolute()
     partial = final.with_name(f".{final.name}{_PARTIAL}{secrets.token_hex(4)}")
-    with storage_errors(final, partial):
+    with storage_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(f".{final.name}{_PARTIAL}*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -58,7 +79,7 @@ def atomic_dir(final: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def storage_errors(target: Path, partial: Path | None = None) -> Iterator[None]:
+def storage_errors(target: Path) -> Iterator[None]:
     """Turns a full disk or quota inside the block into one StorageError that names the target and the mend."""
     try:
         yield

@@ -189,12 +189,9 @@ class Run:
 
     def evaluation(self) -> Evaluation:
         """The newest one; NotFoundError where there is none yet."""
-        from steersman.report.schema import read_evaluation
+        from steersman.report.schema import read_evaluation_of
 
-        found = sorted(self.folder.glob("evaluate*/evaluation.json"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise NotFoundError(f"{self.folder} has no evaluation yet; it comes with the stage evaluate")
-        return read_evaluation(found[-1])
+        return read_evaluation_of(self.folder)
 
     def samples(self) -> DataFrame:
         """A row an answer: `model`, `prompt_id`, `question`, `answer`, `reward`, `kl`, `tokens`, `finish_reason`, and
@@ -227,12 +224,7 @@ class Run:
 
     def plot(self, stage: str) -> Figure:
         """The training curves of a stage."""
-        from steersman.report.plots import training_curves
-
-        figure = training_curves(stage, self.metrics(stage).to_dict("records"))
-        if figure is None:
-            raise NotFoundError(f"stage {stage} has no curves yet")
-        return figure
+        return _curves(stage, self.metrics(stage))
 
     def plot_rewards(self) -> Figure:
         """Rewards of every model, and the change of each prompt."""
@@ -271,21 +263,11 @@ class ClusterRun:
         Raises:
             FailedPreconditionError: it did not succeed.
         """
-        from steersman.cli.cluster import ENDED, summary
+        from steersman.cli.cluster import follow
 
-        last = ""
-        while True:
-            run = self._cluster.get(self.name)
-            line = summary(run)
-            if line != last:
-                show(line)
-                last = line
-            phase = (run.get("status") or {}).get("phase")
-            if phase in ENDED:
-                break
-            time.sleep(seconds)
-        if phase != "Succeeded":
-            raise FailedPreconditionError(f"the run ended as {phase}: {(run.get('status') or {}).get('message', '')}")
+        state = follow(self._cluster, self.name, show, seconds)
+        if state["phase"] != "Succeeded":
+            raise FailedPreconditionError(f"the run ended as {state['phase']}: {state.get('message', '')}")
         return self
 
     def log(self, stage: str, lines: int = 200) -> str:
@@ -306,16 +288,20 @@ class ClusterRun:
 
     def plot(self, stage: str) -> Figure:
         """The training curves of a stage."""
-        from steersman.report.plots import training_curves
-
-        figure = training_curves(stage, self.metrics(stage).to_dict("records"))
-        if figure is None:
-            raise NotFoundError(f"stage {stage} has no curves yet")
-        return figure
+        return _curves(stage, self.metrics(stage))
 
     def stop(self) -> None:
         """Asks the controller to end it; what is written stays."""
         self._cluster.annotate(self.name, {"steersman.dev/cancel": "true"})
+
+
+def _curves(stage: str, metrics: DataFrame) -> Figure:
+    from steersman.report.plots import training_curves
+
+    figure = training_curves(stage, metrics.to_dict("records"))
+    if figure is None:
+        raise NotFoundError(f"stage {stage} has no curves yet")
+    return figure
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> DataFrame:

@@ -25,7 +25,7 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from steersman.artifacts import storage_errors
+from steersman.artifacts import storage_errors, whole_file
 
 QUIET_SECONDS = 3.5
 """Longest silence; the promise to users is 5 seconds."""
@@ -207,9 +207,8 @@ def drop_rows_from(path: Path, step: int) -> int:
         with path.with_name(f"{path.name}.damaged").open("ab") as file:
             file.writelines(damaged)
     if kept != lines:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(b"".join(kept))
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_bytes(b"".join(kept))
     return len(damaged)
 
 
@@ -276,20 +275,8 @@ class _Lines:
         self.note(f"... {text} ({seconds:.0f} s)")
 
 
-class _JsonLines:
+class _JsonLines(_Lines):
     """One JSON object a line, for the controller."""
-
-    quiet_seconds = QUIET_SECONDS
-
-    def __init__(self, stage: str, stream: TextIO) -> None:
-        self._stage = stage
-        self._stream = stream
-
-    def open(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
     def step(self, step: int, total: int, metrics: Mapping[str, float], left: TimeLeft | None) -> None:
         plain = {key: _plain(value) for key, value in metrics.items()}

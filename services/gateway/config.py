@@ -11,12 +11,10 @@ from pydantic import Field, model_validator
 
 from services.gateway.inbox_config import AnyInbox
 from services.gateway.tools_config import ToolsConfig
-from steersman.config.base import FrozenModel, apply_overrides, load_model, read_yaml
+from steersman.config.base import FrozenModel, NonNegative, Positive, apply_overrides, load_model, read_yaml
 from steersman.config.tls import ClientTls, Tls
 from steersman.errors import ConfigError, meant
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 Port = Annotated[int, Field(ge=0, le=65535)]

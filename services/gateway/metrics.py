@@ -15,69 +15,34 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 class Metrics:
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
-        name = "steersman_gateway"
-        self.requests = Counter(f"{name}_requests", "HTTP requests.", ["route", "status"], registry=self.registry)
-        self.answers = Counter(f"{name}_answers", "Answers by how they ended.", ["outcome"], registry=self.registry)
-        self.variant_answers = Counter(
-            f"{name}_variant_answers",
-            "Answers of champion and candidate by how they ended.",
-            ["outcome", "variant"],
-            registry=self.registry,
-        )
-        self.tokens = Counter(f"{name}_tokens", "Tokens.", ["kind"], registry=self.registry)
-        self.first_token = Histogram(
-            f"{name}_first_token_seconds", "Time to the first token.", buckets=_SECONDS, registry=self.registry
-        )
-        self.duration = Histogram(
-            f"{name}_answer_seconds", "Time to the end of an answer.", buckets=_SECONDS, registry=self.registry
-        )
-        self.variant_duration = Histogram(
-            f"{name}_variant_answer_seconds",
-            "Time to the end of an answer of champion and candidate.",
-            ["variant"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.model_answers = Counter(
-            f"{name}_model_answers",
-            "Answers of each model by how they ended.",
-            ["model", "outcome"],
-            registry=self.registry,
-        )
-        self.model_tokens = Counter(
-            f"{name}_model_tokens", "Tokens of each model.", ["model", "kind"], registry=self.registry
-        )
-        self.model_duration = Histogram(
-            f"{name}_model_answer_seconds",
-            "Time to the end of an answer of each model.",
-            ["model"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.stand_ins = Counter(
-            f"{name}_model_stand_ins",
-            "Answers that a model gave for another.",
-            ["model", "by"],
-            registry=self.registry,
-        )
-        self.feedback = Counter(f"{name}_feedback", "Judgements stored.", ["kind", "value"], registry=self.registry)
-        self.lookups = Counter(
-            f"{name}_lookups", "Reads of business records.", ["system", "outcome"], registry=self.registry
-        )
-        self.claims = Counter(
-            f"{name}_claims",
-            "Answers by what they state about business records: none, sourced, held, marked, refused.",
-            ["outcome"],
-            registry=self.registry,
-        )
-        self.inbox = Counter(
-            f"{name}_inbox",
-            "Webhooks and tickets of other systems: taken, ignored, and how a look at a ticket ended.",
-            ["inbox", "outcome"],
-            registry=self.registry,
-        )
-        info = Gauge(f"{name}_info", "The model served.", ["model"], registry=self.registry)
-        info.labels(model).set(1)
+
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(f"steersman_gateway_{name}", help_text, labels, registry=self.registry)
+
+        def seconds(name: str, help_text: str, *labels: str) -> Histogram:
+            name = f"steersman_gateway_{name}_seconds"
+            return Histogram(name, help_text, labels, buckets=_SECONDS, registry=self.registry)
+
+        self.requests = counter("requests", "HTTP requests.", "route", "status")
+        self.answers = counter("answers", "Answers by how they ended.", "outcome")
+        text = "Answers of champion and candidate by how they ended."
+        self.variant_answers = counter("variant_answers", text, "outcome", "variant")
+        self.tokens = counter("tokens", "Tokens.", "kind")
+        self.first_token = seconds("first_token", "Time to the first token.")
+        self.duration = seconds("answer", "Time to the end of an answer.")
+        text = "Time to the end of an answer of champion and candidate."
+        self.variant_duration = seconds("variant_answer", text, "variant")
+        self.model_answers = counter("model_answers", "Answers of each model by how they ended.", "model", "outcome")
+        self.model_tokens = counter("model_tokens", "Tokens of each model.", "model", "kind")
+        self.model_duration = seconds("model_answer", "Time to the end of an answer of each model.", "model")
+        self.stand_ins = counter("model_stand_ins", "Answers that a model gave for another.", "model", "by")
+        self.feedback = counter("feedback", "Judgements stored.", "kind", "value")
+        self.lookups = counter("lookups", "Reads of business records.", "system", "outcome")
+        text = "Answers by what they state about business records: none, sourced, held, marked, refused."
+        self.claims = counter("claims", text, "outcome")
+        text = "Webhooks and tickets of other systems: taken, ignored, and how a look at a ticket ended."
+        self.inbox = counter("inbox", text, "inbox", "outcome")
+        Gauge("steersman_gateway_info", "The model served.", ["model"], registry=self.registry).labels(model).set(1)
 
     def gauge(self, name: str, help_text: str, value: Callable[[], float]) -> None:
         """A gauge that is read when it is scraped."""

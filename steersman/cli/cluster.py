@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -180,7 +181,7 @@ def submit(
     cluster.submit(document)
     typer.echo(f"{run.metadata.name}: submitted to {cluster.namespace}")
     if watch:
-        raise typer.Exit(follow(cluster, run.metadata.name))
+        raise _followed(cluster, run.metadata.name)
 
 
 @app.command()
@@ -205,7 +206,7 @@ def status(
             typer.echo(summary(run))
         return
     if watch:
-        raise typer.Exit(follow(cluster, name))
+        raise _followed(cluster, name)
     typer.echo(describe(cluster.get(name)))
 
 
@@ -272,19 +273,24 @@ def describe(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def follow(cluster: Cluster, name: str, seconds: float = 2.0) -> int:
-    """Prints the line of a run whenever it changes, until it ends; 0 when it succeeded."""
+def follow(cluster: Cluster, name: str, show: Callable[[str], None], seconds: float = 2.0) -> dict[str, Any]:
+    """Shows the line of a run whenever it changes, until it ends; returns its status then."""
     last = ""
     while True:
         run = cluster.get(name)
         line = summary(run)
         if line != last:
-            typer.echo(line)
+            show(line)
             last = line
-        phase = (run.get("status") or {}).get("phase")
-        if phase in ENDED:
-            return 0 if phase == "Succeeded" else 1
+        state: dict[str, Any] = run.get("status") or {}
+        if state.get("phase") in ENDED:
+            return state
         time.sleep(seconds)
+
+
+def _followed(cluster: Cluster, name: str) -> typer.Exit:
+    """What `--watch` ends with: 0 when the run succeeded."""
+    return typer.Exit(0 if follow(cluster, name, typer.echo)["phase"] == "Succeeded" else 1)
 
 
 def _container_with_log(pod: Any) -> str | None:

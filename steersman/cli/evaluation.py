@@ -369,20 +369,17 @@ def compare(
     """Compares runs on one page: metrics, wins, suites, knowledge, configurations, answers side by side."""
     from steersman.artifacts import storage_errors
     from steersman.config.manifest import load_manifest
-    from steersman.errors import ConfigError, NotFoundError
+    from steersman.errors import ConfigError
     from steersman.local.evaluate import names_of
     from steersman.local.knowledge import known_of
     from steersman.report.compare import Version, write_compare
-    from steersman.report.schema import read_evaluation
+    from steersman.report.schema import read_evaluation_of
 
     if len(runs) < 2:
         raise ConfigError("compare needs at least two runs; name another one")
     versions = []
     for run, name in zip(runs, names_of([str(run) for run in runs]), strict=True):
-        found = sorted(run.glob("evaluate*/evaluation.json"), key=lambda path: path.stat().st_mtime)
-        if not found or not (run / "manifest.yaml").is_file():
-            raise NotFoundError(f"{run} has no evaluation.json; run a manifest with an evaluate stage first")
-        evaluation = read_evaluation(found[-1])
+        evaluation = read_evaluation_of(run)
         if not evaluation.knowledge:
             evaluation = evaluation.model_copy(update={"knowledge": known_of(run)})
         spec = load_manifest(run / "manifest.yaml").spec.model_dump(mode="json", by_alias=True)

@@ -126,15 +126,12 @@ def compare_run(
 ) -> None:
     """Puts a run's answers before people, blind: which of two models' answers is better?"""
     from steersman.errors import NotFoundError
-    from steersman.report.schema import read_evaluation
+    from steersman.report.schema import read_evaluation_of
     from steersman.store import Store, judging
     from steersman.store.blind import items_of
     from steersman.store.judging import add as add_to
 
-    found = sorted(run.glob("evaluate*/evaluation.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise NotFoundError(f"{run} has no evaluation.json; run a manifest with an evaluate stage first")
-    evaluation = read_evaluation(found[-1])
+    evaluation = read_evaluation_of(run)
     name = project or evaluation.name
     with Store.open(store).transaction() as session:
         try:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from steersman.artifacts import file_digest, manifest_of_hashes, read_json, storage_errors, verify
+from steersman.artifacts import file_digest, manifest_of_hashes, read_json, storage_errors, verify, write_whole
 from steersman.config.manifest import (
     DATA_KINDS,
     AlignmentRun,
@@ -116,10 +116,8 @@ def mark_complete(run: AlignmentRun, name: str, run_dir: Path) -> None:
         "data": data_digests(run, run_dir),
         "files": hashes,
     }
-    partial = folder / ".complete.json"
-    with storage_errors(partial):
-        partial.write_text(json.dumps(content, indent=2))
-        partial.rename(folder / "complete.json")
+    with storage_errors(folder):
+        write_whole(folder / "complete.json", json.dumps(content, indent=2))
 
 
 def verified(run_dir: Path, folder: Path) -> Path:

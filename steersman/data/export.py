@@ -16,7 +16,7 @@ from xml.sax.saxutils import quoteattr
 import orjson
 from pydantic import ValidationError
 
-from steersman.artifacts import storage_errors
+from steersman.artifacts import storage_errors, whole_file
 from steersman.data.label_studio import stars
 from steersman.data.opening import display_name
 from steersman.data.records import Message, Return, Row, describe_validation_error, row_type_of, write_jsonl
@@ -55,14 +55,8 @@ def export(source: str | os.PathLike[str], target: Path, form: str) -> int:
     with storage_errors(target):
         if form == "jsonl":
             return write_jsonl(target, read_any(source))[0]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            count = (_write_parquet if form == "parquet" else _write_label_studio)(source, partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-        return count
+        with whole_file(target) as partial:
+            return (_write_parquet if form == "parquet" else _write_label_studio)(source, partial)
 
 
 def read_any(source: str | os.PathLike[str]) -> Iterator[Row]:

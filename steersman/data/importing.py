@@ -19,7 +19,7 @@ from typing import IO, Any
 import orjson
 from pydantic import ValidationError
 
-from steersman.artifacts import atomic_dir, file_digest
+from steersman.artifacts import atomic_dir, file_digest, whole_file
 from steersman.data.format import Format, ImportOptions, Skip
 from steersman.data.near import NearDuplicates
 from steersman.data.opening import Position, display_name, expand
@@ -249,9 +249,6 @@ class _Watched(dict[str, Any]):
         self._asked.add(name)
         return super().get(name, default)
 
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name)
-
     # Whoever goes through all of it, or copies it (`dict` asks for an iterator of one's own first), has seen all.
 
     def __iter__(self) -> Iterator[str]:
@@ -360,10 +357,8 @@ def import_to_folder(
 def _take_out(path: Path, unwanted: Any) -> int:
     """Rewrites a file without the lines that are unwanted, bool [lines]; returns how many went."""
     if unwanted.any():
-        kept = path.with_suffix(".kept")
-        with open(path, "rb") as lines, open(kept, "wb", 1 << 20) as sink:
+        with whole_file(path) as kept, open(path, "rb") as lines, open(kept, "wb", 1 << 20) as sink:
             sink.writelines(line for line, out in zip(lines, unwanted.tolist(), strict=True) if not out)
-        kept.replace(path)
     return int(unwanted.sum())
 
 

@@ -26,7 +26,7 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from steersman.artifacts import file_digest
+from steersman.artifacts import file_digest, whole_file
 from steersman.data.opening import UNREADABLE, display_name, open_bytes
 from steersman.data.plain import MAX_END_CUSTOMER, MAX_TENANT
 from steersman.data.truth import read_consent, with_one_consent
@@ -410,23 +410,16 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> tuple[int,
 
     The file appears whole or not at all. The bytes depend on the rows only (gzip carries no time).
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    count = 0
-    try:
-        with open(partial, "wb") as raw:
-            sink: Any = gzip.GzipFile("", "wb", 6, raw, mtime=0) if target.suffix == ".gz" else raw
-            for row in rows:
-                sink.write(row.to_json() + b"\n")
-                count += 1
-            if sink is not raw:
-                sink.close()
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    target, count = Path(path), 0
+    with whole_file(target) as partial, open(partial, "wb") as raw:
+        sink: Any = gzip.GzipFile("", "wb", 6, raw, mtime=0) if target.suffix == ".gz" else raw
+        for row in rows:
+            sink.write(row.to_json() + b"\n")
+            count += 1
+        if sink is not raw:
+            sink.close()
+        raw.flush()
+        os.fsync(raw.fileno())
     return count, file_digest(target)
 
 

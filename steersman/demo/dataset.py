@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from steersman.artifacts import write_whole
 from steersman.data.records import Aspects, Demonstration, Feedback, Preference, Prompt, write_jsonl
 from steersman.data.records import Row as AnyRow
 from steersman.demo.answers import answer, draw_style
@@ -138,9 +139,7 @@ def generate(out_dir: Path, seed: int, sizes: Sizes | None = None) -> Manifest:
         tie_share=round(mean(majority(row)[0] == "tie" for row in verdicts), 4),
         rubric_of_demonstrations=round(mean(row["rubric"] for row in demonstrations["train"]), 4),
     )
-    partial = out_dir / f".{MANIFEST}.partial"
-    partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    partial.replace(out_dir / MANIFEST)
+    write_whole(out_dir / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     return manifest
 
 

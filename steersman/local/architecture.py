@@ -16,6 +16,7 @@ from pydantic.alias_generators import to_camel
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from steersman import __version__
+from steersman.artifacts import write_whole
 from steersman.config.manifest import AlignmentRun, RewardModelStage
 from steersman.errors import ConfigError
 from steersman.nn.encoder_decoder import language_model_class
@@ -130,8 +131,5 @@ class _Known:
         if verdict.outcome != "refused":
             fields = ("outcome", "difference", "reason", "limit")
             self._found[key] = {name: getattr(verdict, name) for name in fields}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._found))
-            partial.replace(self._path)
+            write_whole(self._path, json.dumps(self._found))
         return verdict

@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
+from steersman.artifacts import write_whole
 from steersman.canary import OUR_FAULT, Arm, Buckets, Evidence, arm_of, decide, median, weigh
 from steersman.config.base import FrozenModel
 from steersman.config.manifest import Canary
@@ -121,8 +122,8 @@ class SideBySide:
         percent = {None: self._percent, "Promoted": 100, "RolledBack": 0}[self.state.decision]
         entry = {"name": self.state.name, "percent": percent, "endpoints": [self._endpoint]}
         shares = {"champion": {"name": CHAMPION}, **({"candidate": entry} if percent else {})}
-        _replace(self.split, yaml.safe_dump(shares, sort_keys=False))
-        _replace(self._kept, json.dumps(self.state.model_dump(mode="json", by_alias=True), indent=2))
+        write_whole(self.split, yaml.safe_dump(shares, sort_keys=False))
+        write_whole(self._kept, json.dumps(self.state.model_dump(mode="json", by_alias=True), indent=2))
 
     def look(self, database: str, metrics_url: str) -> str | None:
         """Weighs what has happened since the last look.
@@ -178,10 +179,3 @@ class SideBySide:
 
 UNREADABLE = (SteersmanError, OSError, SQLAlchemyError, ValueError)
 """What a look raises while a source does not answer."""
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all: the gateway reads it at any time."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)

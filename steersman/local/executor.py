@@ -303,21 +303,22 @@ def conclude(run_dir: Path, usage: Usage, *, again: bool = False, show: bool = T
         again: draw the report also where it is newer than the evaluation.
         show: tell of it; False: nothing is printed.
     """
-    found = sorted(run_dir.glob("evaluate*/evaluation.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    from steersman.report.schema import newest_evaluation, read_evaluation
+
+    found = newest_evaluation(run_dir)
+    if found is None:
         return
     from rich.console import Console
 
     from steersman.local.knowledge import known_of
-    from steersman.report.schema import read_evaluation
     from steersman.report.summary import render_table, summarise
 
     seconds = {name: value for name, value in usage.seconds.items() if name != "report"}
-    evaluation = read_evaluation(found[-1])
+    evaluation = read_evaluation(found)
     known = {"knowledge": known_of(run_dir)} if not evaluation.knowledge else {}
     evaluation = evaluation.model_copy(update={"seconds": seconds, "peak_memory_gib": usage.peak_memory_gib, **known})
     report = run_dir / "report" / "report.html"
-    if again or not report.is_file() or report.stat().st_mtime < found[-1].stat().st_mtime:
+    if again or not report.is_file() or report.stat().st_mtime < found.stat().st_mtime:
         from steersman.report.report import write_report
 
         with ConsoleReporter("report") if show else contextlib.nullcontext() as reporter:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from steersman.artifacts import write_whole
 from steersman.config.manifest import AlignmentRun
 
 _MOST = 200
@@ -47,11 +47,8 @@ class Pace:
         known = self._read()
         known.pop(_key(run, name), None)
         known[_key(run, name)] = (seconds / steps, steps)
-        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(dict(list(known.items())[-_MOST:])), encoding="utf-8")
-            partial.replace(self._path)
+            write_whole(self._path, json.dumps(dict(list(known.items())[-_MOST:])))
 
     def _read(self) -> dict[str, tuple[float, int]]:
         """What is known; nothing where the file is damaged."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from steersman.artifacts import storage_errors
+from steersman.artifacts import storage_errors, write_whole
 
 
 class Usage:
@@ -66,10 +66,9 @@ class Usage:
                 self.peak_memory_gib = round(max(self.peak_memory_gib, tree_memory() / 2**30), 3)
 
     def _save(self) -> None:
-        partial = self._path.with_name(f".{self._path.name}")
+        found = {"seconds": self.seconds, "peak_memory_gib": self.peak_memory_gib}
         with storage_errors(self._path):
-            partial.write_text(json.dumps({"seconds": self.seconds, "peak_memory_gib": self.peak_memory_gib}, indent=2))
-            partial.replace(self._path)
+            write_whole(self._path, json.dumps(found, indent=2))
 
 
 def tree_memory(*, shared_once: bool = True) -> int:

@@ -19,7 +19,7 @@ from steersman.errors import DataError
 from steersman.report import plots
 from steersman.report.pages import environment, flat
 from steersman.report.schema import Evaluation, Sample, prompt_of
-from steersman.report.summary import criteria, label, mean_kl
+from steersman.report.summary import criteria, label, mean_kl, told_apart
 from steersman.report.wins import Duel, matrix
 from steersman.statistics import Interval, compare, mean_interval
 from steersman.suites.verdicts import share
@@ -109,14 +109,8 @@ def _headline(versions: Sequence[Version], rows: Sequence[Mapping[str, Any]]) ->
     for place, version in enumerate(versions[1:], start=1):
         changes = {row["label"]: row["cells"][place]["change"] for row in rows if row["cells"][place] is not None}
         known = {title: change for title, change in changes.items() if change is not None}
-        groups = {
-            "better": [title for title, change in known.items() if change.low > 0],
-            "worse": [title for title, change in known.items() if change.high < 0],
-            "no certain change": [title for title, change in known.items() if change.low <= 0 <= change.high],
-        }
-        parts = [f"{title}: {', '.join(found)}" for title, found in groups.items() if found]
         nothing = "no scores in common" if _common(first, version) else "no prompts in common"
-        said.append(f"{version.name} against {first.name}: {'; '.join(parts) or nothing}.")
+        said.append(f"{version.name} against {first.name}: {told_apart(known) or nothing}.")
     return " ".join(said)
 
 

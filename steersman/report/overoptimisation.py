@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import special
 
+from steersman.artifacts import write_whole
 from steersman.statistics import Interval, compare
 
 LOOKS_FILE = "watch.jsonl"
@@ -162,9 +163,7 @@ def read_looks(path: Path) -> tuple[Look, ...]:
 
 def write_looks(path: Path, looks: Sequence[Look]) -> None:
     """Whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text("".join(look.model_dump_json() + "\n" for look in looks), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(look.model_dump_json() + "\n" for look in looks))
 
 
 def summary(looks: Sequence[Look], planned: int, false_alarms: float) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from steersman.report.overoptimisation import Look, recommended
 from steersman.report.schema import Evaluation, RewardModelEvaluation
 from steersman.report.summary import criteria, label
 from steersman.statistics import (
-    calibration_bins,
     expected_calibration_error,
     mean_interval,
     wilson_interval,
@@ -237,13 +236,10 @@ def rubric_by_criterion(evaluation: Evaluation) -> Figure | None:
 
 def reward_model_quality(model: RewardModelEvaluation) -> Figure:
     """Left: is a stated probability the observed share? Right: accuracy by how clear the preference was."""
-    gap = np.array([pair.chosen - pair.rejected for pair in model.pairs])
     with rc_context(STYLE):
         figure = Figure(figsize=(9.2, 3.7))
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
-        # The more likely answer of each pair: how sure is the model, and how often is it right?
-        sure, correct = 1 / (1 + np.exp(-np.abs(gap))), np.where(gap == 0, 0.5, gap > 0)
-        bins = calibration_bins(sure.tolist(), correct.tolist())
+        bins = model.calibration
         left.plot((0.5, 1), (0.5, 1), color=INK, linestyle=":", linewidth=1, label="perfect")
         for part in bins:
             left.plot(
@@ -258,11 +254,12 @@ def reward_model_quality(model: RewardModelEvaluation) -> Figure:
         for axis in (left.xaxis, left.yaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
         left.legend(loc="lower right", fontsize=8.5)
-        _accuracy_by_margin(right, model, correct)
+        _accuracy_by_margin(right, model)
         return figure
 
 
-def _accuracy_by_margin(ax: Axes, model: RewardModelEvaluation, correct: np.ndarray) -> None:
+def _accuracy_by_margin(ax: Axes, model: RewardModelEvaluation) -> None:
+    correct = np.array(model.correct)
     margins = np.array([np.nan if pair.margin is None else pair.margin for pair in model.pairs])
     levels = sorted({float(margin) for margin in margins if np.isfinite(margin)})
     if len(levels) > 5:  # a continuous margin: quartiles

@@ -12,12 +12,11 @@ from steersman.errors import DataError
 from steersman.report import plots
 from steersman.report.evidence import evidence
 from steersman.report.pages import environment, flat
-from steersman.report.schema import Evaluation, Sample, prompt_of
+from steersman.report.schema import Evaluation, Sample
 from steersman.report.summary import criteria, label, mean_kl, no_eos, verdict
 from steersman.report.terms import TERMS
 from steersman.statistics import (
     Interval,
-    VarianceChange,
     variance_change,
     wilson_interval,
 )
@@ -181,7 +180,7 @@ def _plots(evaluation: Evaluation, stages: Mapping[str, Sequence[Mapping[str, An
 def _numbers(evaluation: Evaluation) -> dict[str, Any]:
     """Everything the template prints."""
     start, aligned = evaluation.start, evaluation.aligned
-    before, after = evaluation.paired(start, aligned)
+    before, after, prompts = evaluation.paired(start, aligned)
     scores: list[tuple[str, str | None]] = [("reward", None)]
     if criteria(evaluation):
         scores += [(label(name), name) for name in ("total", *criteria(evaluation))]
@@ -203,7 +202,7 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
         "reward": rows[0]["change"],
         "rubric": rows[1]["change"] if len(rows) > 1 else None,
         "bootstrap": evaluation.bootstrap(start, aligned),
-        "variance": _variance(evaluation) if spread else None,
+        "variance": variance_change(before, after, clusters=prompts) if spread else None,
         "rm_accuracy": accuracy,
         "models": [
             {
@@ -216,13 +215,6 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
             for name, samples in evaluation.models.items()
         ],
     }
-
-
-def _variance(evaluation: Evaluation) -> VarianceChange:
-    first, second = evaluation.scores(evaluation.start), evaluation.scores(evaluation.aligned)
-    common = [key for key in first if key in second]
-    clusters = list(map(prompt_of, common))
-    return variance_change([first[key] for key in common], [second[key] for key in common], clusters=clusters)
 
 
 def _png(figure: Figure) -> bytes:

@@ -9,11 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from steersman.errors import DataError, why
+from steersman.errors import DataError, NotFoundError, why
 from steersman.inference import paired_bootstrap
 from steersman.report.overoptimisation import Look
 from steersman.report.wins import Duel
 from steersman.statistics import (
+    CalibrationBin,
     Comparison,
     Interval,
     calibration_bins,
@@ -83,17 +84,23 @@ class RewardModelEvaluation(_Frozen):
     @property
     def accuracy(self) -> float:
         """Share of pairs whose chosen answer scores higher; equal scores count half."""
-        return sum((pair.chosen > pair.rejected) + 0.5 * (pair.chosen == pair.rejected) for pair in self.pairs) / len(
-            self.pairs
-        )
+        return sum(self.correct) / len(self.pairs)
 
     @property
     def calibration_error(self) -> float:
         """Expected calibration error of the more likely answer of each pair; needs two pairs."""
-        gaps = [pair.chosen - pair.rejected for pair in self.pairs]
-        sure = [1.0 / (1.0 + math.exp(-min(abs(gap), 700.0))) for gap in gaps]
-        right = [0.5 if gap == 0 else float(gap > 0) for gap in gaps]
-        return expected_calibration_error(calibration_bins(sure, right))
+        return expected_calibration_error(self.calibration)
+
+    @property
+    def correct(self) -> list[float]:
+        """Of each pair 1 where the chosen answer scores higher, 0.5 where both score the same, else 0."""
+        return [0.5 if pair.chosen == pair.rejected else float(pair.chosen > pair.rejected) for pair in self.pairs]
+
+    @property
+    def calibration(self) -> list[CalibrationBin]:
+        """How sure the model is of the more likely answer, and how often it is right; needs two pairs."""
+        sure = [1.0 / (1.0 + math.exp(-min(abs(pair.chosen - pair.rejected), 700.0))) for pair in self.pairs]
+        return calibration_bins(sure, self.correct)
 
     @property
     def length_baseline(self) -> float:
@@ -211,22 +218,19 @@ class Evaluation(_Frozen):
 
     def change(self, before: str, after: str, criterion: str | None = None) -> Comparison:
         """Paired comparison of two models over prompts."""
-        first, second = self.scores(before, criterion), self.scores(after, criterion)
-        common = [key for key in first if key in second]
-        return compare(*self.paired(before, after, criterion), clusters=list(map(prompt_of, common)))
+        first, second, prompts = self.paired(before, after, criterion)
+        return compare(first, second, clusters=prompts)
 
     def bootstrap(self, before: str, after: str, criterion: str | None = None) -> Interval:
         """The paired difference with the interval of a bootstrap over prompts, which assumes no distribution."""
-        first, second = self.scores(before, criterion), self.scores(after, criterion)
-        clusters = [prompt_of(key) for key in first if key in second]
-        return paired_bootstrap(*self.paired(before, after, criterion), clusters=clusters)
+        first, second, prompts = self.paired(before, after, criterion)
+        return paired_bootstrap(first, second, clusters=prompts)
 
     def changes(self, before: str, after: str) -> list[float]:
         """Difference of reward on every prompt, the mean of its answers where there are several."""
-        first, second = self.scores(before), self.scores(after)
-        common = [key for key in first if key in second]
-        differences = [second[key] - first[key] for key in common]
-        return list(cluster_means(differences, list(map(prompt_of, common)), "changes"))
+        first, second, prompts = self.paired(before, after)
+        differences = [later - earlier for earlier, later in zip(first, second, strict=True)]
+        return list(cluster_means(differences, prompts, "changes"))
 
     def duels(self, judge: str = "reward") -> list[Duel]:
         """Comparisons of every two models on the same prompt: by reward, or by one of the judges."""
@@ -266,11 +270,13 @@ class Evaluation(_Frozen):
         """Name of the model that alignment started from: the one before the aligned model."""
         return list(self.models)[-2 if len(self.models) > 1 else -1]
 
-    def paired(self, before: str, after: str, criterion: str | None = None) -> tuple[list[float], list[float]]:
-        """Rewards (or a rubric criterion) of two models on the prompts where both have one, in the same order."""
+    def paired(
+        self, before: str, after: str, criterion: str | None = None
+    ) -> tuple[list[float], list[float], list[str]]:
+        """Rewards (or a rubric criterion) of two models where both have one, and the prompt of each, in one order."""
         first, second = self.scores(before, criterion), self.scores(after, criterion)
         common = [key for key in first if key in second]
-        return [first[key] for key in common], [second[key] for key in common]
+        return [first[key] for key in common], [second[key] for key in common], list(map(prompt_of, common))
 
     def scores(self, model: str, criterion: str | None = None) -> dict[str, float]:
         """Prompt id to reward (or rubric criterion, or `scores.NAME` of one scorer) of one model; missing scores are
@@ -300,3 +306,16 @@ def read_evaluation(path: Path) -> Evaluation:
         location = problem["loc"]
         field = ".".join(map(str, location)) if isinstance(location, tuple) and location else "evaluation"
         raise DataError(f"{path}: {field}: {problem['msg']}; write it again with the evaluate stage.") from None
+
+
+def newest_evaluation(run_dir: Path) -> Path | None:
+    """The file of a run's newest evaluation; None where there is none yet."""
+    return max(run_dir.glob("evaluate*/evaluation.json"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def read_evaluation_of(run_dir: Path) -> Evaluation:
+    """A run's newest evaluation; NotFoundError where there is none yet."""
+    path = newest_evaluation(run_dir)
+    if path is None:
+        raise NotFoundError(f"{run_dir} has no evaluation.json; run a manifest with an evaluate stage first")
+    return read_evaluation(path)

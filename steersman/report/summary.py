@@ -1,5 +1,6 @@
 """The numbers of an evaluation: one JSON object for machines, one table for the terminal."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -148,13 +149,17 @@ def verdict(evaluation: Evaluation) -> str:
     if not names or evaluation.start == evaluation.aligned:
         return ""
     changes = {name: evaluation.change(evaluation.start, evaluation.aligned, name).difference for name in names}
+    return f"By the rubric's criteria {told_apart({label(name): change for name, change in changes.items()})}."
+
+
+def told_apart(changes: Mapping[str, Interval]) -> str:
+    """What is better, what is worse and what may be either, by the intervals of differences; empty for none."""
     groups = {
-        "better": [label(name) for name, change in changes.items() if change.low > 0],
-        "worse": [label(name) for name, change in changes.items() if change.high < 0],
-        "no certain change": [label(name) for name, change in changes.items() if change.low <= 0 <= change.high],
+        "better": [name for name, change in changes.items() if change.low > 0],
+        "worse": [name for name, change in changes.items() if change.high < 0],
+        "no certain change": [name for name, change in changes.items() if change.low <= 0 <= change.high],
     }
-    said = "; ".join(f"{title}: {', '.join(found)}" for title, found in groups.items() if found)
-    return f"By the rubric's criteria {said}."
+    return "; ".join(f"{title}: {', '.join(found)}" for title, found in groups.items() if found)
 
 
 def render_table(evaluation: Evaluation) -> Table:

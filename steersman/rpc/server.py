@@ -9,7 +9,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,30 +131,29 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             log.exception("%s failed", method, exc_info=error)
             await context.abort(grpc.StatusCode.INTERNAL, f"{method}: internal error; the server's log has the cause")
 
+        @asynccontextmanager
+        async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            try:
+                request = await _readable(method, request, context)
+                with self._counted(method):
+                    yield request
+            except (asyncio.CancelledError, grpc.aio.AbortError):
+                raise
+            except Exception as error:
+                await abort(context, error)
+
         def unary(function: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-                try:
-                    request = await _readable(method, request, context)
-                    with self._counted(method):
-                        return await function(request, context)
-                except (asyncio.CancelledError, grpc.aio.AbortError):
-                    raise
-                except Exception as error:
-                    await abort(context, error)
+                async with guarded(request, context) as readable:
+                    return await function(readable, context)
 
             return call
 
         def stream(function: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-                try:
-                    request = await _readable(method, request, context)
-                    with self._counted(method):
-                        async for response in function(request, context):
-                            yield response
-                except (asyncio.CancelledError, grpc.aio.AbortError):
-                    raise
-                except Exception as error:
-                    await abort(context, error)
+                async with guarded(request, context) as readable:
+                    async for response in function(readable, context):
+                        yield response
 
             return call
 

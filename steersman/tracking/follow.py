@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steersman.artifacts import write_whole
 from steersman.config.manifest import AlignmentRun, load_manifest
 from steersman.config.stages import read_complete
 from steersman.errors import SteersmanError
@@ -113,9 +114,8 @@ class Follower:
         return True
 
     def _save(self) -> None:
-        partial = self._dir / f".{STATE_FILE}"
-        partial.write_text(json.dumps({"ids": self._ids, "rows": self._rows, "sent": self._sent}, indent=1))
-        partial.replace(self._dir / STATE_FILE)
+        state = {"ids": self._ids, "rows": self._rows, "sent": self._sent}
+        write_whole(self._dir / STATE_FILE, json.dumps(state, indent=1))
 
 
 def flat(value: Any, path: str) -> dict[str, str]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from services.gateway.openai.schema import (
+    FunctionDefinition,
     FunctionName,
     Ignored,
     JsonSchema,
     Name,
     ReasoningEffort,
+    RefusalPart,
     StreamOptions,
     Text,
     TextFormat,
     Wire,
-    bounded_schema,
     few_entries,
 )
 
@@ -34,16 +35,7 @@ class InputText(Wire):
     """Accepted, without effect."""
 
 
-class InputRefusal(Wire):
-    type: Literal["refusal"]
-    refusal: Text
-
-    @property
-    def text(self) -> str:
-        return self.refusal
-
-
-Part = Annotated[InputText | InputRefusal, Field(discriminator="type")]
+Part = Annotated[InputText | RefusalPart, Field(discriminator="type")]
 
 
 class InputMessage(Wire):
@@ -142,19 +134,9 @@ InputItem = Annotated[
 ]
 
 
-class FunctionTool(Wire):
+class FunctionTool(FunctionDefinition):
     type: Literal["function"]
     """Functions that the caller runs; the gateway's own tools are configured on the server."""
-    name: FunctionName
-    description: Annotated[str, Field(max_length=10_000)] | None = None
-    parameters: dict[str, Any] | None = None
-    """JSON schema of the arguments."""
-    strict: bool | None = None
-
-    @field_validator("parameters")
-    @classmethod
-    def _bounded(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        return bounded_schema(value)
 
 
 class NamedFunction(Wire):

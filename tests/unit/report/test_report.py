@@ -99,7 +99,7 @@ def test_a_missing_reward_is_missing_in_the_pair_and_not_zero() -> None:
     data = document()
     data["models"]["sft"][3]["reward"] = None
     found = Evaluation.model_validate(data)
-    before, after = found.paired("sft", "rlhf")
+    before, after, _ = found.paired("sft", "rlhf")
     assert len(before) == len(after) == 11
     assert summarise(found)["missing_rewards"] == {"base": 0, "sft": 1, "rlhf": 0}
 
@@ -207,7 +207,7 @@ def test_examples_run_from_the_greatest_gain_to_the_greatest_loss() -> None:
     changes = [example["change"] for example in pick_examples(evaluation(), 5)]
     assert len(changes) == 5
     assert changes == sorted(changes, reverse=True)
-    before, after = evaluation().paired("sft", "rlhf")
+    before, after, _ = evaluation().paired("sft", "rlhf")
     gains = sorted(b - a for a, b in zip(before, after, strict=True))
     assert (changes[0], changes[-1]) == (gains[-1], gains[0])
 

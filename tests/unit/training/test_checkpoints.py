@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from steersman.artifacts import read_json, refusal
+from steersman.artifacts import read_json, refusal, verify
 from steersman.config.manifest import AlignmentRun
 from steersman.config.stages import mark_complete, read_complete, verified
-from steersman.errors import ChecksumError, FailedPreconditionError
+from steersman.errors import ChecksumError, FailedPreconditionError, StorageError
 from steersman.local.usage import Usage
 from steersman.progress import ConsoleReporter, drop_rows_from
 from training.online.checkpoint import KEPT, Checkpoints
@@ -136,6 +136,24 @@ def test_a_model_is_taken_whole_and_unchanged_only(tmp_path: Path) -> None:
     flip(model / "model.safetensors", 3)
     with pytest.raises(ChecksumError, match=r"model\.safetensors: the content has changed"):
         verified(tmp_path, model)
+
+
+def test_a_stage_that_could_not_be_noted_as_complete_is_whole_once_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model = run_of(tmp_path), tmp_path / "sft" / "model"
+
+    def full(path: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(StorageError):
+        mark_complete(run, "sft", tmp_path)
+    monkeypatch.undo()
+    mark_complete(run, "sft", tmp_path)
+    verify(tmp_path / "sft", read_complete(tmp_path, "sft")["files"])
+    assert verified(tmp_path, model) == model
 
 
 @pytest.mark.parametrize("content", [b"", b'{"digest": "a', b"\xff", b"[]", b'{"digest": "a"}'])
