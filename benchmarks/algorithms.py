@@ -44,6 +44,7 @@ from typing import Any, TextIO
 
 import yaml
 
+from benchmarks.processes import alignment_run
 from benchmarks.report import command_line, heading
 from steersman.artifacts import write_whole
 
@@ -101,18 +102,14 @@ def manifest(arguments: argparse.Namespace, method: str, seed: int) -> dict[str,
         judged = {"preferences": {"train": str(start / "data" / "preferences.train.jsonl")}}
         said = {"demonstrations": {"train": str(arguments.out / f"seed-{seed}" / method / "demonstrations.jsonl")}}
         data = judged if method == "ilql" else said
-    return {
-        "apiVersion": "steersman.dev/v1alpha1",
-        "kind": "AlignmentRun",
-        "metadata": {"name": f"bench-{method}"},
-        "spec": {
-            "seed": seed,
-            "model": {"base": base, "threads": 1, "precision": "fp32", "device": "cpu"},
-            "data": data,
-            "stages": shared + stages_of(method, arguments),
-            "services": {"startTimeoutSeconds": 1800},
-        },
+    spec = {
+        "seed": seed,
+        "model": {"base": base, "threads": 1, "precision": "fp32", "device": "cpu"},
+        "data": data,
+        "stages": shared + stages_of(method, arguments),
+        "services": {"startTimeoutSeconds": 1800},
     }
+    return alignment_run(f"bench-{method}", spec)
 
 
 def shared_run(arguments: argparse.Namespace, name: str, seed: int) -> Path:

@@ -63,7 +63,6 @@ def simulate(
     every: int = 10,
     share: float = 0.5,
     seed: int = 0,
-    limits: Canary | None = None,
 ) -> Outcome:
     """Watches many canaries at the same time.
 
@@ -73,7 +72,7 @@ def simulate(
         every: judgements between two looks.
         share: of the judgements that go to the candidate.
     """
-    limits = limits or Canary()
+    limits = Canary()
     draw = np.random.default_rng(seed)
     arms = [dict.fromkeys(Arm.model_fields, np.zeros(canaries)) for _ in range(2)]
     logs: dict[str, Any] = {name: np.zeros(canaries) for name in tests(limits)}

@@ -55,9 +55,9 @@ def chat_prompts(folder: Path, count: int) -> list[np.ndarray]:
     ]
 
 
-def natural_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
+def natural_lengths(count: int, longest: int) -> list[int]:
     """Lengths of answers as a chat model ends them: log-normal, median a quarter of the longest, cut there."""
-    drawn = np.random.default_rng(seed).lognormal(np.log(longest / 4), 0.7, count)
+    drawn = np.random.default_rng(0).lognormal(np.log(longest / 4), 0.7, count)
     return np.clip(np.round(drawn), 4, longest).astype(int).tolist()  # type: ignore[no-any-return]
 
 
@@ -166,12 +166,10 @@ def ceilings() -> dict[str, float]:
     return found
 
 
-def alternate(
-    contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1, say: str = ""
-) -> dict[str, list[float]]:
-    """Seconds that each contender reports, taking turns so that all see the same machine; warm-up rounds not kept."""
+def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int, say: str = "") -> dict[str, list[float]]:
+    """Seconds that each contender reports, taking turns so that all see the same machine; a warm-up is not kept."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(-warmup, rounds):
+    for number in range(-1, rounds):
         for name, run in contenders.items():
             value = run()
             label = f"round {number + 1}" if number >= 0 else "warm-up"

@@ -27,7 +27,7 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks.processes import peak_mib
+from benchmarks.processes import alignment_run, peak_mib
 from benchmarks.report import command_line, write
 from steersman.config.base import load_model
 from steersman.config.manifest import AlignmentRun
@@ -114,10 +114,9 @@ def small_profile() -> dict[str, Any]:
 
 def measure(work: Path) -> dict[str, float]:
     """Peaks by process, MiB."""
-    head = {"apiVersion": "steersman.dev/v1alpha1", "kind": "AlignmentRun", "metadata": {"name": "footprint"}}
     run_dir = work / "run"
     run_dir.mkdir(parents=True)
-    run = folder.resolve(load_model(AlignmentRun, {**head, "spec": SPEC}, "footprint"), run_dir, work)
+    run = folder.resolve(load_model(AlignmentRun, alignment_run("footprint", SPEC), "footprint"), run_dir, work)
     folder.write_manifest(run, run_dir)
     environment = process.child_environment(1, offline=True) | {RUN_TOKEN: secrets.token_urlsafe(32)}
     with Peaks() as peaks:

@@ -89,10 +89,10 @@ def simulate(simulations: int, prompts: int, samples: int, seed: int = 0) -> dic
     }
 
 
-def alarms(trainings: int, fall: float, *, prompts: int = 32, looks: int = 7, seed: int = 0) -> float:
+def alarms(trainings: int, fall: float) -> float:
     """Share of trainings with an alarm, where the unseen scorer ends `fall` standard deviations lower."""
-    generator = np.random.default_rng(seed)
-    sounded = 0
+    generator = np.random.default_rng(0)
+    prompts, looks, sounded = 32, 7, 0
     for _ in range(trainings):
         hard = generator.normal(size=prompts)
         seen: list[Look] = []

@@ -21,6 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.processes import alignment_run
 from benchmarks.report import command_line, heading, write
 from steersman.home import cache_folder
 from steersman.nn.load import load_tokenizer
@@ -67,42 +68,32 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def manifest(steps: int, pairs: int, seed: int) -> dict[str, Any]:
     generation = {"maxNewTokens": 48, "temperature": 1.0}
-    return {
-        "apiVersion": "steersman.dev/v1alpha1",
-        "kind": "AlignmentRun",
-        "metadata": {"name": "hh-rlhf"},
-        "spec": {
-            "seed": seed,
-            "data": {
-                "preferences": {"train": "train.jsonl", "heldout": "test.jsonl"},
-                "prompts": {"train": "train-prompts.jsonl", "heldout": "test-prompts.jsonl"},
-            },
-            "stages": [
-                {
-                    "rewardModel": {
-                        "initFrom": "base",
-                        "optimizer": {"learningRate": 3e-4},
-                        "maxSteps": pairs // 8,
-                        "batchSize": 8,
-                    }
-                },
-                {
-                    "rl": {
-                        "steps": steps,
-                        "promptsPerStep": 12,
-                        "samplesPerPrompt": 4,
-                        "generation": generation,
-                        "ppo": {"critic": {"kind": "valueHead", "learningRate": 1e-3}},
-                        "optimizer": {"learningRate": 1e-3, "schedule": "constant", "warmupRatio": 0},
-                        "klCoefficient": 0.02,
-                        # Answers of this model run past the limit as a rule; the reward alone is measured here.
-                        "missingEosPenalty": 0,
-                    }
-                },
-                {"evaluate": {"generation": generation}},
-            ],
-        },
+    reward_model = {
+        "initFrom": "base",
+        "optimizer": {"learningRate": 3e-4},
+        "maxSteps": pairs // 8,
+        "batchSize": 8,
     }
+    rl = {
+        "steps": steps,
+        "promptsPerStep": 12,
+        "samplesPerPrompt": 4,
+        "generation": generation,
+        "ppo": {"critic": {"kind": "valueHead", "learningRate": 1e-3}},
+        "optimizer": {"learningRate": 1e-3, "schedule": "constant", "warmupRatio": 0},
+        "klCoefficient": 0.02,
+        # Answers of this model run past the limit as a rule; the reward alone is measured here.
+        "missingEosPenalty": 0,
+    }
+    spec = {
+        "seed": seed,
+        "data": {
+            "preferences": {"train": "train.jsonl", "heldout": "test.jsonl"},
+            "prompts": {"train": "train-prompts.jsonl", "heldout": "test-prompts.jsonl"},
+        },
+        "stages": [{"rewardModel": reward_model}, {"rl": rl}, {"evaluate": {"generation": generation}}],
+    }
+    return alignment_run("hh-rlhf", spec)
 
 
 def result_of(run_dir: Path, seed: int) -> dict[str, Any]:

@@ -1,18 +1,32 @@
-"""Processes of Steersman that a benchmark starts, and whether they are ready."""
+"""Processes of Steersman that a benchmark starts, the runs that they execute, and whether they are ready."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from steersman.local import process
 from steersman.local.process import Child
 
 _READY_SECONDS = 300
+
+
+def alignment_run(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a run, as plain data."""
+    return {
+        "apiVersion": "steersman.dev/v1alpha1",
+        "kind": "AlignmentRun",
+        "metadata": {"name": name},
+        "spec": spec,
+    }
 
 
 @contextlib.contextmanager
@@ -23,6 +37,14 @@ def running(module: str, *arguments: str, log: Path = Path(os.devnull), **enviro
         yield child
     finally:
         process.stop([child], grace=60.0)
+
+
+def in_own_process(module: str, request: dict[str, Any], threads: int) -> dict[str, Any]:
+    """What `python -m MODULE --child REQUEST` prints last, as JSON: its peak of memory is its own."""
+    command = [sys.executable, "-m", module, "--child", json.dumps(request)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def until_ready(port: int, *children: Child) -> None:

@@ -31,7 +31,7 @@ import psutil
 import yaml
 from scipy import stats
 
-from benchmarks.processes import running, until_ready
+from benchmarks.processes import alignment_run, running, until_ready
 from benchmarks.report import command_line, heading, write
 from steersman.local.process import Child, free_ports
 
@@ -251,17 +251,13 @@ def soak_training(seconds: float) -> dict[str, Any]:
 def _manifest(base: Path) -> dict[str, Any]:
     few = {"maxSteps": 2, "batchSize": 4, "microBatchSize": 4}
     steps = {"steps": 10_000_000, "promptsPerStep": 4, "samplesPerPrompt": 2, "generation": {"maxNewTokens": 8}}
-    return {
-        "apiVersion": "steersman.dev/v1alpha1",
-        "kind": "AlignmentRun",
-        "metadata": {"name": "soak"},
-        "spec": {
-            "seed": 5,
-            "model": {"base": str(base), "precision": "fp32", "device": "cpu", "threads": 1},
-            "data": {"demo": {"demonstrations": 16, "preferences": 16, "prompts": 64, "heldoutPrompts": 8}},
-            "stages": [{"sft": few}, {"rewardModel": few}, {"rl": steps}],
-        },
+    spec = {
+        "seed": 5,
+        "model": {"base": str(base), "precision": "fp32", "device": "cpu", "threads": 1},
+        "data": {"demo": {"demonstrations": 16, "preferences": 16, "prompts": 64, "heldoutPrompts": 8}},
+        "stages": [{"sft": few}, {"rewardModel": few}, {"rl": steps}],
     }
+    return alignment_run("soak", spec)
 
 
 def _members(run: Child) -> dict[str, psutil.Process]:

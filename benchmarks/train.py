@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import common, train_stages
+from benchmarks.processes import in_own_process
 from benchmarks.report import base_model, command_line, heading, table, write
 from steersman.config.algorithms import Critic
 from steersman.config.manifest import Lora
@@ -194,11 +192,8 @@ def random_model(name: str, like: Path, folder: Path) -> Path:
 
 def measure(variant: str, folder: Path, work: Work, rounds: int, threads: int) -> dict[str, float]:
     """`run_variant` in a process of its own."""
-    request = json.dumps({"variant": variant, "folder": str(folder), "work": asdict(work), "rounds": rounds})
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "benchmarks.train", "--child", request]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    request = {"variant": variant, "folder": str(folder), "work": asdict(work), "rounds": rounds}
+    found: dict[str, float] = in_own_process("benchmarks.train", request, threads)
     found["tokens_per_second"] = found["tokens"] / found["seconds"]
     found["answer_tokens_per_second"] = found["answer_tokens"] / found["seconds"]
     found["gflops"] = found["useful_gflop"] / found["seconds"]

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
+from benchmarks.processes import in_own_process
 from benchmarks.report import base_model, command_line, table
 
 STAGES = ("sft", "reward model", "dpo", "kto")
@@ -154,11 +152,8 @@ def measure(folder: Path, rounds: int, threads: int) -> dict[str, dict[str, Any]
     for stage in STAGES:
         both = {}
         for name, packed in (("before", False), ("after", True)):
-            request = json.dumps({"stage": stage, "folder": str(folder), "packed": packed, "rounds": rounds})
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-            command = [sys.executable, "-m", "benchmarks.train_stages", "--child", request]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-            both[name] = json.loads(done.stdout.splitlines()[-1])
+            request = {"stage": stage, "folder": str(folder), "packed": packed, "rounds": rounds}
+            both[name] = in_own_process("benchmarks.train_stages", request, threads)
         found[stage] = {
             **both,
             "speedup": both["after"]["tokens_per_second"] / both["before"]["tokens_per_second"],

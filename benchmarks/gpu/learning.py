@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.setup import Setup
+from benchmarks.processes import alignment_run
 
 ROOT = Path(__file__).parents[2]
 BEST = 1.0
@@ -47,19 +48,15 @@ def run(setup: Setup) -> dict[str, Any]:
             cluster.start_policy(model, device=setup.device)
             cluster.start_reference(model, device=setup.device)
             cluster.start_reward([{"name": "regex", "kind": "verifiable", "options": {"pattern": "[a-z]"}}])
-            manifest = {
-                "apiVersion": "steersman.dev/v1alpha1",
-                "kind": "AlignmentRun",
-                "metadata": {"name": "learning"},
-                "spec": {
-                    "seed": 3,
-                    "model": {"base": str(model), "precision": "fp32", "device": setup.device, "threads": 1},
-                    "data": {"prompts": {"train": "prompts.jsonl"}},
-                    "services": cluster.services(),
-                    "stages": [{"rl": {**STAGE, "steps": steps}}],
-                },
+            spec = {
+                "seed": 3,
+                "model": {"base": str(model), "precision": "fp32", "device": setup.device, "threads": 1},
+                "data": {"prompts": {"train": "prompts.jsonl"}},
+                "services": cluster.services(),
+                "stages": [{"rl": {**STAGE, "steps": steps}}],
             }
-            (folder / "manifest.yaml").write_text(dump_yaml(load_model(AlignmentRun, manifest, "learning")))
+            run = load_model(AlignmentRun, alignment_run("learning", spec), "learning")
+            (folder / "manifest.yaml").write_text(dump_yaml(run))
             run_stage(folder, "rl", [])
             found = [json.loads(line) for line in (folder / "rl" / "metrics.jsonl").read_text().splitlines()]
         finally:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.auth.callers import Caller
+from services.gateway.bodies import json_response
 from services.gateway.documentation import error_responses
 from services.gateway.proposals import DONE
 from services.gateway.recorder import Record, Recorder, audit_row
@@ -49,6 +49,6 @@ def actions_router(desk: Desk | None, auth: Authenticator, recorder: Recorder) -
     async def confirm_action(request: Request, action_id: str) -> Response:
         caller = await auth.caller(request.headers)
         done = await confirm(desk, recorder, caller, action_id, request.state.request_id)
-        return Response(orjson.dumps(done), media_type="application/json")
+        return json_response(done)
 
     return router

@@ -270,6 +270,14 @@ class Answer:
             await self._end(error)
             raise
 
+    async def read(self) -> None:
+        """To its end; what it says is in `choices` then."""
+        try:
+            async for _ in self:
+                pass
+        finally:
+            await self.close()
+
     async def close(self) -> None:
         """Stops the generation where it is still running."""
         if self._timer is not None:

@@ -1,4 +1,4 @@
-"""Reading JSON bodies of requests."""
+"""JSON bodies: those of requests are read, those of answers are written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 import re
 import secrets
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import orjson
 from fastapi import Request
+from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 
 from services.gateway.errors import BadRequestError, UnsupportedMediaTypeError, from_validation
@@ -36,6 +38,11 @@ async def read_body(request: Request, cls: type[B]) -> B:
         return cls.model_validate_json(body)
     except ValidationError as error:
         raise from_validation(error) from None
+
+
+def json_response(data: Any, status: int = 200) -> Response:
+    """An answer in JSON; arrays of numpy are lists in it."""
+    return Response(orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type="application/json")
 
 
 def check_structure(body: bytes) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Literal
 
-import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field, model_validator
@@ -14,7 +13,7 @@ from services.gateway.auth.authenticator import Authenticator
 from services.gateway.auth.callers import ANONYMOUS, Caller
 from services.gateway.auth.origin import Attempts, current_visit
 from services.gateway.auth.tokens import FeedbackTokens
-from services.gateway.bodies import read_body
+from services.gateway.bodies import json_response, read_body
 from services.gateway.config import GatewayConfig
 from services.gateway.documentation import POST_ERRORS, json_body
 from services.gateway.metrics import Metrics
@@ -173,6 +172,6 @@ def feedback_router(desk: FeedbackDesk, auth: Authenticator) -> APIRouter:
         else:
             caller = await auth.caller(request.headers)
         created = await desk.take(caller, request.state.request_id, body.event, body.judge)
-        return Response(orjson.dumps({"created": created}), media_type="application/json")
+        return json_response({"created": created})
 
     return router

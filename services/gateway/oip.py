@@ -28,7 +28,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from services.gateway.answer import Answer, Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
-from services.gateway.bodies import consent_of, fingerprint_of, read_body, request_id_of
+from services.gateway.bodies import consent_of, fingerprint_of, json_response, read_body, request_id_of
 from services.gateway.documentation import json_body
 from services.gateway.errors import BadRequestError, from_validation
 from services.gateway.openai.schema import ChatMessage, Wire, few_entries
@@ -128,11 +128,7 @@ class AssistantModel(kserve.Model):
 
     async def _ask(self, question: Question) -> Answer:
         answer = await self._assistant.answer(question)
-        try:
-            async for _ in answer:
-                pass
-        finally:
-            await answer.close()
+        await answer.read()
         return answer
 
 
@@ -375,18 +371,12 @@ def generate_router(assistant: Assistant, auth: Authenticator) -> APIRouter:
     @router.post("/generate", summary="Answer a text", **documented)
     async def generate(request: Request, model_name: str) -> Response:
         answer, body = await asked(request, model_name, whole=True)
-
-        async def read() -> None:
-            async for _ in answer:
-                pass
-
         try:
-            await until_disconnect(request.receive, read())
-        finally:
+            await until_disconnect(request.receive, answer.read())
+        finally:  # also where the client went before it was begun to be read
             await answer.close()
         choice = answer.choices[0]
-        said = part(answer, body, choice.text, openai_finish_name(choice.finish_reason) or "stop")
-        return Response(orjson.dumps(said), media_type="application/json")
+        return json_response(part(answer, body, choice.text, openai_finish_name(choice.finish_reason) or "stop"))
 
     streamed = {**documented, "responses": {200: {"description": "Its parts.", "content": {"text/event-stream": {}}}}}
 
@@ -432,6 +422,6 @@ class OipServer(kserve.ModelServer):
 
 def _failure(status: int) -> Any:
     async def handler(request: Any, error: Exception) -> Any:
-        return Response(orjson.dumps({"error": str(error)}), status, media_type="application/json")
+        return json_response({"error": str(error)}, status)
 
     return handler

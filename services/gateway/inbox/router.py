@@ -8,7 +8,7 @@ import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from services.gateway.bodies import check_structure, plain_headers
+from services.gateway.bodies import check_structure, json_response, plain_headers
 from services.gateway.documentation import error_responses
 from services.gateway.errors import BadRequestError
 from services.gateway.inbox.worker import Inboxes
@@ -55,9 +55,9 @@ def inbox_router(inboxes: Inboxes) -> APIRouter:
         ticket = inbox.ticket_of(content)
         if ticket is None:
             inboxes.count(name, "ignored")
-            return Response(orjson.dumps({"taken": False}), media_type="application/json")
+            return json_response({"taken": False})
         await inboxes.take(name, ticket, _customer(content, inbox.config.customer_field))
-        return Response(orjson.dumps({"taken": True, "ticket": ticket}), 202, media_type="application/json")
+        return json_response({"taken": True, "ticket": ticket}, 202)
 
     return router
 

@@ -181,11 +181,7 @@ class Inboxes:
             fingerprint=key.encode(),
         )
         answer = await self._assistant.answer(question)
-        try:
-            async for _ in answer:
-                pass
-        finally:
-            await answer.close()
+        await answer.read()
         return answer
 
     def _doubtful(self, answer: Answer, text: str) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field
@@ -16,7 +15,7 @@ from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.auth.callers import Caller
 from services.gateway.backends.embeddings import EmbeddingPool, Embeddings
-from services.gateway.bodies import fingerprint_of, plain_headers, read_body
+from services.gateway.bodies import fingerprint_of, json_response, plain_headers, read_body
 from services.gateway.errors import BadRequestError
 from services.gateway.idempotency import Claim
 from services.gateway.openai.documentation import embeddings_doc
@@ -71,7 +70,7 @@ def embeddings_router(assistant: Assistant, auth: Authenticator, prefix: str) ->
         usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
         data = [_object(index, vector, body.encoding_format) for index, vector in enumerate(found.vectors)]
         sent = {"object": "list", "data": data, "model": body.model, "usage": usage}
-        return Response(orjson.dumps(sent, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+        return json_response(sent)
 
     return router
 

@@ -14,7 +14,6 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import TypeAdapter, ValidationError
@@ -23,7 +22,7 @@ from services.gateway.answer import Answer, Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
 from services.gateway.auth.callers import Caller
-from services.gateway.bodies import consent_of, fingerprint_of, plain_headers, read_body
+from services.gateway.bodies import consent_of, fingerprint_of, json_response, plain_headers, read_body
 from services.gateway.errors import BadRequestError, from_validation
 from services.gateway.openai.documentation import INPUT_ITEMS_DOC, RESPONSE_CANCEL_DOC, RESPONSE_DOC, RESPONSES_DOC
 from services.gateway.openai.objects import TokenInfo, token_infos
@@ -102,7 +101,7 @@ def responses_router(assistant: Assistant, auth: Authenticator, prefix: str) -> 
             single_call=body.parallel_tool_calls is False,
         )
         if not body.stream:
-            return _json(await until_disconnect(request.receive, _whole(assistant, question, body)))
+            return json_response(await until_disconnect(request.receive, _whole(assistant, question, body)))
         answer = await until_disconnect(request.receive, assistant.answer(question))
         entry = running[answer.id] = _Running(answer, body, _owner(caller))
 
@@ -119,13 +118,13 @@ def responses_router(assistant: Assistant, auth: Authenticator, prefix: str) -> 
         caller.require("chat")
         if request.query_params.get("stream") == "true":
             raise BadRequestError("stream: a response is read again in one piece; leave it out", param="stream")
-        return _json((await memory.kept(caller, response_id))["response"])
+        return json_response((await memory.kept(caller, response_id))["response"])
 
     @router.get("/{response_id}/input_items", **INPUT_ITEMS_DOC)
     async def list_input_items(request: Request, response_id: str) -> Response:
         caller = await auth.caller(request.headers)
         caller.require("chat")
-        return _json(_page((await memory.kept(caller, response_id))["input"], request))
+        return json_response(_page((await memory.kept(caller, response_id))["input"], request))
 
     @router.delete("/{response_id}", **RESPONSE_DOC)
     async def delete_response(request: Request, response_id: str) -> Response:
@@ -134,7 +133,7 @@ def responses_router(assistant: Assistant, auth: Authenticator, prefix: str) -> 
         await memory.forget(caller, response_id)
         row = audit_row(caller, request.state.request_id, "forget", "deleted", response_id)
         await assistant.recorder.put(Record(row))
-        return _json({"id": response_id, "object": "response", "deleted": True})
+        return json_response({"id": response_id, "object": "response", "deleted": True})
 
     @router.post("/{response_id}/cancel", **RESPONSE_CANCEL_DOC)
     async def cancel_response(request: Request, response_id: str) -> Response:
@@ -146,7 +145,7 @@ def responses_router(assistant: Assistant, auth: Authenticator, prefix: str) -> 
             raise BadRequestError(f"The response '{response_id}' has ended; it cannot be cancelled any more")
         entry.stop.set()
         await entry.stopped.wait()
-        return _json(response_object(entry.answer, entry.body, "cancelled"))
+        return json_response(response_object(entry.answer, entry.body, "cancelled"))
 
     return router
 
@@ -291,7 +290,3 @@ def _page(items: list[dict[str, Any]], request: Request) -> dict[str, Any]:
     page = found[: int(limit)]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
     return {"object": "list", "data": page, **ends, "has_more": len(found) > len(page)}
-
-
-def _json(data: Any) -> Response:
-    return Response(orjson.dumps(data), media_type="application/json")

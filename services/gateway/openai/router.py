@@ -6,14 +6,13 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from services.gateway.answer import Answer, Question
 from services.gateway.answering import Assistant
 from services.gateway.auth.authenticator import Authenticator
-from services.gateway.bodies import consent_of, fingerprint_of, plain_headers, read_body
+from services.gateway.bodies import consent_of, fingerprint_of, json_response, plain_headers, read_body
 from services.gateway.errors import BadRequestError
 from services.gateway.openai.completions import completion_events, completion_object
 from services.gateway.openai.documentation import CHAT_DOC, COMPLETIONS_DOC, MODEL_DOC, MODELS_DOC
@@ -62,7 +61,7 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
         async def whole() -> ChatCompletion:
             return await _chat_object(await assistant.answer(question), bool(body.logprobs))
 
-        return _json(await until_disconnect(request.receive, whole()))
+        return json_response(await until_disconnect(request.receive, whole()))
 
     @router.post("/completions", **COMPLETIONS_DOC)
     async def create_completion(request: Request) -> Response:
@@ -86,25 +85,21 @@ def openai_router(assistant: Assistant, auth: Authenticator, prefix: str) -> API
         if body.stream:
             answer = await until_disconnect(request.receive, assistant.answer(questions[0]))
             return EventStream(completion_events(answer, body), answer.close)
-        return _json(await until_disconnect(request.receive, completion_object(assistant, questions, body)))
+        return json_response(await until_disconnect(request.receive, completion_object(assistant, questions, body)))
 
     @router.get("/models", **MODELS_DOC)
     async def list_models(request: Request) -> Response:
         await auth.caller(request.headers)
-        return _json({"object": "list", "data": [_model(name) for name in names]})
+        return json_response({"object": "list", "data": [_model(name) for name in names]})
 
     @router.get("/models/{model:path}", **MODEL_DOC)
     async def retrieve_model(request: Request, model: str) -> Response:
         await auth.caller(request.headers)
         if model not in assistant.embeddings:
             assistant.models.check(model)
-        return _json(_model(model))
+        return json_response(_model(model))
 
     return router
-
-
-def _json(data: Any) -> Response:
-    return Response(orjson.dumps(data), media_type="application/json")
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -36,10 +36,11 @@ DONE = b"data: [DONE]\n\n"
 
 async def collect(answer: Answer, take: Take | None = None) -> None:
     """Reads the answer to its end; `take` receives the tokens of every choice, a few at a time."""
+    if take is None:
+        await answer.read()
+        return
     try:
         async for response in answer:
-            if take is None:
-                continue
             for tokens, of_prompt in ((response.prompt_logprobs, True), (response.tokens, False)):
                 for begin in range(0, len(tokens), _TOKENS_AT_ONCE):
                     take(response.choice_index, tokens[begin : begin + _TOKENS_AT_ONCE], of_prompt)
