@@ -18,117 +18,83 @@ PODS = f'{N},pod=~"$pod"'
 ERRORS = f'outcome=~"{"|".join(OUR_FAULT)}"'
 
 
+Query = tuple[str, str]
+"""Expression and legend."""
+Shown = tuple[str, str, tuple[Query, ...]]
+"""Title, unit and queries of a panel."""
+
+
 def quantile(share: float, metric: str, by: str = "") -> str:
     labels = f"le, {by}" if by else "le"
     return f"histogram_quantile({share}, sum by ({labels}) (rate({metric}_bucket{{{PODS}}}[$__rate_interval])))"
 
 
-def rate(metric: str, by: str, more: str = "") -> str:
-    return f"sum by ({by}) (rate({metric}{{{PODS}{more}}}[$__rate_interval]))"
+def rate(metric: str, by: str) -> str:
+    return f"sum by ({by}) (rate({metric}{{{PODS}}}[$__rate_interval]))"
+
+
+def quantiles(metric: str) -> list[Query]:
+    return [(quantile(q, metric), f"p{int(q * 100)}") for q in (0.5, 0.95, 0.99)]
+
+
+def shown(title: str, unit: str, *queries: Query) -> Shown:
+    return title, unit, queries
 
 
 THUMBS = f'steersman_gateway_feedback_total{{{PODS},kind="thumbs"'
-ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
-    (
-        "Answers",
-        [
-            ("Answers a second", "reqps", [(rate("steersman_gateway_answers_total", "outcome"), "{{outcome}}")]),
-            (
-                "Share that fails",
-                "percentunit",
-                [
-                    (
-                        f"sum(rate(steersman_gateway_answers_total{{{PODS},{ERRORS}}}[$__rate_interval])) / "
-                        f"sum(rate(steersman_gateway_answers_total{{{PODS}}}[$__rate_interval]))",
-                        "failed",
-                    )
-                ],
-            ),
-            (
-                "Time to the first token",
-                "s",
-                [(quantile(q, "steersman_gateway_first_token_seconds"), f"p{int(q * 100)}") for q in (0.5, 0.95, 0.99)],
-            ),
-            (
-                "Time to the whole answer",
-                "s",
-                [(quantile(q, "steersman_gateway_answer_seconds"), f"p{int(q * 100)}") for q in (0.5, 0.95, 0.99)],
-            ),
-            ("Tokens a second", "short", [(rate("steersman_gateway_tokens_total", "kind"), "{{kind}}")]),
-            (
-                "In generation and waiting",
-                "short",
-                [
-                    (f"sum(steersman_gateway_running_answers{{{PODS}}})", "in generation"),
-                    (f"sum(steersman_gateway_queued_answers{{{PODS}}})", "waiting"),
-                ],
-            ),
-            ("Requests by status", "reqps", [(rate("steersman_gateway_requests_total", "status"), "{{status}}")]),
-            (
-                "Reads of business records",
-                "reqps",
-                [(rate("steersman_gateway_lookups_total", "system, outcome"), "{{system}} {{outcome}}")],
-            ),
-        ],
-    ),
-    (
-        "Feedback and versions",
-        [
-            (
-                "Thumbs in an hour",
-                "short",
-                [(f"sum by (value) (increase({THUMBS}}}[1h]))", "{{value}}")],
-            ),
-            (
-                "Share of thumbs down in 6 hours",
-                "percentunit",
-                [(f'sum(increase({THUMBS},value="down"}}[6h])) / sum(increase({THUMBS}}}[6h]))', "thumbs down")],
-            ),
-            ("Weights version", "short", [(f"steersman_gateway_weights_version{{{PODS}}}", "{{pod}}")]),
-            ("Replicas ready", "short", [(f"sum by (pod) (steersman_gateway_replica_ready{{{PODS}}})", "{{pod}}")]),
-        ],
-    ),
-    (
-        "Engines",
-        [
-            ("Sampled tokens a second", "short", [(rate("steersman_generated_tokens_total", "pod"), "{{pod}}")]),
-            (
-                "Samples running and waiting",
-                "short",
-                [
-                    (f"sum by (pod) (steersman_generation_running{{{PODS}}})", "{{pod}} running"),
-                    (f"sum by (pod) (steersman_generation_waiting{{{PODS}}})", "{{pod}} waiting"),
-                ],
-            ),
-            ("Weights of each policy replica", "short", [(f"steersman_weights_version{{{PODS}}}", "{{pod}}")]),
-            ("Calls, 95th percentile", "s", [(quantile(0.95, "steersman_request_seconds", "method"), "{{method}}")]),
-            ("Calls by status", "reqps", [(rate("steersman_requests_total", "method, code"), "{{method}} {{code}}")]),
-            ("Calls in progress", "short", [(f"sum by (pod) (steersman_requests_running{{{PODS}}})", "{{pod}}")]),
-            (
-                "Answers scored, and without a score",
-                "reqps",
-                [
-                    (rate("steersman_scored_items_total", "pod"), "{{pod}} scored"),
-                    (rate("steersman_score_failures_total", "pod"), "{{pod}} failed"),
-                ],
-            ),
-        ],
-    ),
-    (
-        "Runs",
-        [
-            ("Runs by phase", "short", [(f"sum by (phase) (steersman_controller_runs{{{N}}})", "{{phase}}")]),
-            ("Looks at runs", "reqps", [(rate("steersman_controller_reconciles_total", "result"), "{{result}}")]),
-            ("Time of a look", "s", [(quantile(0.95, "steersman_controller_reconcile_seconds"), "p95")]),
-        ],
-    ),
-]
+ANSWERS = f"steersman_gateway_answers_total{{{PODS}"
+FAILED = f"sum(rate({ANSWERS},{ERRORS}}}[$__rate_interval])) / sum(rate({ANSWERS}}}[$__rate_interval]))"
+DOWN = f'sum(increase({THUMBS},value="down"}}[6h])) / sum(increase({THUMBS}}}[6h]))'
+LOOKUPS = rate("steersman_gateway_lookups_total", "system, outcome")
+RUNNING, QUEUED = (f"sum(steersman_gateway_{name}_answers{{{PODS}}})" for name in ("running", "queued"))
+ROWS: dict[str, list[Shown]] = {
+    "Answers": [
+        shown("Answers a second", "reqps", (rate("steersman_gateway_answers_total", "outcome"), "{{outcome}}")),
+        shown("Share that fails", "percentunit", (FAILED, "failed")),
+        shown("Time to the first token", "s", *quantiles("steersman_gateway_first_token_seconds")),
+        shown("Time to the whole answer", "s", *quantiles("steersman_gateway_answer_seconds")),
+        shown("Tokens a second", "short", (rate("steersman_gateway_tokens_total", "kind"), "{{kind}}")),
+        shown("In generation and waiting", "short", (RUNNING, "in generation"), (QUEUED, "waiting")),
+        shown("Requests by status", "reqps", (rate("steersman_gateway_requests_total", "status"), "{{status}}")),
+        shown("Reads of business records", "reqps", (LOOKUPS, "{{system}} {{outcome}}")),
+    ],
+    "Feedback and versions": [
+        shown("Thumbs in an hour", "short", (f"sum by (value) (increase({THUMBS}}}[1h]))", "{{value}}")),
+        shown("Share of thumbs down in 6 hours", "percentunit", (DOWN, "thumbs down")),
+        shown("Weights version", "short", (f"steersman_gateway_weights_version{{{PODS}}}", "{{pod}}")),
+        shown("Replicas ready", "short", (f"sum by (pod) (steersman_gateway_replica_ready{{{PODS}}})", "{{pod}}")),
+    ],
+    "Engines": [
+        shown("Sampled tokens a second", "short", (rate("steersman_generated_tokens_total", "pod"), "{{pod}}")),
+        shown(
+            "Samples running and waiting",
+            "short",
+            (f"sum by (pod) (steersman_generation_running{{{PODS}}})", "{{pod}} running"),
+            (f"sum by (pod) (steersman_generation_waiting{{{PODS}}})", "{{pod}} waiting"),
+        ),
+        shown("Weights of each policy replica", "short", (f"steersman_weights_version{{{PODS}}}", "{{pod}}")),
+        shown("Calls, 95th percentile", "s", (quantile(0.95, "steersman_request_seconds", "method"), "{{method}}")),
+        shown("Calls by status", "reqps", (rate("steersman_requests_total", "method, code"), "{{method}} {{code}}")),
+        shown("Calls in progress", "short", (f"sum by (pod) (steersman_requests_running{{{PODS}}})", "{{pod}}")),
+        shown(
+            "Answers scored, and without a score",
+            "reqps",
+            (rate("steersman_scored_items_total", "pod"), "{{pod}} scored"),
+            (rate("steersman_score_failures_total", "pod"), "{{pod}} failed"),
+        ),
+    ],
+    "Runs": [
+        shown("Runs by phase", "short", (f"sum by (phase) (steersman_controller_runs{{{N}}})", "{{phase}}")),
+        shown("Looks at runs", "reqps", (rate("steersman_controller_reconciles_total", "result"), "{{result}}")),
+        shown("Time of a look", "s", (quantile(0.95, "steersman_controller_reconcile_seconds"), "p95")),
+    ],
+}
 
 
 def dashboard() -> dict[str, Any]:
     panels: list[dict[str, Any]] = []
     top = 0
-    for title, row in ROWS:
+    for title, row in ROWS.items():
         panels.append(_panel(len(panels), title, "row", {"h": 1, "w": 24, "x": 0, "y": top}))
         top += 1
         for index, (name, unit, queries) in enumerate(row):
