@@ -67,10 +67,7 @@ def sign_test(before: Sequence[float], after: Sequence[float]) -> float:
 def _differences(
     before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable] | None, name: str
 ) -> np.ndarray:
-    if len(before) != len(after):
-        raise DataError(
-            f"{name}: {len(before)} and {len(after)} values; both need one value for each of the same items"
-        )
+    _check_paired(before, after, name)
     return cluster_means(after, clusters, name) - cluster_means(before, clusters, name)
 
 

@@ -130,28 +130,20 @@ def labelled_winners(path: Path) -> list[LabelledTokens]:
 
 
 def winner_row(prompt: Prompt, items: list[Scored]) -> dict | None:
-    """`best_of` with the tokens that were sampled."""
-    best = _best(items)
-    row = best_of(prompt, items)
-    if best is None or row is None:
-        return None
-    return {**row, "prompt_ids": prompt.ids.tolist(), "answer_ids": best.sample.token_ids.tolist()}
+    """The demonstration row of the sample with the highest reward that ended by itself, and its tokens as sampled.
 
-
-def _best(items: list[Scored]) -> Scored | None:
+    None where no sample ended.
+    """
     good = [item for item in items if math.isfinite(reward_of(item.score)) and item.sample.ended and item.text]
-    return max(good, key=lambda item: item.score.reward, default=None)
-
-
-def best_of(prompt: Prompt, items: list[Scored]) -> dict | None:
-    """The demonstration row of the sample with the highest reward that ended by itself; None without any."""
-    best = _best(items)
+    best = max(good, key=lambda item: item.score.reward, default=None)
     if best is None:
         return None
     return {
         "id": prompt.key,
         "messages": [*prompt.messages, {"role": "assistant", "content": best.text}],
         "reward": best.score.reward,
+        "prompt_ids": prompt.ids.tolist(),
+        "answer_ids": best.sample.token_ids.tolist(),
     }
 
 

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 SUITES_FILE = "suites.json"
 
+_Judges = Annotated[list[Path], typer.Option(help="YAML of an LLM judge that compares the answers; repeatable.")]
+_People = Annotated[
+    Path | None, typer.Option(help="Comparisons that people judged (JSONL): do the judges agree with them?")
+]
+_Out = Annotated[Path, typer.Option(help="Folder for suites.json and suites.html.")]
+
 
 def evaluate(
     targets: Annotated[list[str], typer.Argument(help="Model folders, runs' folders, or URLs that end with /v1.")],
@@ -37,14 +43,10 @@ def evaluate(
     ] = None,
     task: Annotated[list[str], typer.Option(help="Task of knowledge; all that have files by default.")] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(help="Only the first questions of a task.", min=1)] = None,
-    judge: Annotated[
-        list[Path], typer.Option(help="YAML of an LLM judge that compares the targets' answers; repeatable.")
-    ] = [],  # noqa: B006
-    people: Annotated[
-        Path | None, typer.Option(help="Comparisons that people judged (JSONL): do the judges agree with them?")
-    ] = None,
+    judge: _Judges = [],  # noqa: B006
+    people: _People = None,
     previous: Annotated[Path | None, typer.Option(help="suites.json of the version before, to compare with.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for suites.json and suites.html.")] = Path("evaluation"),
+    out: _Out = Path("evaluation"),
     model: Annotated[str | None, typer.Option(help="Model's name at the endpoints; the first one by default.")] = None,
     key_env: Annotated[str | None, typer.Option(help="Environment variable with the endpoints' API key.")] = None,
     tokenizer: Annotated[
@@ -98,14 +100,10 @@ def evaluate_live(
     since: Annotated[str, typer.Option(help="Begin: a time in ISO 8601, or days back as 7d, hours as 12h.")] = "7d",
     until: Annotated[str | None, typer.Option(help="End, likewise; now by default.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Only answers to this tenant.")] = None,
-    judge: Annotated[
-        list[Path], typer.Option(help="YAML of an LLM judge that compares the deployments; repeatable.")
-    ] = [],  # noqa: B006
-    people: Annotated[
-        Path | None, typer.Option(help="Comparisons that people judged (JSONL): do the judges agree with them?")
-    ] = None,
+    judge: _Judges = [],  # noqa: B006
+    people: _People = None,
     previous: Annotated[Path | None, typer.Option(help="suites.json of an earlier time span, to compare with.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for suites.json and suites.html.")] = Path("evaluation"),
+    out: _Out = Path("evaluation"),
     as_json: JsonOption = False,
 ) -> None:
     """Suites and judges over what the gateway recorded in a time span, by deployment."""

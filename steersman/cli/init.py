@@ -84,15 +84,9 @@ steersman run -f THIS --dry-run shows every field; steersman validate -f THIS ch
 
 
 def _read(kind: str, path: Path) -> list[Row]:
-    from steersman.data import records
+    from steersman.data.records import ROWS_OF, read_jsonl
 
-    types: dict[str, type[Row]] = {
-        "demonstrations": records.Demonstration,
-        "preferences": records.Preference,
-        "feedback": records.Feedback,
-        "prompts": records.Prompt,
-    }
-    return list(records.read_jsonl(path, types[kind]))
+    return list(read_jsonl(path, ROWS_OF[kind]))
 
 
 def _data(rows: dict[str, list[Row]]) -> tuple[dict[str, Any], dict[str, Sequence[Row]]]:

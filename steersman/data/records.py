@@ -274,7 +274,7 @@ class Return(Prompt):
 
 RowT = TypeVar("RowT", bound=Row)
 
-#: The names that the command line and the manifest use.
+#: The names that the command line uses.
 ROW_TYPES: dict[str, type[Row]] = {
     "demonstration": Demonstration,
     "preference": Preference,
@@ -283,6 +283,8 @@ ROW_TYPES: dict[str, type[Row]] = {
     "return": Return,
     "prompt": Prompt,
 }
+#: The names of files that the manifest uses.
+ROWS_OF = {kind if kind in ("feedback", "aspects") else f"{kind}s": row_type for kind, row_type in ROW_TYPES.items()}
 
 
 def row_type_of(data: dict[str, Any]) -> type[Row]:

@@ -3,13 +3,13 @@ found out after everything else was paid for."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 from pydantic.alias_generators import to_camel
 
 from steersman.config.manifest import AlignmentRun, EvaluateStage
+from steersman.environment import header_secret_in
 from steersman.errors import ConfigError, meant
 from steersman.suites.schema import Suite, read_suite
 
@@ -28,10 +28,8 @@ def check_evaluations(run: AlignmentRun, run_dir: Path) -> None:
         if double is not None:
             raise ConfigError(f"{name}.suites: two suites have the name {double}; results are compared by it")
         for judge in stage.judges:
-            if judge.api_key_env is not None and not os.environ.get(judge.api_key_env):
-                raise ConfigError(
-                    f"{name}.judges: the environment variable {judge.api_key_env} of {judge.name} is not set"
-                )
+            if judge.api_key_env is not None:
+                header_secret_in(judge.api_key_env, f"{name}.judges.{judge.name}.apiKeyEnv")
         if stage.champion is not None and not (run_dir / stage.champion / "config.json").is_file():
             raise ConfigError(f"{name}.champion: {stage.champion} is no model folder (config.json); check the path")
         _check_knowledge(name, stage, run_dir)

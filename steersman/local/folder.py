@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steersman.artifacts import storage_errors, verify
+from steersman.artifacts import storage_errors, verify, write_whole
 from steersman.config.base import dump_yaml
 from steersman.config.manifest import AlignmentRun, load_manifest
 from steersman.config.stages import read_complete, stage_digest
@@ -81,10 +81,7 @@ def with_spec(run: AlignmentRun, spec: dict[str, Any]) -> AlignmentRun:
 def write_manifest(run: AlignmentRun, run_dir: Path) -> None:
     """Writes `manifest.yaml`, whole or not at all."""
     with storage_errors(manifest_path(run_dir)):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        partial = run_dir / ".manifest.yaml"
-        partial.write_text(dump_yaml(run), encoding="utf-8")
-        partial.replace(manifest_path(run_dir))
+        write_whole(manifest_path(run_dir), dump_yaml(run))
 
 
 def is_held(run_dir: Path) -> bool:

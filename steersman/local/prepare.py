@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from steersman import leaving
-from steersman.artifacts import atomic_dir, file_digest
+from steersman.artifacts import atomic_dir, file_digest, write_whole
 from steersman.config.manifest import (
     AlignmentRun,
     IlqlStage,
@@ -70,10 +70,8 @@ def prepare(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> None
     precision = pick_precision(model.precision, device)
     decided = ", as measured on this machine" if (model.precision, device) == ("auto", "cpu") else ""
     reporter.note(f"{model.base} in {precision} on {device}{decided}")
-    partial = run_dir / ".prepared.json"
     found = {"for": model.base, "base": str(base), "device": device, "precision": precision, "data": checked}
-    partial.write_text(json.dumps(found))
-    partial.replace(run_dir / "prepared.json")
+    write_whole(run_dir / "prepared.json", json.dumps(found))
 
 
 def _check_own_code(run: AlignmentRun) -> None:
@@ -90,19 +88,11 @@ def _check_own_code(run: AlignmentRun) -> None:
 
 
 def _check_rows(run: AlignmentRun, run_dir: Path, reporter: ConsoleReporter) -> dict[str, str]:
-    from steersman.data import records
+    from steersman.data.records import ROWS_OF, read_jsonl
 
-    kinds: dict[str, type[records.Row]] = {
-        "demonstrations": records.Demonstration,
-        "preferences": records.Preference,
-        "prompts": records.Prompt,
-        "feedback": records.Feedback,
-        "aspects": records.Aspects,
-        "returns": records.Return,
-    }
     for kind, splits in data_files(run, run_dir).items():
         for path in splits.values():
-            for number, _ in enumerate(records.read_jsonl(path, kinds[kind]), start=1):
+            for number, _ in enumerate(read_jsonl(path, ROWS_OF[kind]), start=1):
                 if number % 1000 == 0:
                     reporter.activity(f"checking {path.name}, row {number:,}")
     check_rows_fit_stages(run, run_dir)

@@ -5,7 +5,8 @@ Every function gives what the template shows; the template only formats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from steersman.report import overoptimisation
@@ -71,7 +72,7 @@ def sawyer(evaluation: Evaluation) -> list[dict[str, Any]]:
     for scorer in evaluation.scorers:
         cells: list[Interval | None] = [evaluation.interval(name, f"scores.{scorer}") for name in evaluation.models]
         rows.append({"label": f"scorer {label(scorer)}, mean", "cells": cells, "percent": False})
-    variances = [_variance(list(evaluation.scores(name).values())) for name in evaluation.models]
+    variances = [_variance(evaluation.scores(name).values()) for name in evaluation.models]
     rows.append({"label": "reward, variance", "numbers": variances})
     for task, models in evaluation.knowledge.items():
         scores = [mean_interval(models[name]) if name in models else None for name in evaluation.models]
@@ -86,8 +87,5 @@ def best(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [{"gold": label(gold.removeprefix("scores.")), "curve": curve} for gold, curve in curves if curve]
 
 
-def _variance(values: Sequence[float]) -> float | None:
-    if len(values) < 2:
-        return None
-    mean = sum(values) / len(values)
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+def _variance(values: Collection[float]) -> float | None:
+    return statistics.variance(values) if len(values) > 1 else None

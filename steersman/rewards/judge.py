@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import sqlite3
 import threading
 from collections import defaultdict
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from steersman.environment import header_secret_in
 from steersman.errors import ConfigError, RateLimitedError, UnavailableError, from_http
 from steersman.net import guarded_sync_client, patiently
 from steersman.rewards.registry import Answered, BatchReward, Failed, Outcome, Verdict, register_batch
@@ -54,10 +54,7 @@ class Judge:
     ) -> None:
         headers = {}
         if api_key_env is not None:
-            key = os.environ.get(api_key_env)
-            if not key:
-                raise ConfigError(f"reward judge: the environment variable {api_key_env} (api_key_env) is not set")
-            headers["authorization"] = f"Bearer {key}"
+            headers["authorization"] = f"Bearer {header_secret_in(api_key_env, 'reward judge: api_key_env')}"
         self._client = guarded_sync_client(base_url=url, timeout=timeout_seconds, headers=headers)
         self._model = model
         self._most = calls
@@ -203,7 +200,7 @@ def _points(judge: Judge, rubric: str, scale: int, concurrency: int) -> BatchRew
     schema = {"type": "object", "properties": {"score": score}, "required": ["score"], "additionalProperties": False}
 
     def outcome(item: Answered) -> Outcome:
-        said = judge.ask(instruction, {"conversation": _spoken(item), "answer": item.answer}, schema)
+        said = judge.ask(instruction, {"conversation": _plain(item.prompt), "answer": item.answer}, schema)
         return said if isinstance(said, Failed) else Verdict((said["score"] - 1) / (scale - 1))
 
     def reward(items: Sequence[Answered]) -> list[Outcome]:
@@ -260,7 +257,7 @@ def _pairs(judge: Judge, rubric: str, concurrency: int) -> BatchReward:
     def reward(items: Sequence[Answered]) -> list[Outcome]:
         groups: dict[str, list[int]] = defaultdict(list)
         for index, item in enumerate(items):
-            groups[json.dumps(_spoken(item))].append(index)
+            groups[json.dumps(_plain(item.prompt))].append(index)
         places = [pair for group in groups.values() for pair in itertools.combinations(group, 2)]
         with ThreadPoolExecutor(concurrency, thread_name_prefix="judge") as threads:
             results = list(threads.map(compare, [(items[one], items[other]) for one, other in places]))
@@ -279,10 +276,6 @@ def _pairs(judge: Judge, rubric: str, concurrency: int) -> BatchReward:
         ]
 
     return reward
-
-
-def _spoken(item: Answered) -> list[dict[str, str]]:
-    return _plain(item.prompt)
 
 
 def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

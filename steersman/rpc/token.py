@@ -7,13 +7,13 @@ everybody on a machine can read), and is compared in constant time.
 from __future__ import annotations
 
 import hmac
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import grpc
 
-from steersman.errors import ConfigError, UnauthenticatedError
+from steersman.environment import header_secret_in
+from steersman.errors import UnauthenticatedError
 
 RUN_TOKEN = "STEERSMAN_RUN_TOKEN"
 """Environment variable with the token of a run, for its services and its stages."""
@@ -23,12 +23,7 @@ def read_token(variable: str | None, field: str) -> str | None:
     """The token in an environment variable; None for no variable. Raises ConfigError when it is not set."""
     if variable is None:
         return None
-    token = os.environ.get(variable)
-    if not token:
-        raise ConfigError(f"{field}: the environment variable {variable} is not set; put the service's token there")
-    if not all("!" <= character <= "~" for character in token):
-        raise ConfigError(f"{field}: the token in {variable} holds what a header cannot carry; take another")
-    return token
+    return header_secret_in(variable, field)
 
 
 def is_open(method: str) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
+from steersman.environment import secret_in
 from steersman.errors import ConfigError, why
 from steersman.store.engine import Store
 from steersman.store.serving import Secret
@@ -36,10 +37,7 @@ def read_secret(store: Store, file: Path | None = None, env: str | None = None) 
         ConfigError: the variable or the file holds no secret, or others can read the file.
     """
     if env is not None:
-        value = os.environ.get(env, "")
-        if len(value) < LEAST_LENGTH:
-            raise ConfigError(f"secretEnv: the environment variable {env} must hold at least {LEAST_LENGTH} characters")
-        return value.encode()
+        return secret_in(env, "secretEnv", least=LEAST_LENGTH).encode()
     if store.engine.dialect.name != "sqlite":
         return _from_file(file) if file is not None else bytes.fromhex(_from_database(store))
     database = store.engine.url.database

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Self
 
 import httpx
 
+from steersman.environment import header_secret_in
 from steersman.errors import ConfigError, DeadlineError, InternalError, UnavailableError, from_http
 from steersman.net import guarded_sync_client, patiently
 from steersman.suites.checks import Spoken
@@ -90,15 +90,12 @@ class Endpoint:
         key_env: environment variable with the API key; None: none.
 
         Raises:
-            ConfigError: the variable is not set.
+            ConfigError: the variable is not set, or no header can carry what it holds.
             UnavailableError: the endpoint does not answer.
         """
         headers = {}
         if key_env is not None:
-            key = os.environ.get(key_env)
-            if not key:
-                raise ConfigError(f"--key-env {key_env}: the environment variable is not set")
-            headers["authorization"] = f"Bearer {key}"
+            headers["authorization"] = f"Bearer {header_secret_in(key_env, '--key-env')}"
         self.url = url.rstrip("/")
         self._client = guarded_sync_client(base_url=f"{self.url}/", timeout=timeout_seconds, headers=headers)
         self.model = model or self._first_model()

@@ -13,7 +13,6 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -26,7 +25,8 @@ import jwt
 from services.gateway.auth.callers import Customer
 from services.gateway.config import IdentityConfig, JwtIssuer
 from services.gateway.fetching import fetch_json
-from steersman.errors import ConfigError, SteersmanError, UnauthenticatedError, UnavailableError
+from steersman.environment import secret_in
+from steersman.errors import SteersmanError, UnauthenticatedError, UnavailableError
 from steersman.net import guarded_client
 
 log = logging.getLogger("steersman.gateway")
@@ -49,13 +49,9 @@ class CustomerVerifier:
         self._secret = b""
         self._max_age = 0.0
         if config.signed_header is not None:
-            name = config.signed_header.secret_env
-            self._secret = os.environ.get(name, "").encode()
-            self._max_age = config.signed_header.max_age_seconds
-            if len(self._secret) < 32:
-                raise ConfigError(
-                    f"identity.signedHeader.secretEnv: the environment variable {name} must hold at least 32 characters"
-                )
+            signed = config.signed_header
+            self._secret = secret_in(signed.secret_env, "identity.signedHeader.secretEnv", least=32).encode()
+            self._max_age = signed.max_age_seconds
 
     async def verify(self, headers: Mapping[str, str], tenant: str) -> Customer | None:
         """The customer, or None when the request names none.

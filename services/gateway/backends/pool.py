@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +12,9 @@ from services.gateway.backends.neutral import Neutraliser, NeutralReplica
 from services.gateway.backends.policy import PolicyReplica
 from services.gateway.config import PolicyBackend
 from steersman.background import Background
+from steersman.environment import header_secret_in
 from steersman.errors import (
     ChecksumError,
-    ConfigError,
     InternalError,
     RateLimitedError,
     SteersmanError,
@@ -160,9 +159,7 @@ def build_pool(policy: PolicyBackend, name: str, endpoints: Sequence[str] | None
         if policy.kind == "steersman":
             replicas.append(PolicyReplica(endpoint, policy.tls, policy.connect_timeout_seconds))
             continue
-        key = os.environ.get(policy.api_key_env, "") if policy.api_key_env else ""
-        if policy.api_key_env and not key:
-            raise ConfigError(f"policy.apiKeyEnv: the environment variable {policy.api_key_env} is not set; set it")
+        key = header_secret_in(policy.api_key_env, "policy.apiKeyEnv") if policy.api_key_env else ""
         model = policy.model or name
         if policy.kind == "openai":
             from services.gateway.backends.openai import OpenAIReplica

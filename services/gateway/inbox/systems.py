@@ -10,7 +10,6 @@ import base64
 import datetime as dt
 import hashlib
 import hmac
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationE
 from services.gateway.errors import from_validation
 from services.gateway.fetching import fetch_json
 from services.gateway.inbox_config import ZammadInbox, ZendeskInbox
-from steersman.errors import ConfigError, UnauthenticatedError
+from steersman.environment import header_secret_in, secret_in
+from steersman.errors import UnauthenticatedError
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -111,8 +111,9 @@ class Zammad:
 
     def __init__(self, config: ZammadInbox) -> None:
         self.config = config
-        self._secret = _environment(config.name, config.secret_env, _LEAST_SECRET)
-        self._headers = {"authorization": f"Token token={_environment(config.name, config.token_env, 1)}"}
+        field = f"inboxes.{config.name}"
+        self._secret = secret_in(config.secret_env, field, least=_LEAST_SECRET)
+        self._headers = {"authorization": f"Token token={header_secret_in(config.token_env, field)}"}
         self._api = f"{config.url}/api/v1"
 
     def verify(self, headers: Mapping[str, str], body: bytes) -> None:
@@ -191,8 +192,9 @@ class Zendesk:
 
     def __init__(self, config: ZendeskInbox) -> None:
         self.config = config
-        self._secret = _environment(config.name, config.secret_env, _LEAST_SECRET)
-        token = f"{config.user}/token:{_environment(config.name, config.token_env, 1)}"
+        field = f"inboxes.{config.name}"
+        self._secret = secret_in(config.secret_env, field, least=_LEAST_SECRET)
+        token = f"{config.user}/token:{secret_in(config.token_env, field)}"
         self._headers = {"authorization": f"Basic {base64.b64encode(token.encode()).decode()}"}
         self._api = f"{config.url}/api/v2"
 
@@ -287,10 +289,3 @@ def _parsed(model: type[M], content: Any) -> M:
         return model.model_validate(content)
     except ValidationError as error:
         raise from_validation(error) from None
-
-
-def _environment(inbox: str, name: str, least: int) -> str:
-    value = os.environ.get(name, "")
-    if len(value) < least:
-        raise ConfigError(f"inboxes.{inbox}: the environment variable {name} must hold at least {least} characters")
-    return value

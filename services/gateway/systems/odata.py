@@ -7,7 +7,8 @@ from urllib.parse import quote, urlencode
 
 from services.gateway.fetching import fetch_json
 from services.gateway.systems.base import Kind, Query, RecordKind, SystemOptions
-from services.gateway.systems.remote import Remote, equalities, paths_of, secret_of
+from services.gateway.systems.remote import Remote, equalities, paths_of
+from steersman.environment import header_secret_in
 
 
 class ODataSystem(SystemOptions):
@@ -31,7 +32,8 @@ class OData(Remote):
     def __init__(self, config: ODataSystem) -> None:
         headers = {"odata-version": "4.0"}
         if config.authorization_env:
-            headers["authorization"] = secret_of(config, "authorizationEnv", config.authorization_env)
+            field = f"tools.systems.{config.name}.authorizationEnv"
+            headers["authorization"] = header_secret_in(config.authorization_env, field, words=True)
         super().__init__(config, config.url, headers)
 
     async def _ask(self, query: Query) -> Any:

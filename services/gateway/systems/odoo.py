@@ -14,7 +14,8 @@ from pydantic import Field
 
 from services.gateway.fetching import fetch_json
 from services.gateway.systems.base import Kind, Query, RecordKind, SystemOptions
-from services.gateway.systems.remote import Remote, equalities, paths_of, secret_of
+from services.gateway.systems.remote import Remote, equalities, paths_of
+from steersman.environment import secret_in
 
 
 def _odoo_kinds() -> dict[Kind, RecordKind]:
@@ -94,7 +95,7 @@ class Odoo(Remote):
     """See `services.gateway.systems.base.System`."""
 
     def __init__(self, config: OdooSystem) -> None:
-        self._key = secret_of(config, "keyEnv", config.key_env)
+        self._key = secret_in(config.key_env, f"tools.systems.{config.name}.keyEnv")
         self._database = config.database
         self._login = config.login
         self._user: int | None = None

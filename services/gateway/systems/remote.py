@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import httpx
 
 from services.gateway.systems.base import Kind, Query, RecordKind, SystemOptions
-from steersman.errors import ConfigError, UnavailableError
+from steersman.errors import UnavailableError
 from steersman.net import guarded_client
 
 
@@ -43,14 +42,6 @@ class Remote:
 
     async def close(self) -> None:
         await self._client.aclose()
-
-
-def secret_of(config: SystemOptions, field: str, variable: str) -> str:
-    """What an environment variable holds. Raises ConfigError when it is not set."""
-    value = os.environ.get(variable, "")
-    if not value:
-        raise ConfigError(f"tools.systems.{config.name}.{field}: the environment variable {variable} is not set")
-    return value
 
 
 def paths_of(kind: RecordKind) -> list[str]:

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from services.gateway.fetching import fetch_json
 from services.gateway.systems.base import Kind, Query, RecordKind, SystemOptions
-from services.gateway.systems.remote import Remote, equalities, paths_of, secret_of
+from services.gateway.systems.remote import Remote, equalities, paths_of
+from steersman.environment import header_secret_in
 
 
 def _tryton_kinds() -> dict[Kind, RecordKind]:
@@ -93,7 +94,7 @@ class Tryton(Remote):
     """See `services.gateway.systems.base.System`."""
 
     def __init__(self, config: TrytonSystem) -> None:
-        key = secret_of(config, "keyEnv", config.key_env)
+        key = header_secret_in(config.key_env, f"tools.systems.{config.name}.keyEnv")
         url = f"{config.url.rstrip('/')}/{config.database}/rest/model/"
         super().__init__(config, url, {"authorization": f"bearer {key}"})
         self._locations = config.stock_locations

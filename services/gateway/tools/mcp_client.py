@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -19,7 +18,8 @@ from mcp_types import CONNECTION_CLOSED
 from services.gateway.tools.records import visible
 from services.gateway.tools_config import McpServer, McpTool
 from steersman.background import Background
-from steersman.errors import ConfigError, UnavailableError
+from steersman.environment import header_secret_in
+from steersman.errors import UnavailableError
 from steersman.net import guarded_client2
 
 log = logging.getLogger("steersman.gateway")
@@ -129,9 +129,8 @@ class McpConnection:
             return await stack.enter_async_context(Client(transport))
         headers = {}
         if config.authorization_env:
-            headers["authorization"] = os.environ.get(config.authorization_env, "")
-            if not headers["authorization"]:
-                raise ConfigError(f"tools.mcpServers.{config.name}: {config.authorization_env} is not set")
+            field = f"tools.mcpServers.{config.name}.authorizationEnv"
+            headers["authorization"] = header_secret_in(config.authorization_env, field, words=True)
         http = await stack.enter_async_context(guarded_client2(headers=headers, timeout=config.seconds))
         assert config.url is not None
         return await stack.enter_async_context(Client(streamable_http_client(config.url, http_client=http)))

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import hmac
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ import httpx
 
 from services.gateway.fetching import fetch_json
 from services.gateway.tools_config import HandOver, RequestTracker, Webhook, Zammad, Zendesk
-from steersman.errors import ConfigError
+from steersman.environment import header_secret_in, secret_in
 
 _LONGEST_NUMBER = 200
+_FIELD = "tools.handOver"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def ticket_system(config: HandOver) -> TicketSystem:
 class _Webhook:
     def __init__(self, config: Webhook) -> None:
         self._url = config.url
-        self._secret = _environment(config.secret_env, 32)
+        self._secret = secret_in(config.secret_env, _FIELD, least=32)
 
     async def open(self, client: httpx.AsyncClient, ticket: Ticket) -> str:
         body = json.dumps(
@@ -99,7 +99,7 @@ class _RequestTracker:
     def __init__(self, config: RequestTracker) -> None:
         self._url = f"{config.url.rstrip('/')}/REST/2.0/ticket"
         self._queue = config.queue
-        self._headers = {"authorization": f"token {_environment(config.token_env, 1)}"}
+        self._headers = {"authorization": f"token {header_secret_in(config.token_env, _FIELD)}"}
 
     async def open(self, client: httpx.AsyncClient, ticket: Ticket) -> str:
         body = {
@@ -117,7 +117,7 @@ class _Zammad:
     def __init__(self, config: Zammad) -> None:
         self._url = f"{config.url.rstrip('/')}/api/v1/tickets"
         self._config = config
-        self._headers = {"authorization": f"Token token={_environment(config.token_env, 1)}"}
+        self._headers = {"authorization": f"Token token={header_secret_in(config.token_env, _FIELD)}"}
 
     async def open(self, client: httpx.AsyncClient, ticket: Ticket) -> str:
         body = {
@@ -141,7 +141,7 @@ class _Zendesk:
 
     def __init__(self, config: Zendesk) -> None:
         self._url = f"{config.url.rstrip('/')}/api/v2/tickets.json"
-        token = base64.b64encode(f"{config.user}/token:{_environment(config.token_env, 1)}".encode()).decode()
+        token = base64.b64encode(f"{config.user}/token:{secret_in(config.token_env, _FIELD)}".encode()).decode()
         self._headers = {"authorization": f"Basic {token}"}
 
     async def open(self, client: httpx.AsyncClient, ticket: Ticket) -> str:
@@ -171,10 +171,3 @@ async def _post(client: httpx.AsyncClient, url: str, **content: Any) -> dict[str
 
 def _number(found: Any) -> str:
     return str(found)[:_LONGEST_NUMBER]
-
-
-def _environment(name: str, least: int) -> str:
-    value = os.environ.get(name, "")
-    if len(value) < least:
-        raise ConfigError(f"tools.handOver: the environment variable {name} must hold at least {least} characters")
-    return value

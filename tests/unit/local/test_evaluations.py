@@ -36,7 +36,7 @@ def check(tmp_path: Path, **evaluate: Any) -> None:
         ({"gates": {"winRate": {"judge": "lmm"}},
           "judges": [{"name": "llm", "url": "http://h/v1", "model": "m", "rubric": "r"}]}, "did you mean 'llm'"),
         ({"judges": [{"name": "llm", "url": "http://h/v1", "model": "m", "rubric": "r", "apiKeyEnv": "NO_SUCH_KEY"}]},
-         "environment variable NO_SUCH_KEY of llm is not set"),
+         "evaluate.judges.llm.apiKeyEnv: the environment variable NO_SUCH_KEY is not set"),
         ({"knowledge": {"folder": "questions"}}, "evaluate.knowledge: "),
     ],
 )  # fmt: skip
