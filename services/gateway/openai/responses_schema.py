@@ -134,13 +134,18 @@ InputItem = Annotated[
 ]
 
 
-class FunctionTool(FunctionDefinition):
+class _OfFunctions(Wire):
     type: Literal["function"]
-    """Functions that the caller runs; the gateway's own tools are configured on the server."""
 
 
-class NamedFunction(Wire):
-    type: Literal["function"]
+class FunctionTool(FunctionDefinition, _OfFunctions):
+    """A function that the caller runs; the gateway's own tools are configured on the server.
+
+    The type is looked at before the rest: what is none of a function is refused by it.
+    """
+
+
+class NamedFunction(_OfFunctions):
     name: FunctionName
 
 
