@@ -137,31 +137,38 @@ class _ShortAttention(torch.autograd.Function):
     """softmax(scale q k^T + mask) v of short sequences on a CPU.
 
     torch's own kernel works in blocks of hundreds of queries and keys: of sequences of some fifty tokens its two passes
-    take several times as long as these six products. Scores, weights and their slopes are fp32, as they are there.
+    take several times as long as these products. Scores, weights and their slopes are fp32, as they are there, and the
+    weights are computed again rather than kept, as there.
 
     Shapes: q [B KV, R, D]; k [B KV, K, D]; v [B KV, K, E]; mask [B, 1, R, K] to add; returns [B KV, R, E].
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        exact = torch.promote_types(q.dtype, torch.float32)
-        scores = torch.bmm(q.to(exact), k.to(exact).transpose(1, 2)).mul_(scale)
-        scores.view(len(mask), -1, *scores.shape[1:]).add_(mask.to(exact))
-        weights = scores.softmax(-1)
-        ctx.save_for_backward(q, k, v, weights.to(q.dtype))
+        ctx.save_for_backward(q, k, v, mask)
         ctx.scale = scale
-        return torch.bmm(weights, v.to(exact)).to(v.dtype)
+        with torch.autocast("cpu", enabled=False):
+            weights = _exact_weights(q, k, mask, scale)
+            return torch.bmm(weights, v.to(weights.dtype)).to(v.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v, weights), grad = ctx.saved_tensors, grads[0]
-        exact = torch.promote_types(q.dtype, torch.float32)
-        slopes = torch.bmm(grad.to(exact), v.to(exact).transpose(1, 2)).mul_(weights)
-        slopes -= slopes.sum(-1, keepdim=True) * weights
+        (q, k, v, mask), grad = ctx.saved_tensors, grads[0]
+        weights = _exact_weights(q, k, mask, ctx.scale)
+        of_v = torch.bmm(weights.to(grad.dtype).transpose(1, 2), grad)
+        slopes = torch.bmm(grad.to(weights.dtype), v.to(weights.dtype).transpose(1, 2)).mul_(weights)
+        slopes -= weights.mul_(slopes.sum(-1, keepdim=True))
         of_scores = slopes.mul_(ctx.scale).to(q.dtype)
-        of_v = torch.bmm(weights.transpose(1, 2), grad)
         return torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q), of_v, None, None
+
+
+def _exact_weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """[B KV, R, K], at least fp32: what is lost here is multiplied by what all keys have in common."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.bmm(q.to(exact), k.to(exact).transpose(1, 2)).mul_(scale)
+    scores.view(len(mask), -1, *scores.shape[1:]).add_(mask.to(exact))
+    return scores.softmax(-1)
 
 
 @dataclass(frozen=True, slots=True)
