@@ -81,7 +81,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     with pytest.raises(FailedPreconditionError, match=r"nowhere\.jsonl"):
         run.watch(lambda _: None, seconds=0.1)
     assert run.phase == "Failed"
-    with pytest.raises(NotFoundError, match="no evaluation yet"):
+    with pytest.raises(NotFoundError, match=r"has no evaluation\.json; run a manifest with an evaluate stage"):
         run.samples()
 
 

@@ -127,7 +127,7 @@ async def test_a_record_that_the_database_refuses_is_the_only_one(policy: FakePo
 async def test_every_background_task_that_is_killed_comes_back(policy: FakePolicy) -> None:
     async with serving(policy) as (gateway, http):
         names = set(gateway.background.tasks)
-        assert names == {"recorder", "probes", "health", "chores", "refusals", "http"}
+        assert names == {"recorder", "probes", "health", "chores", "refusals", "leases", "http"}
         asking = asyncio.create_task(ask_steadily(http))
         for name in sorted(names - {"http"}):
             for _ in range(3):

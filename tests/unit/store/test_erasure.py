@@ -49,9 +49,9 @@ def test_a_secret_that_lay_in_the_database_moves_out(tmp_path: Path) -> None:
 def test_a_secret_by_configuration(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S", "x" * 32)
     assert read_secret(store, env="S") == b"x" * 32
-    for wrong in ("", "short"):
+    for wrong, words in (("", "S is not set"), ("short", "at least 32")):
         monkeypatch.setenv("S", wrong)
-        with pytest.raises(ConfigError, match="at least 32"):
+        with pytest.raises(ConfigError, match=words):
             read_secret(store, env="S")
     named = tmp_path / "named"
     assert read_secret(store, file=named) == read_secret(store, file=named)

@@ -171,7 +171,7 @@ def test_ilql_puts_trajectories_together(make_context, tmp_path, expectile: floa
         polyak=0.3,
         beta=8.0,
         optimizer=Optimizer(learning_rate=3e-3, schedule="linear", warmup_ratio=0.05),
-        max_steps=200,
+        max_steps=400,
         batch_size=16,
         micro_batch_size=16,
     )
@@ -199,8 +199,9 @@ def test_ilql_puts_trajectories_together(make_context, tmp_path, expectile: floa
     heads = AdvantageHeads.of(read_heads(folder), 32, 260)
     q = torch.minimum(heads.q[0](hidden), heads.q[1](hidden))[0]
     b = ids("b", "z", "c")[1][0]
-    assert q[rest[0]].item() == pytest.approx(0.5 if expectile == 0.9 else -0.5, abs=0.1)
-    assert q[b].item() == pytest.approx(0.0, abs=0.1)
+    # Another processor's rounding moves them by up to 0.13 after these steps (0.3 after half of them).
+    assert q[rest[0]].item() == pytest.approx(0.5 if expectile == 0.9 else -0.5, abs=0.2)
+    assert q[b].item() == pytest.approx(0.0, abs=0.2)
     assert min(on_x, on_y) > 0.98
     if expectile == 0.9:
         assert a * (on_x + on_y - 1) > 0.85  # what the policy earns, of 1 at most

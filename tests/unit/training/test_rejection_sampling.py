@@ -10,7 +10,7 @@ import numpy as np
 from steersman.v1 import reward_pb2
 from training.online.clients import Sample, score_of
 from training.online.rollout import Prompt, Scored
-from training.rejection_sampling import best_of, merge_winners, prompts_of_round
+from training.rejection_sampling import merge_winners, prompts_of_round, winner_row
 
 PROMPT = Prompt(np.zeros(3, np.int32), [{"role": "user", "content": "so?"}], key="row-1")
 
@@ -36,14 +36,16 @@ def test_the_highest_reward_wins_among_answers_that_ended() -> None:
         "id": "row-1",
         "messages": [{"role": "user", "content": "so?"}, {"role": "assistant", "content": "better"}],
         "reward": 2.0,
+        "prompt_ids": [0, 0, 0],
+        "answer_ids": [0] * len("better"),
     }
     for seed in range(5):
         Random(seed).shuffle(samples)
-        assert best_of(PROMPT, samples) == winner
+        assert winner_row(PROMPT, samples) == winner
 
 
 def test_a_prompt_may_have_no_winner() -> None:
-    assert best_of(PROMPT, [sampled("cut short", 3.0, ended=False), sampled("no reward", None)]) is None
+    assert winner_row(PROMPT, [sampled("cut short", 3.0, ended=False), sampled("no reward", None)]) is None
 
 
 def test_an_earlier_winner_stays_until_a_better_one_comes() -> None:
