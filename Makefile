@@ -53,10 +53,11 @@ demo-check: $(READY) ## The same without staying up; the last line is one JSON o
 	@$(DEMO) --check
 
 # Thousands of tests of real processes on a busy machine: one that fails gets one second try, in the open. The summary
-# lists it as RERUN, and that is a fault to mend.
+# lists it as RERUN, and that is a fault to mend. Many wait for processes, so one worker more than there are processors.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 .PHONY: test
 test: $(READY) ## Run all tests, files side by side.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not vllm and not cluster" -n auto --dist loadfile --no-loadscope-reorder --reruns 1
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not vllm and not cluster" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --reruns 1
 
 # vLLM bounds some libraries otherwise than .venv has them, so it lives in an environment of its own. What is taken out
 # again are CUDA builds that fail to import and that the engine does not use.
