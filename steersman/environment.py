@@ -19,7 +19,7 @@ def secret_in(variable: str, field: str, *, least: int = 1) -> str:
     """
     secret = os.environ.get(variable, "")
     if not secret:
-        raise ConfigError(f"{field}: the environment variable {variable} is not set")
+        raise ConfigError(f"{field}: the environment variable {variable} is not set; give it the secret")
     if len(secret) < least:
         raise ConfigError(f"{field}: the environment variable {variable} must hold at least {least} characters")
     return secret
