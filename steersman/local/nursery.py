@@ -7,8 +7,8 @@ processor time. One process loads them, the others begin as its copies within mi
                   <── socket: start this, does it still run? ──>
 
 Each is a process as ever, with its own number, group, command line, environment and log. It dies with the nursery, and
-the nursery with the run. Where there is none (another system than Linux, or a GPU, whose driver allows no fork once it
-was asked for anything), and should the nursery end, everything begins by exec.
+the nursery with the run. Where there is none (another system than Linux), and should the nursery end, everything begins
+by exec; so does a process of a nursery in which a library has initialised CUDA, which no copy of it could use.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from steersman.local.child import die_with_parent
 
 _ROOM = 4096
 """Bytes of a command line, of which a process of the nursery has as many as the nursery itself."""
+_ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
 class Forked:
@@ -135,7 +136,7 @@ class Nursery:
 @contextlib.contextmanager
 def opened(modules: Sequence[str], log: Path) -> Iterator[process.Start]:
     """How processes are to be started inside of the block."""
-    if sys.platform != "linux" or Path("/dev/nvidiactl").exists():
+    if sys.platform != "linux":
         yield process.start
         return
     nursery = Nursery(modules, log)
@@ -154,6 +155,8 @@ def main() -> None:
     _load(modules)
     order = _serve(socket.socket(fileno=orders))
     if order is not None:  # this is a process that was asked for
+        if _has_initialised_cuda():
+            os.execv(sys.executable, [sys.executable, "-m", order["module"], *order["arguments"]])
         sys.argv = [order["module"], *order["arguments"]]
         with ending:
             runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
@@ -187,11 +190,14 @@ def _load(modules: Sequence[str]) -> None:
 
     loading.begin()
     prefer_yielding_threads()
+    # What asks for a device while it is imported is answered without initialising the driver (torch's own way).
+    os.environ[_ASK_NVML] = "1"
     for name in modules:
         try:
             importlib.import_module(name)
         except Exception as error:
             print(f"{name}: {error}", file=sys.stderr)
+    del os.environ[_ASK_NVML]
     loading.done()  # a collection would also write to all pages that are shared
 
 
@@ -237,6 +243,12 @@ def _settle(order: Mapping[str, Any], nursery: int, began_with: set[str]) -> Non
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()  # its global numbers would be those of every other process
     _show([sys.executable, "-m", order["module"], *order["arguments"]])
+
+
+def _has_initialised_cuda() -> bool:
+    """Whether the nursery has: asked in its copy, whom torch would refuse every use of a GPU."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda._is_in_bad_fork()
 
 
 def _show(words: Sequence[str]) -> None:

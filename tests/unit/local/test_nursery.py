@@ -122,6 +122,24 @@ def test_without_the_nursery_everything_goes_on_by_exec(
     assert [one["loaded"] for one in said(tmp_path / "log")] == [True, False]
 
 
+def test_after_a_library_initialised_cuda_a_process_begins_anew(environment: dict[str, str], tmp_path: Path) -> None:
+    """Its copies could not use the GPU: torch says so in each of them."""
+    (tmp_path / "asks_the_driver.py").write_text(
+        "import sys, types\ncuda = types.SimpleNamespace(_is_in_bad_fork=lambda: True)\n"
+        "sys.modules['torch'] = types.SimpleNamespace(cuda=cuda)\n"
+    )
+    nursery = Nursery(["colorsys", "asks_the_driver"], tmp_path / "nursery.log")
+    try:
+        child = nursery.start("asked_for", ["7"], tmp_path / "log", environment, own_output=True)
+        assert child.wait(60) == 7
+        (found,) = said(tmp_path / "log")
+        assert not found["loaded"]
+        assert found["environment"]["ONLY_HERE"] == "1"
+        assert found["group"] == child.pid
+    finally:
+        nursery.close()
+
+
 def test_nothing_outlives_the_run(environment: dict[str, str], tmp_path: Path) -> None:
     program = (
         "import os, sys, time\nfrom pathlib import Path\nfrom steersman.local.nursery import Nursery\n"
