@@ -248,12 +248,17 @@ class Answer:
             self._first = await anext(self._stream)
         except StopAsyncIteration:
             error = InternalError("The policy service ended the answer before its first token; try again")
-            await self._end(error)
+            await self._never_begun(error)
             raise error from None
         except BaseException as error:
-            await self._end(error)
+            await self._never_begun(error)
             raise
         self.first_token_seconds = self.seconds
+
+    async def _never_begun(self, error: BaseException) -> None:
+        """Nobody gets this answer to close it, and its timer would hold all of it until its time is over."""
+        self._stop_timer()
+        await self._end(error)
 
     async def __aiter__(self) -> AsyncGenerator[PolicyServiceChatResponse, None]:
         try:
@@ -280,14 +285,17 @@ class Answer:
 
     async def close(self) -> None:
         """Stops the generation where it is still running."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_timer()
         if self._ending is not None:
             await asyncio.wait([self._ending])
         try:
             await self._stream.aclose()
         finally:
             await self._end(None)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _expire(self) -> None:
         self._ending = asyncio.create_task(self._end_late())

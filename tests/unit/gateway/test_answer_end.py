@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from services.gateway.answer import Answer
-from steersman.errors import DeadlineError
+from steersman.errors import DeadlineError, RateLimitedError
 from steersman.v1.policy_pb2 import PolicyServiceChatRequest, PolicyServiceChatResponse
 
 
@@ -42,3 +42,23 @@ async def test_a_stream_that_breaks_when_it_is_closed_keeps_no_place(seconds: fl
     assert isinstance(ends[0], DeadlineError)
     await answer.close()
     assert len(ends) == 1
+
+
+@pytest.mark.parametrize("error", [RateLimitedError("The gateway is busy"), asyncio.CancelledError(), None])
+async def test_an_answer_that_never_began_is_held_by_nothing(error: BaseException | None) -> None:
+    """A flood of refusals filled the memory: the timer of each held its question until its time was over."""
+
+    async def stream(_: Answer) -> AsyncGenerator[PolicyServiceChatResponse, None]:
+        if error is not None:
+            raise error
+        return
+        yield
+
+    question = SimpleNamespace(request=PolicyServiceChatRequest(n=1), model="m")
+    answer = Answer("a", question, stream)  # type: ignore[arg-type]
+    answer.limit_seconds = 600
+    with pytest.raises(BaseException) as raised:
+        await answer.open()
+    assert raised.value is error if error else "before its first token" in str(raised.value)
+    assert answer._timer is not None
+    assert answer._timer.cancelled()
