@@ -15,7 +15,6 @@ import fsspec
 import grpc
 from blake3 import blake3
 from isal import isal_zlib
-from safetensors.torch import load_file
 from torch import Tensor
 
 from services.policy.config import PolicyConfig
@@ -35,7 +34,7 @@ from steersman.errors import (
 from steersman.net import fetched
 from steersman.nn.device_memory import SUFFIX, opened_tensors
 from steersman.nn.ilql import split_heads
-from steersman.nn.serialize import anonymous_file, digest_of, mapped
+from steersman.nn.serialize import anonymous_file, digest_of, mapped, mapped_tensors
 from steersman.v1 import weights_pb2 as pb
 from steersman.v1 import weights_pb2_grpc
 
@@ -277,7 +276,7 @@ def _check_whole(manifest: pb.WeightsManifest, size: int, digest: str) -> None:
 
 def _tensors_in(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return mapped_tensors(path)
     except Exception as error:
         raise InvalidArgumentError(f"the payload is not a safetensors file ({error})") from None
 
