@@ -35,6 +35,8 @@ from steersman.store.verdicts import KINDS, Verdict
 __all__ = ["Added", "NewItem", "add", "add_items", "honeypot_of_row", "item_of_row"]
 
 _CHUNK = 2000
+_UNSEEN = {"synchronize_session": False}
+"""Of deletions item by item: otherwise each would look at every object that the session holds."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,7 @@ def reopen_disputed(session: Session, project: Project, limit: int = 1000, tenan
     items = session.scalars(disputed(project, limit, tenant).with_for_update()).all()
     for item in items:
         _forget(session, item, "reopened")
-        session.execute(sa.delete(Assignment).where(Assignment.item_id == item.id))
+        session.execute(sa.delete(Assignment).where(Assignment.item_id == item.id), execution_options=_UNSEEN)
         item.disagreement = None
         item.open_slots = project.overlap
     session.flush()
@@ -357,6 +359,6 @@ def withdraw_items(session: Session, customer: str, end_customer: str = "") -> i
         items = items.where(Item.meta["end_customer"].as_string() == end_customer)
     for item in session.scalars(items).all():
         _forget(session, item, "withdrawn")
-        session.execute(sa.delete(Item).where(Item.id == item.id))
+        session.execute(sa.delete(Item).where(Item.id == item.id), execution_options=_UNSEEN)
         count += 1
     return count

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.orm import ORMExecuteState
 from typer.testing import CliRunner
 
 from steersman.cli import app
@@ -15,7 +17,7 @@ from steersman.data.rules import ReleaseOptions
 from steersman.errors import ConfigError
 from steersman.store import Store
 from steersman.store.feedback import Event, save_answer, submit
-from steersman.store.judging import NewItem, add_items, create_project
+from steersman.store.judging import NewItem, add_items, create_project, withdraw_items
 from steersman.store.models import Answer, Item, now
 from steersman.store.releases import Subject, delete_customer, get_release, publish
 from steersman.store.secret import pseudonym, read_secret
@@ -153,3 +155,23 @@ def test_the_command_line_erases_an_end_customer(tmp_path: Path) -> None:
     assert "support: use v2" in result.output
     assert "ann" not in everything(opened)
     opened.close()
+
+
+def test_a_tenants_items_are_deleted_without_a_look_at_each_other(store: Store) -> None:
+    """By default SQLAlchemy compares a deletion with all objects of the session: the square of the items."""
+    looks: list[object] = []
+
+    def note(state: ORMExecuteState) -> None:
+        if state.is_delete and state.execution_options.get("synchronize_session", "auto") is not False:
+            looks.append(state.statement)
+
+    said = [{"role": "user", "content": "Hi"}]
+    answers = [{"messages": [{"role": "assistant", "content": text}]} for text in ("Hm.", "Hello.")]
+    with store.transaction() as session:
+        project = create_project(session, "p", "compare")
+        add_items(session, project, [NewItem(str(number), said, answers, customer="acme") for number in range(4)])
+        session.flush()
+        event.listen(session, "do_orm_execute", note)
+        assert withdraw_items(session, "acme") == 4
+        assert session.scalar(sa.select(sa.func.count()).select_from(Item)) == 0
+    assert not looks
