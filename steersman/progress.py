@@ -103,6 +103,8 @@ class ConsoleReporter:
         self._times.append(time.monotonic())
         self._view.open()
         self._thread.start()
+        if self._metrics is not None and self._metrics.exists():
+            self._settle(sys.maxsize)  # a stage that was killed after its last step writes no row any more
         return self
 
     def __exit__(
@@ -174,14 +176,19 @@ class ConsoleReporter:
         assert self._metrics is not None
         with storage_errors(self._metrics):
             if not self._continued:
-                damaged = drop_rows_from(self._metrics, row["step"])
+                self._settle(row["step"])
                 self._continued = True
-                if damaged:
-                    self.note(f"{damaged} damaged lines of {self._metrics} went to {self._metrics.name}.damaged")
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+    def _settle(self, step: int) -> None:
+        assert self._metrics is not None
+        with storage_errors(self._metrics):
+            damaged = drop_rows_from(self._metrics, step)
+        if damaged:
+            self.note(f"{damaged} damaged lines of {self._metrics} went to {self._metrics.name}.damaged")
 
 
 def say(stage: str, text: str) -> None:

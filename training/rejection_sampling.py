@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from steersman.artifacts import atomic_dir, storage_errors
+from steersman.artifacts import atomic_dir, read_json, storage_errors, write_whole
 from steersman.config.manifest import RejectionSamplingStage, SftStage
 from steersman.errors import FailedPreconditionError
 from steersman.nn.tokens import IGNORE, LabelledTokens
@@ -36,10 +36,12 @@ def run_rejection_sampling(spec: RejectionSamplingStage, context: StageContext) 
         model = context.policy_model
         for number in range(spec.rounds):
             folder = context.stage_dir / f"round-{number + 1}"
-            winners = folder / "winners.jsonl"
-            if not winners.is_file():
+            winners, row = folder / "winners.jsonl", folder / "row.json"
+            if not (winners.is_file() and row.is_file()):
                 services.policy.publish(WeightsPayload("full", read_weights(model)))
-                _write_winners(spec, context, services, prompts, number, winners)
+                _write_winners(spec, context, services, prompts, number, winners, row)
+            # A round that is done reports again, so that the metrics are whole whatever happened to their file.
+            context.reporter.step(number + 1, spec.rounds, **(read_json(row, f"remove {folder} and start again") or {}))
             if not (folder / "model").is_dir():
                 _fine_tune(spec, context, model, winners, services.max_context)
             model = folder / "model"
@@ -54,8 +56,9 @@ def _write_winners(
     prompts: list[Prompt],
     number: int,
     path: Path,
+    row_path: Path,
 ) -> None:
-    """Samples a round's answers with the published policy, and writes the best of each prompt."""
+    """Samples a round's answers with the published policy; writes the best of each prompt, and the round's metrics."""
     chosen = prompts_of_round(prompts, spec.prompts_per_round, number, context.seed)
     rollouts = services.rollouts(spec.generation)
     scored, timing = rollouts.collect(
@@ -76,14 +79,13 @@ def _write_winners(
     with storage_errors(partial):
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rewards = [reward for items in scored for item in items if math.isfinite(reward := reward_of(item.score))]
-    context.reporter.step(
-        number + 1,
-        spec.rounds,
-        reward=sum(rewards) / len(rewards),
-        reward_best=sum(row["reward"] for row in rows) / len(rows),
-        winners=float(len(rows)),
+    row = {
+        "reward": sum(rewards) / len(rewards),
+        "reward_best": sum(one["reward"] for one in rows) / len(rows),
+        "winners": float(len(rows)),
         **timing,
-    )
+    }
+    write_whole(row_path, json.dumps(row))
     partial.rename(path)  # last: a round with its winners has its row
 
 

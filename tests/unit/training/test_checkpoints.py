@@ -99,6 +99,16 @@ def test_a_bad_byte_in_the_metrics_costs_its_line_only(tmp_path: Path, capsys: p
     assert drop_rows_from(path, 3) == 0
 
 
+def test_a_stage_that_has_no_step_left_puts_damaged_metrics_aside(tmp_path: Path) -> None:
+    """One that was killed after its last step and goes on."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "total": 2}\n{"step": 2, "tot\n{"step": 2, "to')
+    with ConsoleReporter("sft", path):
+        pass
+    assert path.read_bytes() == b'{"step": 1, "total": 2}\n'
+    assert path.with_name("metrics.jsonl.damaged").read_bytes() == b'{"step": 2, "tot\n'
+
+
 @pytest.mark.parametrize("content", [b"", b'{"seconds": {"sft"', b"\xff\xfe", b"[]", b'{"seconds": 3}'])
 def test_damaged_usage_begins_anew(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "usage.json").write_bytes(content)
