@@ -686,9 +686,9 @@ def _until_complete(world: World, plan: Plan) -> bool:
         world.mend()
         if edited:
             _edit(world, None)
-            # Where the run's own manifest is damaged nothing knows the field: what was begun does not go on,
-            # and of what is complete a digest says it.
-            named = ("is lost", "settings") if "manifest.yaml" in plan.between else ("learningRate",)
+            # Where the run's own manifest cannot be read any more nothing knows the field: what was begun does not go
+            # on, and of what is complete a digest says it. A flipped bit may leave it readable.
+            named = ("learningRate", *(("is lost", "settings") if "manifest.yaml" in plan.between else ()))
             if ended.code == 0 or not any(words in ended.errors for words in named):
                 raise Bad(f"an edited manifest was not refused by its field: {ended.code} {ended.errors[-300:]}")
         if ended.code == 0:
