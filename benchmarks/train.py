@@ -33,6 +33,7 @@ from benchmarks.processes import in_own_process
 from benchmarks.report import base_model, command_line, heading, table, write
 from steersman.config.algorithms import Critic
 from steersman.config.manifest import Lora
+from steersman.heap import keep_freed_memory
 from steersman.nn.packed import pack
 from training.mathematics import losses
 from training.online.policy_model import PolicyModel
@@ -93,6 +94,7 @@ def useful_gflop(model: torch.nn.Module, tokens: int, answer_tokens: int, lora: 
 
 def run_variant(variant: str, folder: Path, work: Work, rounds: int) -> Measured:
     """In this process: best set-up of one variant, median of the rounds after one warm-up."""
+    keep_freed_memory()
     words = variant.split()
     precision = words[1]
     lora = Lora() if words[0] == "lora" else None

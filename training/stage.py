@@ -30,6 +30,7 @@ from steersman.config.stages import (
     verified,
 )
 from steersman.errors import ConfigError, SteersmanError, meant
+from steersman.heap import keep_freed_memory
 from steersman.local.takeover import made_elsewhere, take_over
 from steersman.local.tracked import followed
 from steersman.openmp import prefer_yielding_threads
@@ -58,6 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     loading.begin()
     prefer_yielding_threads()
+    keep_freed_memory()
     leaving.listen()
     try:
         run_stage(arguments.run_dir.absolute(), arguments.stage, arguments.set, loaded=loading.done)
