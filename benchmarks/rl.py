@@ -1,12 +1,13 @@
 """A whole RLOO update against TRL's RLOOTrainer: generation, scoring, reference, optimizer step, weight sync.
 
-    python -m benchmarks.rl [--prompts 3] [--new 64] [--rounds 5]
+    python -m benchmarks.rl [--prompts 3] [--new 64] [--rounds 5] [--precision auto]
 
-Both train the same model (LoRA rank 16, float32) on the same prompts with the same optimizer, learning rate, KL
-coefficient, reward and numbers of tokens, each with two threads; TRL in one process, ours as in a run: trainer, policy,
-reward and reference service. They take turns. `equal`: every answer has `--new` tokens; `natural`: the lengths of a
-chat model's answers, the same for both, enforced (TRL's generation must end a row there, ours is asked for as much).
-TRL gets its batch in one pass and no gradient checkpointing, which is its fastest way.
+Both train the same model (LoRA rank 16) in the precision that `auto` takes here, TRL's frozen weights in bf16, too, on
+the same prompts with the same optimizer, learning rate, KL coefficient, reward and numbers of tokens, each with two
+threads; TRL in one process, ours as in a run: trainer, policy, reward and reference service. They take turns. `equal`:
+every answer has `--new` tokens; `natural`: the lengths of a chat model's answers, the same for both, enforced (TRL's
+generation must end a row there, ours is asked for as much). TRL gets its batch in one pass and no gradient
+checkpointing, which is its fastest way.
 
 `ratio_*` is TRL's seconds over ours, the median over the rounds; `memory_ratio` the peak of our trainer over TRL's
 process, `memory_ratio_with_services` that of all our processes together; `gemm_share` the rate of the update's useful
@@ -53,6 +54,7 @@ class Work:
     """Answers to each prompt."""
     reward_model: Path | None = None
     """PPO with this reward model, from which the critic starts; None: RLOO with `PATTERN`."""
+    precision: str = "fp32"
 
     def messages(self) -> list[list[dict[str, str]]]:
         question = "What about order {}? It was promised for last week, I need it for a birthday, and nobody answers."
@@ -70,9 +72,11 @@ def trl_worker(pipe: Connection, work: Work) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import RLOOConfig, RLOOTrainer
 
+    from steersman.nn.hardware import DTYPES
+
     torch.set_num_threads(work.threads)
     tokenizer = AutoTokenizer.from_pretrained(work.folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=DTYPES[work.precision])
     timer = Timer()
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
@@ -87,7 +91,7 @@ def trl_worker(pipe: Connection, work: Work) -> None:
             peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[turns(pipe, timer, work.steps)],
             args=RLOOConfig(
-                **trl_options(folder),
+                **trl_options(folder, bf16=work.precision == "bf16"),
                 per_device_train_batch_size=len(work.lengths),
                 num_generations=SAMPLES,
                 max_completion_length=max(work.lengths),
@@ -121,7 +125,7 @@ def turns(pipe: Connection, timer: Timer, steps: int) -> Any:
     return Turns()
 
 
-def trl_options(folder: str) -> dict[str, Any]:
+def trl_options(folder: str, *, bf16: bool = False) -> dict[str, Any]:
     """What the configurations of TRL's trainers have in common here."""
     return {
         "output_dir": folder,
@@ -131,7 +135,7 @@ def trl_options(folder: str) -> dict[str, Any]:
         "adam_epsilon": 1e-5,
         "temperature": 1.0,
         "gradient_checkpointing": False,
-        "bf16": False,
+        "bf16": bf16,
         "use_cpu": True,
         "save_strategy": "no",
         "report_to": "none",
@@ -236,7 +240,7 @@ def our_worker(pipe: Connection, work: Work) -> None:
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
 
         def start(kind: str, **settings: Any) -> common.Process:
-            return stack.enter_context(common.service(kind, work.threads, precision="fp32", **settings))
+            return stack.enter_context(common.service(kind, work.threads, precision=work.precision, **settings))
 
         policy = start("policy", model=str(work.folder))
         reference, reward = start("reference", model=str(work.folder)), start("reward", scorers=[scorer])
@@ -254,7 +258,7 @@ def our_worker(pipe: Connection, work: Work) -> None:
             ppo.critic if ppo else None,
             work.reward_model,
             device="cpu",
-            precision="fp32",
+            precision=work.precision,
             temperature=1.0,
             seed=0,
         )
@@ -417,18 +421,23 @@ def main() -> None:
     parser.add_argument("--works", nargs="+", default=["equal", "natural"], choices=["equal", "natural"])
     parser.add_argument("--prompts", type=int, default=3, help=f"prompts an update, {SAMPLES} answers each")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer, or of the longest natural one x 0.5")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     folder = base_model(arguments)
-    limits = common.ceilings()
+    from steersman.nn.hardware import pick_precision
+
+    limits, precision = common.ceilings(), pick_precision(arguments.precision)
     count = arguments.prompts * SAMPLES
     lengths = {"equal": [arguments.new] * count, "natural": common.natural_lengths(count, 2 * arguments.new)}
-    report: dict[str, Any] = {**heading(arguments.threads), "ceilings": limits, "works": {}}
+    report: dict[str, Any] = {**heading(arguments.threads), "precision": precision, "ceilings": limits, "works": {}}
     for name in arguments.works:
-        work = Work(folder, arguments.prompts, lengths[name], arguments.threads, arguments.rounds + 1)
+        work = Work(
+            folder, arguments.prompts, lengths[name], arguments.threads, arguments.rounds + 1, precision=precision
+        )
         result = compare(name, work, arguments.rounds)
         ours = result["phases"]["ours"]
-        result["gemm_share"] = ours["useful_gflop"] / ours["update"] / limits["gemm_fp32_gflops"]
+        result["gemm_share"] = ours["useful_gflop"] / ours["update"] / limits[f"gemm_{precision}_gflops"]
         report["works"][name] = result
         report[f"ratio_{name}"] = result["ratio"]
     first = report["works"][arguments.works[0]]
