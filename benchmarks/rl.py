@@ -36,6 +36,7 @@ import numpy as np
 from benchmarks import common
 from benchmarks.report import base_model, command_line, heading, table, write
 from steersman.local.child import die_with_parent
+from steersman.nn.hardware import DTYPES, Precision, pick_precision
 
 SAMPLES, RATE, KL, RANK, ALPHA = 4, 1e-5, 0.05, 16, 32.0
 PATTERN = "[aeiou] (order|the|you)"
@@ -54,7 +55,7 @@ class Work:
     """Answers to each prompt."""
     reward_model: Path | None = None
     """PPO with this reward model, from which the critic starts; None: RLOO with `PATTERN`."""
-    precision: str = "fp32"
+    precision: Precision = "fp32"
 
     def messages(self) -> list[list[dict[str, str]]]:
         question = "What about order {}? It was promised for last week, I need it for a birthday, and nobody answers."
@@ -71,8 +72,6 @@ def trl_worker(pipe: Connection, work: Work) -> None:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import RLOOConfig, RLOOTrainer
-
-    from steersman.nn.hardware import DTYPES
 
     torch.set_num_threads(work.threads)
     tokenizer = AutoTokenizer.from_pretrained(work.folder, padding_side="left")
@@ -425,8 +424,6 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     folder = base_model(arguments)
-    from steersman.nn.hardware import pick_precision
-
     limits, precision = common.ceilings(), pick_precision(arguments.precision)
     count = arguments.prompts * SAMPLES
     lengths = {"equal": [arguments.new] * count, "natural": common.natural_lengths(count, 2 * arguments.new)}
