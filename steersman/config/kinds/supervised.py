@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from steersman.config.base import FrozenModel, NonNegativeFloat, Positive, PositiveFloat
 from steersman.config.kinds.registry import Place, StageOptions
@@ -21,11 +22,24 @@ class Lora(FrozenModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the first factor. Keep 0 for reinforcement learning."""
     target_modules: str | list[str] = "all-linear"
-    """PEFT target modules."""
+    """Layers that get an adapter: `all-linear`, a list of how their names end, or a regular expression of whole names
+    (`.*layers[.]2[0-9][.].*_proj`: those of the layers 20 to 29)."""
     use_dora: bool = False
     """Weight-decomposed adaptation (DoRA, Liu et al. 2024)."""
     quantize: Literal["nf4"] | None = None
     """QLoRA: the frozen weights in 4 bits (needs a CUDA device and bitsandbytes)."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names_layers(cls, given: str | list[str]) -> str | list[str]:
+        if not given:
+            raise ValueError("names no layer; use all-linear, or null instead of lora to train all weights")
+        if isinstance(given, str):
+            try:
+                re.compile(given)
+            except re.error as error:
+                raise ValueError(f"{given!r} is no regular expression ({error}); use all-linear or a list") from None
+        return given
 
 
 class Optimizer(FrozenModel):

@@ -229,6 +229,22 @@ def test_unknown_target_modules_are_named():
         attach_lora(tiny_llama(), Lora(target_modules=["nothing"]))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"), [("((", "no regular expression (missing )"), ("", "names no layer"), ([], "names no layer")]
+)
+def test_target_modules_that_cannot_be_read_are_refused_with_the_manifest(given: str | list[str], said: str):
+    with pytest.raises(ValueError, match=r"targetModules|target_modules") as refused:
+        Lora(target_modules=given)
+    assert said in str(refused.value)
+
+
+def test_a_regular_expression_names_the_upper_layers():
+    adapted = attach_lora(tiny_llama(), Lora(rank=2, target_modules=r".*layers[.]1[.].*_proj"))
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert names
+    assert all(".layers.1." in name for name in names)
+
+
 def test_four_bits_need_a_gpu():
     assert quantization(Lora(), "cpu") is None
     assert quantization(None, "cpu") is None
