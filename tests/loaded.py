@@ -35,7 +35,7 @@ MODULES = [
     *("steersman.cli", "steersman.local.architecture", "steersman.nn.prepare", "steersman.nn.load"),
     *("steersman.local.executor", "steersman.local.serve", "steersman.suites", "steersman.testing.models"),
     *("services.policy.build", "services.policy.servicer", "services.policy.weights"),
-    *("services.policy.engines.transformers_engine", "services.policy.engines.few_rows"),
+    *("services.policy.engines.transformers_engine", "services.policy.engines.cpu_layers"),
     *("services.reward.engine", "services.reward.servicer", "services.reference.engine", "services.reference.servicer"),
     *("services.gateway.server", "training.online.rl_stage", "training.evaluate", "training.release"),
     *("training.offline.sft", "training.offline.reward_model", "training.rejection_sampling"),

@@ -21,7 +21,7 @@ from services.policy.engines.weights import Linear, Parameter, WeightStore, atta
 from steersman.errors import ConfigError
 
 if TYPE_CHECKING:
-    from services.policy.engines.few_rows import FewRows
+    from services.policy.engines.cpu_layers import CpuLayers
 
 _LLAMA_FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
@@ -92,12 +92,11 @@ class LlamaDecoder:
         self._norm = _Norm(body.norm, "model.norm.weight", store)
         self._head = store.linear((store.name("lm_head.weight"),), (), layout)
         self._head_dim = self._layers[0].head_dim
-        self._few_rows: FewRows | None = None
-        on_cpu = self._embedding.device.type == "cpu"
-        if on_cpu and dtype == torch.float32 and not any(layer.head_norms for layer in self._layers):
-            from services.policy.engines.few_rows import FewRows  # compiles where nothing is cached
+        self._on_cpu: CpuLayers | None = None
+        if self._embedding.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+            from services.policy.engines.cpu_layers import CpuLayers  # compiles where nothing is cached
 
-            self._few_rows = FewRows(self._layers, layout)
+            self._on_cpu = CpuLayers(self._layers, dtype, layout)
 
     def _set_embedding(self, weight: Tensor) -> object:
         old = getattr(self, "_embedding", None)
@@ -132,8 +131,8 @@ class LlamaDecoder:
         half = self._head_dim // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         cos, sin = cos.to(self._dtype), sin.to(self._dtype)
-        if isinstance(step, DecodeStep) and self._few_rows is not None and self._few_rows.fits(step):
-            return self._few_rows.forward(x, cos[:, 0], sin[:, 0], step)
+        if isinstance(step, DecodeStep) and self._on_cpu is not None and self._on_cpu.fits(step):
+            return self._on_cpu.forward(x, cos[:, 0], sin[:, 0], step)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             q, k, v = layer.project(x, cos, sin, self._dtype)
@@ -219,13 +218,14 @@ class LlamaLayer:
 
     def finish(self, x: Tensor, attended: Tensor, dtype: torch.dtype) -> Tensor:
         x = self.out.accumulate(attended, x)
-        normed = self.post_norm(x).to(dtype)
+        return self.down.accumulate(self.gated(self.post_norm(x).to(dtype)), x)
+
+    def gated(self, normed: Tensor) -> Tensor:
+        """silu(gate) * up, [T, hidden]."""
         if self.gate_up is None:
-            hidden = self.up.multiply(normed, self.gate.silu(normed))
-        else:
-            gate, up = self.gate_up(normed).chunk(2, -1)
-            hidden = F.silu(gate).mul_(up)
-        return self.down.accumulate(hidden, x)
+            return self.up.multiply(normed, self.gate.silu(normed))
+        gate, up = self.gate_up(normed).chunk(2, -1)
+        return F.silu(gate).mul_(up)
 
 
 class GenericDecoder:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.policy.engines.hardware import array_of
+
 _ALIGN = 64
 """Row capacities are multiples of this: fewer re-allocations, aligned kernels."""
 
@@ -32,9 +34,9 @@ class LayerCache:
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values on a CPU, the same memory."""
+        """Keys and values on a CPU, the same memory, bfloat16 as uint16."""
         if self._arrays is None:
-            self._arrays = self.keys.numpy(), self.values.numpy()
+            self._arrays = array_of(self.keys), array_of(self.values)
         return self._arrays
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from services.policy.engines.hardware import array_of
 from steersman.nn.top_p import top_p_edges
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -77,7 +79,9 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """`tokens` int64 [B]; `logprobs` float32 [B]; `scores` and `normaliser` give every token's log-probability."""
+    """`tokens` int64 [B]; `logprobs` float32 [B]; `scores` [B, V] and `normaliser` float32 [B, 1] give every token's
+    log-probability.
+    """
 
     tokens: Tensor
     logprobs: Tensor
@@ -107,11 +111,11 @@ def draw(logits: Tensor, how: Draw) -> Drawn:
     The distribution function is searched in two levels, blocks and the tokens of one block, so that a step reads
     the [B, V] values a few times and never sorts or accumulates them (`torch.multinomial` does).
     """
-    scores = logits.float()
+    scores = logits
     if how.shifts is not None:
         places, amounts = how.shifts[:2], how.shifts[2]
-        scores = scores.index_put(places, amounts, accumulate=True)
-    scores = scores if how.temperatures is None else scores / how.temperatures
+        scores = scores.float().index_put(places, amounts, accumulate=True)
+    scores = scores if how.temperatures is None else scores.float() / how.temperatures
     if how.sets is not None:
         rows_of_sets, sets = how.sets
         scores[rows_of_sets] = scores[rows_of_sets].masked_fill_(~sets, -math.inf)
@@ -119,40 +123,55 @@ def draw(logits: Tensor, how: Draw) -> Drawn:
     if how.forbidden is not None:
         hidden = scores[how.forbidden]
         scores[how.forbidden] = -math.inf
-    rows, vocab = scores.shape
+    vocab = scores.shape[1]
     block = 256 if vocab >= 4096 else 16
-    blocks = -(-vocab // block)
-    weights = scores.new_empty((rows, blocks * block))
-    weights[:, vocab:] = 0.0
-    highest = scores.amax(1, keepdim=True)
-    torch.sub(scores, highest, out=weights[:, :vocab]).exp_()
-    by_block = weights.view(rows, blocks, block).sum(2)
+    highest, by_block = _block_sums(scores, block)
     total = by_block.sum(1, keepdim=True)
     if how.forbidden is not None and hidden is not None:
-        of_hidden = (hidden - highest[how.forbidden[0], 0]).double().exp_()
+        of_hidden = (hidden.float() - highest[how.forbidden[0], 0]).double().exp_()
         total = total.double().index_add(0, how.forbidden[0], of_hidden.unsqueeze(1))
     normaliser = (highest + total.log()).float()
-    for one in how.filters:
-        weights[one.row, :vocab] = _filter(scores[one.row], one)
-        by_block[one.row] = weights[one.row].view(blocks, block).sum(1)
-    tokens = _search(weights.view(rows, blocks, block), by_block, how.uniforms)
+    filtered = [_filter(scores[one.row].float(), one) for one in how.filters]
+    for one, weights in zip(how.filters, filtered, strict=True):
+        by_block[one.row] = F.pad(weights, (0, -vocab % block)).view(-1, block).sum(1)
+
+    ends = by_block.double().cumsum(1)
+    goal = how.uniforms * ends[:, -1:]
+    chosen = _first_above(ends, goal)
+    goal = goal - (ends.gather(1, chosen) - by_block.gather(1, chosen))
+    places_inside = chosen * block + torch.arange(block, device=scores.device)
+    within = places_inside.clamp(max=vocab - 1)
+    inside = (scores.gather(1, within).float() - highest).exp_()
+    for one, weights in zip(how.filters, filtered, strict=True):
+        inside[one.row] = weights[within[one.row]]
+    inside.masked_fill_(places_inside >= vocab, 0.0)
+    tokens = (chosen * block + _first_above(inside.double().cumsum(1), goal)).squeeze(1)
     if how.greedy is not None:
-        allowed = weights[how.greedy, :vocab] > 0
-        tokens[how.greedy] = scores[how.greedy].where(allowed, -math.inf).argmax(1)
-    logprobs = (scores.gather(1, tokens.unsqueeze(1)) - normaliser).squeeze(1)
+        likely = scores[how.greedy]
+        for one, weights in zip(how.filters, filtered, strict=True):
+            likely = likely.masked_fill((how.greedy == one.row).unsqueeze(1) & (weights == 0), -math.inf)
+        tokens[how.greedy] = likely.argmax(1)
+    logprobs = (scores.gather(1, tokens.unsqueeze(1)).float() - normaliser).squeeze(1)
     if how.forbidden is not None and hidden is not None:
         scores[how.forbidden] = hidden
     return Drawn(tokens, logprobs, scores, normaliser)
 
 
-def _search(weights: Tensor, by_block: Tensor, uniform: Tensor) -> Tensor:
-    """First token whose cumulative weight exceeds uniform * total. weights [B, blocks, block]."""
-    ends = by_block.double().cumsum(1)
-    goal = uniform * ends[:, -1:]
-    block = _first_above(ends, goal)
-    goal = goal - (ends.gather(1, block) - by_block.gather(1, block))
-    inside = weights.gather(1, block.unsqueeze(2).expand(-1, -1, weights.shape[2])).squeeze(1).double().cumsum(1)
-    return (block * weights.shape[2] + _first_above(inside, goal)).squeeze(1)
+def _block_sums(scores: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Of [B, V]: the highest of each row [B, 1], and the sums of e^(score - highest) over blocks of its tokens
+    [B, ceil(V / block)], float32.
+    """
+    rows, vocab = scores.shape
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.bfloat16):
+        from services.policy.engines import kernels  # compiles where nothing is cached
+
+        highest, sums = torch.empty(rows), torch.empty(rows, -(-vocab // block))
+        arrays = array_of(scores.contiguous()), highest.numpy(), sums.numpy()
+        kernels.block_sums(*arrays, block, torch.get_num_threads() if rows > 1 else 1)
+        return highest.unsqueeze(1), sums
+    top = scores.amax(1, keepdim=True).float()
+    weights = F.pad((scores.float() - top).exp_(), (0, -vocab % block))
+    return top, weights.view(rows, -1, block).sum(2)
 
 
 def _first_above(ends: Tensor, goal: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from services.policy.engines.hardware import Layout, pack_weight, packed_linear
+from services.policy.engines.hardware import Layout, array_of, pack_weight, packed_linear
 from steersman.errors import InvalidArgumentError
 from steersman.generation import WeightsUpdate
 
@@ -149,7 +150,7 @@ class Parameter:
 class Linear(nn.Module):
     """One or more linear layers of the same input, stacked, in a layout that is fast on this machine.
 
-    Packed float32 weights come with plain ones, which are faster for a single row.
+    Packed weights come with plain ones, which are faster for a single row.
     """
 
     weight: Tensor | None
@@ -167,6 +168,7 @@ class Linear(nn.Module):
         self.transposed = layout == "transposed"
         self.weight = self.bias = self.packed = None
         self._spare: Tensor | None = None
+        self._few_rows: _FewRows | None = None
 
     def prepare(self, sources: Sequence[Source | None], dtype: torch.dtype) -> Place:
         if not self._sizes:
@@ -181,12 +183,13 @@ class Linear(nn.Module):
             tensors = [one.tensor(dtype) for one in weights]
             weight = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             packed = pack_weight(weight) if self._layout == "packed" else None
+        few_rows = _FewRows(weight, bias) if dtype == torch.bfloat16 and weight.device.type == "cpu" else None
 
         def place() -> object:
-            old = self.weight, self.bias, self.packed
+            old = self.weight, self.bias, self.packed, self._few_rows
             if self.transposed:
                 self._spare = self.weight
-            self.weight, self.bias, self.packed = weight, bias, packed
+            self.weight, self.bias, self.packed, self._few_rows = weight, bias, packed, few_rows
             return old
 
         return place
@@ -210,20 +213,25 @@ class Linear(nn.Module):
         return weight
 
     def _kernel(self, x: Tensor) -> Tensor | None:
-        if self.packed is None or (x.numel() == x.shape[-1] and x.dtype == torch.float32):
-            return None
-        return self.packed
+        return None if _is_row(x) else self.packed
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
+        if self._few_rows is not None and _is_row(x):
+            out = x.new_empty(1, sum(self._sizes), dtype=torch.float32)
+            self._few_rows(x.reshape(1, -1).float(), out)
+            return out.view(*x.shape[:-1], -1).to(x.dtype)
         packed = self._kernel(x)
         if packed is not None:
             return packed_linear(x, packed, self.bias)
         return F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
 
     def into(self, x: Tensor, out: Tensor) -> None:
-        """out = W x + b, without the packed weight; [T, in], [T, out]."""
+        """out = W x + b in float32, without the packed weight; [T, in], [T, out]."""
         assert self.weight is not None
+        if self._few_rows is not None:
+            self._few_rows(x, out)
+            return
         weight = self.weight if self.transposed else self.weight.T
         if self.bias is None:
             torch.mm(x, weight, out=out)
@@ -244,6 +252,9 @@ class Linear(nn.Module):
 
     def accumulate(self, x: Tensor, total: Tensor) -> Tensor:
         """total + W x + b; [T, in], [T, out]. `total` must not be used any more."""
+        if self._few_rows is not None and x.dtype == torch.float32:
+            self._few_rows(x, total, add=True)
+            return total
         packed = self._kernel(x)
         if total.dtype != x.dtype:
             return total.add_(self(x))
@@ -252,6 +263,25 @@ class Linear(nn.Module):
         assert self.weight is not None
         total.addmm_(x, self.weight if self.transposed else self.weight.T)
         return total if self.bias is None else total.add_(self.bias)
+
+
+def _is_row(x: Tensor) -> bool:
+    return x.numel() == x.shape[-1]
+
+
+class _FewRows:
+    """The product of a few rows with bfloat16 weights on a CPU; see `kernels.multiply`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        from services.policy.engines import kernels  # compiles where nothing is cached
+
+        self._multiply = kernels.multiply
+        self._weight = array_of(weight.contiguous())
+        self._bias = np.empty(0, np.float32) if bias is None else bias.float().numpy()
+
+    def __call__(self, x: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """out = W x + b, or out += W x + b; float32 [T, in], [T, out]."""
+        self._multiply(self._weight, self._bias, x.numpy(), out.numpy(), add, torch.get_num_threads())
 
 
 class WeightStore:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from engine_client import CUDA
 
-from services.policy.engines import few_rows
+from services.policy.engines import cpu_layers
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=CUDA)])
@@ -18,4 +18,5 @@ def device(request: pytest.FixtureRequest) -> str:
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU a few rows are decoded by other code than many; tiny models' batches are always few."""
     if not request.param:
-        monkeypatch.setattr(few_rows, "MOST_SCORES", 0)
+        monkeypatch.setattr(cpu_layers, "MOST_SCORES", 0)
+        monkeypatch.setattr(cpu_layers, "FEW_ROWS", 0)
