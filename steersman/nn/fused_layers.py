@@ -1,9 +1,9 @@
-"""What lies between the matrix products of a decoder layer, with fewer passes over memory, for a GPU.
+"""What lies between the matrix products of a decoder layer, with fewer passes over memory and fewer calls.
 
 transformers computes an RMS norm in seven passes over fp32 numbers, a rotation in eleven, the gate of an MLP in two and
 the sum with the residual stream in one more, each with its own kernel and twice as many backward; under autocast every
-product that reads a result rounds it once more. On a GPU that is half of a training step of a small model. Here each of
-them is one kernel (`gpu_kernels`) that writes what the next product reads.
+product that reads a result rounds it once more. On a GPU that is half of a training step of a small model, on a CPU a
+quarter. Here each of them is one kernel (`gpu_kernels`, `cpu_kernels`) that writes what the next product reads.
 
 Nothing goes by a family's name: which modules compute just this is found by computing, and the others stay as they are.
 """
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from steersman.nn import gpu_kernels
+from steersman.nn.kernels import kernels_of
 
 
 def fuse_layers(model: nn.Module) -> dict[str, int]:
@@ -88,7 +88,8 @@ def _norm(self: Any, x: Tensor) -> Tensor:
 def add_norm(stream: Tensor, branch: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     """(stream + branch, its norm in the dtype of the products) of fp32 [..., D] and what a branch gave [..., D]."""
     weight, epsilon, dtype = norm.weight, _epsilon(norm) or 0.0, _product_dtype(stream)
-    if gpu_kernels.usable(stream) and gpu_kernels.fits_a_row(stream.shape[-1]):
+    kernels = kernels_of(stream, dtype)
+    if kernels is not None and kernels.fits_a_row(stream.shape[-1]):
         branch = None if branch is None else branch.contiguous()
         found: tuple[Tensor, Tensor] = _AddNorm.apply(stream.contiguous(), branch, weight, epsilon, dtype)
         return found
@@ -103,7 +104,7 @@ class _AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, stream: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        total, normed, rstd = gpu_kernels.add_norm(stream, branch, weight, epsilon, dtype)
+        total, normed, rstd = kernels_of(stream).add_norm(stream, branch, weight, epsilon, dtype)
         ctx.save_for_backward(total, weight, rstd)
         ctx.branch = None if branch is None else branch.dtype
         return total, normed
@@ -114,7 +115,8 @@ class _AddNorm(torch.autograd.Function):
         total, weight, rstd = ctx.saved_tensors
         of_total, of_normed = (grad.contiguous() for grad in grads)
         of_weight = ctx.needs_input_grad[2]
-        found = gpu_kernels.add_norm_back(total, weight, rstd, of_total, of_normed, ctx.branch, of_weight=of_weight)
+        kernels = kernels_of(total)
+        found = kernels.add_norm_back(total, weight, rstd, of_total, of_normed, ctx.branch, of_weight=of_weight)
         return *found, None, None
 
 
@@ -188,7 +190,7 @@ def _gated(self: Any, x: Tensor) -> Any:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    if gpu_kernels.usable(gate) and gate.dtype == up.dtype:
+    if kernels_of(gate) is not None and gate.dtype == up.dtype:
         found: Tensor = _SwiGLU.apply(gate.contiguous(), up.contiguous())
         return found
     return F.silu(gate) * up
@@ -198,13 +200,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return gpu_kernels.swiglu(gate, up)
+        return kernels_of(gate).swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return gpu_kernels.swiglu_back(gate, up, grads[0].contiguous())
+        return kernels_of(gate).swiglu_back(gate, up, grads[0].contiguous())
 
 
 # The rotation of queries and keys.
@@ -260,7 +262,7 @@ def _rotated(
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, T, D] and k [B, KV, T, D] turned by cos and sin [B, T, D], as `own` does it."""
     one_row = not (args or more) and len(q) == 1 and cos.shape == sin.shape == (1, q.shape[2], q.shape[3])
-    if not one_row or q.stride(-1) != 1 or k.stride(-1) != 1 or not gpu_kernels.usable(q):
+    if not one_row or q.stride(-1) != 1 or k.stride(-1) != 1 or kernels_of(q, k.dtype, cos.dtype) is None:
         return own(q, k, cos, sin, *args, **more)
     dtype = _product_dtype(q) if torch.is_autocast_enabled(q.device.type) else torch.promote_types(q.dtype, cos.dtype)
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -272,11 +274,11 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
-        return gpu_kernels.rotate(x, cos, sin, dtype)
+        return kernels_of(x).rotate(x, cos, sin, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        return gpu_kernels.rotate(grad, cos, sin, ctx.dtype, back=True), None, None, None
+        return kernels_of(grad).rotate(grad, cos, sin, ctx.dtype, back=True), None, None, None

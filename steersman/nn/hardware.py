@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,3 +166,8 @@ def _relative_error(size: int) -> float:
     left, right = (torch.randn(size, size, generator=generator) for _ in range(2))
     exact: Tensor = left.double() @ right.double()
     return float(((left @ right).double() - exact).abs().max() / exact.abs().max())
+
+
+def array_of(tensor: Tensor) -> np.ndarray:
+    """The same memory, on a CPU; bfloat16 as the uint16 that numpy knows."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from steersman.errors import InvalidArgumentError
-from steersman.nn import gpu_kernels
+from steersman.nn.kernels import kernels_of
 from steersman.nn.top_p import pack_sets, top_p_sets, unpack_sets
 
 
@@ -102,7 +102,7 @@ def _chunk_tokens(weight: Tensor) -> int:
 
 def _fused(logits: Tensor, sets: Tensor | None) -> bool:
     """Whether one kernel each makes the sums over the vocabulary and the slopes."""
-    return sets is None and logits.dtype != torch.float64 and gpu_kernels.usable(logits)
+    return sets is None and kernels_of(logits) is not None
 
 
 def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -155,9 +155,9 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 logits = torch.nn.functional.linear(hidden[rows].to(dtype), head, offset)
                 if _fused(logits, sets):
-                    lse, logprobs[rows] = gpu_kernels.row_stats(logits, targets[rows], temperature)
+                    lse, logprobs[rows] = kernels_of(logits).row_stats(logits, targets[rows], temperature)
                     one = torch.ones_like(lse)
-                    slope[rows] = gpu_kernels.row_slope_(logits, targets[rows], lse, one, temperature) @ head
+                    slope[rows] = kernels_of(logits).row_slope_(logits, targets[rows], lse, one, temperature) @ head
                     continue
                 logits = _of_distribution(logits, temperature, None)
                 log_p = _restricted(logits, sets, rows).log_softmax(-1)
@@ -205,7 +205,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 logits = torch.nn.functional.linear(hidden[rows].to(dtype), head, offset)
                 if plain and _fused(logits, sets):
-                    lse[rows], logprobs[rows] = gpu_kernels.row_stats(logits, targets[rows], temperature)
+                    lse[rows], logprobs[rows] = kernels_of(logits).row_stats(logits, targets[rows], temperature)
                     continue
                 logits = _restricted(_of_distribution(logits, temperature, softcap), sets, rows)
                 lse[rows] = logits.logsumexp(-1)
@@ -234,7 +234,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 logits = torch.nn.functional.linear(states, head, offset)
                 if softcap is None and not with_entropy and _fused(logits, sets):
                     of_rows = targets[rows], lse[rows], grad_logprobs[rows].contiguous()
-                    grad = gpu_kernels.row_slope_(logits, *of_rows, temperature)
+                    grad = kernels_of(logits).row_slope_(logits, *of_rows, temperature)
                 else:
                     logits = _of_distribution(logits, temperature, softcap)
                     log_p = logits - lse[rows, None] if softcap is not None else logits.sub_(lse[rows, None])

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from steersman.errors import ConfigError
-from steersman.nn import gpu_kernels
+from steersman.nn.kernels import kernels_of
 from steersman.nn.mask_rules import MaskRule, mask_rule
 from steersman.nn.packed import PACKED_ATTENTION, Block, PackedLayout, Table, tables_of
 
@@ -69,17 +69,18 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, split: int, tables: Sequence[Table]) -> tuple[Tensor, ...]:
         ctx.tables, ctx.split, ctx.shapes = tables, split, (q.shape, k.shape, v.shape)
         spread: list[Tensor] = []
+        kernels = kernels_of(q)
         for table in tables:
-            rows = gpu_kernels.gather_rows(q, table.own)
+            rows = kernels.gather_rows(q, table.own)
             spread.append(rows.view(len(rows), k.shape[1], -1, q.shape[2]))
-            spread += [gpu_kernels.gather_rows(one, table.keys) for one in (k, v)]
+            spread += [kernels.gather_rows(one, table.keys) for one in (k, v)]
         return tuple(spread)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         of_q = grads[0].new_empty(ctx.shapes[0])
         for grad, table in zip(grads[::3], ctx.tables, strict=True):
-            gpu_kernels.scatter_rows_(of_q, grad, table.own)
+            kernels_of(grad).scatter_rows_(of_q, grad, table.own)
         both = [_of_keys(grads[place::3], ctx.tables, ctx.split, ctx.shapes[place]) for place in (1, 2)]
         return of_q, *both, None, None
 
@@ -87,11 +88,11 @@ class _Spread(torch.autograd.Function):
 def _of_keys(grads: Sequence[Tensor], tables: Sequence[Table], split: int, shape: torch.Size) -> Tensor:
     """[T, KV, D] from the gradients of every block's keys; a prompt's tokens have one from each of its answers."""
     found, shared = grads[0].new_empty(shape), grads[0].new_empty((split, *shape[1:]), dtype=torch.float32)
-    prompts = tables[0].own
-    gpu_kernels.scatter_rows_(shared, grads[0], prompts)
+    prompts, kernels = tables[0].own, kernels_of(grads[0])
+    kernels.scatter_rows_(shared, grads[0], prompts)
     for grad, table in zip(grads[1:], tables[1:], strict=True):
-        gpu_kernels.scatter_rows_(found, grad[:, :, prompts.shape[1] :], table.own)
-        gpu_kernels.add_blocks_(shared, grad[:, :, : prompts.shape[1]], prompts, table.first, table.last)
+        kernels.scatter_rows_(found, grad[:, :, prompts.shape[1] :], table.own)
+        kernels.add_blocks_(shared, grad[:, :, : prompts.shape[1]], prompts, table.first, table.last)
     found[:split] = shared
     return found
 
@@ -104,13 +105,13 @@ class _Collect(torch.autograd.Function):
         ctx.tables, ctx.shapes = tables, [block.shape for block in blocks]
         out = blocks[0].new_empty(shape)
         for block, table in zip(blocks, tables, strict=True):
-            gpu_kernels.scatter_rows_(out, block, table.own)
+            kernels_of(block).scatter_rows_(out, block, table.own)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        gathered = (gpu_kernels.gather_rows(grad, table.own) for table in ctx.tables)
+        gathered = (kernels_of(grad).gather_rows(grad, table.own) for table in ctx.tables)
         return None, None, *(one.view(shape) for one, shape in zip(gathered, ctx.shapes, strict=True))
 
 
@@ -124,7 +125,7 @@ def _by_kernels(
     for number, block in enumerate((packed.prompts, *packed.responses)):
         rows, keys, values = spread[3 * number : 3 * number + 3]
         mask = _mask(packed, number, block, rule, fold, q)
-        outs.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale))
+        outs.append(_grouped(rows, keys, values, mask, scale))
     found: Tensor = _Collect.apply(torch.Size((*q.shape[:2], v.shape[2])), tables, *outs)
     return found
 
@@ -171,6 +172,15 @@ def _exact_weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     return scores.softmax(-1)
 
 
+def _grouped(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """rows [B, KV, R, D], keys [B, KV, K, D], values [B, KV, K, E], mask [B, 1, R, K] -> [B, KV, R, E]."""
+    if not rows.is_cpu or keys.shape[2] > _SHORT:
+        return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+    q, k, v = (one.flatten(0, 1) for one in (rows, keys, values))
+    found: Tensor = _ShortAttention.apply(q, k, v, mask, rows.shape[-1] ** -0.5 if scale is None else scale)
+    return found.unflatten(0, rows.shape[:2])
+
+
 @dataclass(frozen=True, slots=True)
 class _Scores:
     """How a layer scores."""
@@ -195,11 +205,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: _Score
     keys, values = key.transpose(1, 2), value.transpose(1, 2)
     if how.softcap is not None or how.sinks is not None:
         out = _weights(rows, keys, mask, how, width) @ values
-    elif rows.is_cpu and key.shape[1] <= _SHORT:
-        q, k, v = (one.flatten(0, 1) for one in (rows, keys, values))
-        out = _ShortAttention.apply(q, k, v, mask, dim**-0.5 if how.scale is None else how.scale)
     else:
-        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=how.scale)
+        out = _grouped(rows, keys, values, mask, how.scale)
     out = out.view(batch, kv_heads, fold, width, -1).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, width, heads, -1)
 
@@ -252,7 +259,7 @@ def packed_attention(
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
     q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
     split, fold = packed.prompt_tokens, q.shape[1] // k.shape[1]
-    if softcap is None and s_aux is None and gpu_kernels.usable(q):
+    if softcap is None and s_aux is None and kernels_of(q) is not None:
         return _by_kernels(q.contiguous(), k.contiguous(), v.contiguous(), packed, attention_mask, scaling)[None], None
     how = _Scores(scaling, softcap, s_aux)
     (prompt_q,), (prompt_k,), (prompt_v,) = (_Pad.apply(states[:split], (packed.prompts,)) for states in (q, k, v))

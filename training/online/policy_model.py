@@ -98,8 +98,7 @@ class PolicyModel(nn.Module):
         self.shared_trunk = self.critic is None
         self.mask: MaskPolicy | None = None
         """Restricts `forward` to its top-p sets; set where a method asks for one."""
-        if device != "cpu":
-            fuse_layers(self)
+        fuse_layers(self)
         if gradient_checkpointing:
             for part in (base, self.critic):
                 if part is not None:

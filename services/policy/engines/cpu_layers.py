@@ -11,14 +11,15 @@ from torch import Tensor
 
 from services.policy.engines import kernels
 from services.policy.engines.attention import DecodeStep, Scores
-from services.policy.engines.hardware import Layout, array_of
+from services.policy.engines.hardware import Layout
 from services.policy.engines.weights import Linear
+from steersman.nn.hardware import array_of
 
 MOST_SCORES = 1 << 19
 """Rows times tokens times query width up to which the kernels are taken in float32: beyond, batched products win."""
 FEW_ROWS = 2
 """Rows up to which `kernels.multiply` reads bfloat16 weights faster than oneDNN's product."""
-_WORTH_A_THREAD = 1 << 15
+_WORTH_A_THREAD = 1 << 17
 """The same, in either number format, above which all threads attend."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,11 +72,6 @@ def pack_weight(weight: Tensor) -> Tensor:
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """x W^T + b with a weight from `pack_weight`."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "")
-
-
-def array_of(tensor: Tensor) -> np.ndarray:
-    """The same memory, on a CPU; bfloat16 as the uint16 that numpy knows."""
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def _packing_pays() -> bool:

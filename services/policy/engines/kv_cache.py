@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.policy.engines.hardware import array_of
+from steersman.nn.hardware import array_of
 
 _ALIGN = 64
 """Row capacities are multiples of this: fewer re-allocations, aligned kernels."""

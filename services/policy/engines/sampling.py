@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.policy.engines.hardware import array_of
+from steersman.nn.hardware import array_of
 from steersman.nn.top_p import top_p_edges
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from services.policy.engines.hardware import Layout, array_of, pack_weight, packed_linear
+from services.policy.engines.hardware import Layout, pack_weight, packed_linear
 from steersman.errors import InvalidArgumentError
 from steersman.generation import WeightsUpdate
+from steersman.nn.hardware import array_of
 
 Place = Callable[[], Any]
 """Puts prepared parameters in place; returns what nobody needs any more, to be let go when there is time."""
@@ -115,8 +116,20 @@ class Merged:
             out, base, b, a = out.T, base.T, a.T, b.T
         if out.dtype == torch.float32:
             out.copy_(base).addmm_(b, a, alpha=self.scale)
+        elif out.dtype == base.dtype == torch.bfloat16 and out.device.type == "cpu" and out.is_contiguous():
+            _merge_rounded(base, b * self.scale, a, out)
         else:
             out.copy_(torch.addmm(base.float(), b, a, alpha=self.scale))
+
+
+def _merge_rounded(base: Tensor, b: Tensor, a: Tensor, out: Tensor) -> None:
+    """Rows of bfloat16 one after the other, in one pass over the memory."""
+    from services.policy.engines import kernels  # compiles where nothing is cached
+
+    padding = -len(a) % 4
+    b, a = F.pad(b, (0, padding)), F.pad(a, (0, 0, 0, padding))
+    arrays = [array_of(one.contiguous()) for one in (base, b, a)]
+    kernels.merge(*arrays, array_of(out), torch.get_num_threads())
 
 
 class Holder(Protocol):

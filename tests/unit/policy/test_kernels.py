@@ -11,7 +11,8 @@ import torch
 from numeric import assert_same
 
 from services.policy.engines import kernels
-from services.policy.engines.hardware import array_of
+from steersman.nn import compiled
+from steersman.nn.hardware import array_of
 
 EXACT, ROUNDED = 1e-5, 2.0**-8
 """Relative error of float32 sums, and of one rounding to bfloat16."""
@@ -54,12 +55,12 @@ def test_rms_norm(form: Callable[[np.ndarray], np.ndarray], error: float, added:
 
 def test_silu_multiply_by_hand() -> None:
     out = np.empty((1, 3), np.float32)
-    kernels.silu_multiply(np.array([[0.0, 1.0, -200.0, 5.0, 2.0, 3.0]], np.float32), out)
+    kernels.silu_multiply(np.array([[0.0, 1.0, -1e30, 5.0, 2.0, 3.0]], np.float32), out)
     assert_same(out, [[0.0, 2 / (1 + np.exp(-1)), 0.0]])
 
 
 @THREADS
-@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("window", [0, 1, 4, 7])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(
     ("form", "cached", "error"),
@@ -135,6 +136,16 @@ def test_multiply(rows: int, add: bool, biased: bool, threads: int) -> None:
 
 
 @THREADS
+def test_merge(threads: int) -> None:
+    base, b, a = rounded(random(5, 40)), random(5, 8, seed=1), random(8, 40, seed=2)
+    out = np.zeros_like(base)
+
+    kernels.merge(base, b, a, out, threads)
+
+    np.testing.assert_allclose(widened(out), widened(base) + b.astype(np.float64) @ a, rtol=ROUNDED, atol=1e-5)
+
+
+@THREADS
 @pytest.mark.parametrize(("form", "error"), FORMATS)
 def test_block_sums(form: Callable[[np.ndarray], np.ndarray], error: float, threads: int) -> None:
     scores = form(30 * random(3, 50))
@@ -188,7 +199,7 @@ def test_bfloat16_is_rounded_as_torch_does(value: float) -> None:
 
 
 def test_where_nothing_can_be_written_they_are_compiled_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    njit = kernels.njit
+    njit = compiled.njit
 
     def nowhere(*arguments: Any, cache: bool = False, **options: Any) -> Any:
         def decorate(function: Callable[..., None]) -> Any:
@@ -198,11 +209,11 @@ def test_where_nothing_can_be_written_they_are_compiled_each_time(monkeypatch: p
 
         return decorate
 
-    monkeypatch.setattr(kernels, "_inlined", nowhere)
+    monkeypatch.setattr(compiled, "inlined", nowhere)
 
     def double(x: np.ndarray) -> None:
         x[:] *= 2
 
     row = np.ones((1, 2), np.float32)
-    kernels._kernel("float32[:, ::1]")(double)(row)
+    compiled.kernel("float32[:, ::1]")(double)(row)
     assert row.tolist() == [[2.0, 2.0]]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from services.policy.engine import SamplingParams, WeightsUpdate
 from services.policy.engines import transformers_engine
 from services.policy.engines.transformers_engine import TransformersEngine
+from services.policy.engines.weights import Merged
 from steersman.errors import InvalidArgumentError
 from steersman.testing.models import tiny_llama, tiny_qwen2
 
@@ -79,6 +80,17 @@ def test_lora_equals_the_merge_of_peft(engine, build, settings) -> None:
     tensors, config, merged = adapter(build(), **settings)
     engine.load_weights(WeightsUpdate(1, "lora", tensors, config))
     assert_serves(engine, merged)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 16])
+def test_an_adapter_is_merged_in_float32_and_rounded_once(rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, b, a = (torch.randn(shape, generator=generator) for shape in ((24, 40), (24, rank), (rank, 40)))
+    expected = base.bfloat16().double() + 0.5 * b.double() @ a.double()
+
+    found = Merged(base.bfloat16(), b, a, 0.5).tensor(torch.bfloat16)
+
+    torch.testing.assert_close(found.double(), expected, rtol=2.0**-8, atol=1e-5)
 
 
 def test_a_second_adapter_replaces_the_first(engine, build) -> None:
