@@ -52,11 +52,10 @@ def trainer_of(stage: str, folder: Path, packed: bool, scratch: str) -> tuple[An
     from steersman.nn.dropout import disable_dropout
     from steersman.nn.load import load_causal_lm, load_classifier, load_tokenizer
     from steersman.nn.lora import attach_lora
-    from steersman.nn.parity import skip_padding
     from steersman.nn.tokens import distinct_pad_token
     from training.offline.dpo import PreferenceTrainer
     from training.offline.reward_model import PairwiseTrainer, read_last_token
-    from training.offline.trl_setup import project_labelled_positions_only
+    from training.offline.trl_setup import project_labelled_positions_only, quicken
 
     if packed:
         project_labelled_positions_only()
@@ -76,7 +75,7 @@ def trainer_of(stage: str, folder: Path, packed: bool, scratch: str) -> tuple[An
     model = attach_lora(model, Lora())
     disable_dropout(model)
     if packed:
-        skip_padding(model)
+        quicken(model)
     common_options: dict[str, Any] = {
         "output_dir": scratch, "use_cpu": True, "bf16": False, "report_to": [], "max_length": None,
         "gradient_checkpointing": False, "remove_unused_columns": False, "disable_dropout": False,

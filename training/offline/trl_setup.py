@@ -98,7 +98,7 @@ def reference_of(start: Start, spec: SupervisedStage, ctx: StageContext) -> PreT
     if spec.lora is not None:
         return None
     reference = load_causal_lm(start.folder, device=ctx.device)
-    _quicken(reference)
+    quicken(reference)
     return reference
 
 
@@ -109,11 +109,11 @@ def prepare(model: PreTrainedModel, spec: SupervisedStage, seed: int) -> nn.Modu
     trained: nn.Module = model if spec.lora is None else attach_lora(model, spec.lora)
     if spec.lora is None or not spec.lora.dropout:
         disable_dropout(trained)
-    _quicken(trained)
+    quicken(trained)
     return trained
 
 
-def _quicken(model: nn.Module) -> None:
+def quicken(model: nn.Module) -> None:
     """No padding in the trunk, fewer passes between its products; policy and reference alike: they begin equal."""
     skip_padding(model)
     if next(model.parameters()).is_cpu:  # where it was measured
