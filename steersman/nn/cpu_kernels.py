@@ -6,6 +6,8 @@ float32 or bfloat16, sums float32. The references are the plain tensor operation
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,9 +39,10 @@ def _sum_rows(
     number: int, of: int, logits: np.ndarray, targets: np.ndarray, scale: float, lse: np.ndarray, chosen: np.ndarray
 ) -> None:
     rows, vocab = logits.shape
-    factor = np.float32(scale)
+    factor: Any = np.float32(scale)
     for row in range(rows * number // of, rows * (number + 1) // of):
-        z, total = logits[row], np.float32(0)
+        z: Any = logits[row]
+        total: Any = np.float32(0)
         top = largest(z)
         for i in range(vocab):
             total += exp((wide(z[i]) - top) * factor)
