@@ -305,10 +305,12 @@ def add_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of fp32 rows [..., D] and what is added to them: (sum fp32, x / rms(x) * weight in a dtype, 1 / rms [T])."""
     width = stream.shape[-1]
+    if branch is not None and branch.dtype != dtype:  # a kernel has one format; nothing is rounded for its sake
+        stream, branch = stream + branch, None
     total = stream if branch is None else torch.empty_like(stream)
     out = torch.empty(stream.shape, dtype=dtype)
     rstd = torch.empty(stream.numel() // width)
-    added = torch.empty((0, width), dtype=dtype) if branch is None else branch.to(dtype)
+    added = torch.empty((0, width), dtype=dtype) if branch is None else branch
     arrays = _flat(stream, width), _flat(added, width), _own(weight)
     results = _flat(total, width), _flat(out, width), rstd.numpy()
     _add_norm(*arrays, epsilon, *results, torch.get_num_threads())
@@ -328,12 +330,14 @@ def add_norm_back(
     """Gradients by stream fp32, by the branch in its dtype, and by the weight."""
     width, threads, dtype = total.shape[-1], torch.get_num_threads(), grad_out.dtype
     stream = torch.empty_like(total)
-    of_branch = torch.empty((0, width) if branch is None else total.shape, dtype=dtype)
+    of_branch = torch.empty(total.shape if branch == dtype else (0, width), dtype=dtype)
     parts = torch.zeros((threads if of_weight else 0, width))
     given = (_flat(one, width) for one in (grad_total, grad_out))
     results = (_flat(one, width) for one in (stream, of_branch, parts))
     _add_norm_back(_flat(total, width), _own(weight), rstd.numpy(), *given, *results, threads)
-    return stream, None if branch is None else of_branch.to(branch), parts.sum(0) if of_weight else None
+    if branch is not None and branch != dtype:
+        of_branch = stream.to(branch)
+    return stream, None if branch is None else of_branch, parts.sum(0) if of_weight else None
 
 
 # What attention over packed rows gathers and scatters.

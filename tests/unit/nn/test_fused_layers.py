@@ -111,6 +111,17 @@ def test_under_autocast_the_products_read_rounded_numbers() -> None:
     assert (after - wanted).abs().mean() < 1.2 * (before - wanted).abs().mean()
 
 
+def test_a_branch_in_fp32_is_not_rounded_under_autocast() -> None:
+    norm = built(LlamaForCausalLM, LlamaConfig).model.norm
+    stream, branch = (torch.randn(1, 3, 32, requires_grad=True) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        total, normed = fused_layers.add_norm(stream, branch, norm)
+    assert torch.equal(total, stream + branch)
+    (total.square().sum() + normed.float().sum()).backward()
+    assert branch.grad is not None
+    assert torch.equal(branch.grad, stream.grad)
+
+
 def test_branches_are_restored_after_a_layer_was_tried() -> None:
     model = built(LlamaForCausalLM, LlamaConfig)
     fuse_layers(model)
